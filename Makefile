@@ -1,0 +1,20 @@
+# Two commands: `make quickstart` and `make test`. Each sets up .venv by itself; PYTHON=python3.12 picks the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+QUICKSTART ?= full
+SHELL := /bin/bash
+
+quickstart: $(VENV)/.installed
+	@PATH="$(abspath $(VENV))/bin:$$PATH" bash quickstart.sh $(QUICKSTART)
+
+test: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+
+$(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"error: Python >= 3.10 is needed, {sys.executable} is {sys.version.split()[0]}; give another with PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.PHONY: quickstart test

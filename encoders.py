@@ -1,0 +1,188 @@
+"""What is frozen: the teacher that sees images, and the VAE between images and latents."""
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import checkpoint_filter_fn
+
+from files import BadInput, load_tensors
+from models.layers import QK, Alignment
+from modify_dinov2.taps import tap_attention
+
+# --enc-type -> (timm's name, width of its tokens)
+TEACHERS = {f"dinov2{reg}-vit-{size[0]}": (f"vit_{size}_patch14{'_reg4' if reg else ''}_dinov2", width)
+            for size, width in (("small", 384), ("base", 768), ("large", 1024), ("giant", 1536)) for reg in ("", "reg")}
+
+
+class VAE:
+    """Images <-> moments <-> latents. The only place that knows the latent scale.
+
+    `source` is a folder in diffusers' format or a hub name such as stabilityai/sd-vae-ft-mse. Raises BadInput when
+    neither can be loaded.
+    """
+
+    SCALE = 0.18215  # Stable Diffusion's factor to unit variance; latent bias 0
+
+    def __init__(self, source, device="cpu"):
+        from diffusers import AutoencoderKL  # seconds to import, and only previews and sampling need it
+        try:
+            self.vae = AutoencoderKL.from_pretrained(source).to(device).eval().requires_grad_(False)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"The VAE {source} could not be loaded ({str(error).splitlines()[0]}); give --vae a folder "
+                           "in diffusers' format, or a hub name with the network up.") from error
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent pixel and side
+        self.device = device
+
+    @torch.no_grad()
+    def encode(self, images):
+        """uint8 (N, 3, R, R) -> moments float32 (N, 2 C, R / factor, R / factor): mean, std along the channels."""
+        x = images.to(self.device, torch.float32) / 127.5 - 1
+        posterior = self.vae.encode(x).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1).cpu()
+
+    @staticmethod
+    def latents(moments, noise):
+        """Posterior sample (mean + std noise) * scale: moments (N, 2 C, h, w), noise (N, C, h, w) -> (N, C, h, w)."""
+        mean, std = moments.chunk(2, dim=1)
+        return (mean + std * noise) * VAE.SCALE
+
+    @torch.no_grad()
+    def decode(self, latents, chunk=32):
+        """Latents (N, C, h, w) of any float dtype -> uint8 images (N, 3, R, R), `chunk` at a time; truncated."""
+        out = []
+        for z in latents.split(chunk):
+            x = self.vae.decode(z.to(self.device, torch.float32) / self.SCALE).sample
+            out.append((255 * (x + 1) / 2).clamp(0, 255).to(torch.uint8))
+        return torch.cat(out)
+
+
+def load_vit(enc_type, weights=None):
+    """timm's frozen DINOv2 called `enc_type` (a key of TEACHERS), with weights from the hub or from the file `weights`.
+
+    A file holds timm's or torch.hub's state dict. Raises BadInput for weights of another model.
+    """
+    name = TEACHERS[enc_type][0]
+    if weights is None:
+        try:
+            vit = timm.create_model(name, pretrained=True, num_classes=0)
+        except (OSError, RuntimeError) as error:
+            raise BadInput(f"The weights of {enc_type} could not be fetched from the hub "
+                           f"({str(error).splitlines()[0]}); give a local file with --enc-weights.") from error
+    else:
+        vit = timm.create_model(name, pretrained=False, num_classes=0)
+        try:
+            vit.load_state_dict(checkpoint_filter_fn(load_tensors(weights), vit))
+        except (RuntimeError, KeyError, AttributeError) as error:
+            raise BadInput(f"{weights} does not hold the weights of {enc_type} ({name}); give its timm or "
+                           "torch.hub file, or the matching --enc-type.") from error
+    return vit.eval().requires_grad_(False)
+
+
+class Teacher:
+    """A frozen timm ViT: images uint8 (N, 3, R, R) -> Alignment of their patch tokens.
+
+    Images are resized to patch * `grid` pixels, so that the teacher has `grid` x `grid` tokens as the student does.
+    `attn_blocks` (0-based) are the blocks whose q and k are handed out. `num_blocks` keeps only the first blocks; the
+    features are the final norm of the last one kept. Without `features` nothing after the last tapped block runs.
+    """
+
+    def __init__(self, vit, grid, attn_blocks=(), num_blocks=None, features=True):
+        num_blocks = num_blocks or len(vit.blocks)
+        if num_blocks > len(vit.blocks) or any(not 0 <= block < num_blocks for block in attn_blocks):
+            raise BadInput(f"The teacher has {len(vit.blocks)} blocks, of which {num_blocks} are to be used and "
+                           f"{list(attn_blocks)} aligned to; choose --enc-blocks and --attn-layers inside.")
+        if not features:
+            num_blocks = max(attn_blocks) + 1
+        vit.blocks = vit.blocks[:num_blocks]
+        self.input_size = grid * vit.patch_embed.patch_size[0]
+        vit.set_input_size((self.input_size, self.input_size))  # resamples the position table, bicubic, antialiased
+        self.vit, self.features, self.num_blocks = vit, features, num_blocks
+        self.attn_blocks, self.attention = sorted(attn_blocks), tap_attention(vit, attn_blocks)
+        self.mean = torch.tensor(IMAGENET_DEFAULT_MEAN).view(1, 3, 1, 1)
+        self.std = torch.tensor(IMAGENET_DEFAULT_STD).view(1, 3, 1, 1)
+
+    def to(self, device):
+        self.vit, self.mean, self.std = self.vit.to(device), self.mean.to(device), self.std.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images):
+        x = (images.to(self.mean.device).float() / 255 - self.mean) / self.std
+        x = F.interpolate(x, size=self.input_size, mode="bicubic", align_corners=False)
+        tokens = self.vit.forward_features(x)[:, self.vit.num_prefix_tokens:]  # (N, T, C), after the final norm
+        attention = dict(self.attention)
+        self.attention.clear()  # the hooks' dict must not keep this batch alive
+        return Alignment([tokens] if self.features else [], attention)
+
+    def key(self):
+        """Text that changes with the weights and with everything else that shapes the outputs."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.vit.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
+        return f"{digest.hexdigest()} {self.input_size} {self.num_blocks} {self.features} {self.attn_blocks}"
+
+
+class CachedTeacher:
+    """The teacher's outputs for a whole data set, float16, memory-mapped: dataset positions (N,) -> Alignment.
+
+    The outputs of an image never change while images are not augmented, so they are computed once, by all processes
+    together, into `folder`/{key}, where the key is made of the teacher's weights and the data's fingerprint.
+    """
+
+    def __init__(self, folder, teacher, dataset, accelerator, batch_size=32):
+        self.device = accelerator.device
+        key = hashlib.sha256(f"{teacher.key()} {dataset.fingerprint(files=True)}".encode()).hexdigest()[:16]
+        self.folder = Path(folder) / key
+        if not (self.folder / "complete.json").is_file():
+            self._build(Path(folder), teacher, dataset, accelerator, batch_size)
+        self.arrays = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False)
+                       for path in sorted(self.folder.glob("*.npy"))}
+
+    def _build(self, folder, teacher, dataset, accelerator, batch_size):
+        if accelerator.is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)  # left half-written by a run that was stopped
+            self.folder.mkdir(parents=True)
+            first = self._flatten(teacher(dataset.image(0)[None]))
+            size, free = len(dataset) * sum(2 * value.numel() for value in first.values()), shutil.disk_usage(folder).free
+            if size > free:
+                raise BadInput(f"--teacher-cache needs {size / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB "
+                               "free; name another folder or run without it.")
+            for name, value in first.items():
+                np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", np.float16, (len(dataset), *value.shape[1:]))
+        accelerator.wait_for_everyone()
+        arrays = {path.stem: np.load(path, mmap_mode="r+", allow_pickle=False) for path in self.folder.glob("*.npy")}
+        positions = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+        for start in range(0, len(positions), batch_size):
+            batch = list(positions[start:start + batch_size])
+            with accelerator.autocast():
+                outputs = self._flatten(teacher(torch.stack([dataset.image(i) for i in batch])))
+            for name, value in outputs.items():
+                arrays[name][batch] = value.half().cpu().numpy()
+                if not np.isfinite(arrays[name][batch]).all():
+                    raise BadInput(f"The teacher's {name} does not fit float16; run without --teacher-cache.")
+        for array in arrays.values():
+            array.flush()
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (self.folder / "complete.json").write_text(json.dumps({"images": len(dataset)}))
+        accelerator.wait_for_everyone()
+
+    @staticmethod
+    def _flatten(alignment):
+        """{file stem: (N, ...)}: the features, and q beside k per block."""
+        flat = {f"features{i}": value for i, value in enumerate(alignment.features)}
+        return flat | {f"block{block}": torch.stack([qk.q, qk.k], dim=1) for block, qk in alignment.attention.items()}
+
+    def __call__(self, positions):
+        rows = {name: torch.from_numpy(array[positions.numpy()]).to(self.device, non_blocking=True)
+                for name, array in self.arrays.items()}
+        return Alignment([value for name, value in rows.items() if name.startswith("features")],
+                         {int(name.removeprefix("block")): QK(value[:, 0], value[:, 1])
+                          for name, value in rows.items() if name.startswith("block")})

@@ -1,0 +1,58 @@
+"""Loss curves of one or more runs as a picture: python evaluations/curves.py RUN_DIR... [--out FILE.png]
+
+Reads metrics.csv of each run and draws its loss terms, with the step at which alignment stopped.
+"""
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
+from files import BadInput, atomic_write, run_script
+
+TERMS = {"denoise": "denoising loss", "feature": "feature loss (-cosine)", "attention": "attention loss (nats)"}
+
+
+def read_metrics(run):
+    """{term: ([step], [value])} of the rows of run/metrics.csv that have the term."""
+    path = run / "metrics.csv"
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist; give the folder of a run of train.py.")
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise BadInput(f"{path} has no rows yet; train first.")
+    return {term: ([int(row["step"]) for row in rows if row[term]], [float(row[term]) for row in rows if row[term]])
+            for term in TERMS}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
+    parser.add_argument("--out", type=Path, help="picture to write (default curves.png in the first run)")
+    args = parser.parse_args()
+    out = args.out or args.runs[0] / "curves.png"
+    figure, axes = plt.subplots(1, len(TERMS), figsize=(13, 3.6), constrained_layout=True)
+    for run in args.runs:
+        metrics, settings = read_metrics(run), json.loads((run / "args.json").read_text())
+        for axis, (term, title) in zip(axes, TERMS.items(), strict=True):
+            steps, values = metrics[term]
+            line, = axis.plot(steps, values, label=run.name)
+            if metrics["feature"][0] and settings["early_stop_point"] < settings["max_train_steps"]:
+                axis.axvline(settings["early_stop_point"], color=line.get_color(), linestyle=":", linewidth=1)
+            axis.set(title=title, xlabel="step")
+            axis.grid(alpha=0.3)
+    axes[0].legend(title="dotted: alignment stops", fontsize=8, title_fontsize=8)
+    with atomic_write(out) as file:
+        figure.savefig(file, format="png", dpi=120)
+    print(out)
+
+
+if __name__ == "__main__":
+    run_script(main)

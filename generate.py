@@ -1,0 +1,230 @@
+"""Sample images from a checkpoint of train.py: a folder of PNGs, an .npz for the ADM suite, and a preview grid.
+
+    torchrun --nproc_per_node=8 generate.py --model SiT-XL/2 --ckpt exps/sitxl_haste/checkpoints/0400000.pt \\
+        --mode sde --num-steps 250 --cfg-scale 1.65 --guidance-high 0.72
+
+One process on a CPU or GPU: the same with `python generate.py`. What the checkpoint knows (model, resolution, classes,
+path) need not be typed. Image i depends on --global-seed and i only, whatever the batch size and the number of
+processes. The same command again makes only what is missing. Output, in --sample-dir:
+    {model}-{ckpt}-size-{R}-vae-{vae}-cfg-{w}-seed-{seed}-{mode}-high-{high}/{i:06d}.png, and beside it .npz (arr_0
+    uint8 (n, R, R, 3)) and -grid.png
+"""
+import argparse
+import json
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+
+from checkpoints import load_checkpoint, load_weights
+from encoders import VAE
+from files import BadInput, atomic_write, run_script
+from models.sit import SIT_CONFIGS, SiT_models
+from samplers import euler_maruyama_sampler, euler_sampler, guided
+from training import image_grid
+
+VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+GRID_IMAGES = 72
+
+
+def add_sampling_arguments(parser):
+    """Arguments of both sampling scripts."""
+    flag = argparse.BooleanOptionalAction
+    add = parser.add_argument
+    add("--global-seed", type=int, default=0, help="image i is made from (seed, i) (default 0)")
+    add("--tf32", action=flag, default=True, help="TF32 matrix products on Ampere and newer (default on)")
+    add("--ckpt", required=True, help="checkpoint of train.py or of the published code; its EMA is used")
+    add("--sample-dir", default="samples", help="where the folder and .npz go (default samples)")
+    add("--resolution", type=int, help="pixels a side (default: the checkpoint's, else 256)")
+    add("--fused-attn", action=flag, default=True, help="fused attention (default on)")
+    add("--vae", default="ema", help="ema, mse, or a folder in diffusers' format (default ema)")
+    add("--per-proc-batch-size", type=int, default=32, help="images a batch and process (default 32)")
+    add("--mode", choices=["ode", "sde"], default="ode", help="Euler ODE or Euler-Maruyama SDE (default ode)")
+    add("--cfg-scale", type=float, default=1.5, help="guidance scale, 1 = none (default 1.5)")
+    add("--guidance-low", type=float, default=0.0, help="guide where t is at least this (default 0)")
+    add("--guidance-high", type=float, default=1.0, help="guide where t is at most this (default 1)")
+    add("--path-type", choices=["linear", "cosine"], help="interpolant (default: the checkpoint's, else linear)")
+    add("--num-steps", type=int, default=50, help="sampler steps (default 50)")
+    add("--heun", action=flag, default=False, help="second order, ODE only (default off)")
+    add("--projector-embed-dims", help="teacher widths of the projectors, such as 768 (default: read from the checkpoint)")
+
+
+def checkpoint_weights(args):
+    """The checkpoint's EMA; fills in those of `args` that were not typed, from its args or the published defaults."""
+    checkpoint = load_checkpoint(args.ckpt)
+    published = {"model": "SiT-XL/2", "resolution": 256, "num_classes": 1000, "qk_norm": False, "path_type": "linear"}
+    for name, default in published.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, checkpoint["args"].get(name, default))
+    weights = checkpoint["ema"]
+    widths = [value.shape[0] for name, value in weights.items() if name.startswith("projectors.") and
+              name.endswith(".4.weight")]
+    if args.projector_embed_dims and args.projector_embed_dims != ",".join(map(str, widths)):
+        raise BadInput(f"--projector-embed-dims {args.projector_embed_dims}: {args.ckpt} has projectors to "
+                       f"{','.join(map(str, widths)) or 'nothing'}; leave the flag out.")
+    for name in ("per_proc_batch_size", "num_steps", "num_fid_samples"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
+    if args.heun and args.mode == "sde":
+        raise BadInput("--heun is for --mode ode; leave one of them out.")
+    return weights, widths
+
+
+def load_sit(args, vae_factor, device):
+    """The SiT of --ckpt in eval mode; latent size and channels follow from --resolution and the weights."""
+    weights, widths = checkpoint_weights(args)
+    if args.model not in SIT_CONFIGS:
+        raise BadInput(f"--model {args.model} is not known; use one of {', '.join(SIT_CONFIGS)}.")
+    config = SIT_CONFIGS[args.model]
+    patch, args.encoder_depth = config["patch_size"], args.encoder_depth or config["encoder_depth"]
+    if not 1 <= args.encoder_depth <= config["depth"]:
+        raise BadInput(f"--encoder-depth {args.encoder_depth} is outside 1 to {config['depth']}, the model's depth.")
+    if args.resolution % (vae_factor * patch):
+        raise BadInput(f"--resolution {args.resolution} is no multiple of {vae_factor * patch}, the VAE's factor "
+                       f"{vae_factor} times the patch of {args.model}.")
+    hidden = [value.shape[0] for name, value in weights.items() if name == "projectors.0.0.weight"]
+    model = SiT_models[args.model](
+        input_size=args.resolution // vae_factor, in_channels=weights["x_embedder.proj.weight"].shape[1],
+        num_classes=args.num_classes, encoder_depth=args.encoder_depth, z_dims=widths, qk_norm=args.qk_norm,
+        fused_attn=args.fused_attn, **({"projector_dim": hidden[0]} if hidden else {}))
+    load_weights(model, weights, args.ckpt)
+    return model.to(device).eval()
+
+
+def is_finished(path, resolution):
+    """Whether `path` is a complete PNG of the right size."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture.mode == "RGB" and picture.size == (resolution, resolution)
+    except (OSError, SyntaxError):
+        return False
+
+
+def sample_folder(args, name):
+    """Folder of this run's PNGs; refuses one that was made with other settings, since its pictures would mix."""
+    high = args.guidance_high
+    folder = Path(args.sample_dir) / (f"{name}-{Path(args.ckpt).stem}-size-{args.resolution}-vae-{Path(args.vae).name}-cfg-"
+                                      f"{args.cfg_scale}-seed-{args.global_seed}-{args.mode}-high-{high}")
+    ignored = ("sample_dir", "num_fid_samples", "per_proc_batch_size", "tf32", "fused_attn", "projector_embed_dims")
+    settings = {key: value for key, value in vars(args).items() if key not in ignored}
+    path = folder / "settings.json"
+    if path.is_file() and (old := json.loads(path.read_text())) != settings:
+        changed = [f"{key} {old.get(key)} -> {settings.get(key)}" for key in {**old, **settings}
+                   if old.get(key) != settings.get(key)]
+        raise BadInput(f"{folder} holds images of other settings ({', '.join(changed)}); delete it or name another "
+                       "--sample-dir.")
+    state = PartialState()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        with atomic_write(path, "w") as file:
+            json.dump(settings, file, indent=2)
+    return folder
+
+
+def make_images(args, folder, model, vae, condition, path_of):
+    """Sample and save this process's share of the images that are not there yet.
+
+    Batch b of the global list belongs to process b % processes. The last batch is filled up, as other shapes can round
+    otherwise. condition(i, rng) -> y of image i; model, y and y_null as samplers.guided takes them.
+    """
+    state, size = PartialState(), min(args.per_proc_batch_size, args.num_fid_samples)
+    share = [i for i in range(args.num_fid_samples) if i // size % state.num_processes == state.process_index]
+    todo = [i for i in share if not is_finished(path_of(i), args.resolution)]
+    for start in tqdm(range(0, len(todo), size), unit="batch", disable=not state.is_main_process):
+        batch = todo[start:start + size]
+        ids = batch + [batch[-1]] * (size - len(batch))
+        streams = [np.random.default_rng((args.global_seed, i)) for i in ids]
+        y, y_null = (torch.stack(c).to(state.device) for c in zip(
+            *(condition(i, rng) for i, rng in zip(ids, streams, strict=True)), strict=True))
+        z = np.stack([rng.standard_normal(model.latent_shape, dtype=np.float32) for rng in streams])
+        z = torch.from_numpy(z).to(state.device)
+        velocity = guided(model, y, y_null, args.cfg_scale, args.guidance_low, args.guidance_high)
+        if args.mode == "sde":
+            latents = euler_maruyama_sampler(velocity, z, args.num_steps, args.path_type, noise_of(streams))
+        else:
+            latents = euler_sampler(velocity, z, args.num_steps, args.heun)
+        for i, image in zip(batch, vae.decode(latents).permute(0, 2, 3, 1).cpu().numpy()[:len(batch)], strict=True):
+            with atomic_write(path_of(i)) as file:
+                Image.fromarray(image).save(file, "PNG")
+    state.wait_for_everyone()
+
+
+def noise_of(streams):
+    """noise(x) for the SDE sampler: one stream of float64 normals per image."""
+    def noise(x):
+        return torch.from_numpy(np.stack([rng.standard_normal(x.shape[1:]) for rng in streams])).to(x.device)
+    return noise
+
+
+def write_npz(path, paths, resolution):
+    """`arr_0` uint8 (n, R, R, 3) from PNG files, one picture in memory at a time."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), resolution, resolution, 3)}
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, \
+            archive.open("arr_0.npy", "w", force_zip64=True) as array:
+        np.lib.format.write_array_header_1_0(array, header)
+        for picture in paths:
+            array.write(np.asarray(Image.open(picture).convert("RGB")).tobytes())
+
+
+def write_outputs(args, folder, path_of, columns):
+    """The .npz of all images and the grid of the first ones, by the main process."""
+    if not PartialState().is_main_process:
+        return
+    paths = [path_of(i) for i in range(args.num_fid_samples)]
+    write_npz(folder.with_name(folder.name + ".npz"), paths, args.resolution)
+    first = torch.from_numpy(np.stack([np.array(Image.open(path)) for path in paths[:GRID_IMAGES]])).permute(0, 3, 1, 2)
+    with atomic_write(folder.with_name(folder.name + "-grid.png")) as file:
+        Image.fromarray(image_grid(first, columns)).save(file, "PNG")
+    print(f"{len(paths)} images in {folder}, with {folder.name}.npz and {folder.name}-grid.png beside it")
+
+
+def setup(args):
+    """Process state, VAE and switches shared by both sampling scripts."""
+    state = PartialState(cpu=not torch.cuda.is_available())
+    torch.set_grad_enabled(False)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    return state, VAE(VAES.get(args.vae, args.vae), state.device)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_sampling_arguments(parser)
+    add = parser.add_argument
+    add("--model", choices=SIT_CONFIGS, help="default: the checkpoint's, else SiT-XL/2")
+    add("--num-classes", type=int, help="default: the checkpoint's, else 1000")
+    add("--encoder-depth", type=int, help="1-based depth of the projector, which sampling does not use (default: the "
+        "model's)")
+    add("--qk-norm", action=argparse.BooleanOptionalAction, default=None, help="default: the checkpoint's, else off")
+    add("--num-fid-samples", type=int, default=50_000, help="images to make (default 50000)")
+    add("--labels", choices=["random", "balanced"], default="random",
+        help="classes drawn at random, or i mod classes (default random)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    state, vae = setup(args)
+    model = load_sit(args, vae.factor, state.device)
+    folder = sample_folder(args, args.model.replace("/", "-"))
+
+    def condition(i, rng):
+        label = int(rng.integers(args.num_classes)) if args.labels == "random" else i % args.num_classes
+        return torch.tensor(label), torch.tensor(model.null_label)
+
+    def path_of(i):
+        return folder / f"{i:06d}.png"
+
+    make_images(args, folder, model, vae, condition, path_of)
+    few = args.num_classes if args.labels == "balanced" and args.num_classes <= 16 else None
+    write_outputs(args, folder, path_of, columns=few or math.ceil(math.sqrt(min(GRID_IMAGES, args.num_fid_samples))))
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_script(main)

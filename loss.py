@@ -1,0 +1,119 @@
+"""The losses of HASTE (arXiv 2505.16792): velocity matching, feature alignment and attention alignment."""
+import math
+
+import torch
+import torch.nn.functional as F
+
+from models.layers import QK
+
+
+def interpolant(t, path_type="linear"):
+    """x_t = alpha x + sigma eps; t = 1 is noise. -> alpha, sigma and their derivatives by t, each shaped like t."""
+    if path_type == "linear":
+        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+    if path_type == "cosine":
+        angle = math.pi / 2 * t
+        return angle.cos(), angle.sin(), -math.pi / 2 * angle.sin(), math.pi / 2 * angle.cos()
+    raise ValueError(f"path_type is {path_type!r}; use 'linear' or 'cosine'")
+
+
+def sample_t(u, weighting="uniform", path_type="linear"):
+    """Map u (N,), uniform in (0, 1), to training times t (N,) in (0, 1).
+
+    lognormal: with n = Phi^-1(u) a standard normal and s = exp(n) = sigma / alpha, t = s / (1 + s) on the linear path
+    and 2 / pi atan(s) on the cosine path.
+    """
+    if weighting == "uniform":
+        return u
+    if weighting == "lognormal":
+        s = torch.special.ndtri(u.double()).exp()
+        t = s / (1 + s) if path_type == "linear" else 2 / math.pi * s.atan()
+        return t.to(u.dtype)
+    raise ValueError(f"weighting is {weighting!r}; use 'uniform' or 'lognormal'")
+
+
+def resample_tokens(tokens, count):
+    """Bilinear resampling on the square 2-D map: (N, T, C) -> (N, count, C)."""
+    if tokens.shape[1] == count:
+        return tokens
+    side, new = math.isqrt(tokens.shape[1]), math.isqrt(count)
+    if side * side != tokens.shape[1] or new * new != count:
+        raise ValueError(f"cannot resample {tokens.shape[1]} tokens to {count}: both must fill a square")
+    grid = tokens.transpose(1, 2).unflatten(2, (side, side))
+    return F.interpolate(grid, size=(new, new), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+
+
+def feature_loss(projected, target):
+    """L_feat = -mean cos(target, projected) over batch and tokens: (N, T, C) and (N, T', C) -> scalar.
+
+    Normalised in float32: float16 here turns into NaN after some 70K steps. A target on another token grid is
+    resampled to the student's.
+    """
+    target = resample_tokens(target.float(), projected.shape[1])
+    return -F.cosine_similarity(projected.float(), target, dim=-1).mean()
+
+
+def resample_qk(qk, count):
+    """QK of a grid of `count` tokens, whose logits are those of `qk` resampled over keys, then over queries.
+
+    Bilinear resampling is linear and so are the logits in q and in k: resampling both does it without a T x T map.
+    """
+    def resample(heads):
+        n, h, t, d = heads.shape
+        return resample_tokens(heads.reshape(n * h, t, d), count).reshape(n, h, count, d)
+
+    return qk if qk.q.shape[2] == count else QK(resample(qk.q), resample(qk.k), qk.scale)
+
+
+def attention_loss(student, teacher, num_heads=12):
+    """L_attn: cross-entropy of the student's attention maps against the teacher's, mean over all rows and pairs.
+
+    `student`, `teacher`: one QK per pair, (N, H, T, d) each -> scalar. The first `num_heads` heads are compared, or as
+    many as both sides have. float32 and log-softmax: log(softmax) is -inf, and the loss NaN, on saturated rows.
+    """
+    losses = []
+    for s, t in zip(student, teacher, strict=True):
+        t = resample_qk(t, s.q.shape[2])
+        heads = min(num_heads, s.q.shape[1], t.q.shape[1])
+        log_q, p = (QK(qk.q[:, :heads].float(), qk.k[:, :heads].float(), qk.scale).logits() for qk in (s, t))
+        losses.append(-(p.softmax(dim=-1) * log_q.log_softmax(dim=-1)).sum(dim=-1).mean())
+    return torch.stack(losses).mean()
+
+
+class SILoss:
+    """All losses of one batch. `attn_pairs` = (student block, teacher block), 0-based; () leaves attention out."""
+
+    def __init__(self, path_type="linear", weighting="uniform", attn_pairs=((4, 8), (5, 9), (6, 10), (7, 11)),
+                 num_heads=12):
+        self.path_type, self.weighting = path_type, weighting
+        self.attn_pairs, self.num_heads = tuple(attn_pairs), num_heads
+
+    def __call__(self, model, x, y, teacher=None, t=None, noise=None):
+        """Latents x (N, C, R, R), condition y -> dict(denoise (N,), feature scalar, attention scalar), float32.
+
+        `teacher` is an Alignment of the same images, or None in Phase II: then there is only `denoise` and no tap is
+        open. `t` (N,) and `noise` like x are drawn when not given.
+        """
+        if t is None:
+            t = sample_t(torch.rand(len(x), device=x.device), self.weighting, self.path_type)
+        if noise is None:
+            noise = torch.randn_like(x)
+        alpha, sigma, d_alpha, d_sigma = (a[:, None, None, None] for a in interpolant(t, self.path_type))
+        x_t, target = alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
+        if teacher is None:
+            return {"denoise": mean_flat((model(x_t, t, y).float() - target) ** 2)}
+        v, student = model(x_t, t, y, return_alignment=True)
+        losses = {"denoise": mean_flat((v.float() - target) ** 2)}
+        zero = losses["denoise"].new_zeros(())
+        features = [feature_loss(p, z) for p, z in zip(student.features, teacher.features, strict=True)] \
+            if teacher.features else [zero]
+        losses["feature"] = torch.stack(features).mean()
+        losses["attention"] = attention_loss(
+            [student.attention[s] for s, _ in self.attn_pairs], [teacher.attention[e] for _, e in self.attn_pairs],
+            self.num_heads) if self.attn_pairs else zero
+        return losses
+
+
+def mean_flat(x):
+    """Mean over all axes but the batch: (N, ...) -> (N,)."""
+    return x.flatten(1).mean(dim=1)

@@ -1,0 +1,153 @@
+"""Building blocks of the diffusion transformers. Module names are those of the published state dicts."""
+import math
+from collections import namedtuple
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class QK(namedtuple("QK", ("q", "k", "scale"))):
+    """Queries and keys of one attention layer, (N, H, T, d) each, and the scale of their logits (default d ** -0.5)."""
+
+    __slots__ = ()
+
+    def __new__(cls, q, k, scale=None):
+        return super().__new__(cls, q, k, q.shape[-1] ** -0.5 if scale is None else scale)
+
+    def logits(self):
+        """(N, H, T, T) = scale * q k^T; a softmax over the last axis gives the attention map."""
+        return self.scale * self.q @ self.k.transpose(-2, -1)
+
+
+class Alignment(NamedTuple):
+    """What alignment needs of one forward pass, of a student or of a teacher."""
+
+    features: list  # (N, T, C) per teacher
+    attention: dict  # {block: QK}
+
+
+class PatchEmbed(nn.Module):
+    """Image (N, C, R, R) -> tokens (N, T, D), T = (R / patch) ** 2, row by row."""
+
+    def __init__(self, patch_size, in_channels, hidden_size):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def unpatchify(tokens, patch_size):
+    """Tokens (N, T, p * p * C) -> image (N, C, R, R), the channel running fastest inside a token."""
+    n, t, _ = tokens.shape
+    side = math.isqrt(t)
+    x = tokens.reshape(n, side, side, patch_size, patch_size, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, side * patch_size, side * patch_size)
+
+
+def sincos_1d(dim, position):
+    """Positions (T,) -> (T, dim): sines, then cosines, of dim / 2 frequencies from 1 down to 1 / 10,000."""
+    omega = 10_000 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+    angle = position.double()[:, None] * omega
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def sincos_2d(dim, side):
+    """Fixed position table (1, side * side, dim), float32; the column's code comes first (MAE's convention)."""
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    table = torch.cat([sincos_1d(dim // 2, column.flatten()), sincos_1d(dim // 2, row.flatten())], dim=1)
+    return table.float()[None]
+
+
+class TimestepEmbedder(nn.Module):
+    """t (N,) in [0, 1] -> (N, D): a 256-wide sinusoid of t itself, cosines first, then an MLP."""
+
+    WIDTH = 256
+    MAX_PERIOD = 10_000
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.WIDTH, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t):
+        half = self.WIDTH // 2
+        frequency = torch.exp(-math.log(self.MAX_PERIOD) * torch.arange(half, device=t.device).float() / half)
+        angle = t.float()[:, None] * frequency
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (N,) -> (N, D); the last row, index `num_classes`, stands for no label."""
+
+    def __init__(self, num_classes, hidden_size, null_row=True):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + null_row, hidden_size)
+
+    def forward(self, labels):
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. `fused` picks scaled_dot_product_attention; the plain form writes the map out."""
+
+    def __init__(self, hidden_size, num_heads, qk_norm=False, fused=True):
+        super().__init__()
+        self.num_heads, self.fused = num_heads, fused
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        head_size = hidden_size // num_heads
+        self.q_norm = nn.LayerNorm(head_size) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_size) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x):
+        """(N, T, D) -> (N, T, D) and the QK behind it, which costs nothing to hand on."""
+        n, t, d = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (N, H, T, d) each
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if self.fused:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = QK(q, k).logits().softmax(dim=-1) @ v
+        return self.proj(out.transpose(1, 2).reshape(n, t, d)), QK(q, k)
+
+
+class Mlp(nn.Module):
+    def __init__(self, hidden_size, mlp_ratio):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, int(hidden_size * mlp_ratio))
+        self.fc2 = nn.Linear(int(hidden_size * mlp_ratio), hidden_size)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def layer_norm(hidden_size):
+    """LayerNorm whose scale and shift come from adaLN."""
+    return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+
+
+def modulate(x, shift, scale):
+    """adaLN: tokens (N, T, D), shift and scale (N, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class FinalLayer(nn.Module):
+    """Tokens (N, T, D), condition (N, D) -> (N, T, p * p * C)."""
+
+    def __init__(self, hidden_size, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = layer_norm(hidden_size)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def projector(hidden_size, projector_dim, z_dim):
+    """REPA's projection head: student width -> teacher width."""
+    return nn.Sequential(nn.Linear(hidden_size, projector_dim), nn.SiLU(), nn.Linear(projector_dim, projector_dim),
+                         nn.SiLU(), nn.Linear(projector_dim, z_dim))

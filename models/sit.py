@@ -1,0 +1,137 @@
+"""SiT: a class-conditional diffusion transformer on image latents, with taps for alignment (HASTE, arXiv 2505.16792)."""
+import functools
+
+from torch import nn
+
+from models.layers import (
+    Alignment,
+    Attention,
+    FinalLayer,
+    LabelEmbedder,
+    Mlp,
+    PatchEmbed,
+    TimestepEmbedder,
+    layer_norm,
+    modulate,
+    projector,
+    sincos_2d,
+    unpatchify,
+)
+
+# Size, and the alignment recipe of the paper (Table 16, appendix B): encoder_depth is 1-based, attn_pairs are
+# (student block, teacher block), 0-based. S has no published recipe and takes B's; T is ours, for the embedded data.
+SIZES = {
+    "T": {"depth": 5, "hidden_size": 160, "num_heads": 5, "projector_dim": 256, "encoder_depth": 3,
+          "attn_pairs": ((1, 7), (2, 9)), "early_stop_point": 800},
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6, "encoder_depth": 5,
+          "attn_pairs": ((2, 7), (3, 9), (4, 11)), "early_stop_point": 100_000},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12, "encoder_depth": 5,
+          "attn_pairs": ((2, 7), (3, 9), (4, 11)), "early_stop_point": 100_000},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16, "encoder_depth": 8,
+          "attn_pairs": ((4, 8), (5, 9), (6, 10), (7, 11)), "early_stop_point": 250_000},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16, "encoder_depth": 8,
+           "attn_pairs": ((4, 8), (5, 9), (6, 10), (7, 11)), "early_stop_point": 250_000},
+}
+SIT_CONFIGS = {f"SiT-{size}/{patch}": dict(config, patch_size=patch) for size, config in SIZES.items()
+               for patch in ((2,) if size == "T" else (2, 4, 8))}
+
+
+class SiTBlock(nn.Module):
+    """Transformer block with adaLN-zero: attention, then MLP, each shifted, scaled and gated by the condition."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm, fused_attn):
+        super().__init__()
+        self.norm1 = layer_norm(hidden_size)
+        self.attn = Attention(hidden_size, num_heads, qk_norm, fused_attn)
+        self.norm2 = layer_norm(hidden_size)
+        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x, c):
+        """Tokens (N, T, D), condition (N, D) -> tokens (N, T, D) and the block's QK."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        attended, qk = self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        x = x + gate_a[:, None] * attended
+        x = x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        return x, qk
+
+
+class SiT(nn.Module):
+    """Latents in, velocity out. Sizes are in SIT_CONFIGS; labels are dropped by the training step, not in here.
+
+    `attn_layers` (0-based) and `encoder_depth` (1-based) say where q, k and features are tapped, `z_dims` holds one
+    teacher width per projector. `fused_attn=False` writes each attention map out instead of using the fused kernel.
+    """
+
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, encoder_depth=8, attn_layers=(4, 5, 6, 7),
+                 z_dims=(768,), projector_dim=2048, qk_norm=False, fused_attn=True):
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"input_size {input_size} is no multiple of patch_size {patch_size}")
+        if not 1 <= encoder_depth <= depth or any(not 0 <= layer < depth for layer in attn_layers):
+            raise ValueError(f"encoder_depth {encoder_depth} or attn_layers {attn_layers} outside a depth of {depth}")
+        self.patch_size, self.in_channels, self.input_size = patch_size, in_channels, input_size
+        self.num_classes, self.encoder_depth, self.attn_layers = num_classes, encoder_depth, tuple(attn_layers)
+        side = input_size // patch_size
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_row=class_dropout_prob > 0)
+        self.pos_embed = nn.Parameter(sincos_2d(hidden_size, side), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, fused_attn) for _ in range(depth))
+        self.projectors = nn.ModuleList(projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        self.init_weights()
+
+    @property
+    def latent_shape(self):
+        return self.in_channels, self.input_size, self.input_size
+
+    @property
+    def null_label(self):
+        """The label that stands for no condition: the last row of the table."""
+        return self.num_classes
+
+    def init_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        # The patch convolution is a linear layer on p * p * C inputs.
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        # Conditions start small, as in DiT.
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        # adaLN-zero: every block starts as the identity, the network as v = 0.
+        for block in [*self.blocks, self.final_layer]:
+            nn.init.zeros_(block.adaLN_modulation[1].weight)
+            nn.init.zeros_(block.adaLN_modulation[1].bias)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.bias)
+
+    def forward(self, x, t, y, return_alignment=False):
+        """x (N, C, R, R), t (N,), y (N,) int -> v (N, C, R, R), with `return_alignment` also the Alignment."""
+        tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        features, attention = [], {}
+        for i, block in enumerate(self.blocks):
+            tokens, qk = block(tokens, c)
+            if return_alignment and i in self.attn_layers:
+                attention[i] = qk
+            if return_alignment and i + 1 == self.encoder_depth:
+                features = [project(tokens) for project in self.projectors]  # (N, T, z_dim) each
+        v = unpatchify(self.final_layer(tokens, c), self.patch_size)
+        return (v, Alignment(features, attention)) if return_alignment else v
+
+
+def build_sit(name, **kwargs):
+    """The SiT called `name`, such as 'SiT-XL/2', aligned as in its row of SIT_CONFIGS unless `kwargs` say otherwise."""
+    config = dict(SIT_CONFIGS[name])
+    pairs, _ = config.pop("attn_pairs"), config.pop("early_stop_point")
+    return SiT(**{**config, "attn_layers": tuple(student for student, _ in pairs), **kwargs})
+
+
+SiT_models = {name: functools.partial(build_sit, name) for name in SIT_CONFIGS}

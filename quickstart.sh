@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The whole pipeline on the embedded emoji data: data, training with alignment and its stop, samples. Run it by
+# `make quickstart`. Every command is printed before it runs, so that each can be repeated or changed by hand.
+# `make quickstart QUICKSTART=short` takes a few steps only and shows that everything works.
+set -euo pipefail
+
+steps=1600 stop=800 every=400 images=72 name=quickstart
+if [ "${1:-full}" = short ]; then steps=40 stop=20 every=40 images=9 name=quickstart-short; fi
+precision=no
+python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && precision=bf16
+
+stages=()
+stage() {  # stage NAME COMMAND...: print, run, time
+    local title=$1 begin=$SECONDS
+    shift
+    printf '\n== %s\n+ %s\n' "$title" "$*"
+    "$@"
+    stages+=("$(printf '%-10s %4d s' "$title" $((SECONDS - begin)))")
+    echo "== ${stages[-1]}"
+}
+
+stage data python preprocessing/embedded.py --dest data/emoji --vae assets/vae-emoji
+stage train python train.py --exp-name $name --model SiT-T/2 --resolution 64 --num-classes 9 \
+    --data-dir data/emoji/train --vae assets/vae-emoji \
+    --enc-type dinov2-vit-s --enc-weights data/emoji/teacher.safetensors --enc-blocks 10 \
+    --teacher-cache data/emoji/teacher-cache --early-stop-point $stop --max-train-steps $steps \
+    --checkpointing-steps $every --sampling-steps $every --batch-size 32 --learning-rate 1e-3 --ema-decay 0.995 \
+    --mixed-precision $precision --num-workers 0 --report-to none
+stage curves python evaluations/curves.py exps/$name
+stage sample python generate.py --ckpt exps/$name/checkpoints/"$(printf %07d $steps)".pt --vae assets/vae-emoji \
+    --sample-dir samples/$name --num-fid-samples $images --labels balanced --cfg-scale 3 --num-steps 30 \
+    --per-proc-batch-size 36
+
+printf '\n%s\n' "${stages[@]}"
+printf '%-10s %4d s\n' total $SECONDS
+echo "Look at: samples/$name/*-grid.png (a column per class: $(tr -d '[]"' < data/emoji/classes.json)),"
+echo "         exps/$name/curves.png, exps/$name/previews/"

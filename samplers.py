@@ -1,0 +1,78 @@
+"""Samplers: from noise (t = 1) to data (t = 0) along velocity(x, t). The state is float64 throughout.
+
+A velocity knows nothing of sampling and a sampler nothing of conditions: `guided` makes the one for the other.
+"""
+import itertools
+
+import torch
+
+from loss import interpolant
+
+
+def guided(model, y, y_null, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0):
+    """Classifier-free guidance on an interval of t: v_null + w (v_y - v_null) where low <= t <= high, else v_y.
+
+    model(x, t (N,), y) -> v; y and y_null are conditions of the whole batch. Returns velocity(x (N, ...), t a scalar or
+    (N,)) -> float64 like x. The batch is doubled only where guidance acts. The t of the evaluation itself decides;
+    the published code decides Heun's corrector by the step's earlier t.
+    """
+    both = torch.cat([y, y_null])
+
+    def velocity(x, t):
+        t = torch.as_tensor(t)  # a plain number stays on the CPU: deciding by it must not wait for the device
+        inside = (guidance_low <= t) & (t <= guidance_high) & (cfg_scale > 1)
+        times = t.to(x.device, x.dtype).expand(len(x))
+        if not inside.any():
+            return model(x, times, y).double()
+        v, v_null = model(torch.cat([x, x]), torch.cat([times, times]), both).double().chunk(2)
+        if inside.dim() == 0:
+            return v_null + cfg_scale * (v - v_null)
+        inside = inside.to(x.device).reshape(-1, *[1] * (x.dim() - 1))
+        return torch.where(inside, v_null + cfg_scale * (v - v_null), v)
+
+    return velocity
+
+
+@torch.no_grad()
+def euler_sampler(velocity, latents, num_steps=50, heun=False):
+    """Probability-flow ODE on linspace(1, 0, num_steps + 1): latents (N, ...) -> float64 (N, ...).
+
+    velocity sees x in the dtype of `latents`. `heun` corrects every step but the last.
+    """
+    dtype, x = latents.dtype, latents.double()
+    times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
+    for i, (t, t_next) in enumerate(itertools.pairwise(times)):
+        v = velocity(x.to(dtype), t).double()
+        x_next = x + (t_next - t) * v
+        if heun and i < num_steps - 1:
+            v_next = velocity(x_next.to(dtype), t_next).double()
+            x_next = x + (t_next - t) * (v + v_next) / 2
+        x = x_next
+    return x
+
+
+def score_from_velocity(v, x, t, path_type="linear"):
+    """Score of p_t at x: s = (r v - x) / var with r = alpha / d_alpha, var = sigma^2 - r d_sigma sigma; t a scalar or (N,)."""
+    t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+    t = t.reshape(-1, *[1] * (x.dim() - 1)) if t.dim() else t
+    alpha, sigma, d_alpha, d_sigma = interpolant(t, path_type)
+    r = alpha / d_alpha
+    return (r * v - x) / (sigma ** 2 - r * d_sigma * sigma)
+
+
+@torch.no_grad()
+def euler_maruyama_sampler(velocity, latents, num_steps=250, path_type="linear", noise=torch.randn_like):
+    """Reverse SDE with diffusion w(t) = 2 t on linspace(1, 0.04, num_steps), then a last step to 0 without noise.
+
+    latents (N, ...) -> float64 (N, ...). noise(x) gives one float64 standard normal like x per stochastic step; give a
+    function with a stream per image to make each image independent of its batch.
+    """
+    dtype, x = latents.dtype, latents.double()
+    times = [*torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]
+    for t, t_next in itertools.pairwise(times):
+        dt, w = t_next - t, 2 * t
+        v = velocity(x.to(dtype), t).double()
+        drift = v - w / 2 * score_from_velocity(v, x, t, path_type)
+        eps = noise(x) if t_next > 0 else 0  # the last step is drift alone
+        x = x + drift * dt + (w * -dt) ** 0.5 * eps
+    return x

@@ -1,0 +1,92 @@
+"""A tiny data set in the ImageNet layout, a small random teacher file, and running the scripts by their command lines."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["HF_HUB_OFFLINE"] = "1"
+CLASSES = 4
+
+
+def write_tiny_data(folder, count=64, resolution=64, factor=4):
+    """`count` images, each of one colour per class with some noise, and latents that follow the class too."""
+    rng = np.random.default_rng(0)
+    labels = {"images": [], "vae-sd": []}
+    for i in range(count):
+        label, idx8 = i % CLASSES, f"{i:08d}"
+        pixels = np.clip(60 * label + 30 + rng.normal(0, 10, (resolution, resolution, 3)), 0, 255).astype(np.uint8)
+        side = resolution // factor
+        mean = 5.5 * (label - 1.5) + rng.normal(0, 1, (4, side, side))
+        moments = np.concatenate([mean, np.full((4, side, side), 0.1)]).astype(np.float32)
+        names = {"images": f"{idx8[:5]}/img{idx8}.png", "vae-sd": f"{idx8[:5]}/img-mean-std-{idx8}.npy"}
+        for kind, name in names.items():
+            (folder / kind / idx8[:5]).mkdir(parents=True, exist_ok=True)
+            labels[kind].append([name, label])
+        Image.fromarray(pixels).save(folder / "images" / names["images"])
+        np.save(folder / "vae-sd" / names["vae-sd"], moments)
+    for kind, entries in labels.items():
+        (folder / kind / "dataset.json").write_text(json.dumps({"labels": entries}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """64 entries at 64 px; tests must not change it."""
+    return write_tiny_data(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Eight entries that a test may damage."""
+    return write_tiny_data(tmp_path / "data", count=8)
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory):
+    """A randomly initialised DINOv2 ViT-S saved as torch.hub has it (with the mask token)."""
+    torch.manual_seed(0)
+    state = timm.create_model("vit_small_patch14_dinov2", num_classes=0).state_dict()
+    path = tmp_path_factory.mktemp("teacher") / "dinov2_vits14_pretrain.pth"
+    torch.save({**state, "mask_token": torch.zeros(1, 384)}, path)
+    return path
+
+
+def script(name, *arguments, processes=1, check=True, env=None):
+    """Run a script of the project; with several processes under torchrun on the CPU. Returns the finished process."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "",
+                   **(env or {})}
+    done = subprocess.run([*command, str(ROOT / name), *map(str, arguments)], check=False, capture_output=True,
+                          text=True, cwd=ROOT, env=environment, timeout=300)
+    if check:
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def call_main(monkeypatch, module, *arguments):
+    """The script's main() with this command line inside the test's process, on the CPU: imports cost seconds."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()  # accelerate's, of the call before
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    with torch.enable_grad():  # generate.py turns gradients off for its whole process
+        module.main()
+
+
+def train_arguments(data, out, *more):
+    """A run of SiT-T/2 on the tiny data: 6 steps, or as `more` says."""
+    return ["--exp-name", "run", "--output-dir", str(out), "--data-dir", str(data), "--model", "SiT-T/2", "--resolution", "64",
+            "--num-classes", str(CLASSES), "--batch-size", "8", "--mixed-precision", "no", "--report-to", "none",
+            "--num-workers", "0", "--log-every", "1", "--sampling-steps", "0", "--max-train-steps", "6",
+            "--enc-type", "dinov2-vit-s", "--enc-blocks", "10", "--learning-rate", "1e-3", *map(str, more)]

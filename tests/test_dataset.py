@@ -1,0 +1,135 @@
+"""The ImageNet layout: what is read, in which order, and one sentence with the file's name for each damage."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset import LatentImages, StepBatches, process_places, step_draws
+from encoders import VAE
+from files import BadInput
+from tests.conftest import CLASSES
+
+
+def test_reads_what_was_written(tiny_data):
+    dataset = LatentImages(tiny_data, 64, CLASSES)
+    item = dataset[5]
+    assert len(dataset) == 64 and item["y"] == 1 and item["position"] == 5
+    with Image.open(tiny_data / "images/00000/img00000005.png") as picture:
+        assert np.array_equal(item["image"].permute(1, 2, 0), np.asarray(picture))
+    moments = np.load(tiny_data / "vae-sd/00000/img-mean-std-00000005.npy")
+    assert np.array_equal(item["moments"], moments)
+    z = VAE.latents(item["moments"][None], torch.full((1, 4, 16, 16), 2.0))
+    torch.testing.assert_close(z[0], torch.from_numpy(moments[:4] + 2 * moments[4:]) * 0.18215)
+
+
+def test_no_image_is_opened_in_phase_two(tiny_data, monkeypatch):
+    dataset = LatentImages(tiny_data, 64, CLASSES)
+    dataset.images = False
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("an image was opened"))
+    assert "image" not in dataset[0]
+
+
+def edit_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+IMAGE, LATENT = "images/00000/img00000003.png", "vae-sd/00000/img-mean-std-00000003.npy"
+DAMAGE = {
+    "no folder": (lambda d: (d / "vae-sd").rename(d / "other"), "vae-sd.*does not exist"),
+    "no image": (lambda d: (d / IMAGE).unlink(), "no image of index 00000003"),
+    "no latent": (lambda d: (d / LATENT).unlink(), "no latent of index 00000003"),
+    "image without entry": (lambda d: (d / IMAGE).with_name("img00000099.png").write_bytes((d / IMAGE).read_bytes()),
+                            "img00000099.png has no label"),
+    "duplicate index": (lambda d: (d / IMAGE).with_name("copy3.png").write_bytes((d / IMAGE).read_bytes()), "same index"),
+    "no number": (lambda d: (d / IMAGE).rename((d / IMAGE).with_name("cat.png")), "cat.png has no index"),
+    "truncated latent": (lambda d: (d / LATENT).write_bytes((d / LATENT).read_bytes()[:500]),
+                         "img-mean-std-00000003.npy has 500 bytes"),
+    "latent of another shape": (lambda d: np.save(d / LATENT, np.zeros((8, 8, 8), np.float32)),
+                                "img-mean-std-00000003.npy"),
+    "label too high": (lambda d: edit_json(d / "images/dataset.json", lambda c: c["labels"][3].__setitem__(1, 4)),
+                       "images/dataset.json: the label of index 3 is 4"),
+    "label a string": (lambda d: edit_json(d / "images/dataset.json", lambda c: c["labels"][3].__setitem__(1, "cat")),
+                       "index 3 is cat"),
+    "labels differ": (lambda d: edit_json(d / "vae-sd/dataset.json", lambda c: c["labels"][3].__setitem__(1, 0)),
+                      "index 3 has label"),
+    "no labels": (lambda d: [edit_json(d / k / "dataset.json", lambda c: c.update(labels=None))
+                             for k in ("images", "vae-sd")], "no labels"),
+    "json of another shape": (lambda d: (d / "images/dataset.json").write_text("[1, 2]"), "dataset.json is not of the form"),
+    "json broken": (lambda d: (d / "images/dataset.json").write_text('{"labels": [['), "dataset.json is not of the form"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_seen_before_training(data, name):
+    damage, message = DAMAGE[name]
+    LatentImages(data, 64, CLASSES)
+    damage(data)
+    with pytest.raises(BadInput, match=message):
+        LatentImages(data, 64, CLASSES)
+
+
+def save_objects(d):
+    np.save(d / LATENT, np.array([{}], dtype=object), allow_pickle=True)
+
+
+def with_nan(d):
+    moments = np.load(d / LATENT)
+    moments[0, 0, 0] = np.nan
+    np.save(d / LATENT, moments)
+
+
+AT_READING = {
+    "truncated image": (lambda d: (d / IMAGE).write_bytes((d / IMAGE).read_bytes()[:200]), "img00000003.png is no readable"),
+    "text for image": (lambda d: (d / IMAGE).write_text("hello"), "img00000003.png is no readable"),
+    "image of another size": (lambda d: Image.new("RGB", (32, 32)).save(d / IMAGE), "RGB of 32x32"),
+    "image with alpha": (lambda d: Image.new("RGBA", (64, 64)).save(d / IMAGE), "RGBA of 64x64"),
+    "object latent": (save_objects, "img-mean-std-00000003.npy is no readable"),
+    "nan": (with_nan, "img-mean-std-00000003.npy holds"),
+}
+
+
+@pytest.mark.parametrize("name", AT_READING)
+def test_damage_seen_when_read(data, name):
+    dataset = LatentImages(data, 64, CLASSES)
+    AT_READING[name][0](data)
+    with pytest.raises(BadInput, match=AT_READING[name][1]):
+        dataset[3]
+
+
+def test_wrong_resolution(data):
+    with pytest.raises(BadInput, match="RGB of 64x64; expected RGB of 128x128"):
+        LatentImages(data, 128, CLASSES)
+    with pytest.raises(BadInput, match="--resolution 40"):
+        LatentImages(data, 40, CLASSES)
+
+
+def test_null_labels_in_one_folder(data):
+    edit_json(data / "vae-sd/dataset.json", lambda c: c.update(labels=None))
+    assert LatentImages(data, 64, CLASSES)[3]["y"] == 3
+
+
+def test_order_is_a_function_of_seed_and_step():
+    """Each epoch shows every entry once, and any start, process count and accumulation see the same global batches."""
+    whole = [batch for batch in StepBatches(10, 4, 0, 0, 10)]
+    flat = [i for batch in whole for i in batch]
+    for epoch in range(4):
+        assert sorted(flat[10 * epoch:10 * epoch + 10]) == list(range(10))
+    assert flat[:10] != flat[10:20]
+    assert list(StepBatches(10, 4, 0, 6, 10)) == whole[6:]
+    assert list(StepBatches(10, 4, 1, 0, 10)) != whole
+    parts = [list(StepBatches(10, 4, 0, 0, 10, process=p, processes=2, accumulation=2)) for p in range(2)]
+    for step, batch in enumerate(whole):
+        assert [i for a in range(2) for p in range(2) for i in parts[p][2 * step + a]] == batch
+
+
+def test_draws_are_a_function_of_seed_and_step():
+    a, b = step_draws(0, 7, 8, (4, 2, 2)), step_draws(0, 7, 8, (4, 2, 2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["noise"], step_draws(0, 8, 8, (4, 2, 2))["noise"])
+    assert not torch.equal(a["noise"], step_draws(1, 7, 8, (4, 2, 2))["noise"])
+    places = [process_places(8, p, 2, 2, micro) for micro in range(2) for p in range(2)]
+    assert [i for s in places for i in range(s.start, s.stop)] == list(range(8))

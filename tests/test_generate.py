@@ -1,0 +1,119 @@
+"""generate.py through its command line: image i is a function of (seed, i), restarts, outputs, refusals."""
+import argparse
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import generate
+from checkpoints import load_checkpoint
+from files import BadInput
+from models.sit import SiT_models
+from tests.conftest import CLASSES, ROOT, call_main, script
+
+NAME = "SiT-T-2-0000005-size-64-vae-vae-emoji-cfg-2.0-seed-0-{mode}-high-0.9"
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    """A random network, not the zero one that it is at init, saved with a Namespace as the published code does."""
+    torch.manual_seed(0)
+    model = SiT_models["SiT-T/2"](input_size=16, num_classes=CLASSES, z_dims=(384,))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    path = tmp_path_factory.mktemp("ckpt") / "0000005.pt"
+    args = argparse.Namespace(model="SiT-T/2", resolution=64, num_classes=CLASSES, path_type="linear")
+    torch.save({"model": model.state_dict(), "ema": model.state_dict(), "opt": {}, "args": args, "steps": 5}, path)
+    return path
+
+
+def arguments(ckpt, out, *more):
+    return ["--ckpt", ckpt, "--sample-dir", out, "--vae", ROOT / "assets/vae-emoji", "--num-fid-samples", 7, "--num-steps", 4,
+            "--cfg-scale", 2.0, "--guidance-high", 0.9, "--per-proc-batch-size", 4, *more]
+
+
+def pictures(out, mode="ode"):
+    with np.load(out / (NAME.format(mode=mode) + ".npz"), allow_pickle=False) as file:
+        return file["arr_0"]
+
+
+@pytest.mark.parametrize("mode", ["ode", "sde"])
+def test_same_pictures_for_any_processes_and_batch(ckpt, tmp_path, mode):
+    """Equal for 1 and 2 processes; for batch 1 and 4 up to one level, where float32 sums round differently."""
+    script("generate.py", *arguments(ckpt, tmp_path / "a", "--mode", mode))
+    script("generate.py", *arguments(ckpt, tmp_path / "b", "--mode", mode), processes=2)
+    script("generate.py", *arguments(ckpt, tmp_path / "c", "--mode", mode, "--per-proc-batch-size", 1))
+    a, b, c = (pictures(tmp_path / part, mode) for part in "abc")
+    assert a.shape == (7, 64, 64, 3) and a.dtype == np.uint8 and a.std() > 5
+    assert np.array_equal(a, b)
+    assert np.abs(a.astype(int) - c).max() <= 1
+    assert not np.array_equal(a[0], a[1])
+    folder = tmp_path / "a" / NAME.format(mode=mode)
+    assert sorted(p.name for p in folder.glob("*.png")) == [f"{i:06d}.png" for i in range(7)]
+    assert all(np.array_equal(np.asarray(Image.open(folder / f"{i:06d}.png")), a[i]) for i in range(7))
+    assert (tmp_path / "a" / (folder.name + "-grid.png")).is_file()
+
+
+def test_restart_makes_only_what_is_missing(monkeypatch, ckpt, tmp_path):
+    call_main(monkeypatch, generate, *arguments(ckpt, tmp_path))
+    before, folder = pictures(tmp_path), tmp_path / NAME.format(mode="ode")
+    (folder / "000002.png").unlink()
+    (folder / "000005.png").write_bytes((folder / "000005.png").read_bytes()[:100])
+    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    call_main(monkeypatch, generate, *arguments(ckpt, tmp_path))
+    assert np.array_equal(before, pictures(tmp_path))
+    changed = [path.name for path in sorted(folder.glob("*.png")) if times.get(path.name) != path.stat().st_mtime_ns]
+    assert changed == ["000002.png", "000005.png"]
+    call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, "--num-fid-samples", 3))
+    assert np.array_equal(before[:3], pictures(tmp_path))
+    with pytest.raises(BadInput, match="num_steps 4 -> 5"):
+        call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, "--num-steps", 5))
+
+
+def test_plain_state_dict_and_balanced_labels(monkeypatch, ckpt, tmp_path):
+    """A bare EMA file knows no sizes: they are typed. Classes then go round in order."""
+    torch.save(load_checkpoint(ckpt, mmap=False)["ema"], tmp_path / "bare.pt")
+    call_main(monkeypatch, generate, *arguments(tmp_path / "bare.pt", tmp_path, "--model", "SiT-T/2", "--num-classes",
+                                                CLASSES, "--resolution", 64, "--labels", "balanced", "--heun"))
+    assert len(list(tmp_path.glob("*.npz"))) == 1
+
+
+class Planted:
+    """Runs code when it is unpickled without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+BAD = {
+    "no file": (["--ckpt", "/no/file.pt"], "/no/file.pt does not exist"),
+    "another model": (["--model", "SiT-S/2"], "checkpoint of another model"),
+    "wrong resolution": (["--resolution", 32], "checkpoint of another model: pos_embed"),
+    "odd resolution": (["--resolution", 60], "no multiple of 8"),
+    "widths": (["--projector-embed-dims", "768"], "has projectors to 384"),
+    "heun sde": (["--mode", "sde", "--heun"], "--heun is for --mode ode"),
+    "vae": (["--vae", "/no/vae"], "The VAE /no/vae could not be loaded"),
+    "count": (["--num-fid-samples", 0], "--num-fid-samples is 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(monkeypatch, ckpt, tmp_path, name):
+    more, message = BAD[name]
+    with pytest.raises(BadInput, match=message):
+        call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, *more))
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    torch.save({"ema": Planted(str(tmp_path / "planted"))}, tmp_path / "evil.pt")
+    done = script("generate.py", *arguments(tmp_path / "evil.pt", tmp_path), check=False)
+    assert done.returncode == 1 and "holds code, which is not run" in done.stderr
+    assert not (tmp_path / "planted").exists()
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,132 @@
+"""Parity with numbers computed by the published code (tests/golden/): networks, losses and gradients, samplers, keys."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from loss import SILoss
+from models.layers import QK, Alignment
+from models.sit import SIT_CONFIGS, SiT, SiT_models
+from samplers import euler_maruyama_sampler, euler_sampler, guided
+from tests.golden.fill import arr, fill_value
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name):
+    return np.load(GOLDEN / f"{name}.npz")
+
+
+def close(actual, expected, tolerance=1e-5):
+    np.testing.assert_allclose(np.asarray(actual), expected, rtol=tolerance, atol=tolerance)
+
+
+def golden_sit(**kwargs):
+    model = SiT(input_size=32, patch_size=2, hidden_size=96, depth=9, num_heads=12, num_classes=10, encoder_depth=8,
+                z_dims=(64,), projector_dim=48, **kwargs).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "pos_embed":
+                parameter.copy_(torch.from_numpy(fill_value(name, tuple(parameter.shape))))
+    return model
+
+
+def sit_inputs(seed=11, batch=2):
+    t = np.random.RandomState(seed + 1).rand(batch).astype(np.float32)
+    return (torch.from_numpy(arr(seed, batch, 4, 32, 32)), torch.arange(batch) % 10, torch.from_numpy(t),
+            torch.from_numpy(arr(seed + 2, batch, 4, 32, 32)))
+
+
+def logits_as_qk(logits):
+    """A QK whose logits are exactly the given (N, H, T, T)."""
+    return QK(torch.from_numpy(logits), torch.eye(logits.shape[-1]).expand(logits.shape), 1.0)
+
+
+def golden_teacher(seed=11, batch=2):
+    attention = {i: logits_as_qk(arr(seed * 1000 + i, batch, 12, 256, 256)) for i in range(8, 12)}
+    return Alignment([torch.from_numpy(arr(seed * 1000 + 999, batch, 256, 64))], attention)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_sit_forward(fused):
+    file, model = golden("sit_linear"), golden_sit(fused_attn=fused)
+    x, y, t, _ = sit_inputs()
+    with torch.no_grad():
+        v, alignment = model(x, t, y, return_alignment=True)
+        close(model(x, t, y), v, 1e-6)
+    close(v, file["v"])
+    close(alignment.features[0][:, :8], file["proj"])
+    for block in (5, 7):
+        close(alignment.attention[block].logits()[:, :, :4, :16], file[f"attn{block}"])
+    assert sorted(alignment.attention) == [4, 5, 6, 7]
+
+
+def test_losses_and_gradients():
+    file, model = golden("sit_linear"), golden_sit()
+    x, y, t, noise = sit_inputs()
+    losses = SILoss()(model, x, y, golden_teacher(), t, noise)
+    close(losses["denoise"].detach(), file["denoise"])
+    close(losses["feature"].detach(), file["proj_loss"])
+    close(losses["attention"].detach(), file["attn_loss"])
+    total = losses["denoise"].mean() + 0.5 * losses["feature"] + 0.5 * losses["attention"]
+    close(total.detach(), file["total"])
+    total.backward()
+    norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    expected = dict(zip(file["gnames"].tolist(), file["gnorms"].tolist(), strict=True))
+    assert norms.keys() == expected.keys()
+    close([norms[name] for name in expected], list(expected.values()))
+
+
+def toy(x, t, y):
+    """v(x, t, c) = tanh(x) (1 - t / 2) + 0.3 sin(c) + 0.1, c = the label or the mean of the text tokens.
+
+    The golden run added the two terms without x first: in float32 the order shows at 1e-8.
+    """
+    c = y.float() if y.dim() == 1 else y.mean(dim=(1, 2))
+    t, c = t[:, None, None, None], c[:, None, None, None].to(x.dtype)
+    return torch.tanh(x) * (1 - t / 2) + (0.3 * torch.sin(c) + 0.1)
+
+
+def sample(seed, sampler, cfg_scale=1.0, low=0.0, high=1.0, text=False, **kwargs):
+    z = torch.from_numpy(arr(seed, 3, 4, 8, 8))
+    y, y_null = torch.tensor([1, 5, 999]), torch.full((3,), 1000)
+    if text:
+        y, y_null = torch.from_numpy(arr(seed + 1, 3, 5, 16)), torch.from_numpy(arr(seed + 2, 3, 5, 16))
+    torch.manual_seed(seed)
+    return sampler(guided(toy, y, y_null, cfg_scale, low, high), z, **kwargs)
+
+
+def test_euler_interval():
+    close(sample(4, euler_sampler, 1.65, 0.1, 0.72, num_steps=25), golden("euler_cfg_interval")["x"], 1e-10)
+
+
+def test_heun():
+    close(sample(5, euler_sampler, 4.0, num_steps=12, heun=True), golden("heun_cfg")["x"], 1e-10)
+
+
+@pytest.mark.parametrize("name, seed, arguments", [
+    ("sde_plain", 6, {"num_steps": 30}),
+    ("sde_cfg_interval", 7, {"cfg_scale": 1.65, "high": 0.72, "num_steps": 40}),
+    ("sde_t2i", 9, {"cfg_scale": 2.25, "text": True, "num_steps": 25}),
+])
+def test_euler_maruyama(name, seed, arguments):
+    close(sample(seed, euler_maruyama_sampler, **arguments), golden(name)["x"], 1e-8)
+
+
+@pytest.mark.parametrize("name", ["SiT-B/2", "SiT-L/2", "SiT-XL/2", "SiT-XL/4"])
+def test_published_state_dict(name):
+    published = json.loads((GOLDEN / "state_dict_keys.json").read_text())[name]
+    with torch.device("meta"):
+        model = SiT_models[name]()
+    assert {key: list(value.shape) for key, value in model.state_dict().items()} == published
+    count = {"SiT-B/2": 137_845_008, "SiT-L/2": 465_955_600, "SiT-XL/2": 683_242_512}
+    if name in count:
+        assert sum(p.numel() for p in model.parameters()) == count[name]
+
+
+def test_config_table_is_the_papers():
+    row = SIT_CONFIGS["SiT-XL/2"]
+    assert (row["depth"], row["hidden_size"], row["num_heads"]) == (28, 1152, 16)
+    assert SIT_CONFIGS["SiT-B/4"]["attn_pairs"] == ((2, 7), (3, 9), (4, 11))

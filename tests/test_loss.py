@@ -1,0 +1,119 @@
+"""Losses against their formulas written out."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from loss import SILoss, attention_loss, feature_loss, interpolant, resample_qk, sample_t
+from models.layers import QK, Alignment
+
+
+def qk(seed, n=2, h=3, t=16, d=5, size=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return QK(size * torch.randn(n, h, t, d, generator=generator), torch.randn(n, h, t, d, generator=generator))
+
+
+def plain_attention_loss(student, teacher, heads):
+    """-sum_j P_ij log Q_ij, one row after the other."""
+    total, rows = 0.0, 0
+    for n in range(student.q.shape[0]):
+        for h in range(heads):
+            for i in range(student.q.shape[2]):
+                s = torch.stack([(student.q[n, h, i] * k).sum() for k in student.k[n, h]]) / math.sqrt(student.q.shape[-1])
+                t = torch.stack([(teacher.q[n, h, i] * k).sum() for k in teacher.k[n, h]]) / math.sqrt(teacher.q.shape[-1])
+                p, q = t.exp() / t.exp().sum(), s.exp() / s.exp().sum()
+                total, rows = total - (p * q.log()).sum(), rows + 1
+    return total / rows
+
+
+def test_attention_loss_is_the_written_out_formula():
+    """Any head width on either side; only the heads that both sides have, or num_heads of them."""
+    student, teacher = qk(0, h=4), qk(1, h=3, d=7)
+    for heads in (1, 2, 3):
+        torch.testing.assert_close(attention_loss([student], [teacher], heads),
+                                   plain_attention_loss(student, teacher, heads))
+    torch.testing.assert_close(attention_loss([student], [teacher], 12), attention_loss([student], [teacher], 3))
+    other = attention_loss([qk(2)], [qk(3)])
+    torch.testing.assert_close(attention_loss([student, qk(2)], [teacher, qk(3)]),
+                               (attention_loss([student], [teacher]) + other) / 2)
+
+
+def test_attention_loss_of_saturated_rows_is_finite():
+    """softmax underflows to 0 here, and log(softmax) would be -inf."""
+    student = qk(0, size=1000.0)
+    q = student.q.requires_grad_()
+    loss = attention_loss([student], [qk(1)])
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(q.grad).all()
+
+
+def test_resampling_q_and_k_resamples_the_logits():
+    """Explicitly: logits bilinear over keys (2-D map), then over queries."""
+    teacher = qk(5, n=1, h=2, t=36, d=4)
+    logits = teacher.logits()  # (1, 2, 36, 36)
+    keys = F.interpolate(logits.reshape(-1, 1, 6, 6), size=(4, 4), mode="bilinear").reshape(1, 2, 36, 16)
+    both = F.interpolate(keys.transpose(2, 3).reshape(-1, 1, 6, 6), size=(4, 4), mode="bilinear")
+    both = both.reshape(1, 2, 16, 16).transpose(2, 3)
+    torch.testing.assert_close(resample_qk(teacher, 16).logits(), both)
+    assert torch.isfinite(attention_loss([qk(0, n=1, h=2)], [teacher]))
+    with pytest.raises(ValueError, match="square"):
+        resample_qk(qk(0, t=15), 16)
+
+
+def test_feature_loss():
+    a, b = torch.randn(2, 16, 8), torch.randn(2, 16, 8)
+    cosines = [(x @ y) / (x.norm() * y.norm()) for x, y in zip(a.view(-1, 8), b.view(-1, 8), strict=True)]
+    torch.testing.assert_close(feature_loss(a, b), -torch.stack(cosines).mean())
+    big = torch.full((1, 4, 600), 200.0, dtype=torch.float16)  # its squared norm overflows float16
+    torch.testing.assert_close(feature_loss(big, big), torch.tensor(-1.0))
+    coarse = F.interpolate(b.transpose(1, 2).reshape(2, 8, 4, 4), size=(2, 2), mode="bilinear").flatten(2).transpose(1, 2)
+    torch.testing.assert_close(feature_loss(a[:, :4], b), feature_loss(a[:, :4], coarse))
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_interpolant_derivatives(path_type):
+    t = torch.rand(20, dtype=torch.float64, requires_grad=True)
+    alpha, sigma, d_alpha, d_sigma = interpolant(t, path_type)
+    for value, derivative in ((alpha, d_alpha), (sigma, d_sigma)):
+        gradient, = torch.autograd.grad(value.sum(), t, retain_graph=True)
+        torch.testing.assert_close(derivative, gradient)
+    ends = interpolant(torch.tensor([0.0, 1.0]), path_type)
+    torch.testing.assert_close(torch.stack(ends[:2]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="path_type"):
+        interpolant(t, "quadratic")
+
+
+def test_lognormal_times():
+    """logit(t) on the linear path, and log tan(pi t / 2) on the cosine path, are standard normal."""
+    u = (torch.arange(20_000) + 0.5) / 20_000
+    for path_type, back in (("linear", lambda t: (t / (1 - t)).log()), ("cosine", lambda t: (math.pi / 2 * t).tan().log())):
+        normal = back(sample_t(u, "lognormal", path_type).double())
+        assert abs(normal.mean()) < 1e-3 and abs(normal.std() - 1) < 1e-2
+    assert torch.equal(sample_t(u), u)
+
+
+def test_without_a_teacher_only_denoise():
+    def model(x, t, y, return_alignment=False):
+        assert not return_alignment
+        return x
+
+    losses = SILoss()(model, torch.randn(3, 4, 8, 8), torch.zeros(3))
+    assert list(losses) == ["denoise"] and losses["denoise"].shape == (3,)
+
+
+def test_perfect_student_leaves_the_teachers_entropy():
+    """With equal maps the loss is the entropy of P, and its gradient by the student is zero."""
+    teacher = qk(0)
+    q = teacher.q.clone().requires_grad_()
+
+    def model(x, t, y, return_alignment=False):
+        return x, Alignment([torch.ones(2, 16, 8)], {1: QK(q, teacher.k)})
+
+    losses = SILoss(attn_pairs=((1, 9),))(model, torch.randn(2, 4, 8, 8), None,
+                                          Alignment([torch.ones(2, 16, 8)], {9: teacher}))
+    p = teacher.logits().softmax(-1)
+    torch.testing.assert_close(losses["attention"], -(p * p.log()).sum(-1).mean())
+    torch.testing.assert_close(losses["feature"], torch.tensor(-1.0))
+    losses["attention"].backward()
+    assert q.grad.abs().max() < 1e-7

@@ -1,0 +1,120 @@
+"""The teacher: golden numbers, taps against attention written by hand, weights from files, the cache."""
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from timm.models.vision_transformer import VisionTransformer
+
+from dataset import LatentImages
+from encoders import TEACHERS, CachedTeacher, Teacher, load_vit
+from files import BadInput
+from tests.conftest import CLASSES
+from tests.golden.fill import fill_value
+from tests.test_golden import close, golden
+
+
+def small_vit(**kwargs):
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=518, patch_size=14, embed_dim=96, depth=5, num_heads=6, init_values=1.0,
+                             num_classes=0, **kwargs).eval()
+
+
+def test_golden_teacher():
+    file, vit = golden("teacher_dinov2"), small_vit()
+    with torch.no_grad():
+        for name, parameter in vit.named_parameters():
+            parameter.copy_(torch.from_numpy(fill_value(name, tuple(parameter.shape))))
+    images = torch.from_numpy(np.random.RandomState(77).randint(0, 256, (2, 3, 256, 256)).astype(np.uint8))
+    out = Teacher(vit, 16, (1, 4))(images)
+    close(out.features[0][:, :12], file["x_norm_patchtokens"])
+    close(out.attention[1].logits()[:, :, :4, :24], file["attn1"])
+    close(out.attention[4].logits()[:, :, :4, :24], file["attn4"])
+    close(out.attention[4].logits().softmax(-1).amax(-1)[:, :, :16], file["attn4_softmax_rowmax"])
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_taps_are_attention_written_by_hand(registers):
+    """q and k of patch tokens alone, from the block's own input; class and register tokens are cut."""
+    vit = small_vit(reg_tokens=registers, no_embed_class=registers > 0)
+    torch.nn.init.normal_(vit.cls_token)
+    teacher = Teacher(vit, 4, (2,))
+    seen = {}
+    vit.blocks[2].attn.register_forward_hook(lambda module, inputs, _: seen.update(x=inputs[0]))
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    out = teacher(images)
+    weight, bias = vit.blocks[2].attn.qkv.weight, vit.blocks[2].attn.qkv.bias
+    q, k = ((seen["x"][:, 1 + registers:] @ weight[i * 96:(i + 1) * 96].T + bias[i * 96:(i + 1) * 96]) for i in (0, 1))
+    for head in range(6):
+        part = slice(head * 16, head * 16 + 16)
+        logits = q[:, :, part] @ k[:, :, part].transpose(1, 2) / 4
+        torch.testing.assert_close(out.attention[2].logits()[:, head], logits)
+    assert list(out.attention) == [2] and out.attention[2].q.shape == (2, 6, 16, 16)
+    assert out.features[0].shape == (2, 16, 96)
+
+
+def test_stops_after_the_last_needed_block():
+    teacher = Teacher(small_vit(), 4, (0, 2), features=False)
+    assert len(teacher.vit.blocks) == 3
+    assert teacher(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).features == []
+    assert len(Teacher(small_vit(), 4, (1,), num_blocks=4).vit.blocks) == 4
+    with pytest.raises(BadInput, match="5 blocks"):
+        Teacher(small_vit(), 4, (5,))
+
+
+def test_every_teacher_exists_in_timm():
+    assert len(TEACHERS) == 8
+    assert TEACHERS["dinov2-vit-b"] == ("vit_base_patch14_dinov2", 768)
+    for enc_type, (name, width) in TEACHERS.items():
+        with torch.device("meta"):
+            vit = timm.create_model(name, num_classes=0)
+        assert vit.embed_dim == width and vit.num_prefix_tokens == (5 if "reg" in enc_type else 1)
+
+
+def test_hub_file_and_wrong_files(teacher_file, tmp_path):
+    vit = load_vit("dinov2-vit-s", teacher_file)
+    assert torch.equal(vit.state_dict()["norm.weight"], torch.load(teacher_file, weights_only=True)["norm.weight"])
+    with pytest.raises(BadInput, match="dinov2-vit-b"):
+        load_vit("dinov2-vit-b", teacher_file)
+    with pytest.raises(BadInput, match="dinov2reg-vit-s"):
+        load_vit("dinov2reg-vit-s", teacher_file)
+    with pytest.raises(BadInput, match="does not exist"):
+        load_vit("dinov2-vit-s", tmp_path / "no.pth")
+    (tmp_path / "cut.pth").write_bytes(teacher_file.read_bytes()[:1000])
+    with pytest.raises(BadInput, match="damaged|no torch file"):
+        load_vit("dinov2-vit-s", tmp_path / "cut.pth")
+    with pytest.raises(BadInput, match="--enc-weights"):
+        load_vit("dinov2-vit-s")  # offline
+
+
+def test_registers_from_torch_hub(tmp_path):
+    """torch.hub adds the class token's position; timm's register models have it inside the class token."""
+    vit = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=0)
+    state = {("register_tokens" if name == "reg_token" else name): value for name, value in vit.state_dict().items()}
+    position = torch.randn(1, 1, 384)
+    state["pos_embed"] = torch.cat([position, state["pos_embed"]], dim=1)
+    torch.save({**state, "mask_token": torch.zeros(1, 384)}, tmp_path / "reg.pth")
+    loaded = load_vit("dinov2reg-vit-s", tmp_path / "reg.pth").state_dict()
+    assert torch.equal(loaded["cls_token"], state["cls_token"] + position)
+    assert torch.equal(loaded["reg_token"], state["register_tokens"])
+
+
+def test_cache_gives_what_the_teacher_gives(tiny_data, tmp_path):
+    dataset = LatentImages(tiny_data, 64, CLASSES)
+    teacher, accelerator = Teacher(small_vit(), 8, (1, 3)), Accelerator(cpu=True)
+    cached = CachedTeacher(tmp_path, teacher, dataset, accelerator)
+    positions = torch.tensor([5, 0, 63])
+    direct = teacher(torch.stack([dataset.image(i) for i in positions]))
+    again = cached(positions)
+    torch.testing.assert_close(again.features[0].float(), direct.features[0], rtol=2e-3, atol=2e-3)
+    for block in (1, 3):
+        torch.testing.assert_close(again.attention[block].logits().float(), direct.attention[block].logits(),
+                                   rtol=1e-2, atol=1e-2)
+    calls = []
+    teacher.vit.norm.register_forward_hook(lambda *_: calls.append(1))
+    CachedTeacher(tmp_path, teacher, dataset, accelerator)
+    assert not calls  # the second run reads
+    with torch.no_grad():
+        teacher.vit.norm.weight.mul_(2)
+    CachedTeacher(tmp_path, teacher, dataset, accelerator)
+    assert len(list(tmp_path.iterdir())) == 2  # other weights, other key

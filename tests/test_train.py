@@ -1,0 +1,242 @@
+"""train.py through its command line on 64 tiny images: both phases, resume, processes, refusals."""
+import csv
+import json
+import re
+import weakref
+
+import pytest
+import torch
+
+import encoders
+import train
+import training
+from checkpoints import find_checkpoint, load_checkpoint
+from files import BadInput
+from tests.conftest import CLASSES, ROOT, call_main, script, train_arguments, write_tiny_data
+
+
+def run(monkeypatch, *arguments):
+    call_main(monkeypatch, train, *arguments)
+
+
+def metrics(out):
+    with open(out / "run/metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint(out, step):
+    return load_checkpoint(out / f"run/checkpoints/{step:07d}.pt", mmap=False)
+
+
+def count_teacher(monkeypatch):
+    calls = []
+    call = encoders.Teacher.__call__
+    monkeypatch.setattr(encoders.Teacher, "__call__", lambda self, images: calls.append(len(images)) or call(self, images))
+    return calls
+
+
+def test_both_phases(monkeypatch, tiny_data, teacher_file, tmp_path):
+    """The teacher is called exactly early-stop-point times; loss terms are there before and gone after."""
+    calls, teachers, freed = count_teacher(monkeypatch), [], []
+    load_vit, update_ema = train.load_vit, training.update_ema
+
+    def load(*args):
+        vit = load_vit(*args)
+        teachers.append(weakref.ref(vit))
+        return vit
+
+    monkeypatch.setattr(train, "load_vit", load)
+    monkeypatch.setattr(training, "update_ema", lambda *args: freed.append(teachers[0]() is None) or update_ema(*args))
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, "--early-stop-point", 4,
+                                      "--checkpointing-steps", 4))
+    rows = metrics(tmp_path)
+    assert calls == [8] * 4 and freed == [False] * 4 + [True] * 2
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row in rows[:4]:
+        assert float(row["feature"]) != 0 and float(row["attention"]) > 0
+        assert float(row["loss"]) == pytest.approx(
+            float(row["denoise"]) + 0.5 * float(row["feature"]) + 0.5 * float(row["attention"]), rel=1e-4)
+    assert all(row["feature"] == row["attention"] == "" and row["loss"] == row["denoise"] for row in rows[4:])
+    before, after = checkpoint(tmp_path, 4), checkpoint(tmp_path, 6)
+    same = [name for name in before["model"] if torch.equal(before["model"][name], after["model"][name])]
+    assert same == ["pos_embed", *(name for name in before["model"] if name.startswith("projectors."))]
+    assert after["steps"] == 6 and after["args"]["model"] == "SiT-T/2" and set(after) >= {"model", "ema", "opt", "args"}
+    assert json.loads((tmp_path / "run/args.json").read_text())["early_stop_point"] == 4
+    assert "alignment is switched off" in (tmp_path / "run/log.txt").read_text()
+
+
+def test_loss_falls_and_ema_follows(monkeypatch, tiny_data, tmp_path):
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 60, "--log-every", 10,
+                                      "--batch-size", 16))
+    losses = [float(row["denoise"]) for row in metrics(tmp_path)]
+    assert losses[-1] < 0.8 * losses[0]
+    state = checkpoint(tmp_path, 60)
+    assert not any(name.startswith("projectors") for name in state["model"])
+    name = "blocks.0.attn.qkv.weight"
+    assert not torch.equal(state["ema"][name], state["model"][name])
+
+
+def test_ema_is_the_written_out_average(monkeypatch, tiny_data, tmp_path):
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--checkpointing-steps", 1,
+                                      "--max-train-steps", 3))
+    states = [checkpoint(tmp_path, step) for step in (1, 2, 3)]
+    for name, value in states[2]["ema"].items():
+        expected = states[0]["ema"][name].double()
+        for state in states[1:]:
+            expected = 0.9999 * expected + 0.0001 * state["model"][name].double()
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_resume_is_the_same_run(monkeypatch, tiny_data, teacher_file, tmp_path):
+    """6 steps = 3 + 3, across the early-stop point, with and without the teacher's cache, bit for bit."""
+    more = ("--enc-weights", teacher_file, "--early-stop-point", 4, "--checkpointing-steps", 3)
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path / "a", *more))
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path / "b", *more, "--max-train-steps", 3))
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path / "b", *more))
+    one, two = checkpoint(tmp_path / "a", 6), checkpoint(tmp_path / "b", 6)
+    for part in ("model", "ema"):
+        assert all(torch.equal(one[part][name], two[part][name]) for name in one[part])
+    def drop(rows):
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    assert drop(metrics(tmp_path / "a")) == drop(metrics(tmp_path / "b"))
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path / "a", *more, "--resume-step", 3))
+    assert torch.equal(checkpoint(tmp_path / "a", 6)["model"]["final_layer.linear.weight"],
+                       one["model"]["final_layer.linear.weight"])
+
+
+@pytest.mark.parametrize("coefficients, feature, attention", [((0.5, 0.0), True, False), ((0.0, 0.5), False, True)])
+def test_one_loss_alone(monkeypatch, tiny_data, teacher_file, tmp_path, coefficients, feature, attention):
+    """--attn-coeff 0 is REPA; --proj-coeff 0 leaves the projector untouched."""
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, "--max-train-steps", 2,
+                                      "--proj-coeff", coefficients[0], "--attn-coeff", coefficients[1]))
+    row = metrics(tmp_path)[0]
+    assert (float(row["feature"]) != 0, float(row["attention"]) != 0) == (feature, attention)
+
+
+def test_zero_coefficients_are_plain_sit(monkeypatch, tiny_data, tmp_path):
+    """Neither a teacher nor its weights are needed then."""
+    calls = count_teacher(monkeypatch)
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--proj-coeff", 0, "--attn-coeff", 0, "--max-train-steps", 1))
+    assert not calls and metrics(tmp_path)[0]["feature"] == ""
+
+
+def test_cache_replaces_the_teacher(monkeypatch, tiny_data, teacher_file, tmp_path):
+    """With --teacher-cache each image is seen by the teacher once; losses agree to float16's rounding."""
+    more = ("--enc-weights", teacher_file, "--early-stop-point", 4)
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path / "plain", *more))
+    calls = count_teacher(monkeypatch)
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path / "cached", *more, "--teacher-cache", tmp_path / "cache"))
+    assert sum(calls) == 64 + 1  # one more to learn the shapes
+    for plain, cached in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "cached"), strict=True):
+        assert float(cached["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-3)
+
+
+def test_condition_drop(monkeypatch, tiny_data, tmp_path):
+    """--cfg-prob 1 trains the null row of the label table alone, 0 never touches it."""
+    for probability in (0, 1):
+        out = tmp_path / str(probability)
+        run(monkeypatch, *train_arguments(tiny_data, out, "--enc-type", "none", "--cfg-prob", probability,
+                                          "--max-train-steps", 3))
+        opt = checkpoint(out, 3)["opt"]
+        names = list(checkpoint(out, 3)["model"])
+        moments = opt["state"][names.index("y_embedder.embedding_table.weight")]["exp_avg"]
+        touched = moments.abs().sum(dim=1) > 0
+        assert touched.tolist() == [not probability] * CLASSES + [bool(probability)]
+
+
+def test_accumulation_is_the_same_run(monkeypatch, tiny_data, teacher_file, tmp_path):
+    more = ("--enc-weights", teacher_file, "--early-stop-point", 2, "--max-train-steps", 4)
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path / "one", *more))
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path / "four", *more, "--gradient-accumulation-steps", 4))
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "four"), strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
+        assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
+
+
+def test_two_processes_are_the_same_run(tiny_data, teacher_file, tmp_path):
+    more = ("--enc-weights", teacher_file, "--early-stop-point", 3, "--num-workers", 1)
+    script("train.py", *train_arguments(tiny_data, tmp_path / "one", *more))
+    script("train.py", *train_arguments(tiny_data, tmp_path / "two", *more), processes=2)
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for name in ("loss", "denoise"):
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-5)
+    assert "2 process(es)" in (tmp_path / "two/run/log.txt").read_text()
+
+
+def test_previews_and_tensorboard(monkeypatch, tiny_data, tmp_path):
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 2, "--sampling-steps", 2,
+                                      "--vae", ROOT / "assets/vae-emoji", "--report-to", "tensorboard"))
+    assert (tmp_path / "run/previews/truth.png").stat().st_size > 1000
+    assert (tmp_path / "run/previews/0000002.png").stat().st_size > 1000
+    assert list((tmp_path / "logs").rglob("events*"))
+
+
+def test_non_finite_loss_stops_with_its_step(monkeypatch, tiny_data, tmp_path):
+    """The step and the terms are named, and the checkpoint before stays the newest."""
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--checkpointing-steps", 2)
+    run(monkeypatch, *arguments, "--max-train-steps", 2)
+    plain, calls = train.SILoss.__call__, []
+
+    def broken(self, *args):
+        calls.append(1)
+        losses = plain(self, *args)
+        return {**losses, "denoise": losses["denoise"] * (float("nan") if len(calls) == 2 else 1)}
+
+    monkeypatch.setattr(train.SILoss, "__call__", broken)
+    with pytest.raises(BadInput, match=r"not finite at step 4 \(loss nan, denoise nan"):
+        run(monkeypatch, *arguments, "--log-every", 50)
+    assert find_checkpoint(tmp_path / "run/checkpoints").stem == "0000002"
+
+
+REFUSALS = {
+    "another model": (["--model", "SiT-S/2"], "another run: model was SiT-T/2 and is now SiT-S/2"),
+    "no such step": (["--resume-step", 5], r"no checkpoint of step 5 \(there: 1\)"),
+    "batch": (["--batch-size", 9, "--gradient-accumulation-steps", 2], "--batch-size 9 is global"),
+    "resolution": (["--resolution", 128], "expected RGB of 128x128"),
+    "data": (["--data-dir", "/no/where"], "does not exist"),
+    "classes": (["--num-classes", 3], "--num-classes 3"),
+    "pairs": (["--attn-layers", "2-7"], "student:teacher"),
+    "student block": (["--attn-layers", "5:7"], "past 4"),
+    "depth": (["--encoder-depth", 6], "outside 1 to 5"),
+    "steps": (["--log-every", 0], "--log-every is 0"),
+    "teacher": (["--enc-type", "clip-vit-L"], "--enc-type clip-vit-L is not known"),
+    "patch": (["--model", "SiT-S/8", "--resolution", 80], "expected RGB of 80x80"),
+}
+
+
+@pytest.fixture(scope="module")
+def one_step_run(tiny_data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one")
+    script("train.py", *train_arguments(tiny_data, out, "--enc-type", "none", "--max-train-steps", 1))
+    return out
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(monkeypatch, tiny_data, one_step_run, name):
+    arguments, message = REFUSALS[name]
+    more = [] if name in ("teacher", "pairs", "student block") else ["--enc-type", "none"]
+    with pytest.raises(BadInput, match=message):
+        run(monkeypatch, *train_arguments(tiny_data, one_step_run, *more, *arguments))
+
+
+def test_other_data_is_refused(monkeypatch, one_step_run, tmp_path):
+    with pytest.raises(BadInput, match="another run: data was"):
+        run(monkeypatch, *train_arguments(write_tiny_data(tmp_path, 16), one_step_run, "--enc-type", "none"))
+
+
+def test_bad_input_is_one_sentence_and_exit_1(tiny_data, tmp_path):
+    done = script("train.py", *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--batch-size", 0), check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: --batch-size is 0; it must be at least 1.", done.stderr.strip().splitlines()[-1])
+    assert "Traceback" not in done.stderr
+
+
+def test_damage_met_by_a_loader_process(data, teacher_file, tmp_path):
+    """A file that only a worker sees ends the run with the same one sentence."""
+    (data / "images/00000/img00000003.png").write_bytes(b"not a picture")
+    done = script("train.py", *train_arguments(data, tmp_path, "--enc-weights", teacher_file, "--num-workers", 1),
+                  check=False)
+    assert done.returncode == 1
+    assert re.search(r"^error: \S+img00000003.png is no readable image \(.*\); make it again.$", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr

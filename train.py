@@ -1,0 +1,144 @@
+"""Train a SiT on ImageNet latents with HASTE: feature and attention alignment, switched off at the early-stop point.
+
+    accelerate launch train.py --model SiT-XL/2 --enc-type dinov2-vit-b --data-dir DATA --exp-name sitxl_haste
+
+One process on a CPU or GPU: the same with `python train.py`. The same command again continues from the newest
+checkpoint of {output-dir}/{exp-name}, which also holds log.txt, args.json, metrics.csv and previews/. Data are read
+in the layout of dataset.py; --enc-type none is plain SiT, --attn-coeff 0 is REPA. Defaults are the paper's run.
+"""
+import argparse
+import functools
+
+import torch
+from accelerate.utils import set_seed
+
+from dataset import LatentImages
+from encoders import TEACHERS, Teacher, load_vit
+from files import BadInput, run_script
+from loss import SILoss
+from models.sit import SIT_CONFIGS, SiT_models
+from training import make_accelerator, train
+
+EARLY_STOP_512 = 300_000  # the paper's switch at 512 px, whatever the model
+
+
+def add_training_arguments(parser):
+    """Arguments of both training scripts; those whose default depends on the script or model are added there."""
+    flag = argparse.BooleanOptionalAction
+    add = parser.add_argument
+    add("--output-dir", default="exps", help="folder of all runs (default exps)")
+    add("--exp-name", required=True, help="name of this run, a folder in --output-dir")
+    add("--logging-dir", default="logs", help="tracker files, inside --output-dir (default logs)")
+    add("--report-to", choices=["wandb", "tensorboard", "none"], default="wandb",
+        help="tracker beside log.txt and metrics.csv (default wandb)")
+    add("--log-every", type=int, default=50, help="steps between metrics, each a sync with the device (default 50)")
+    add("--sampling-steps", type=int, default=10_000, help="steps between preview grids, 0 = none (default 10000)")
+    add("--resume-step", type=int, default=0, help="continue from this checkpoint (default 0: the newest)")
+    add("--resolution", type=int, default=256, help="image side in pixels (default 256)")
+    add("--batch-size", type=int, default=256, help="images a step over all processes (default 256)")
+    add("--vae", default="stabilityai/sd-vae-ft-mse", help="VAE of the previews: hub name or diffusers folder")
+    add("--enc-type", default="dinov2-vit-b", help=f"teacher: {', '.join(TEACHERS)} or none (default dinov2-vit-b)")
+    add("--enc-weights", help="the teacher's weights: timm's or torch.hub's file (default: from the hub)")
+    add("--enc-blocks", type=int, help="use only the teacher's first N blocks; features are those of the last one used, "
+        "after the final norm (default all)")
+    add("--teacher-cache", help="folder that keeps the teacher's outputs for the whole data set, computed once, for "
+        "data sets small enough (default: none)")
+    add("--proj-coeff", type=float, default=0.5, help="weight of the feature loss (default 0.5)")
+    add("--attn-coeff", type=float, default=0.5, help="weight of the attention loss (default 0.5)")
+    add("--attn-layers", help='pairs student:teacher of 0-based blocks, such as "2:7,3:9,4:11" (default: the paper\'s)')
+    add("--attn-heads", type=int, default=12, help="heads aligned, at most what both sides have (default 12)")
+    add("--allow-tf32", action="store_true", help="TF32 matrix products on Ampere and newer")
+    add("--mixed-precision", choices=["no", "fp16", "bf16"], default="fp16", help="default fp16; float32 on a CPU")
+    add("--epochs", type=int, default=1400, help="upper limit on passes over the data (default 1400)")
+    add("--max-train-steps", type=int, default=400_000, help="optimizer steps (default 400000)")
+    add("--checkpointing-steps", type=int, default=50_000, help="steps between checkpoints (default 50000)")
+    add("--gradient-accumulation-steps", type=int, default=1, help="micro-batches a step (default 1)")
+    add("--learning-rate", type=float, default=1e-4, help="constant (default 1e-4)")
+    add("--adam-beta1", type=float, default=0.9, help="default 0.9")
+    add("--adam-beta2", type=float, default=0.999, help="default 0.999")
+    add("--adam-weight-decay", type=float, default=0.0, help="default 0")
+    add("--adam-epsilon", type=float, default=1e-8, help="default 1e-8")
+    add("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm (default 1)")
+    add("--ema-decay", type=float, default=0.9999, help="of the weights' average, per step (default 0.9999)")
+    add("--seed", type=int, default=0, help="of weights, data order and noise (default 0)")
+    add("--num-workers", type=int, default=4, help="loader processes per process (default 4)")
+    add("--path-type", choices=["linear", "cosine"], default="linear", help="interpolant (default linear)")
+    add("--prediction", choices=["v"], default="v", help="what the network predicts: the velocity")
+    add("--weighting", choices=["uniform", "lognormal"], default="uniform", help="of t (default uniform)")
+    add("--cfg-prob", type=float, default=0.1, help="share of conditions dropped for guidance (default 0.1)")
+    add("--fused-attn", action=flag, default=True, help="fused attention (default on)")
+
+
+def parse_pairs(text):
+    """'2:7,3:9' -> [[2, 7], [3, 9]]."""
+    try:
+        pairs = [[int(block) for block in pair.split(":")] for pair in text.split(",")]
+    except ValueError:
+        pairs = []
+    if not pairs or any(len(pair) != 2 or min(pair) < 0 for pair in pairs):
+        raise BadInput(f'--attn-layers {text!r} is not understood; write student:teacher pairs such as "2:7,3:9,4:11".')
+    return pairs
+
+
+def resolve(args, config):
+    """Fill in what depends on the model: encoder depth, pairs and early-stop point of its row in the config table."""
+    if args.encoder_depth is None:
+        args.encoder_depth = config["encoder_depth"]
+    if args.early_stop_point is None:
+        args.early_stop_point = EARLY_STOP_512 if args.resolution == 512 else config["early_stop_point"]
+    args.attn_layers = parse_pairs(args.attn_layers) if args.attn_layers else [list(p) for p in config["attn_pairs"]]
+    if args.enc_type == "none" or args.proj_coeff == args.attn_coeff == 0:
+        args.enc_type, args.proj_coeff, args.attn_coeff = "none", 0.0, 0.0
+    if args.enc_type not in (*TEACHERS, "none"):
+        raise BadInput(f"--enc-type {args.enc_type} is not known; use one of {', '.join(TEACHERS)} or none.")
+    for name in ("batch_size", "max_train_steps", "log_every", "checkpointing_steps", "gradient_accumulation_steps",
+                 "epochs"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
+    if not 1 <= args.encoder_depth <= config["depth"]:
+        raise BadInput(f"--encoder-depth {args.encoder_depth} is outside 1 to {config['depth']}, the model's depth.")
+    if any(student >= config["depth"] for student, _ in args.attn_layers):
+        raise BadInput(f"--attn-layers names a student block past {config['depth'] - 1}, the model's last.")
+
+
+def load_teacher(args, grid):
+    """The Teacher that args ask for, with `grid` tokens a side."""
+    blocks = [teacher for _, teacher in args.attn_layers] if args.attn_coeff else []
+    return Teacher(load_vit(args.enc_type, args.enc_weights), grid, blocks, args.enc_blocks, features=args.proj_coeff > 0)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_training_arguments(parser)
+    add = parser.add_argument
+    add("--model", choices=SIT_CONFIGS, default="SiT-XL/2", help="default SiT-XL/2")
+    add("--data-dir", default="../data/imagenet256", help="folder with images/ and vae-sd/")
+    add("--num-classes", type=int, default=1000, help="default 1000")
+    add("--encoder-depth", type=int, help="1-based block whose output is projected (default: the paper's for the model)")
+    add("--early-stop-point", type=int, help="first step without alignment (default: the paper's for the model)")
+    add("--qk-norm", action=argparse.BooleanOptionalAction, default=False, help="LayerNorm on q and k (default off)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    config = SIT_CONFIGS[args.model]
+    resolve(args, config)
+    accelerator, run = make_accelerator(args)
+    dataset = LatentImages(args.data_dir, args.resolution, args.num_classes)
+    channels, side, _ = dataset.moments_shape
+    if side % config["patch_size"]:
+        raise BadInput(f"--model {args.model} cuts latents into patches of {config['patch_size']}, of which {side}, the "
+                       f"latents' side at --resolution {args.resolution}, is no multiple; choose another patch.")
+    set_seed(args.seed)
+    model = SiT_models[args.model](
+        input_size=side, in_channels=channels // 2, num_classes=args.num_classes, encoder_depth=args.encoder_depth,
+        attn_layers=[student for student, _ in args.attn_layers], z_dims=() if args.enc_type == "none" else TEACHERS[args.enc_type][1:],
+        qk_norm=args.qk_norm, fused_attn=args.fused_attn)
+    loss_fn = SILoss(args.path_type, args.weighting, args.attn_layers if args.attn_coeff else (), args.attn_heads)
+    teacher = None if args.enc_type == "none" else functools.partial(load_teacher, args, side // config["patch_size"])
+    train(args, accelerator, run, model, dataset, teacher, loss_fn, torch.tensor(model.null_label))
+
+
+if __name__ == "__main__":
+    run_script(main)

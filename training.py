@@ -1,0 +1,292 @@
+"""The one training loop, for classes and for text: train.py and train_t2i.py bring model, data and teacher."""
+import copy
+import csv
+import gc
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from checkpoints import check_same_run, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
+from dataset import StepBatches, process_places, step_draws
+from encoders import VAE, CachedTeacher
+from files import BadInput, atomic_write
+from loss import sample_t
+from samplers import euler_sampler, guided
+
+PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_CFG = 16, 50, 4.0
+TERMS = ("loss", "denoise", "feature", "attention", "grad_norm")
+COLUMNS = ["step", *TERMS, "seconds"]
+
+logger = logging.getLogger("haste")
+
+
+def make_accelerator(args):
+    """Accelerator and run folder. fp16 needs a GPU: on a CPU the run is in float32, and says so."""
+    run = Path(args.output_dir) / args.exp_name
+    precision = args.mixed_precision if torch.cuda.is_available() or args.mixed_precision != "fp16" else "no"
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir,
+                                            logging_dir=str(Path(args.output_dir) / args.logging_dir)))
+    split = accelerator.num_processes * args.gradient_accumulation_steps
+    if args.batch_size < 1 or args.batch_size % split:
+        raise BadInput(f"--batch-size {args.batch_size} is global and must divide by processes x accumulation = {split}; "
+                       "change one of them.")
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S",
+                        level=logging.INFO if accelerator.is_main_process else logging.ERROR, force=True)
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        logging.getLogger().addHandler(logging.FileHandler(run / "log.txt"))
+    if precision != args.mixed_precision:
+        logger.warning("--mixed-precision fp16 needs a GPU: training in float32 on this CPU.")
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.set_flush_denormal(True)  # denormals of small gradients cost a CPU most of its speed
+    return accelerator, run
+
+
+def start_trackers(accelerator, args):
+    """wandb or tensorboard, if asked for; wandb offline with WANDB_MODE=offline."""
+    config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
+    if args.report_to != "wandb":
+        return accelerator.init_trackers("HASTE", config=config)
+    import wandb  # only when asked for
+    try:
+        accelerator.init_trackers("HASTE", config=config, init_kwargs={"wandb": {"name": args.exp_name}})
+    except wandb.errors.Error as error:
+        raise BadInput(f"wandb could not start ({error}); run `wandb login`, set WANDB_MODE=offline, or use --report-to "
+                       "none.") from error
+
+
+class Metrics:
+    """Loss terms of each step, kept on the device until `flush` writes their means to metrics.csv and the tracker."""
+
+    def __init__(self, path, accelerator, start_step):
+        self.path, self.accelerator = path, accelerator
+        self.steps, self.rows, self.started = [], [], time.time()
+        if accelerator.is_main_process:
+            kept = []
+            if path.is_file():  # rows past the checkpoint that this run continues from are about to be made again
+                with open(path, newline="") as file:
+                    kept = [row for row in csv.DictReader(file) if int(row["step"]) <= start_step]
+            with atomic_write(path, "w") as file:
+                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(kept)
+        accelerator.wait_for_everyone()
+
+    def add(self, step, terms):
+        """`terms`: one detached scalar tensor per name of TERMS that this phase has."""
+        self.steps.append(step)
+        self.rows.append(torch.stack([terms[name].float() if name in terms else terms["loss"].new_zeros(())
+                                      for name in TERMS]))
+        self.names = [name for name in TERMS if name in terms]
+
+    def flush(self):
+        """Means since the last flush over steps and processes, {name: value}; the first sync with the device since.
+
+        Raises BadInput naming step and terms when a loss is not finite. Gradient norms may be: a scaler skips those.
+        """
+        if not self.rows:
+            return {}
+        rows = self.accelerator.reduce(torch.stack(self.rows), reduction="mean").cpu()
+        for step, row in zip(self.steps, rows.tolist(), strict=True):
+            values = dict(zip(TERMS, row, strict=True))
+            if not all(math.isfinite(values[name]) for name in TERMS if name != "grad_norm"):
+                terms = ", ".join(f"{name} {values[name]:.4g}" for name in self.names)
+                raise BadInput(f"The loss is not finite at step {step} ({terms}); the last checkpoint is intact. Lower "
+                               "--learning-rate, or use --mixed-precision bf16, and run the command again.")
+        means = {name: value for name, value in zip(TERMS, rows.mean(dim=0).tolist(), strict=True) if name in self.names}
+        seconds = time.time() - self.started
+        if self.accelerator.is_main_process:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(
+                    {"step": self.steps[-1], **{name: f"{value:.6g}" for name, value in means.items()},
+                     "seconds": f"{seconds:.3f}"})
+        self.accelerator.log({**means, "steps_per_second": len(self.rows) / seconds}, step=self.steps[-1])
+        self.steps, self.rows, self.started = [], [], time.time()
+        return means
+
+
+class Previews:
+    """Sample grids of the EMA, with the noise and conditions of 16 fixed entries, beside what those entries are."""
+
+    def __init__(self, args, accelerator, folder, dataset, y_null):
+        self.accelerator, self.folder, self.seed = accelerator, folder, args.seed
+        rng = np.random.default_rng(args.seed)
+        entries = [int(i) for i in rng.permutation(len(dataset))[:PREVIEW_IMAGES]]
+        self.y = torch.stack([torch.as_tensor(dataset.condition(i)) for i in entries]).to(accelerator.device)
+        self.y_null = y_null.to(accelerator.device).expand_as(self.y)
+        moments = torch.stack([dataset.moments(i) for i in entries])
+        self.noise = torch.from_numpy(rng.standard_normal(moments.chunk(2, dim=1)[0].shape, dtype=np.float32))
+        self.vae = VAE(args.vae, accelerator.device)
+        self.save("truth", VAE.latents(moments, torch.zeros_like(self.noise)))
+
+    def save(self, name, latents, step=None):
+        images = self.vae.decode(latents)
+        grid = image_grid(images)
+        with atomic_write(self.folder / f"{name}.png") as file:
+            Image.fromarray(grid).save(file, "PNG")
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"truth" if step is None else "samples": grid[None]}, step=step, **layout)
+
+    def make(self, ema, step):
+        velocity = guided(ema, self.y, self.y_null, PREVIEW_CFG)
+        with self.accelerator.autocast():
+            latents = euler_sampler(velocity, self.noise.to(self.accelerator.device), PREVIEW_STEPS)
+        self.save(f"{step:07d}", latents, step)
+
+
+def image_grid(images, columns=None):
+    """uint8 (N, 3, R, R) -> one picture uint8 (rows R, columns R, 3); missing cells are white."""
+    n, _, side, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    cells = torch.full((rows * columns, 3, side, side), 255, dtype=torch.uint8)
+    cells[:n] = images.cpu()
+    return cells.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).reshape(rows * side, columns * side, 3).numpy()
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema <- decay ema + (1 - decay) model, all parameters in one call."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def phases(step, last, early_stop, aligned):
+    """(first, end, aligned) of what is left from `step` on: Phase I up to `early_stop`, then Phase II."""
+    switch = min(early_stop, last) if aligned else step
+    spans = [(step, switch, True), (max(step, switch), last, False)]
+    return [(first, end, on) for first, end, on in spans if first < end]
+
+
+def batch_loss(args, accelerator, loss_fn, model, teacher, batch, draws, y_null):
+    """Total loss of one micro-batch, and its detached terms. `teacher` is None in Phase II; draws as in step_draws."""
+    moments, y = (batch[name].to(accelerator.device, non_blocking=True) for name in ("moments", "y"))
+    with torch.no_grad():
+        x = VAE.latents(moments, draws["posterior"])
+        dropped = (draws["drop"] < args.cfg_prob).reshape(-1, *[1] * (y.dim() - 1))
+        y = torch.where(dropped, y_null, y)
+        target = None
+        if teacher is not None:
+            with accelerator.autocast():
+                target = teacher(batch["image"] if "image" in batch else batch["position"])
+    t = sample_t(draws["u"], args.weighting, args.path_type)
+    terms = loss_fn(model, x, y, target, t, draws["noise"])
+    terms["denoise"] = terms["denoise"].mean()
+    loss = terms["denoise"]
+    if teacher is not None:
+        loss = loss + args.proj_coeff * terms["feature"] + args.attn_coeff * terms["attention"]
+    return loss, {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
+
+
+def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null):
+    """Train `model` for args.max_train_steps steps; the same call again continues from the newest checkpoint.
+
+    dataset[i] -> dict(position, moments, y, and image while dataset.images); y_null is the condition of no condition,
+    shaped like one y. `load_teacher()` gives a Teacher, or is None; it is called, and its result held, only in Phase I.
+    """
+    steps_per_epoch = len(dataset) / args.batch_size
+    max_steps = min(args.max_train_steps, math.ceil(args.epochs * steps_per_epoch))
+    settings = {name: value for name, value in vars(args).items()} | {"data": dataset.fingerprint()}
+    device, seed = accelerator.device, args.seed
+    ema = copy.deepcopy(model).requires_grad_(False).eval().to(device)
+    model.to(device)
+    adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay,
+                "eps": args.adam_epsilon}
+    optimizer = torch.optim.AdamW(model.parameters(), **adam, fused=True)
+
+    step = 0
+    path = find_checkpoint(run / "checkpoints", args.resume_step)
+    if path:
+        state = load_checkpoint(path)
+        changed = check_same_run(path, state["args"], settings)
+        load_weights(model, state["model"], path)
+        load_weights(ema, state["ema"], path)
+        optimizer.load_state_dict(state["opt"])
+        optimizer.param_groups[0].update(adam)
+        if accelerator.scaler is not None and state.get("scaler"):
+            accelerator.scaler.load_state_dict(state["scaler"])
+        step = state["steps"]
+        logger.info(f"continuing from {path}" + "".join(f"; {n} was {old}, is {new}" for n, old, new in changed))
+        del state
+    if accelerator.is_main_process:
+        with atomic_write(run / "args.json", "w") as file:
+            json.dump(settings, file, indent=2)
+    start_trackers(accelerator, args)
+    teacher = load_teacher().to(device) if load_teacher and step < args.early_stop_point else None
+    if args.teacher_cache and teacher:
+        started = time.time()
+        teacher = CachedTeacher(args.teacher_cache, teacher, dataset, accelerator)
+        logger.info(f"teacher outputs in {teacher.folder} ({time.time() - started:.0f} s)")
+    previews = None
+    if accelerator.is_main_process and args.sampling_steps and max_steps // args.sampling_steps > step // args.sampling_steps:
+        previews = Previews(args, accelerator, run / "previews", dataset, y_null)
+    metrics = Metrics(run / "metrics.csv", accelerator, step)
+    logger.info(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(dataset):,} images, steps {step} to "
+                f"{max_steps}, {accelerator.num_processes} process(es) on {device}, precision "
+                f"{accelerator.mixed_precision}, alignment until step {args.early_stop_point if teacher else 0}")
+
+    y_null, wrapped = y_null.to(device), None
+    with tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process, mininterval=1) as bar:
+        for first, end, aligned in phases(step, max_steps, args.early_stop_point, teacher is not None):
+            if not aligned and teacher is not None:
+                teacher = None
+                gc.collect()
+                logger.info(f"step {first}: alignment is switched off; teacher freed, images no longer read")
+            # Outside Phase I the projector is frozen and DDP built anew, so that it leaves the gradient exchange.
+            model.projectors.requires_grad_(aligned and args.proj_coeff > 0)
+            if wrapped is not None:
+                accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # takes autocast off again
+                wrapped = None
+            accelerator.free_memory()
+            wrapped, wrapped_optimizer = accelerator.prepare(model, optimizer)
+            dataset.images = aligned and not isinstance(teacher, CachedTeacher)
+            split = (accelerator.process_index, accelerator.num_processes, args.gradient_accumulation_steps)
+            batches = StepBatches(len(dataset), args.batch_size, seed, first, end, *split)
+            loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers,
+                                     pin_memory=device.type == "cuda"))
+            for step in range(first, end):
+                draws, shares = step_draws(seed, step, args.batch_size, model.latent_shape), []
+                for micro_step in range(args.gradient_accumulation_steps):
+                    places = process_places(args.batch_size, *split, micro_step)
+                    mine = {name: value[places].to(device, non_blocking=True) for name, value in draws.items()}
+                    with accelerator.accumulate(wrapped):
+                        loss, terms = batch_loss(args, accelerator, loss_fn, wrapped, teacher, next(loader), mine, y_null)
+                        accelerator.backward(loss)
+                        shares.append(terms)
+                        if accelerator.sync_gradients:
+                            norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                        wrapped_optimizer.step()
+                        wrapped_optimizer.zero_grad(set_to_none=True)
+                update_ema(ema, model, args.ema_decay)
+                terms = {name: torch.stack([share[name] for share in shares]).mean() for name in shares[0]}
+                metrics.add(step + 1, {**terms, "grad_norm": norm})
+                bar.update()
+                done = step + 1
+                save = done % args.checkpointing_steps == 0 or done == max_steps
+                if done % args.log_every == 0 or save:
+                    bar.set_postfix({name: f"{value:.4f}" for name, value in metrics.flush().items()})
+                if save and accelerator.is_main_process:
+                    state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
+                             "args": settings}
+                    if accelerator.scaler is not None:
+                        state["scaler"] = accelerator.scaler.state_dict()
+                    logger.info(f"saved {save_checkpoint(run / 'checkpoints', done, state)}")
+                if previews and done % args.sampling_steps == 0:
+                    previews.make(ema, done)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    logger.info(f"done: {max_steps} steps in {run}")
