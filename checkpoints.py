@@ -18,15 +18,19 @@ def save_checkpoint(folder, step, state):
     return path
 
 
-def load_checkpoint(path, mmap=True):
-    """A checkpoint of ours or of the published code, or a plain state dict (as `ema`), with `args` as a dict."""
+def load_checkpoint(path, needed=("ema",), mmap=True):
+    """A checkpoint of ours or of the published code, or a plain state dict (as `ema`), with `args` as a dict.
+
+    Raises BadInput when one of the keys in `needed` is not there.
+    """
     state = load_tensors(path, mmap=mmap)
     if not isinstance(state, dict):
         raise BadInput(f"{path} holds a {type(state).__name__}, not a checkpoint; give a file of train.py.")
-    if "ema" not in state:
-        if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise BadInput(f"{path} has no 'ema' and is no plain state dict; give a checkpoint of train.py.")
+    if state and all(isinstance(value, torch.Tensor) for value in state.values()):
         state = {"ema": state}
+    for key in needed:
+        if key not in state:
+            raise BadInput(f"{path} has no '{key}'; give a checkpoint of train.py.")
     args = state.get("args", {})
     return {**state, "args": args if isinstance(args, dict) else vars(args)}
 

@@ -20,7 +20,7 @@ from files import BadInput, load_array
 
 
 def scan(folder, suffix):
-    """{index in the name: (relative path, size in bytes)} of all files under `folder` that end in `suffix`."""
+    """{index in the name: relative path} of all files under `folder` that end in `suffix`."""
     found, stack = {}, [folder]
     while stack:
         with os.scandir(stack.pop()) as entries:
@@ -31,8 +31,8 @@ def scan(folder, suffix):
                     name = os.path.relpath(entry.path, folder)
                     index = index_of(name)
                     if index in found:
-                        raise BadInput(f"{folder}: {found[index][0]} and {name} have the same index; remove one of them.")
-                    found[index] = (name, entry.stat().st_size)
+                        raise BadInput(f"{folder}: {found[index]} and {name} have the same index; remove one of them.")
+                    found[index] = name
     return found
 
 
@@ -65,13 +65,15 @@ def read_labels(folder, num_classes):
 class LatentImages(Dataset):
     """Moments, label and, while `images` is on, the picture of each entry, in the order of the index in the names.
 
-    Pairing, labels, file sizes and the first entry are checked here, everything else when it is read.
+    Pairing, labels, the latents' file sizes and the first entry are checked here, everything else when it is read.
+    images=False from the start needs no images/ folder.
     """
 
     def __init__(self, data_dir, resolution, num_classes, images=True):
         self.resolution, self.images = resolution, images
         self.image_dir, self.latent_dir = Path(data_dir) / "images", Path(data_dir) / "vae-sd"
-        labels, image_labels = read_labels(self.latent_dir, num_classes), read_labels(self.image_dir, num_classes)
+        labels = read_labels(self.latent_dir, num_classes)
+        image_labels = read_labels(self.image_dir, num_classes) if images or labels is None else None
         labels = image_labels if labels is None else labels
         if not labels:
             raise BadInput(f"{data_dir} has no labels in either dataset.json; class-conditional training needs them.")
@@ -79,34 +81,42 @@ class LatentImages(Dataset):
             if image_labels is not None and image_labels.get(index, label) != label:
                 raise BadInput(f"{data_dir}: index {index} has label {image_labels[index]} in images/dataset.json and "
                                f"{label} in vae-sd/dataset.json; make the data again.")
-        found_images, found_latents = scan(self.image_dir, ".png"), scan(self.latent_dir, ".npy")
         self.indices = sorted(labels)
-        for kind, folder, found in (("image", self.image_dir, found_images), ("latent", self.latent_dir, found_latents)):
-            for index in self.indices:
-                if index not in found:
-                    raise BadInput(f"{folder} has no {kind} of index {index:08d}, which dataset.json names; make it again.")
-            for index in found:
-                if index not in labels:
-                    raise BadInput(f"{folder / found[index][0]} has no label or partner under its index; make it again "
-                                   "or remove it.")
-        usual = found_latents[self.indices[0]][1]
-        for index in self.indices:
-            name, size = found_latents[index]
-            if size != usual:
-                raise BadInput(f"{self.latent_dir / name} has {size} bytes, the first latent {usual}: its shape is "
-                               "another or it is truncated; make it again.")
         self.labels = [labels[index] for index in self.indices]
-        self.image_names = [found_images[index][0] for index in self.indices]
-        self.latent_names = [found_latents[index][0] for index in self.indices]
-        self.image_sizes = [found_images[index][1] for index in self.indices]
+        self.latent_names = self.paired(self.latent_dir, ".npy")
+        self.image_names = self.paired(self.image_dir, ".png") if images else []
+        self.check_latents()
+        self.moments(0)
+        if images:
+            self.image(0)
+
+    def paired(self, folder, suffix):
+        """Relative paths of the files under `folder` in the order of self.indices, exactly one for each."""
+        found = scan(folder, suffix)
+        for index in self.indices:
+            if index not in found:
+                raise BadInput(f"{folder} has no {suffix} file of index {index:08d}, which dataset.json names; make it "
+                               "again.")
+        if len(found) > len(self.indices):
+            extra = min(set(found) - set(self.indices))
+            raise BadInput(f"{folder / found[extra]} has no label or partner under its index; make it again or remove it.")
+        return [found[index] for index in self.indices]
+
+    def check_latents(self):
+        """Shape of the first latent, and the file sizes of all: another size is another shape or a truncated file."""
         first = self.latent_dir / self.latent_names[0]
         self.moments_shape = load_array(first).shape
         if len(self.moments_shape) != 3 or self.moments_shape[0] % 2 or self.moments_shape[1] != self.moments_shape[2]:
             raise BadInput(f"{first} has shape {self.moments_shape}; expected (2 x channels, side, side), mean and std.")
-        if resolution % self.moments_shape[1]:
-            raise BadInput(f"{first} has {self.moments_shape[1]} latent pixels a side, of which --resolution {resolution} "
-                           "is no multiple; encode the data at this resolution or change it.")
-        self.image(0), self.moments(0)
+        if self.resolution % self.moments_shape[1]:
+            raise BadInput(f"{first} has {self.moments_shape[1]} latent pixels a side, of which --resolution "
+                           f"{self.resolution} is no multiple; encode the data at this resolution or change it.")
+        usual = first.stat().st_size
+        for name in self.latent_names:
+            size = (self.latent_dir / name).stat().st_size
+            if size != usual:
+                raise BadInput(f"{self.latent_dir / name} has {size} bytes, the first latent {usual}: its shape is "
+                               "another or it is truncated; make it again.")
 
     def __len__(self):
         return len(self.indices)
@@ -142,8 +152,10 @@ class LatentImages(Dataset):
         return item | {"image": self.image(i)} if self.images else item
 
     def fingerprint(self, files=False):
-        """Text that names this data set wherever it lies: indices and labels; with `files` also names and file sizes."""
-        entries = [self.indices, self.labels] + ([self.image_names, self.image_sizes] if files else [])
+        """Text that names this data set wherever it lies: indices and labels; with `files` the images' names and sizes too."""
+        entries = [self.indices, self.labels]
+        if files:
+            entries += [self.image_names, [(self.image_dir / name).stat().st_size for name in self.image_names]]
         return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 

@@ -5,19 +5,25 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import safetensors
 import timm
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from files import BadInput, load_tensors
+from files import BadInput, first_line, load_tensors
 from models.layers import QK, Alignment
 from modify_dinov2.taps import tap_attention
 
 # --enc-type -> (timm's name, width of its tokens)
 TEACHERS = {f"dinov2{reg}-vit-{size[0]}": (f"vit_{size}_patch14{'_reg4' if reg else ''}_dinov2", width)
             for size, width in (("small", 384), ("base", 768), ("large", 1024), ("giant", 1536)) for reg in ("", "reg")}
+
+
+def to_device(tensor, device):
+    """CPU tensor -> `device` without waiting for it: only from pinned memory does a copy to a GPU not block."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class VAE:
@@ -33,11 +39,18 @@ class VAE:
         from diffusers import AutoencoderKL  # seconds to import, and only previews and sampling need it
         try:
             self.vae = AutoencoderKL.from_pretrained(source).to(device).eval().requires_grad_(False)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"The VAE {source} could not be loaded ({str(error).splitlines()[0]}); give --vae a folder "
-                           "in diffusers' format, or a hub name with the network up.") from error
+        except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+            raise BadInput(f"The VAE {source} could not be loaded ({first_line(error)}); give --vae a folder in diffusers' "
+                           "format, or a hub name with the network up.") from error
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent pixel and side
-        self.device = device
+        self.source, self.device = source, device
+
+    def check(self, channels, side, resolution):
+        """Raise BadInput unless latents of `channels` x `side` x `side` are this VAE's for images of `resolution`."""
+        if (channels, side * self.factor) != (self.vae.config.latent_channels, resolution):
+            raise BadInput(f"The VAE {self.source} makes {self.vae.config.latent_channels} channels at 1/{self.factor} of "
+                           f"the image's side, but the latents have {channels} channels of {side} for a --resolution of "
+                           f"{resolution}; give the --vae that made them.")
 
     @torch.no_grad()
     def encode(self, images):
@@ -73,7 +86,7 @@ def load_vit(enc_type, weights=None):
             vit = timm.create_model(name, pretrained=True, num_classes=0)
         except (OSError, RuntimeError) as error:
             raise BadInput(f"The weights of {enc_type} could not be fetched from the hub "
-                           f"({str(error).splitlines()[0]}); give a local file with --enc-weights.") from error
+                           f"({first_line(error)}); give a local file with --enc-weights.") from error
     else:
         vit = timm.create_model(name, pretrained=False, num_classes=0)
         try:
@@ -89,7 +102,7 @@ class Teacher:
 
     Images are resized to patch * `grid` pixels, so that the teacher has `grid` x `grid` tokens as the student does.
     `attn_blocks` (0-based) are the blocks whose q and k are handed out. `num_blocks` keeps only the first blocks; the
-    features are the final norm of the last one kept. Without `features` nothing after the last tapped block runs.
+    features are the final norm of the last one kept. Without `features` no block after the last tapped one runs.
     """
 
     def __init__(self, vit, grid, attn_blocks=(), num_blocks=None, features=True):
@@ -113,7 +126,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images):
-        x = (images.to(self.mean.device).float() / 255 - self.mean) / self.std
+        x = (images.to(self.mean.device, non_blocking=True).float() / 255 - self.mean) / self.std
         x = F.interpolate(x, size=self.input_size, mode="bicubic", align_corners=False)
         tokens = self.vit.forward_features(x)[:, self.vit.num_prefix_tokens:]  # (N, T, C), after the final norm
         attention = dict(self.attention)
@@ -138,7 +151,8 @@ class CachedTeacher:
 
     def __init__(self, folder, teacher, dataset, accelerator, batch_size=32):
         self.device = accelerator.device
-        key = hashlib.sha256(f"{teacher.key()} {dataset.fingerprint(files=True)}".encode()).hexdigest()[:16]
+        parts = (teacher.key(), accelerator.mixed_precision, dataset.fingerprint(files=True))
+        key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
         self.folder = Path(folder) / key
         if not (self.folder / "complete.json").is_file():
             self._build(Path(folder), teacher, dataset, accelerator, batch_size)
@@ -181,7 +195,7 @@ class CachedTeacher:
         return flat | {f"block{block}": torch.stack([qk.q, qk.k], dim=1) for block, qk in alignment.attention.items()}
 
     def __call__(self, positions):
-        rows = {name: torch.from_numpy(array[positions.numpy()]).to(self.device, non_blocking=True)
+        rows = {name: to_device(torch.from_numpy(array[positions.numpy()]), self.device)
                 for name, array in self.arrays.items()}
         return Alignment([value for name, value in rows.items() if name.startswith("features")],
                          {int(name.removeprefix("block")): QK(value[:, 0], value[:, 1])

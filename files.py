@@ -18,6 +18,11 @@ class BadInput(Exception):
     """Something the user gave cannot be used. The message is the sentence to show: what, where, what to do."""
 
 
+def first_line(error):
+    """The first line of an exception's message, for use inside a sentence."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def run_script(main):
     """Call `main()`; a BadInput ends the process with its sentence on stderr and exit status 1, without a traceback."""
     try:
@@ -72,8 +77,7 @@ def load_tensors(path, mmap=False):
         raise BadInput(f"{path} is no torch file of tensors and plain values, or holds code, which is not run; "
                        "save it again as a plain state dict.") from error
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInput(f"{path} is damaged or not a torch file ({reason}); get it again.") from error
+        raise BadInput(f"{path} is damaged or not a torch file ({first_line(error)}); get it again.") from error
 
 
 def load_array(path):

@@ -26,7 +26,7 @@ from encoders import VAE
 from files import BadInput, atomic_write, run_script
 from models.sit import SIT_CONFIGS, SiT_models
 from samplers import euler_maruyama_sampler, euler_sampler, guided
-from training import image_grid
+from training import PATIENCE, image_grid
 
 VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 GRID_IMAGES = 72
@@ -75,7 +75,7 @@ def checkpoint_weights(args):
     return weights, widths
 
 
-def load_sit(args, vae_factor, device):
+def load_sit(args, vae, device):
     """The SiT of --ckpt in eval mode; latent size and channels follow from --resolution and the weights."""
     weights, widths = checkpoint_weights(args)
     if args.model not in SIT_CONFIGS:
@@ -84,14 +84,17 @@ def load_sit(args, vae_factor, device):
     patch, args.encoder_depth = config["patch_size"], args.encoder_depth or config["encoder_depth"]
     if not 1 <= args.encoder_depth <= config["depth"]:
         raise BadInput(f"--encoder-depth {args.encoder_depth} is outside 1 to {config['depth']}, the model's depth.")
-    if args.resolution % (vae_factor * patch):
-        raise BadInput(f"--resolution {args.resolution} is no multiple of {vae_factor * patch}, the VAE's factor "
-                       f"{vae_factor} times the patch of {args.model}.")
+    if args.resolution % (vae.factor * patch):
+        raise BadInput(f"--resolution {args.resolution} is no multiple of {vae.factor * patch}, the VAE's factor "
+                       f"{vae.factor} times the patch of {args.model}.")
+    if "x_embedder.proj.weight" not in weights:
+        raise BadInput(f"{args.ckpt} is no checkpoint of a SiT: it has no x_embedder.proj.weight; give one of train.py.")
+    channels, side = weights["x_embedder.proj.weight"].shape[1], args.resolution // vae.factor
+    vae.check(channels, side, args.resolution)
     hidden = [value.shape[0] for name, value in weights.items() if name == "projectors.0.0.weight"]
     model = SiT_models[args.model](
-        input_size=args.resolution // vae_factor, in_channels=weights["x_embedder.proj.weight"].shape[1],
-        num_classes=args.num_classes, encoder_depth=args.encoder_depth, z_dims=widths, qk_norm=args.qk_norm,
-        fused_attn=args.fused_attn, **({"projector_dim": hidden[0]} if hidden else {}))
+        input_size=side, in_channels=channels, num_classes=args.num_classes, encoder_depth=args.encoder_depth,
+        z_dims=widths, qk_norm=args.qk_norm, fused_attn=args.fused_attn, **({"projector_dim": hidden[0]} if hidden else {}))
     load_weights(model, weights, args.ckpt)
     return model.to(device).eval()
 
@@ -186,7 +189,7 @@ def write_outputs(args, folder, path_of, columns):
 
 def setup(args):
     """Process state, VAE and switches shared by both sampling scripts."""
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     return state, VAE(VAES.get(args.vae, args.vae), state.device)
@@ -210,7 +213,7 @@ def parse_args():
 def main():
     args = parse_args()
     state, vae = setup(args)
-    model = load_sit(args, vae.factor, state.device)
+    model = load_sit(args, vae, state.device)
     folder = sample_folder(args, args.model.replace("/", "-"))
 
     def condition(i, rng):

@@ -9,6 +9,7 @@ if [ "${1:-full}" = short ]; then steps=40 stop=20 every=40 images=9 name=quicks
 precision=no
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && precision=bf16
 
+echo "To repeat a command by hand: export PATH=$(dirname "$(command -v python)"):\$PATH"
 stages=()
 stage() {  # stage NAME COMMAND...: print, run, time
     local title=$1 begin=$SECONDS

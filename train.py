@@ -92,8 +92,8 @@ def resolve(args, config):
     if args.enc_type not in (*TEACHERS, "none"):
         raise BadInput(f"--enc-type {args.enc_type} is not known; use one of {', '.join(TEACHERS)} or none.")
     for name in ("batch_size", "max_train_steps", "log_every", "checkpointing_steps", "gradient_accumulation_steps",
-                 "epochs"):
-        if getattr(args, name) < 1:
+                 "epochs", "attn_heads", "enc_blocks"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
     if not 1 <= args.encoder_depth <= config["depth"]:
         raise BadInput(f"--encoder-depth {args.encoder_depth} is outside 1 to {config['depth']}, the model's depth.")
@@ -125,17 +125,18 @@ def main():
     config = SIT_CONFIGS[args.model]
     resolve(args, config)
     accelerator, run = make_accelerator(args)
-    dataset = LatentImages(args.data_dir, args.resolution, args.num_classes)
+    dataset = LatentImages(args.data_dir, args.resolution, args.num_classes, images=args.enc_type != "none")
     channels, side, _ = dataset.moments_shape
     if side % config["patch_size"]:
         raise BadInput(f"--model {args.model} cuts latents into patches of {config['patch_size']}, of which {side}, the "
                        f"latents' side at --resolution {args.resolution}, is no multiple; choose another patch.")
+    pairs = args.attn_layers if args.attn_coeff else []
     set_seed(args.seed)
     model = SiT_models[args.model](
         input_size=side, in_channels=channels // 2, num_classes=args.num_classes, encoder_depth=args.encoder_depth,
-        attn_layers=[student for student, _ in args.attn_layers], z_dims=() if args.enc_type == "none" else TEACHERS[args.enc_type][1:],
+        attn_layers=[student for student, _ in pairs], z_dims=TEACHERS[args.enc_type][1:] if args.proj_coeff else (),
         qk_norm=args.qk_norm, fused_attn=args.fused_attn)
-    loss_fn = SILoss(args.path_type, args.weighting, args.attn_layers if args.attn_coeff else (), args.attn_heads)
+    loss_fn = SILoss(args.path_type, args.weighting, pairs, args.attn_heads)
     teacher = None if args.enc_type == "none" else functools.partial(load_teacher, args, side // config["patch_size"])
     train(args, accelerator, run, model, dataset, teacher, loss_fn, torch.tensor(model.null_label))
 

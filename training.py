@@ -1,6 +1,7 @@
 """The one training loop, for classes and for text: train.py and train_t2i.py bring model, data and teacher."""
 import copy
 import csv
+import datetime
 import gc
 import json
 import logging
@@ -11,20 +12,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoints import check_same_run, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from dataset import StepBatches, process_places, step_draws
-from encoders import VAE, CachedTeacher
+from encoders import VAE, CachedTeacher, to_device
 from files import BadInput, atomic_write
 from loss import sample_t
 from samplers import euler_sampler, guided
 
 PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_CFG = 16, 50, 4.0
 TERMS = ("loss", "denoise", "feature", "attention", "grad_norm")
+PATIENCE = datetime.timedelta(hours=2)  # processes wait for previews and the teacher cache, not only for gradients
 COLUMNS = ["step", *TERMS, "seconds"]
 
 logger = logging.getLogger("haste")
@@ -35,6 +37,7 @@ def make_accelerator(args):
     run = Path(args.output_dir) / args.exp_name
     precision = args.mixed_precision if torch.cuda.is_available() or args.mixed_precision != "fp16" else "no"
     accelerator = Accelerator(
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir,
@@ -43,11 +46,12 @@ def make_accelerator(args):
     if args.batch_size < 1 or args.batch_size % split:
         raise BadInput(f"--batch-size {args.batch_size} is global and must divide by processes x accumulation = {split}; "
                        "change one of them.")
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S",
-                        level=logging.INFO if accelerator.is_main_process else logging.ERROR, force=True)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
-        logging.getLogger().addHandler(logging.FileHandler(run / "log.txt"))
+        logger.handlers = [logging.FileHandler(run / "log.txt")]
+        logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     if precision != args.mixed_precision:
         logger.warning("--mixed-precision fp16 needs a GPU: training in float32 on this CPU.")
     if args.allow_tf32:
@@ -60,10 +64,12 @@ def start_trackers(accelerator, args):
     """wandb or tensorboard, if asked for; wandb offline with WANDB_MODE=offline."""
     config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
     if args.report_to != "wandb":
-        return accelerator.init_trackers("HASTE", config=config)
+        return accelerator.init_trackers(args.exp_name, config=config)
     import wandb  # only when asked for
+    folder = Path(args.output_dir) / args.logging_dir
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        accelerator.init_trackers("HASTE", config=config, init_kwargs={"wandb": {"name": args.exp_name}})
+        accelerator.init_trackers("HASTE", config=config, init_kwargs={"wandb": {"name": args.exp_name, "dir": folder}})
     except wandb.errors.Error as error:
         raise BadInput(f"wandb could not start ({error}); run `wandb login`, set WANDB_MODE=offline, or use --report-to "
                        "none.") from error
@@ -96,14 +102,15 @@ class Metrics:
     def flush(self):
         """Means since the last flush over steps and processes, {name: value}; the first sync with the device since.
 
-        Raises BadInput naming step and terms when a loss is not finite. Gradient norms may be: a scaler skips those.
+        Raises BadInput naming step and terms when one is not finite. With a scaler gradients may be: it skips the step.
         """
         if not self.rows:
             return {}
         rows = self.accelerator.reduce(torch.stack(self.rows), reduction="mean").cpu()
         for step, row in zip(self.steps, rows.tolist(), strict=True):
             values = dict(zip(TERMS, row, strict=True))
-            if not all(math.isfinite(values[name]) for name in TERMS if name != "grad_norm"):
+            scaled = self.accelerator.scaler is not None
+            if not all(math.isfinite(values[name]) for name in TERMS if name != "grad_norm" or not scaled):
                 terms = ", ".join(f"{name} {values[name]:.4g}" for name in self.names)
                 raise BadInput(f"The loss is not finite at step {step} ({terms}); the last checkpoint is intact. Lower "
                                "--learning-rate, or use --mixed-precision bf16, and run the command again.")
@@ -131,6 +138,7 @@ class Previews:
         moments = torch.stack([dataset.moments(i) for i in entries])
         self.noise = torch.from_numpy(rng.standard_normal(moments.chunk(2, dim=1)[0].shape, dtype=np.float32))
         self.vae = VAE(args.vae, accelerator.device)
+        self.vae.check(self.noise.shape[1], self.noise.shape[2], args.resolution)
         self.save("truth", VAE.latents(moments, torch.zeros_like(self.noise)))
 
     def save(self, name, latents, step=None):
@@ -204,14 +212,14 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
     device, seed = accelerator.device, args.seed
     ema = copy.deepcopy(model).requires_grad_(False).eval().to(device)
     model.to(device)
-    adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay,
-                "eps": args.adam_epsilon}
+    adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon,
+            "weight_decay": args.adam_weight_decay}
     optimizer = torch.optim.AdamW(model.parameters(), **adam, fused=True)
 
     step = 0
     path = find_checkpoint(run / "checkpoints", args.resume_step)
     if path:
-        state = load_checkpoint(path)
+        state = load_checkpoint(path, ("model", "ema", "opt", "args", "steps"))
         changed = check_same_run(path, state["args"], settings)
         load_weights(model, state["model"], path)
         load_weights(ema, state["ema"], path)
@@ -231,8 +239,8 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
         started = time.time()
         teacher = CachedTeacher(args.teacher_cache, teacher, dataset, accelerator)
         logger.info(f"teacher outputs in {teacher.folder} ({time.time() - started:.0f} s)")
-    previews = None
-    if accelerator.is_main_process and args.sampling_steps and max_steps // args.sampling_steps > step // args.sampling_steps:
+    previews, every = None, args.sampling_steps
+    if accelerator.is_main_process and every and max_steps // every > step // every:
         previews = Previews(args, accelerator, run / "previews", dataset, y_null)
     metrics = Metrics(run / "metrics.csv", accelerator, step)
     logger.info(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(dataset):,} images, steps {step} to "
@@ -247,12 +255,13 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
                 gc.collect()
                 logger.info(f"step {first}: alignment is switched off; teacher freed, images no longer read")
             # Outside Phase I the projector is frozen and DDP built anew, so that it leaves the gradient exchange.
-            model.projectors.requires_grad_(aligned and args.proj_coeff > 0)
-            if wrapped is not None:
-                accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # takes autocast off again
-                wrapped = None
-            accelerator.free_memory()
-            wrapped, wrapped_optimizer = accelerator.prepare(model, optimizer)
+            model.projectors.requires_grad_(aligned)
+            if wrapped is not model:  # not a single process in Phase II, where there is no DDP to build anew
+                if wrapped is not None:
+                    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # takes autocast off again
+                    wrapped = None
+                accelerator.free_memory()
+                wrapped, wrapped_optimizer = accelerator.prepare(model, optimizer)
             dataset.images = aligned and not isinstance(teacher, CachedTeacher)
             split = (accelerator.process_index, accelerator.num_processes, args.gradient_accumulation_steps)
             batches = StepBatches(len(dataset), args.batch_size, seed, first, end, *split)
@@ -262,7 +271,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
                 draws, shares = step_draws(seed, step, args.batch_size, model.latent_shape), []
                 for micro_step in range(args.gradient_accumulation_steps):
                     places = process_places(args.batch_size, *split, micro_step)
-                    mine = {name: value[places].to(device, non_blocking=True) for name, value in draws.items()}
+                    mine = {name: to_device(value[places], device) for name, value in draws.items()}
                     with accelerator.accumulate(wrapped):
                         loss, terms = batch_loss(args, accelerator, loss_fn, wrapped, teacher, next(loader), mine, y_null)
                         accelerator.backward(loss)

@@ -32,7 +32,7 @@ SIZES = {
     "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16, "encoder_depth": 8,
            "attn_pairs": ((4, 8), (5, 9), (6, 10), (7, 11)), "early_stop_point": 250_000},
 }
-SIT_CONFIGS = {f"SiT-{size}/{patch}": dict(config, patch_size=patch) for size, config in SIZES.items()
+SIT_CONFIGS = {f"SiT-{size}/{patch}": {**config, "patch_size": patch} for size, config in SIZES.items()
                for patch in ((2,) if size == "T" else (2, 4, 8))}
 
 

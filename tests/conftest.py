@@ -79,6 +79,7 @@ def call_main(monkeypatch, module, *arguments):
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()  # accelerate's, of the call before
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
     with torch.enable_grad():  # generate.py turns gradients off for its whole process
         module.main()

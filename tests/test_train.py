@@ -1,17 +1,21 @@
 """train.py through its command line on 64 tiny images: both phases, resume, processes, refusals."""
+import argparse
 import csv
 import json
 import re
 import weakref
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import encoders
 import train
 import training
 from checkpoints import find_checkpoint, load_checkpoint
 from files import BadInput
+from models.sit import SIT_CONFIGS
 from tests.conftest import CLASSES, ROOT, call_main, script, train_arguments, write_tiny_data
 
 
@@ -87,9 +91,11 @@ def test_ema_is_the_written_out_average(monkeypatch, tiny_data, tmp_path):
         torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-8)
 
 
-def test_resume_is_the_same_run(monkeypatch, tiny_data, teacher_file, tmp_path):
-    """6 steps = 3 + 3, across the early-stop point, with and without the teacher's cache, bit for bit."""
-    more = ("--enc-weights", teacher_file, "--early-stop-point", 4, "--checkpointing-steps", 3)
+@pytest.mark.parametrize("precision, early_stop", [("no", 4), ("bf16", 3)])
+def test_resume_is_the_same_run(monkeypatch, tiny_data, teacher_file, tmp_path, precision, early_stop):
+    """6 steps = 3 + 3 bit for bit, across the early-stop point and at it."""
+    more = ("--enc-weights", teacher_file, "--early-stop-point", early_stop, "--checkpointing-steps", 3,
+            "--mixed-precision", precision)
     run(monkeypatch, *train_arguments(tiny_data, tmp_path / "a", *more))
     run(monkeypatch, *train_arguments(tiny_data, tmp_path / "b", *more, "--max-train-steps", 3))
     run(monkeypatch, *train_arguments(tiny_data, tmp_path / "b", *more))
@@ -107,11 +113,12 @@ def test_resume_is_the_same_run(monkeypatch, tiny_data, teacher_file, tmp_path):
 
 @pytest.mark.parametrize("coefficients, feature, attention", [((0.5, 0.0), True, False), ((0.0, 0.5), False, True)])
 def test_one_loss_alone(monkeypatch, tiny_data, teacher_file, tmp_path, coefficients, feature, attention):
-    """--attn-coeff 0 is REPA; --proj-coeff 0 leaves the projector untouched."""
+    """--attn-coeff 0 is REPA; with --proj-coeff 0 there is no projector."""
     run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, "--max-train-steps", 2,
                                       "--proj-coeff", coefficients[0], "--attn-coeff", coefficients[1]))
     row = metrics(tmp_path)[0]
     assert (float(row["feature"]) != 0, float(row["attention"]) != 0) == (feature, attention)
+    assert any(name.startswith("projectors") for name in checkpoint(tmp_path, 2)["model"]) == feature
 
 
 def test_zero_coefficients_are_plain_sit(monkeypatch, tiny_data, tmp_path):
@@ -161,15 +168,53 @@ def test_two_processes_are_the_same_run(tiny_data, teacher_file, tmp_path):
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for name in ("loss", "denoise"):
             assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-5)
+        assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
     assert "2 process(es)" in (tmp_path / "two/run/log.txt").read_text()
 
 
-def test_previews_and_tensorboard(monkeypatch, tiny_data, tmp_path):
-    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 2, "--sampling-steps", 2,
-                                      "--vae", ROOT / "assets/vae-emoji", "--report-to", "tensorboard"))
-    assert (tmp_path / "run/previews/truth.png").stat().st_size > 1000
-    assert (tmp_path / "run/previews/0000002.png").stat().st_size > 1000
-    assert list((tmp_path / "logs").rglob("events*"))
+def test_previews_are_of_the_ema_with_fixed_noise(monkeypatch, tiny_data, tmp_path):
+    """An EMA that stays at its start (v = 0) gives the same picture twice, one that follows the model does not."""
+    for decay in (1.0, 0.0):
+        run(monkeypatch, *train_arguments(
+            tiny_data, tmp_path / str(decay), "--enc-type", "none", "--max-train-steps", 2, "--sampling-steps", 1,
+            "--vae", ROOT / "assets/vae-emoji", "--report-to", "tensorboard", "--ema-decay", decay))
+        folder = tmp_path / str(decay) / "run/previews"
+        first, second = (np.asarray(Image.open(folder / f"{step:07d}.png")) for step in (1, 2))
+        assert first.shape == np.asarray(Image.open(folder / "truth.png")).shape == (256, 256, 3)
+        assert np.array_equal(first, second) == (decay == 1)
+        assert list((tmp_path / str(decay) / "logs/run").rglob("events*"))
+    with pytest.raises(BadInput, match="makes 4 channels at 1/4.*latents have 4 channels of 8"):
+        run(monkeypatch, *train_arguments(write_tiny_data(tmp_path / "f8", factor=8), tmp_path, "--enc-type", "none",
+                                          "--sampling-steps", 1, "--vae", ROOT / "assets/vae-emoji"))
+
+
+def test_published_command_line(tiny_data, teacher_file, tmp_path):
+    """The release's README command with other paths and sizes: fp16 asked for on a CPU, wandb offline."""
+    done = script(
+        "train.py", "--report-to=wandb", "--allow-tf32", "--mixed-precision=fp16", "--seed=0", "--path-type=linear",
+        "--prediction=v", "--weighting=uniform", "--model=SiT-S/8", "--enc-type=dinov2-vit-s", "--proj-coeff=0.5",
+        "--attn-coeff=0.5", "--encoder-depth=8", f"--output-dir={tmp_path}", "--exp-name=run", "--batch-size=4",
+        f"--data-dir={tiny_data}", "--early-stop-point=1", "--logging-dir=logs", "--resume-step=0",
+        f"--num-classes={CLASSES}", "--fused-attn", "--no-qk-norm", "--resolution=64", "--epochs=1400",
+        "--max-train-steps=2", "--checkpointing-steps=50000", "--gradient-accumulation-steps=1", "--learning-rate=1e-4",
+        "--adam-beta1=0.9", "--adam-beta2=0.999", "--adam-weight-decay=0.0", "--adam-epsilon=1e-08",
+        "--max-grad-norm=1.0", "--num-workers=0", "--cfg-prob=0.1", "--sampling-steps=10000",
+        f"--enc-weights={teacher_file}", env={"WANDB_MODE": "offline"})
+    assert "needs a GPU: training in float32" in done.stderr
+    assert list((tmp_path / "logs/wandb").glob("offline-run-*"))
+    assert checkpoint(tmp_path, 2)["steps"] == 2
+
+
+def test_defaults_follow_the_model_and_resolution():
+    for model, resolution, depth, early_stop in (("SiT-XL/2", 256, 8, 250_000), ("SiT-XL/2", 512, 8, 300_000),
+                                                 ("SiT-B/2", 256, 5, 100_000)):
+        parser = argparse.ArgumentParser()
+        train.add_training_arguments(parser)
+        args = parser.parse_args(["--exp-name", "x", "--resolution", str(resolution)])
+        args.encoder_depth = args.early_stop_point = None
+        train.resolve(args, SIT_CONFIGS[model])
+        assert (args.encoder_depth, args.early_stop_point) == (depth, early_stop)
+        assert args.attn_layers == [list(pair) for pair in SIT_CONFIGS[model]["attn_pairs"]]
 
 
 def test_non_finite_loss_stops_with_its_step(monkeypatch, tiny_data, tmp_path):
@@ -200,8 +245,9 @@ REFUSALS = {
     "student block": (["--attn-layers", "5:7"], "past 4"),
     "depth": (["--encoder-depth", 6], "outside 1 to 5"),
     "steps": (["--log-every", 0], "--log-every is 0"),
+    "heads": (["--attn-heads", 0], "--attn-heads is 0"),
+    "teacher blocks": (["--enc-blocks", 0], "--enc-blocks is 0"),
     "teacher": (["--enc-type", "clip-vit-L"], "--enc-type clip-vit-L is not known"),
-    "patch": (["--model", "SiT-S/8", "--resolution", 80], "expected RGB of 80x80"),
 }
 
 
@@ -215,7 +261,7 @@ def one_step_run(tiny_data, tmp_path_factory):
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusals(monkeypatch, tiny_data, one_step_run, name):
     arguments, message = REFUSALS[name]
-    more = [] if name in ("teacher", "pairs", "student block") else ["--enc-type", "none"]
+    more = [] if name in ("teacher", "pairs", "student block", "resolution") else ["--enc-type", "none"]
     with pytest.raises(BadInput, match=message):
         run(monkeypatch, *train_arguments(tiny_data, one_step_run, *more, *arguments))
 
@@ -223,6 +269,12 @@ def test_refusals(monkeypatch, tiny_data, one_step_run, name):
 def test_other_data_is_refused(monkeypatch, one_step_run, tmp_path):
     with pytest.raises(BadInput, match="another run: data was"):
         run(monkeypatch, *train_arguments(write_tiny_data(tmp_path, 16), one_step_run, "--enc-type", "none"))
+
+
+def test_latents_that_no_patch_divides(monkeypatch, tmp_path):
+    with pytest.raises(BadInput, match="patches of 8, of which 12"):
+        run(monkeypatch, *train_arguments(write_tiny_data(tmp_path, 8, 48), tmp_path, "--enc-type", "none", "--model",
+                                          "SiT-S/8", "--resolution", 48))
 
 
 def test_bad_input_is_one_sentence_and_exit_1(tiny_data, tmp_path):
