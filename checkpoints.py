@@ -41,8 +41,8 @@ def load_weights(module, weights, path):
     theirs = {name: tuple(value.shape) for name, value in weights.items()}
     for name in [*ours, *theirs]:
         if ours.get(name) != theirs.get(name):
-            raise BadInput(f"{path} is a checkpoint of another model: {name} is {theirs.get(name, 'missing')} there and "
-                           f"{ours.get(name, 'unknown')} here; give the --model (and its options) it was trained with.")
+            raise BadInput(f"{path} is a checkpoint of another model: {name} is {theirs.get(name, 'missing')} there "
+                           f"and {ours.get(name, 'unknown')} here; give the --model and options it was trained with.")
     module.load_state_dict(weights)
 
 
@@ -65,7 +65,7 @@ def check_same_run(path, saved, args):
 
     for name in IDENTITY:
         if name in saved and name in args and plain(saved[name]) != plain(args[name]):
-            raise BadInput(f"{path} belongs to another run: {name} was {saved[name]} and is now {args[name]}; use another "
-                           "--exp-name, or the settings of that run.")
+            raise BadInput(f"{path} belongs to another run: {name} was {saved[name]} and is now {args[name]}; use "
+                           "another --exp-name, or the settings of that run.")
     return [(name, saved[name], value) for name, value in args.items()
             if name in saved and name not in IDENTITY and plain(saved[name]) != plain(value)]

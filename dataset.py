@@ -31,7 +31,7 @@ def scan(folder, suffix):
                     name = os.path.relpath(entry.path, folder)
                     index = index_of(name)
                     if index in found:
-                        raise BadInput(f"{folder}: {found[index]} and {name} have the same index; remove one of them.")
+                        raise BadInput(f"{folder}: {found[index]} and {name} have one index; remove one.")
                     found[index] = name
     return found
 
@@ -95,11 +95,12 @@ class LatentImages(Dataset):
         found = scan(folder, suffix)
         for index in self.indices:
             if index not in found:
-                raise BadInput(f"{folder} has no {suffix} file of index {index:08d}, which dataset.json names; make it "
-                               "again.")
+                raise BadInput(f"{folder} has no {suffix} file of index {index:08d}, which dataset.json names; make "
+                               "it again.")
         if len(found) > len(self.indices):
             extra = min(set(found) - set(self.indices))
-            raise BadInput(f"{folder / found[extra]} has no label or partner under its index; make it again or remove it.")
+            raise BadInput(f"{folder / found[extra]} has no label or partner under its index; make it again or "
+                           "remove it.")
         return [found[index] for index in self.indices]
 
     def check_latents(self):
@@ -152,7 +153,7 @@ class LatentImages(Dataset):
         return item | {"image": self.image(i)} if self.images else item
 
     def fingerprint(self, files=False):
-        """Text that names this data set wherever it lies: indices and labels; with `files` the images' names and sizes too."""
+        """Text that names this data set wherever it lies: indices, labels; with `files` images' names and sizes too."""
         entries = [self.indices, self.labels]
         if files:
             entries += [self.image_names, [(self.image_dir / name).stat().st_size for name in self.image_names]]

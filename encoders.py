@@ -40,16 +40,16 @@ class VAE:
         try:
             self.vae = AutoencoderKL.from_pretrained(source).to(device).eval().requires_grad_(False)
         except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-            raise BadInput(f"The VAE {source} could not be loaded ({first_line(error)}); give --vae a folder in diffusers' "
-                           "format, or a hub name with the network up.") from error
+            raise BadInput(f"The VAE {source} could not be loaded ({first_line(error)}); give --vae a folder in "
+                           "diffusers' format, or a hub name with the network up.") from error
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent pixel and side
         self.source, self.device = source, device
 
     def check(self, channels, side, resolution):
         """Raise BadInput unless latents of `channels` x `side` x `side` are this VAE's for images of `resolution`."""
         if (channels, side * self.factor) != (self.vae.config.latent_channels, resolution):
-            raise BadInput(f"The VAE {self.source} makes {self.vae.config.latent_channels} channels at 1/{self.factor} of "
-                           f"the image's side, but the latents have {channels} channels of {side} for a --resolution of "
+            raise BadInput(f"The VAE {self.source} makes {self.vae.config.latent_channels} channels at 1/{self.factor} "
+                           f"of the image's side, but the latents have {channels} channels of {side} for --resolution "
                            f"{resolution}; give the --vae that made them.")
 
     @torch.no_grad()
@@ -164,12 +164,14 @@ class CachedTeacher:
             shutil.rmtree(self.folder, ignore_errors=True)  # left half-written by a run that was stopped
             self.folder.mkdir(parents=True)
             first = self._flatten(teacher(dataset.image(0)[None]))
-            size, free = len(dataset) * sum(2 * value.numel() for value in first.values()), shutil.disk_usage(folder).free
+            size = len(dataset) * sum(2 * value.numel() for value in first.values())
+            free = shutil.disk_usage(folder).free
             if size > free:
                 raise BadInput(f"--teacher-cache needs {size / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB "
                                "free; name another folder or run without it.")
             for name, value in first.items():
-                np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", np.float16, (len(dataset), *value.shape[1:]))
+                shape = (len(dataset), *value.shape[1:])
+                np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", np.float16, shape)
         accelerator.wait_for_everyone()
         arrays = {path.stem: np.load(path, mmap_mode="r+", allow_pickle=False) for path in self.folder.glob("*.npy")}
         positions = range(accelerator.process_index, len(dataset), accelerator.num_processes)

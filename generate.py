@@ -88,13 +88,14 @@ def load_sit(args, vae, device):
         raise BadInput(f"--resolution {args.resolution} is no multiple of {vae.factor * patch}, the VAE's factor "
                        f"{vae.factor} times the patch of {args.model}.")
     if "x_embedder.proj.weight" not in weights:
-        raise BadInput(f"{args.ckpt} is no checkpoint of a SiT: it has no x_embedder.proj.weight; give one of train.py.")
+        raise BadInput(f"{args.ckpt} is no checkpoint of a SiT, having no x_embedder.proj.weight; give one of train.py.")
     channels, side = weights["x_embedder.proj.weight"].shape[1], args.resolution // vae.factor
     vae.check(channels, side, args.resolution)
     hidden = [value.shape[0] for name, value in weights.items() if name == "projectors.0.0.weight"]
     model = SiT_models[args.model](
         input_size=side, in_channels=channels, num_classes=args.num_classes, encoder_depth=args.encoder_depth,
-        z_dims=widths, qk_norm=args.qk_norm, fused_attn=args.fused_attn, **({"projector_dim": hidden[0]} if hidden else {}))
+        z_dims=widths, qk_norm=args.qk_norm, fused_attn=args.fused_attn,
+        **({"projector_dim": hidden[0]} if hidden else {}))
     load_weights(model, weights, args.ckpt)
     return model.to(device).eval()
 
@@ -111,9 +112,9 @@ def is_finished(path, resolution):
 
 def sample_folder(args, name):
     """Folder of this run's PNGs; refuses one that was made with other settings, since its pictures would mix."""
-    high = args.guidance_high
-    folder = Path(args.sample_dir) / (f"{name}-{Path(args.ckpt).stem}-size-{args.resolution}-vae-{Path(args.vae).name}-cfg-"
-                                      f"{args.cfg_scale}-seed-{args.global_seed}-{args.mode}-high-{high}")
+    folder = Path(args.sample_dir) / (
+        f"{name}-{Path(args.ckpt).stem}-size-{args.resolution}-vae-{Path(args.vae).name}-cfg-{args.cfg_scale}-"
+        f"seed-{args.global_seed}-{args.mode}-high-{args.guidance_high}")
     ignored = ("sample_dir", "num_fid_samples", "per_proc_batch_size", "tf32", "fused_attn", "projector_embed_dims")
     settings = {key: value for key, value in vars(args).items() if key not in ignored}
     path = folder / "settings.json"
@@ -181,7 +182,8 @@ def write_outputs(args, folder, path_of, columns):
         return
     paths = [path_of(i) for i in range(args.num_fid_samples)]
     write_npz(folder.with_name(folder.name + ".npz"), paths, args.resolution)
-    first = torch.from_numpy(np.stack([np.array(Image.open(path)) for path in paths[:GRID_IMAGES]])).permute(0, 3, 1, 2)
+    first = np.stack([np.array(Image.open(path)) for path in paths[:GRID_IMAGES]])
+    first = torch.from_numpy(first).permute(0, 3, 1, 2)
     with atomic_write(folder.with_name(folder.name + "-grid.png")) as file:
         Image.fromarray(image_grid(first, columns)).save(file, "PNG")
     print(f"{len(paths)} images in {folder}, with {folder.name}.npz and {folder.name}-grid.png beside it")

@@ -4,7 +4,7 @@
 # `make quickstart QUICKSTART=short` takes a few steps only and shows that everything works.
 set -euo pipefail
 
-steps=1600 stop=800 every=400 images=72 name=quickstart
+steps=1400 stop=700 every=700 images=72 name=quickstart
 if [ "${1:-full}" = short ]; then steps=40 stop=20 every=40 images=9 name=quickstart-short; fi
 precision=no
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && precision=bf16

@@ -53,7 +53,10 @@ def euler_sampler(velocity, latents, num_steps=50, heun=False):
 
 
 def score_from_velocity(v, x, t, path_type="linear"):
-    """Score of p_t at x: s = (r v - x) / var with r = alpha / d_alpha, var = sigma^2 - r d_sigma sigma; t a scalar or (N,)."""
+    """Score of p_t at x (N, ...) for velocity v and t a scalar or (N,).
+
+    s = (r v - x) / var with r = alpha / d_alpha and var = sigma^2 - r d_sigma sigma.
+    """
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     t = t.reshape(-1, *[1] * (x.dim() - 1)) if t.dim() else t
     alpha, sigma, d_alpha, d_sigma = interpolant(t, path_type)

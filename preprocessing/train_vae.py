@@ -55,7 +55,8 @@ def normalise_latents(vae, images):
     mean' = a (mean - m) and logvar' = logvar + 2 log a in quant_conv; z = z' / a + m in post_quant_conv.
     """
     means = torch.cat([vae.encode(batch).latent_dist.mean for batch in images.split(64)])  # (N, C, h, w)
-    shift, factor = means.mean(dim=(0, 2, 3)), 1 / (VAE.SCALE * (means - means.mean(dim=(0, 2, 3), keepdim=True)).std())
+    shift = means.mean(dim=(0, 2, 3))
+    factor = 1 / (VAE.SCALE * (means - shift.view(1, -1, 1, 1)).std())
     channels = len(shift)
     vae.quant_conv.weight[:channels] *= factor
     vae.quant_conv.bias[:channels] = (vae.quant_conv.bias[:channels] - shift) * factor

@@ -51,7 +51,7 @@ DAMAGE = {
     "no latent": (lambda d: (d / LATENT).unlink(), "vae-sd has no .npy file of index 00000003"),
     "image without entry": (lambda d: (d / IMAGE).with_name("img00000099.png").write_bytes((d / IMAGE).read_bytes()),
                             "img00000099.png has no label"),
-    "duplicate index": (lambda d: (d / IMAGE).with_name("copy3.png").write_bytes((d / IMAGE).read_bytes()), "same index"),
+    "duplicate index": (lambda d: (d / IMAGE).with_name("copy3.png").write_bytes((d / IMAGE).read_bytes()), "have one index"),
     "no number": (lambda d: (d / IMAGE).rename((d / IMAGE).with_name("cat.png")), "cat.png has no index"),
     "truncated latent": (lambda d: (d / LATENT).write_bytes((d / LATENT).read_bytes()[:500]),
                          "img-mean-std-00000003.npy has 500 bytes"),
