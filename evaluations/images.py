@@ -1,0 +1,156 @@
+"""Images to score: an npz file, a folder or an array, read as a stream of uint8 batches.
+
+An npz is read front to back inside its zip, a batch at a time, so a 10 GB `arr_0` needs the memory of one batch.
+"""
+import os
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from files import BadInput
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+CHUNK = 1 << 24                   # bytes read at a time while skipping to the first image asked for
+DECODERS = 8                      # threads: Pillow decodes outside the interpreter lock
+
+
+class ArrayImages:
+    """uint8 images (n, H, W, 3) already in memory, NumPy or CPU tensor."""
+
+    def __init__(self, array, name="array"):
+        array = np.asarray(array)
+        check_layout(array.dtype, array.shape, name)
+        self.name, self.array, self.n, self.size = name, array, len(array), array.shape[1:3]
+
+    def batches(self, start, stop, batch_size):
+        for i in range(start, stop, batch_size):
+            yield self.array[i:min(i + batch_size, stop)]
+
+
+class NpzImages:
+    """`arr_0` of an npz file, uint8 (n, H, W, 3), read in a stream."""
+
+    def __init__(self, path):
+        self.name = str(path)
+        with self.member() as (_, shape):
+            self.n, self.size = shape[0], shape[1:3]
+
+    @contextmanager
+    def member(self):
+        """(file at the first pixel, shape) of `arr_0`; raises BadInput where the file is not as it should be."""
+        try:
+            with zipfile.ZipFile(self.name) as archive, archive.open("arr_0.npy") as file:
+                shape, fortran, dtype = read_header(file, self.name)
+                check_layout(dtype, shape, f"arr_0 of {self.name}")
+                if fortran:
+                    raise BadInput(f"arr_0 of {self.name} is in Fortran order; make it contiguous.")
+                yield file, shape
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+            raise BadInput(f"{self.name} is damaged or cut short ({error}); write it again.") from error
+
+    def batches(self, start, stop, batch_size):
+        with self.member() as (file, shape):
+            image_bytes = int(np.prod(shape[1:]))
+            for left in range(start * image_bytes, 0, -CHUNK):
+                read_exactly(file, min(left, CHUNK))
+            for i in range(start, stop, batch_size):
+                count = min(batch_size, stop - i)
+                pixels = read_exactly(file, count * image_bytes)
+                yield np.frombuffer(pixels, np.uint8).reshape(count, *shape[1:])
+
+
+class FolderImages:
+    """PNG or JPEG files of one size below a folder, in the order of their relative paths."""
+
+    def __init__(self, path):
+        self.name = str(path)
+        self.files = sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in SUFFIXES)
+        if not self.files:
+            raise BadInput(f"{path} holds no {', '.join(SUFFIXES)} file; give a folder of images or an npz.")
+        self.n, self.size = len(self.files), decode(self.files[0]).shape[:2]
+
+    def batches(self, start, stop, batch_size):
+        with ThreadPoolExecutor(DECODERS) as threads:
+            for i in range(start, stop, batch_size):
+                files = self.files[i:min(i + batch_size, stop)]
+                images = list(threads.map(decode, files))
+                for file, image in zip(files, images, strict=True):
+                    if image.shape[:2] != self.size:
+                        raise BadInput(f"{file} is {size_text(image.shape[:2])} but {self.files[0]} is "
+                                       f"{size_text(self.size)}; all images of a set must have one size.")
+                yield np.stack(images)
+
+
+def open_images(source):
+    """Path of an npz or folder, uint8 array (n, H, W, 3), or an object with n, size, name and batches() -> the
+    latter.
+
+    Raises BadInput for anything that is not uint8 RGB images.
+    """
+    if hasattr(source, "batches"):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        return ArrayImages(source)
+    if os.path.isdir(source):
+        return FolderImages(source)
+    if "arr_0" not in npz_keys(source):
+        raise BadInput(f"{source} has no key arr_0; store images there, uint8 (n, height, width, 3).")
+    return NpzImages(source)
+
+
+def npz_keys(path):
+    """Names of the arrays in an npz file, read from its directory only."""
+    if not os.path.exists(path):
+        raise BadInput(f"{path} does not exist; give an npz file or a folder of images.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise BadInput(f"{path} is not a whole npz file ({error}); write or download it again.") from error
+
+
+def read_header(file, name):
+    """Shape, Fortran flag and dtype of the .npy member that `file` is at the start of."""
+    try:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise BadInput(f"arr_0 of {name} has .npy version {version}; save it again as a uint8 array.")
+        if version == (1, 0):
+            return np.lib.format.read_array_header_1_0(file)
+        return np.lib.format.read_array_header_2_0(file)
+    except ValueError as error:
+        raise BadInput(f"arr_0 of {name} has no readable .npy header ({error}); write it again.") from error
+
+
+def read_exactly(file, count):
+    data = file.read(count)
+    if len(data) != count:
+        raise EOFError(f"{count - len(data)} bytes of image data missing")
+    return data
+
+
+def check_layout(dtype, shape, name):
+    if dtype != np.uint8:
+        raise BadInput(f"{name} has dtype {dtype}; images must be uint8, 0 to 255.")
+    if len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        raise BadInput(f"{name} has shape {tuple(shape)}; images must be (n, height, width, 3), n at least 1.")
+
+
+def decode(file):
+    """Image file -> uint8 (H, W, 3). Grey images become RGB; transparency is refused, as it needs a background."""
+    try:
+        with Image.open(file) as image:
+            if image.mode not in ("RGB", "L") or "transparency" in image.info:
+                raise BadInput(f"{file} has mode {image.mode}; convert to 8-bit RGB without transparency.")
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise BadInput(f"{file} cannot be decoded ({error}); write it again.") from error
+
+
+def size_text(size):
+    return f"{size[0]}x{size[1]}"

@@ -1,0 +1,79 @@
+"""Statistics files: mean and covariance of a set's features in an npz, optionally with some of its images.
+
+Published ones hold mu, sigma (and mu_s, sigma_s, arr_0); ours add n, features and preset, so mix-ups are noticed.
+"""
+import logging
+import os
+import zipfile
+import zlib
+
+import numpy as np
+import torch
+
+from evaluations.extract import FeatureSet
+from evaluations.images import npz_keys
+from evaluations.inception import SPATIAL_DIM
+from files import BadInput, atomic_write
+
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+logger = logging.getLogger(__name__)
+BATCH = 64            # images copied at a time
+
+
+def read_statistics(source, extractor, required):
+    """FeatureSet of the statistics stored in an npz, or None where it has none that fit the extractor.
+
+    With `required`, none is an error. Raises BadInput for missing keys and wrong shapes.
+    """
+    if not isinstance(source, (str, os.PathLike)) or os.path.isdir(source):
+        return None
+    keys = npz_keys(source)
+    if not {"mu", "sigma"} & set(keys):
+        if required:
+            raise BadInput(f"{source} has the keys {', '.join(keys) or '(none)'}; expected arr_0 (images), "
+                           "or mu and sigma (statistics).")
+        return None
+    try:
+        with np.load(source, allow_pickle=False) as file:
+            wanted = (*STATISTICS, "n", "features", "preset")
+            stored = {key: file[key] for key in wanted if key in keys}
+    except (ValueError, EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
+        raise BadInput(f"The statistics in {source} cannot be read ({error}); make them again.") from error
+    features, preset = str(stored.pop("features", "inception")), stored.pop("preset", None)
+    preset = None if preset is None else str(preset)
+    if features != extractor.features or preset not in (None, extractor.preset):
+        message = f"The statistics in {source} are of {features} with preset {preset}"
+        if required:
+            raise BadInput(f"{message}, not of {extractor.features} with preset {extractor.preset}; "
+                           "make them again from the images with evaluations/stats.py.")
+        logger.warning("%s: not used, the images beside them are", message)
+        return None
+    n = stored.pop("n", None)
+    for mu, sigma, dim in (("mu", "sigma", extractor.dim), ("mu_s", "sigma_s", SPATIAL_DIM)):
+        if (mu in stored) != (sigma in stored):
+            raise BadInput(f"{source} has only one of {mu} and {sigma}; a statistics file needs both.")
+        for key, shape in ((mu, (dim,)), (sigma, (dim, dim))):
+            if key in stored and (stored[key].shape != shape or stored[key].dtype.kind != "f"):
+                raise BadInput(f"{key} of {source} is {stored[key].dtype} {stored[key].shape}, expected "
+                               f"floats of {shape}; it is not made with {features} features.")
+            if key in stored and not np.isfinite(stored[key]).all():
+                raise BadInput(f"{key} of {source} holds nan or infinite numbers; make the statistics again.")
+    tensors = {key: torch.from_numpy(value.astype(np.float64)) for key, value in stored.items()}
+    return FeatureSet(str(source), features, preset, None if n is None else int(n), **tensors)
+
+
+def write_statistics(path, found, images=None, chosen=()):
+    """Write a FeatureSet's statistics and, as arr_0 and in a stream, `images` number `chosen` in file order."""
+    arrays = {key: getattr(found, key).numpy() for key in STATISTICS if getattr(found, key) is not None}
+    arrays |= {key: np.array(getattr(found, key)) for key in ("n", "features", "preset")}
+    with atomic_write(path) as whole, zipfile.ZipFile(whole, "w") as archive:
+        for key, array in arrays.items():
+            with archive.open(f"{key}.npy", "w") as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+        if len(chosen):
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), *images.size, 3)}
+                np.lib.format.write_array_header_1_0(file, header)
+                wanted = np.isin(np.arange(images.n), chosen)
+                for i, batch in enumerate(images.batches(0, images.n, BATCH)):
+                    file.write(batch[wanted[i * BATCH:(i + 1) * BATCH]].tobytes())
