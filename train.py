@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 
 from dataset import LatentImages
 from encoders import TEACHERS, Teacher, load_vit
+from evaluations.features import FEATURES
 from files import BadInput, run_script
 from loss import SILoss
 from models.sit import SIT_CONFIGS, SiT_models
@@ -36,7 +37,12 @@ def add_training_arguments(parser):
     add("--resume-step", type=int, default=0, help="continue from this checkpoint (default 0: the newest)")
     add("--resolution", type=int, default=256, help="image side in pixels (default 256)")
     add("--batch-size", type=int, default=256, help="images a step over all processes (default 256)")
-    add("--vae", default="stabilityai/sd-vae-ft-mse", help="VAE of the previews: hub name or diffusers folder")
+    add("--vae", default="stabilityai/sd-vae-ft-mse", help="VAE of previews and scores: hub name or diffusers folder")
+    add("--eval-steps", type=int, default=0, help="steps between scores of the EMA's samples, 0 = none (default 0)")
+    add("--eval-samples", type=int, default=5000, help="images made for a score (default 5000)")
+    add("--eval-ref", help="what they are compared with: npz, statistics file or folder of images")
+    add("--eval-features", choices=FEATURES, default="inception", help="features of the scores (default inception)")
+    add("--eval-weights", help="weights of that network: a file (default: from the hub, or the embedded one)")
     add("--enc-type", default="dinov2-vit-b", help=f"teacher: {', '.join(TEACHERS)} or none (default dinov2-vit-b)")
     add("--enc-weights", help="the teacher's weights: timm's or torch.hub's file (default: from the hub)")
     add("--enc-blocks", type=int, help="use only the teacher's first N blocks; features are those of the last one used, "
@@ -92,9 +98,11 @@ def resolve(args, config):
     if args.enc_type not in (*TEACHERS, "none"):
         raise BadInput(f"--enc-type {args.enc_type} is not known; use one of {', '.join(TEACHERS)} or none.")
     for name in ("batch_size", "max_train_steps", "log_every", "checkpointing_steps", "gradient_accumulation_steps",
-                 "epochs", "attn_heads", "enc_blocks"):
+                 "epochs", "attn_heads", "enc_blocks", "eval_samples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
+    if args.eval_steps and not args.eval_ref:
+        raise BadInput("--eval-steps needs something to compare with; give --eval-ref an npz, statistics or folder.")
     if not 1 <= args.encoder_depth <= config["depth"]:
         raise BadInput(f"--encoder-depth {args.encoder_depth} is outside 1 to {config['depth']}, the model's depth.")
     if any(student >= config["depth"] for student, _ in args.attn_layers):

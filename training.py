@@ -2,6 +2,7 @@
 import copy
 import csv
 import datetime
+import functools
 import gc
 import json
 import logging
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from checkpoints import check_same_run, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from dataset import StepBatches, process_places, step_draws
 from encoders import VAE, CachedTeacher, to_device
+from evaluations.during_training import Evaluation, score_names
 from files import BadInput, atomic_write
 from loss import sample_t
 from samplers import euler_sampler, guided
@@ -76,18 +78,23 @@ def start_trackers(accelerator, args):
 
 
 class Metrics:
-    """Loss terms of each step, kept on the device until `flush` writes their means to metrics.csv and the tracker."""
+    """Loss terms of each step, kept on the device until `flush` writes their means to metrics.csv and the tracker.
 
-    def __init__(self, path, accelerator, start_step):
-        self.path, self.accelerator = path, accelerator
+    `scores` names more columns, for what `flush` is given.
+    """
+
+    def __init__(self, path, accelerator, start_step, scores=()):
+        self.path, self.accelerator, self.columns = path, accelerator, [*COLUMNS, *scores]
         self.steps, self.rows, self.started = [], [], time.time()
         if accelerator.is_main_process:
             kept = []
             if path.is_file():  # rows past the checkpoint that this run continues from are about to be made again
                 with open(path, newline="") as file:
-                    kept = [row for row in csv.DictReader(file) if int(row["step"]) <= start_step]
+                    reader = csv.DictReader(file)
+                    kept = [row for row in reader if int(row["step"]) <= start_step]
+                self.columns += [name for name in reader.fieldnames or () if name not in self.columns]
             with atomic_write(path, "w") as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(kept)
         accelerator.wait_for_everyone()
@@ -99,9 +106,10 @@ class Metrics:
                                       for name in TERMS]))
         self.names = [name for name in TERMS if name in terms]
 
-    def flush(self):
+    def flush(self, evaluation=None):
         """Means since the last flush over steps and processes, {name: value}; the first sync with the device since.
 
+        `evaluation()` -> {name: score} goes into the same row; its time is not counted as the steps'.
         Raises BadInput naming step and terms when one is not finite. With a scaler gradients may be: it skips the step.
         """
         if not self.rows:
@@ -116,29 +124,28 @@ class Metrics:
                                "--learning-rate, or use --mixed-precision bf16, and run the command again.")
         means = {name: value for name, value in zip(TERMS, rows.mean(dim=0).tolist(), strict=True) if name in self.names}
         seconds = time.time() - self.started
+        values = {**means, **evaluation()} if evaluation else means
         if self.accelerator.is_main_process:
             with open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(
-                    {"step": self.steps[-1], **{name: f"{value:.6g}" for name, value in means.items()},
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(
+                    {"step": self.steps[-1], **{name: f"{value:.6g}" for name, value in values.items()},
                      "seconds": f"{seconds:.3f}"})
-        self.accelerator.log({**means, "steps_per_second": len(self.rows) / seconds}, step=self.steps[-1])
+        self.accelerator.log({**values, "steps_per_second": len(self.rows) / seconds}, step=self.steps[-1])
         self.steps, self.rows, self.started = [], [], time.time()
-        return means
+        return values
 
 
 class Previews:
     """Sample grids of the EMA, with the noise and conditions of 16 fixed entries, beside what those entries are."""
 
-    def __init__(self, args, accelerator, folder, dataset, y_null):
-        self.accelerator, self.folder, self.seed = accelerator, folder, args.seed
+    def __init__(self, args, accelerator, folder, dataset, vae, y_null):
+        self.accelerator, self.folder, self.vae = accelerator, folder, vae
         rng = np.random.default_rng(args.seed)
         entries = [int(i) for i in rng.permutation(len(dataset))[:PREVIEW_IMAGES]]
         self.y = torch.stack([torch.as_tensor(dataset.condition(i)) for i in entries]).to(accelerator.device)
         self.y_null = y_null.to(accelerator.device).expand_as(self.y)
         moments = torch.stack([dataset.moments(i) for i in entries])
         self.noise = torch.from_numpy(rng.standard_normal(moments.chunk(2, dim=1)[0].shape, dtype=np.float32))
-        self.vae = VAE(args.vae, accelerator.device)
-        self.vae.check(self.noise.shape[1], self.noise.shape[2], args.resolution)
         self.save("truth", VAE.latents(moments, torch.zeros_like(self.noise)))
 
     def save(self, name, latents, step=None):
@@ -171,6 +178,11 @@ def image_grid(images, columns=None):
 def update_ema(ema, model, decay):
     """ema <- decay ema + (1 - decay) model, all parameters in one call."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def is_due(every, step, last):
+    """Whether what happens every `every` steps (0: never) happens between `step` and `last`."""
+    return every > 0 and last // every > step // every
 
 
 def phases(step, last, early_stop, aligned):
@@ -234,15 +246,20 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
         with atomic_write(run / "args.json", "w") as file:
             json.dump(settings, file, indent=2)
     start_trackers(accelerator, args)
+    previews, evaluation = None, None
+    shows = accelerator.is_main_process and is_due(args.sampling_steps, step, max_steps)
+    scores = is_due(args.eval_steps, step, max_steps)
+    if shows or scores:
+        vae = VAE(args.vae, device)
+        vae.check(*model.latent_shape[:2], args.resolution)
+        previews = Previews(args, accelerator, run / "previews", dataset, vae, y_null) if shows else None
+        evaluation = Evaluation(args, accelerator, dataset, vae, y_null, model.latent_shape) if scores else None
     teacher = load_teacher().to(device) if load_teacher and step < args.early_stop_point else None
     if args.teacher_cache and teacher:
         started = time.time()
         teacher = CachedTeacher(args.teacher_cache, teacher, dataset, accelerator)
         logger.info(f"teacher outputs in {teacher.folder} ({time.time() - started:.0f} s)")
-    previews, every = None, args.sampling_steps
-    if accelerator.is_main_process and every and max_steps // every > step // every:
-        previews = Previews(args, accelerator, run / "previews", dataset, y_null)
-    metrics = Metrics(run / "metrics.csv", accelerator, step)
+    metrics = Metrics(run / "metrics.csv", accelerator, step, score_names(args.eval_features) if scores else ())
     logger.info(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(dataset):,} images, steps {step} to "
                 f"{max_steps}, {accelerator.num_processes} process(es) on {device}, precision "
                 f"{accelerator.mixed_precision}, alignment until step {args.early_stop_point if teacher else 0}")
@@ -286,8 +303,9 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
                 bar.update()
                 done = step + 1
                 save = done % args.checkpointing_steps == 0 or done == max_steps
-                if done % args.log_every == 0 or save:
-                    bar.set_postfix({name: f"{value:.4f}" for name, value in metrics.flush().items()})
+                scores = functools.partial(evaluation, ema) if evaluation and done % args.eval_steps == 0 else None
+                if done % args.log_every == 0 or save or scores:
+                    bar.set_postfix({name: f"{value:.4f}" for name, value in metrics.flush(scores).items()})
                 if save and accelerator.is_main_process:
                     state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
                              "args": settings}

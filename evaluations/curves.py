@@ -1,6 +1,7 @@
 """Loss curves of one or more runs as a picture: python evaluations/curves.py RUN_DIR... [--out FILE.png]
 
-Reads metrics.csv of each run and draws its loss terms, with the step at which alignment stopped.
+Reads metrics.csv of each run and draws its loss terms and the scores of --eval-steps, with the step at which alignment
+stopped.
 """
 import argparse
 import csv
@@ -16,11 +17,14 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
 from files import BadInput, atomic_write, run_script
 
-TERMS = {"denoise": "denoising loss", "feature": "feature loss (-cosine)", "attention": "attention loss (nats)"}
+TITLES = {"denoise": "denoising loss", "feature": "feature loss (-cosine)", "attention": "attention loss (nats)"}
 
 
 def read_metrics(run):
-    """{term: ([step], [value])} of the rows of run/metrics.csv that have the term."""
+    """{term: ([step], [value])} of the rows of run/metrics.csv that have the term: losses, then the scores.
+
+    Scores are the columns after `seconds`, under their own names.
+    """
     path = run / "metrics.csv"
     if not path.is_file():
         raise BadInput(f"{path} does not exist; give the folder of a run of train.py.")
@@ -28,8 +32,10 @@ def read_metrics(run):
         rows = list(csv.DictReader(file))
     if not rows:
         raise BadInput(f"{path} has no rows yet; train first.")
+    columns = list(rows[0])
+    terms = [*TITLES, *columns[columns.index("seconds") + 1:]]
     return {term: ([int(row["step"]) for row in rows if row[term]], [float(row[term]) for row in rows if row[term]])
-            for term in TERMS}
+            for term in terms}
 
 
 def main():
@@ -38,15 +44,16 @@ def main():
     parser.add_argument("--out", type=Path, help="picture to write (default curves.png in the first run)")
     args = parser.parse_args()
     out = args.out or args.runs[0] / "curves.png"
-    figure, axes = plt.subplots(1, len(TERMS), figsize=(13, 3.6), constrained_layout=True)
-    for run in args.runs:
-        metrics, settings = read_metrics(run), json.loads((run / "args.json").read_text())
-        for axis, (term, title) in zip(axes, TERMS.items(), strict=True):
-            steps, values = metrics[term]
-            line, = axis.plot(steps, values, label=run.name)
+    found = {run: read_metrics(run) for run in args.runs}
+    terms = list(dict.fromkeys(term for metrics in found.values() for term in metrics))
+    figure, axes = plt.subplots(1, len(terms), figsize=(4.3 * len(terms), 3.6), constrained_layout=True)
+    for run, metrics in found.items():
+        settings = json.loads((run / "args.json").read_text())
+        for axis, term in zip(axes, terms, strict=True):
+            line, = axis.plot(*metrics.get(term, ([], [])), label=run.name)
             if metrics["feature"][0] and settings["early_stop_point"] < settings["max_train_steps"]:
                 axis.axvline(settings["early_stop_point"], color=line.get_color(), linestyle=":", linewidth=1)
-            axis.set(title=title, xlabel="step")
+            axis.set(title=TITLES.get(term, term), xlabel="step")
             axis.grid(alpha=0.3)
     axes[0].legend(title="dotted: alignment stops", fontsize=8, title_fontsize=8)
     with atomic_write(out) as file:

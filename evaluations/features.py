@@ -155,7 +155,7 @@ def read_weights(path, url, sha256):
                            "file.") from error
     if sha256 and os.path.isfile(path) and not (digest := sha256_of(path)).startswith(sha256):
         raise BadInput(f"{path} has sha256 {digest[:16]}..., the published weights {sha256}...; get them again, "
-                       "or pass --any-weights for scores that compare with nothing else.")
+                       "or give evaluator.py --any-weights for scores that compare with nothing else.")
     return load_tensors(path)
 
 

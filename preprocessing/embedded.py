@@ -212,7 +212,8 @@ def build_latents(dest, vae_path):
     for split in ("train", "val"):
         folder = dest / split / "vae-sd"
         if (folder / "dataset.json").is_file():
-            if json.loads((folder / "vae.json").read_text()) != made_by:
+            known = folder / "vae.json"
+            if not known.is_file() or json.loads(known.read_text()) != made_by:
                 raise BadInput(f"{folder} holds latents of another VAE than {vae_path}; delete that folder and run again.")
         else:
             vae = vae or VAE(vae_path, device="cuda" if torch.cuda.is_available() else "cpu")

@@ -7,6 +7,7 @@ import weakref
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -14,6 +15,9 @@ import encoders
 import train
 import training
 from checkpoints import find_checkpoint, load_checkpoint
+from evaluations import features
+from evaluations.during_training import Evaluation
+from evaluations.scores import load_set, score
 from files import BadInput
 from models.sit import SIT_CONFIGS
 from tests.conftest import CLASSES, ROOT, call_main, script, train_arguments, write_tiny_data
@@ -292,3 +296,78 @@ def test_damage_met_by_a_loader_process(data, teacher_file, tmp_path):
     assert done.returncode == 1
     assert re.search(r"^error: \S+img00000003.png is no readable image \(.*\); make it again.$", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def scorer(tmp_path, monkeypatch):
+    """A file of random EfficientNet-Lite0 weights, whose hash nobody published."""
+    monkeypatch.setattr(features, "EFFICIENTNET_SHA256", "")
+    with torch.random.fork_rng():
+        torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "scorer.pth")
+    return tmp_path / "scorer.pth"
+
+
+def scoring(data, scorer, *more):
+    return ["--eval-steps", 2, "--eval-samples", 6, "--eval-ref", data / "images", "--eval-features", "efficientnet-lite0",
+            "--eval-weights", scorer, "--vae", ROOT / "assets/vae-emoji", *more]
+
+
+def test_scores_while_training(monkeypatch, data, scorer, tmp_path):
+    """Every --eval-steps steps a row has the scores, and the weights are those of the run without, bit for bit."""
+    arguments = ["--enc-type", "none", "--log-every", 3, "--max-train-steps", 5, "--learning-rate", 1e-2]
+    run(monkeypatch, *train_arguments(data, tmp_path / "plain", *arguments))
+    run(monkeypatch, *train_arguments(data, tmp_path / "scored", *arguments, *scoring(data, scorer)))
+    plain, scored = (checkpoint(tmp_path / name, 5) for name in ("plain", "scored"))
+    for part in ("model", "ema"):
+        for name, value in plain[part].items():
+            assert torch.equal(value, scored[part][name]), name
+    rows = metrics(tmp_path / "scored")
+    assert [(row["step"], row["FD-EffLite0"] != "", row["KID-EffLite0"] != "") for row in rows] == [
+        ("2", True, True), ("3", False, False), ("4", True, True), ("5", False, False)]
+    assert float(rows[0]["FD-EffLite0"]) > 0 and rows[0]["FD-EffLite0"] != rows[2]["FD-EffLite0"]
+    assert all(row["loss"] for row in rows) and "FD-EffLite0" not in metrics(tmp_path / "plain")[0]
+    # A run that goes on without scores keeps the columns it has.
+    run(monkeypatch, *train_arguments(data, tmp_path / "scored", *arguments, "--max-train-steps", 6))
+    assert [row["FD-EffLite0"] for row in metrics(tmp_path / "scored")] == [*(row["FD-EffLite0"] for row in rows), ""]
+
+
+def test_scores_are_those_of_the_samples(monkeypatch, data, scorer, tmp_path):
+    """Shares of 4 + 2 images, made by two processes or in one batch, are the same six images."""
+    dataset = train.LatentImages(data, 64, CLASSES)
+    found = []
+    for size, spans in ((8, [(0, 6)]), (4, [(0, 4), (4, 6)])):
+        args = argparse.Namespace(seed=0, batch_size=size, gradient_accumulation_steps=1, resolution=64, eval_samples=6,
+                                  eval_ref=data / "images", eval_features="efficientnet-lite0", eval_weights=scorer)
+        accelerator = training.Accelerator(cpu=True)
+        evaluation = Evaluation(args, accelerator, dataset, encoders.VAE(ROOT / "assets/vae-emoji"), torch.tensor(CLASSES),
+                                (4, 16, 16))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = train.SiT_models["SiT-T/2"](input_size=16, in_channels=4, num_classes=CLASSES).eval()
+            torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+        with torch.no_grad():
+            found.append(torch.cat([batch for span in spans for batch in evaluation.images(model, *span)]))
+            scores = evaluation(model)
+        assert scores == pytest.approx(score(load_set(found[0].numpy(), evaluation.extractor, ("fid", "kid")),
+                                             evaluation.reference, ("fid", "kid")), rel=1e-4)
+    assert found[0].shape == (6, 64, 64, 3) and (found[0].int() - found[1].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--eval-ref", "/no/where.npz"], "does not exist"),
+    (["--eval-samples", 1], "--eval-samples has 1 image, but metric fid needs at least 2"),
+    (["--eval-weights", "/no/where.pth"], "does not exist"),
+    (["--eval-features", "inception"], "the published weights 6726825d0af5f729"),
+])
+def test_scores_that_cannot_be_made(monkeypatch, data, scorer, tmp_path, more, message):
+    with pytest.raises(BadInput, match=message):
+        run(monkeypatch, *train_arguments(data, tmp_path, "--enc-type", "none", *scoring(data, scorer, *more)))
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_scores_need_a_reference_of_their_size(monkeypatch, data, scorer, tmp_path):
+    with pytest.raises(BadInput, match="--eval-steps needs something to compare with"):
+        run(monkeypatch, *train_arguments(data, tmp_path, "--enc-type", "none", "--eval-steps", 2))
+    other = write_tiny_data(tmp_path / "other", 8, 32) / "images"
+    with pytest.raises(BadInput, match="has images of 32x32, samples have --resolution 64"):
+        run(monkeypatch, *train_arguments(data, tmp_path, "--enc-type", "none", *scoring(data, scorer, "--eval-ref", other)))

@@ -1,0 +1,64 @@
+"""Scores of the EMA's samples while a run goes on (--eval-steps of the training scripts)."""
+import numpy as np
+import torch
+
+from evaluations.extract import extract, shard
+from evaluations.features import FEATURES, load_extractor
+from evaluations.images import open_images, size_text
+from evaluations.scores import check_count, check_metrics, has_images, load_set, score
+from files import BadInput
+from samplers import euler_sampler, guided
+
+METRICS = ("fid", "kid")
+SAMPLER_STEPS = 50  # Euler, without guidance: a score to compare steps and runs by, not the one that papers report
+CONDITIONS = 2  # stream of randomness, beside those of dataset.py
+
+
+def score_names(features):
+    """Columns that an Evaluation with these features fills."""
+    return [FEATURES[features][kind] for kind in ("distance", "kid")]
+
+
+class Evaluation:
+    """`evaluation(ema)` -> {name: score} of args.eval_samples images against args.eval_ref, on the main process.
+
+    Every process calls it and makes its part of the images. Image i has the condition of a training entry and the noise
+    that are drawn from (args.seed, i), whatever the step and the number of processes; no other random stream is
+    touched. The reference's features are extracted once, here. Raises BadInput where the two do not compare.
+    """
+
+    def __init__(self, args, accelerator, dataset, vae, y_null, latent_shape):
+        self.accelerator, self.dataset, self.vae, self.seed = accelerator, dataset, vae, args.seed
+        self.y_null, self.latent_shape, self.count = y_null.to(accelerator.device), latent_shape, args.eval_samples
+        self.batch_size = args.batch_size // (accelerator.num_processes * args.gradient_accumulation_steps)
+        check_metrics(METRICS, args.eval_features)
+        check_count(self.count, METRICS, "--eval-samples")
+        if has_images(args.eval_ref):
+            images = open_images(args.eval_ref)
+            check_count(images.n, METRICS, images.name)
+            if tuple(images.size) != (args.resolution, args.resolution):
+                raise BadInput(f"--eval-ref {args.eval_ref} has images of {size_text(images.size)}, samples have "
+                               f"--resolution {args.resolution}; give a reference of that size.")
+        self.extractor = load_extractor(args.eval_features, args.eval_weights, accelerator.device)
+        self.reference = load_set(args.eval_ref, self.extractor, METRICS, is_reference=True, batch_size=self.batch_size)
+
+    def __call__(self, ema):
+        start, stop = shard(self.count)
+        samples = extract(self.images(ema, start, stop), stop - start, self.extractor)
+        if samples is None:
+            return {}
+        scores = score(samples, self.reference, METRICS, device=self.accelerator.device)
+        return {name: value for name, value in scores.items() if value is not None}
+
+    def images(self, ema, start, stop):
+        """Batches uint8 (b, R, R, 3) of images start .. stop - 1."""
+        for first in range(start, stop, self.batch_size):
+            streams = [np.random.default_rng((self.seed, CONDITIONS, i))
+                       for i in range(first, min(first + self.batch_size, stop))]
+            y = torch.stack([torch.as_tensor(self.dataset.condition(int(rng.integers(len(self.dataset)))))
+                             for rng in streams]).to(self.accelerator.device)
+            noise = np.stack([rng.standard_normal(self.latent_shape, dtype=np.float32) for rng in streams])
+            noise = torch.from_numpy(noise).to(self.accelerator.device)
+            with self.accelerator.autocast():
+                latents = euler_sampler(guided(ema, y, self.y_null.expand_as(y)), noise, SAMPLER_STEPS)
+            yield self.vae.decode(latents).permute(0, 2, 3, 1).cpu()
