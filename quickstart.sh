@@ -4,7 +4,7 @@
 # `make quickstart QUICKSTART=short` takes a few steps only and shows that everything works.
 set -euo pipefail
 
-steps=1400 stop=700 every=700 images=72 references=178 name=quickstart
+steps=1200 stop=600 every=600 images=72 references=178 name=quickstart
 if [ "${1:-full}" = short ]; then steps=40 stop=20 every=40 images=9 references=18 name=quickstart-short; fi
 checkpoint=$(printf %07d $steps)
 samples=samples/$name/SiT-T-2-$checkpoint-size-64-vae-vae-emoji-cfg-3.0-seed-0-ode-high-1.0
