@@ -71,7 +71,7 @@ def start_trackers(accelerator, args):
     folder = Path(args.output_dir) / args.logging_dir
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        accelerator.init_trackers("HASTE", config=config, init_kwargs={"wandb": {"name": args.exp_name, "dir": folder}})
+        accelerator.init_trackers("HASTE", config=config, init_kwargs={"wandb": {"name": args.exp_name, "dir": str(folder)}})
     except wandb.errors.Error as error:
         raise BadInput(f"wandb could not start ({error}); run `wandb login`, set WANDB_MODE=offline, or use --report-to "
                        "none.") from error
