@@ -1,4 +1,4 @@
-"""What is frozen: the teacher that sees images, and the VAE between images and latents."""
+"""What is frozen: the teacher that sees images, the encoder of captions, the VAE between images and latents."""
 import hashlib
 import json
 import shutil
@@ -53,11 +53,14 @@ class VAE:
                            f"{resolution}; give the --vae that made them.")
 
     @torch.no_grad()
-    def encode(self, images):
-        """uint8 (N, 3, R, R) -> moments float32 (N, 2 C, R / factor, R / factor): mean, std along the channels."""
+    def encode(self, images, spread="std"):
+        """uint8 (N, 3, R, R) -> moments float32 (N, 2 C, R / factor, R / factor): mean, `spread` along the channels.
+
+        The ImageNet layout stores the "std", the text-to-image layout the "logvar", clamped to [-30, 20].
+        """
         x = images.to(self.device, torch.float32) / 127.5 - 1
         posterior = self.vae.encode(x).latent_dist
-        return torch.cat([posterior.mean, posterior.std], dim=1).cpu()
+        return torch.cat([posterior.mean, getattr(posterior, spread)], dim=1).cpu()
 
     @staticmethod
     def latents(moments, noise):
@@ -73,6 +76,51 @@ class VAE:
             x = self.vae.decode(z.to(self.device, torch.float32) / self.SCALE).sample
             out.append((255 * (x + 1) / 2).clamp(0, 255).to(torch.uint8))
         return torch.cat(out)
+
+
+class TextEncoder:
+    """Captions -> the last hidden states of a frozen CLIP text model or of a BERT-like sentence encoder.
+
+    `source` is a local folder or a hub name, its weights safetensors; `length` the tokens per caption (default: the
+    tokenizer's maximum, 77 for CLIP), to which every caption is padded or cut. CLIP is run as published, without an
+    attention mask: its padding repeats the end token, and causal attention keeps it out of the words. A BERT-like
+    model sees words in both directions: padding is masked, and its positions hold zeros. Raises BadInput when `source`
+    cannot be loaded.
+    """
+
+    def __init__(self, source, device="cpu", length=None):
+        import transformers  # seconds to import, and only captions need it
+        transformers.utils.logging.set_verbosity_error()  # CLIP's folder holds an image tower too, which is left out
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            self.is_clip = transformers.AutoConfig.from_pretrained(source).model_type in ("clip", "clip_text_model")
+            kind = transformers.CLIPTextModel if self.is_clip else transformers.AutoModel
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            model, info = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            raise BadInput(f"The text encoder {source} could not be loaded ({first_line(error)}); give a local folder "
+                           "with config.json, model.safetensors and the tokenizer, or a hub name with the network "
+                           "up.") from error
+        missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)  # transformers makes them up
+        if missing:
+            raise BadInput(f"The weights in {source} are not those of its config.json, {missing[0]} being missing; get "
+                           "them again.")
+        most = min(self.tokenizer.model_max_length, model.config.max_position_embeddings)
+        self.length = length or most
+        if self.length > most:
+            raise BadInput(f"The text encoder {source} takes at most {most} tokens a caption, not {length}; ask for fewer.")
+        self.model, self.device = model.to(device, torch.float32).eval().requires_grad_(False), device
+        self.width = model.config.hidden_size
+
+    @torch.no_grad()
+    def __call__(self, captions):
+        """N strings -> float32 (N, L, C) on the CPU."""
+        tokens = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=self.length,
+                                return_tensors="pt").to(self.device)
+        if self.is_clip:
+            return self.model(input_ids=tokens.input_ids).last_hidden_state.cpu()
+        states = self.model(**tokens).last_hidden_state
+        return (states * tokens.attention_mask[..., None]).cpu()
 
 
 def load_vit(enc_type, weights=None):
