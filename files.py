@@ -56,6 +56,12 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
+def weights_key(source):
+    """What tells two sources of weights apart: the sha256 of a folder's safetensors, or a hub name as it is."""
+    found = sorted(Path(source).glob("*.safetensors"))
+    return " ".join(sha256_of(path) for path in found) or str(source)
+
+
 def load_tensors(path, mmap=False):
     """Tensors and plain values of a `.safetensors` file or of anything `torch.save` wrote, without running code from it.
 

