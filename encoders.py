@@ -78,6 +78,14 @@ class VAE:
         return torch.cat(out)
 
 
+def quiet_transformers():
+    """transformers without its bars and its report of weights left out, such as CLIP's image tower."""
+    import transformers  # seconds to import, and only captions need it
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
 class TextEncoder:
     """Captions -> the last hidden states of a frozen CLIP text model or of a BERT-like sentence encoder.
 
@@ -89,9 +97,7 @@ class TextEncoder:
     """
 
     def __init__(self, source, device="cpu", length=None):
-        import transformers  # seconds to import, and only captions need it
-        transformers.utils.logging.set_verbosity_error()  # CLIP's folder holds an image tower too, which is left out
-        transformers.utils.logging.disable_progress_bar()
+        transformers = quiet_transformers()
         try:
             self.is_clip = transformers.AutoConfig.from_pretrained(source).model_type in ("clip", "clip_text_model")
             kind = transformers.CLIPTextModel if self.is_clip else transformers.AutoModel

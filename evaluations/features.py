@@ -13,9 +13,10 @@ from files import BadInput, load_tensors, sha256_of
 PRESETS = ("adm", "pytorch-fid")         # two ways to feed Inception; the other networks have one
 # Names are part of a number's meaning: a distance on other features is never called FID.
 FEATURES = {
-    "inception": {"distance": "FID", "kid": "KID", "dim": POOL_DIM},
-    "dinov2-vit-l": {"distance": "FD-DINOv2", "kid": "KID-DINOv2", "dim": 1024},
-    "efficientnet-lite0": {"distance": "FD-EffLite0", "kid": "KID-EffLite0", "dim": 1280},
+    "inception": {"distance": "FID", "kid": "KID", "retrieval": "Retrieval", "dim": POOL_DIM},
+    "dinov2-vit-l": {"distance": "FD-DINOv2", "kid": "KID-DINOv2", "retrieval": "Retrieval-DINOv2", "dim": 1024},
+    "efficientnet-lite0": {"distance": "FD-EffLite0", "kid": "KID-EffLite0", "retrieval": "Retrieval-EffLite0",
+                           "dim": 1280},
 }
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")

@@ -65,11 +65,11 @@ class NpzImages:
 
 
 class FolderImages:
-    """PNG or JPEG files of one size below a folder, in the order of their relative paths."""
+    """PNG or JPEG files of one size below a folder, in the order of their relative paths or as `files` lists them."""
 
-    def __init__(self, path):
+    def __init__(self, path, files=None):
         self.name = str(path)
-        self.files = sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in SUFFIXES)
+        self.files = files or sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in SUFFIXES)
         if not self.files:
             raise BadInput(f"{path} holds no {', '.join(SUFFIXES)} file; give a folder of images or an npz.")
         self.n, self.size = len(self.files), decode(self.files[0]).shape[:2]
