@@ -60,6 +60,26 @@ def teacher_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A tiny random CLIP in the files that the published one has: config, safetensors, vocab.json and merges.txt."""
+    import transformers
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    special = {"bos_token": tokens[-2], "eos_token": tokens[-1], "unk_token": tokens[-1], "pad_token": tokens[-1]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    transformers.CLIPModel(transformers.CLIPConfig(
+        text_config={**sizes, "vocab_size": len(tokens), "bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1},
+        vision_config={**sizes, "image_size": 32, "patch_size": 16}, projection_dim=16)).save_pretrained(folder)
+    return folder
+
+
 def script(name, *arguments, processes=1, check=True, env=None):
     """Run a script of the project; with several processes under torchrun on the CPU. Returns the finished process."""
     command = [sys.executable]

@@ -1,0 +1,325 @@
+"""Captioned images to the text-to-image layout: what is written, restarts, processes, bad input; the text encoder."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from encoders import VAE, TextEncoder
+from files import BadInput
+from preprocessing import coco, embedded
+from tests.conftest import ROOT, call_main, script
+
+VAE_FOLDER = ROOT / "assets/vae-emoji"
+WORDS = ("red", "heart", "of", "the", "sea", "under", "clouds", "and", "stars")
+CAPTIONS = {0: 3, 1: 5, 2: 1, 3: 0, 4: 2, 5: 4, 6: 1, 7: 1, 8: 2}  # image -> captions; the id of image i is 100 - i
+
+
+def pixels_of(i):
+    """Image i, landscape or portrait; number 0 is nearly black everywhere."""
+    height, width = (50, 71) if i % 2 else (90, 64)
+    rng = np.random.default_rng(i)
+    waves = np.sin(np.linspace(0, 6, height * width * 3) * rng.uniform(1, 4)).reshape(height, width, 3)
+    pixels = 120 + 100 * waves + rng.normal(0, 5, (height, width, 3))
+    return np.clip(pixels / 9 if i == 0 else pixels, 0, 255).astype(np.uint8)
+
+
+def captions_of(i):
+    return [" ".join(np.random.default_rng((i, k)).choice(WORDS, 4)) for k in range(CAPTIONS[i])]
+
+
+def write_source(folder):
+    """Nine pictures of several kinds and their captions, listed in no order; one without caption, one caption too many."""
+    (folder / "photos/more").mkdir(parents=True)
+    names = {i: f"{'more/' if i > 4 else ''}picture{i}.png" for i in CAPTIONS}
+    kinds = {4: "L", 5: "P", 6: "CMYK", 7: "RGBA"}
+    names[6] = "more/picture6.jpg"
+    for i, name in names.items():
+        Image.fromarray(pixels_of(i)).convert(kinds.get(i, "RGB")).save(folder / "photos" / name)
+    images = [{"id": 100 - i, "file_name": names[i]} for i in CAPTIONS]
+    annotations = [{"image_id": 100 - i, "id": 10 * i + k, "caption": f" {text}\n"}
+                   for i in CAPTIONS for k, text in enumerate(captions_of(i))]
+    annotations.append({"image_id": 555, "caption": "of no image"})
+    (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return folder
+
+
+def arguments(source, dest, clip, *more):
+    return ["--images", source / "photos", "--captions-json", source / "captions.json", "--split", "train", "--dest", dest,
+            "--vae", VAE_FOLDER, "--text-encoder", clip, "--resolution", 32, "--batch-size", 4, "--num-workers", 2, *more]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_source(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def made(source, clip_folder, tmp_path_factory):
+    """The layout from one uninterrupted run of one process; tests must not change it."""
+    dest = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        call_main(patch, coco, *arguments(source, dest, clip_folder))
+    return dest
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_layout(ours, theirs):
+    """The same files; pictures and lists equal, numbers equal to rounding (another shape of batch is another sum)."""
+    ours, theirs = contents(ours), contents(theirs)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if name.endswith(".npy"):
+            a, b = (np.frombuffer(content[name][128:], np.float32) for content in (ours, theirs))
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=name)
+        else:
+            assert ours[name] == theirs[name], name
+
+
+KEPT = [i for i in sorted(CAPTIONS, reverse=True) if CAPTIONS[i]]  # by id, the one without caption left out
+
+
+def test_pictures_come_back_as_they_were_cropped(made):
+    """Dark pixels included: the published preparation loses all below mid-grey."""
+    darkest = []
+    for index, i in enumerate(KEPT):
+        original = pixels_of(i)
+        side = min(original.shape[:2])
+        top, left = ((n - side) // 2 for n in original.shape[:2])
+        square = Image.fromarray(original[top:top + side, left:left + side])
+        if i == 4:
+            square = square.convert("L").convert("RGB")
+        if i in (5, 6):  # palette and JPEG lose colours before we see the file
+            continue
+        expected = np.asarray(square.resize((32, 32), Image.LANCZOS))
+        with Image.open(made / f"train/{index}.png") as picture:
+            assert picture.mode == "RGB"
+            assert np.abs(np.asarray(picture).astype(int) - expected).max() == 0, i
+        darkest.append(expected.mean())
+    assert min(darkest) < 20
+
+
+def test_moments_are_mean_and_logvar(made):
+    vae = VAE(str(VAE_FOLDER))
+    for index in (0, len(KEPT) - 1):
+        pixels = torch.from_numpy(np.asarray(Image.open(made / f"train/{index}.png")).copy()).permute(2, 0, 1)[None]
+        posterior = vae.vae.encode(pixels / 127.5 - 1).latent_dist
+        moments = np.load(made / f"train/{index}.npy")
+        assert moments.dtype == np.float32 and moments.shape == (8, 8, 8)
+        expected = torch.cat([posterior.mean, 2 * posterior.std.log()], dim=1)[0]
+        np.testing.assert_allclose(moments, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_every_caption_of_every_image(made, clip_folder):
+    encoder = TextEncoder(clip_folder)
+    listed = json.loads((made / "train/captions.json").read_text())
+    assert listed == {str(index): captions_of(i) for index, i in enumerate(KEPT)}
+    assert {len(texts) for texts in listed.values()} >= {1, 3, 5}
+    for index, texts in listed.items():
+        expected = encoder(texts).numpy()
+        for k in range(len(texts)):
+            context = np.load(made / f"train/{index}_{k}.npy")
+            assert context.dtype == np.float32 and context.shape == (77, 32)
+            np.testing.assert_allclose(context, expected[k], rtol=1e-4, atol=1e-5)
+        assert not (made / f"train/{index}_{len(texts)}.npy").exists()
+    np.testing.assert_allclose(np.load(made / "empty_context.npy"), encoder([""])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_left_out_is_named(source, clip_folder, tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy)
+    (copy / "photos/picture1.png").unlink()
+    shutil.copy(copy / "photos/picture2.png", copy / "photos/stranger.png")
+    call_main(monkeypatch, coco, *arguments(copy, tmp_path / "dest", clip_folder))
+    told = capsys.readouterr().err
+    assert "1 captions in" in told and "image id 555" in told
+    assert "2 images of" in told and "picture3.png" in told
+    assert "1 images with captions are not in" in told and "picture1.png" in told
+    assert len(json.loads((tmp_path / "dest/train/captions.json").read_text())) == len(KEPT) - 1
+
+
+def test_killed_and_started_again(source, made, clip_folder, tmp_path, monkeypatch):
+    """Whenever it is killed, the same command completes; what was whole is not made again."""
+    command = [sys.executable, ROOT / "preprocessing/coco.py", *arguments(source, tmp_path, clip_folder)]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    deadline = time.time() + 280
+    while not (tmp_path / "train/2_0.npy").exists() and time.time() < deadline:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.[np][pn][yg]")}
+    assert before and not (tmp_path / "train/captions.json").exists()
+    (tmp_path / "train/.1.png.99.tmp").write_text("left by the killed process")
+    call_main(monkeypatch, coco, *arguments(source, tmp_path, clip_folder))
+    assert_same_layout(tmp_path, made)
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items() if path.name != "empty_context.npy")
+    (tmp_path / "train/1.npy").unlink()
+    stamp = (tmp_path / "train/1.png").stat().st_mtime_ns
+    call_main(monkeypatch, coco, *arguments(source, tmp_path, clip_folder))
+    assert_same_layout(tmp_path, made)
+    assert (tmp_path / "train/1.png").stat().st_mtime_ns == stamp
+
+
+def test_two_processes_make_what_one_makes(source, made, clip_folder, tmp_path):
+    script("preprocessing/coco.py", *arguments(source, tmp_path, clip_folder), processes=2)
+    assert_same_layout(tmp_path, made)
+
+
+def test_coco_folders(source, clip_folder, tmp_path, monkeypatch):
+    root = tmp_path / "coco"
+    for split in ("train", "val"):
+        shutil.copytree(source / "photos", root / f"{split}2014")
+        (root / "annotations").mkdir(exist_ok=True)
+        shutil.copy(source / "captions.json", root / f"annotations/captions_{split}2014.json")
+    more = arguments(source, tmp_path / "dest", clip_folder)[6:]
+    call_main(monkeypatch, coco, "--coco", root, *more)
+    assert contents(tmp_path / "dest/train") == contents(tmp_path / "dest/val")
+
+
+def test_pictures_of_other_kinds(tmp_path):
+    def read(image, name="a.png"):
+        image.save(tmp_path / name)
+        return coco.centre_square(tmp_path / name, 16)
+
+    half = Image.new("RGBA", (20, 20), (200, 0, 0, 0))
+    assert (read(half) == 255).all()  # what is transparent is white, not the colour behind it
+    assert (read(Image.new("L", (20, 30), 7)) == 7).all()
+    assert np.abs(read(Image.new("CMYK", (20, 20), (0, 255, 255, 0)), "a.jpg").astype(int) - (255, 0, 0)).max() < 8
+    with pytest.raises(BadInput, match="a.png has more than 8 bits a channel"):
+        read(Image.fromarray(np.zeros((20, 20), np.uint16)))
+    with pytest.raises(BadInput, match="missing.png is no readable image"):
+        coco.centre_square(tmp_path / "missing.png", 16)
+
+
+def test_an_unreadable_picture(source, made, clip_folder, tmp_path, monkeypatch, capsys):
+    """All else is made before it is named; once it is replaced, the same command completes."""
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy)
+    whole = (copy / "photos/picture1.png").read_bytes()
+    (copy / "photos/picture1.png").write_bytes(whole[:900])
+    with pytest.raises(BadInput, match=r"lacks 1 of 8 images \(.*picture1.png is no readable image"):
+        call_main(monkeypatch, coco, *arguments(copy, tmp_path / "dest", clip_folder))
+    there = contents(tmp_path / "dest/train")
+    index = KEPT.index(1)
+    assert {f"{i}.{kind}" for i in range(len(KEPT)) for kind in ("png", "npy") if i != index} <= there.keys()
+    assert f"{index}.png" not in there and "captions.json" not in there
+    (copy / "photos/picture1.png").write_bytes(whole)
+    call_main(monkeypatch, coco, *arguments(copy, tmp_path / "dest", clip_folder))
+    assert_same_layout(tmp_path / "dest", made)
+
+
+def test_other_settings_are_refused(source, made, clip_folder, tmp_path, monkeypatch):
+    shutil.copytree(made, tmp_path / "dest")
+    with pytest.raises(BadInput, match=r"begun with other settings \(resolution\).*name another --dest"):
+        call_main(monkeypatch, coco, *arguments(source, tmp_path / "dest", clip_folder, "--resolution", 64))
+    with pytest.raises(BadInput, match=r"other settings \(length\)"):
+        call_main(monkeypatch, coco, *arguments(source, tmp_path / "dest", clip_folder, "--text-length", 20))
+
+
+BAD_JSON = {"no json": ("{", "JSONDecodeError"), "a list": ("[]", "is not of the form"),
+            "no captions": ('{"images": []}', "KeyError: 'annotations'"),
+            "caption a number": ('{"images": [], "annotations": [{"image_id": 1, "caption": 3}]}', "is not of the form"),
+            "one id twice": ('{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": []}',
+                             "2 images under 1 different ids"),
+            "other files": (json.dumps({"images": [{"id": 1, "file_name": "a.png"}],
+                                        "annotations": [{"image_id": 1, "caption": "a"}]}),
+                            "No image of the captions file lies in")}
+
+
+@pytest.mark.parametrize("name", BAD_JSON)
+def test_captions_files_that_cannot_be_used(source, clip_folder, tmp_path, monkeypatch, name):
+    text, message = BAD_JSON[name]
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(BadInput, match=message):
+        call_main(monkeypatch, coco, *arguments(source, tmp_path, clip_folder, "--captions-json", tmp_path / "bad.json"))
+
+
+@pytest.mark.parametrize("more, message", [
+    (("--images", "/nowhere"), "/nowhere is no folder"), (("--resolution", 30), "--resolution 30 is no multiple of 4"),
+    (("--coco", "c"), "Give --coco alone"), (("--captions-json", "/nowhere.json"), "cannot be read"),
+    (("--batch-size", 0), "--batch-size is 0"), (("--text-length", 78), "at most 77 tokens a caption, not 78"),
+    (("--text-encoder", "/nowhere"), "The text encoder /nowhere could not be loaded .*local folder")])
+def test_settings_that_cannot_be_used(source, clip_folder, tmp_path, monkeypatch, more, message):
+    with pytest.raises(BadInput, match=message):
+        call_main(monkeypatch, coco, *arguments(source, tmp_path, clip_folder, *more))
+    assert not (tmp_path / "train").exists()
+
+
+# ---- text encoder ----
+
+def test_clip_text_as_published(clip_folder):
+    """77 tokens padded by the end token, no mask, the last hidden state; a caption is the same in any batch."""
+    import transformers
+    encoder = TextEncoder(clip_folder)
+    states = encoder(["red heart", "", "a " * 200])
+    tokenizer, model = (kind.from_pretrained(clip_folder) for kind in
+                        (transformers.AutoTokenizer, transformers.CLIPTextModel))
+    ids = tokenizer("red heart").input_ids
+    padded = torch.tensor([ids + [tokenizer.eos_token_id] * (77 - len(ids))])
+    with torch.no_grad():
+        expected = model(input_ids=padded).last_hidden_state
+    assert states.shape == (3, 77, 32) and states.dtype == torch.float32
+    torch.testing.assert_close(states[:1], expected)
+    torch.testing.assert_close(encoder(["red heart"]), expected)
+    torch.testing.assert_close(TextEncoder(clip_folder, length=20)(["red heart"]), expected[:, :20])
+
+
+@pytest.fixture
+def bert_folder(tmp_path):
+    import transformers
+    torch.manual_seed(0)
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    transformers.BertModel(transformers.BertConfig(
+        vocab_size=len(tokens), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=40)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_sentence_encoder(bert_folder):
+    """Padding is masked and its places are zero, so that words do not depend on the length asked for."""
+    encoder = TextEncoder(bert_folder, length=9)
+    states = encoder(["red heart", "the sea under clouds"])
+    assert states.shape == (2, 9, 32)
+    assert (states != 0).any(-1).sum(1).tolist() == [4, 6]  # start and end beside the words
+    torch.testing.assert_close(TextEncoder(bert_folder)(["red heart"])[:, :9], states[:1])
+    assert TextEncoder(bert_folder).length == 40
+
+
+def test_weights_that_do_not_fit(bert_folder, clip_folder):
+    whole = (bert_folder / "model.safetensors").read_bytes()
+    (bert_folder / "model.safetensors").write_bytes((clip_folder / "model.safetensors").read_bytes())
+    with pytest.raises(BadInput, match="not those of its config.json, .* being missing"):
+        TextEncoder(bert_folder)
+    (bert_folder / "model.safetensors").write_bytes(whole[:5000])
+    with pytest.raises(BadInput, match="could not be loaded"):
+        TextEncoder(bert_folder)
+    (bert_folder / "model.safetensors").unlink()
+    torch.save({}, bert_folder / "pytorch_model.bin")  # a pickle, which is never opened
+    with pytest.raises(BadInput, match="could not be loaded"):
+        TextEncoder(bert_folder)
+
+
+# ---- captions of the embedded data ----
+
+def test_captions_of_emoji():
+    """The name and other words for it; no codes, nothing twice."""
+    for name, short_names, expected in (
+            ("Japan Flag", ["jp", "flag-jp"], ["flag: Japan"]), ("WHITE FLAG", ["waving_white_flag"],
+                                                               ["white flag", "waving white flag"]),
+            ("CLOCK FACE TEN OCLOCK", ["clock10"], ["clock face ten oclock"]),
+            ("JACK-O-LANTERN", ["jack_o_lantern"], ["jack-o-lantern"]),
+            ("HEAVY BLACK HEART", ["heart"], ["heavy black heart", "heart"])):
+        assert embedded.captions_of({"name": name, "short_names": short_names}) == expected
