@@ -89,28 +89,33 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention. `fused` picks scaled_dot_product_attention; the plain form writes the map out."""
+def attend(q, k, v, fused=True):
+    """softmax(q k^T / sqrt(d)) v of (N, H, T, d) each, by the fused kernel or with the map written out."""
+    return F.scaled_dot_product_attention(q, k, v) if fused else QK(q, k).logits().softmax(dim=-1) @ v
 
-    def __init__(self, hidden_size, num_heads, qk_norm=False, fused=True):
+
+class Attention(nn.Module):
+    """The linear layers of multi-head attention. `project=False` is for tokens of which only k and v are used."""
+
+    def __init__(self, hidden_size, num_heads, qk_norm=False, project=True):
         super().__init__()
-        self.num_heads, self.fused = num_heads, fused
+        self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         head_size = hidden_size // num_heads
         self.q_norm = nn.LayerNorm(head_size) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_size) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        if project:
+            self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x):
-        """(N, T, D) -> (N, T, D) and the QK behind it, which costs nothing to hand on."""
-        n, t, d = x.shape
-        q, k, v = self.qkv(x).reshape(n, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (N, H, T, d) each
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if self.fused:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            out = QK(q, k).logits().softmax(dim=-1) @ v
-        return self.proj(out.transpose(1, 2).reshape(n, t, d)), QK(q, k)
+    def split(self, x):
+        """(N, T, D) -> q, k, v, (N, H, T, d) each."""
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
+
+    def merge(self, heads):
+        """(N, H, T, d) -> (N, T, D)."""
+        return self.proj(heads.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -133,6 +138,35 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+class AdaLNBlock(nn.Module):
+    """Transformer block with adaLN: attention, then MLP, each shifted, scaled and gated by the condition.
+
+    In two halves, around an attention that the caller does over the tokens of one block or of two. With `pre_only`
+    there is no second half: the last block of a stream that has no output.
+    """
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm=False, pre_only=False):
+        super().__init__()
+        self.norm1 = layer_norm(hidden_size)
+        self.attn = Attention(hidden_size, num_heads, qk_norm, project=not pre_only)
+        if not pre_only:
+            self.norm2 = layer_norm(hidden_size)
+            self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.chunks = 2 if pre_only else 6  # shift, scale, gate of the attention, then of the MLP
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, self.chunks * hidden_size))
+
+    def before(self, x, c):
+        """Tokens (N, T, D), condition (N, D) -> (q, k, v), (N, H, T, d) each, and what `after` needs of c."""
+        shift, scale, *rest = self.adaLN_modulation(c).chunk(self.chunks, dim=1)
+        return self.attn.split(modulate(self.norm1(x), shift, scale)), rest
+
+    def after(self, x, attended, rest):
+        """Tokens (N, T, D) and the attention's result (N, H, T, d) -> tokens (N, T, D)."""
+        gate_a, shift_m, scale_m, gate_m = rest
+        x = x + gate_a[:, None] * self.attn.merge(attended)
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+
 class FinalLayer(nn.Module):
     """Tokens (N, T, D), condition (N, D) -> (N, T, p * p * C)."""
 
@@ -151,3 +185,24 @@ def projector(hidden_size, projector_dim, z_dim):
     """REPA's projection head: student width -> teacher width."""
     return nn.Sequential(nn.Linear(hidden_size, projector_dim), nn.SiLU(), nn.Linear(projector_dim, projector_dim),
                          nn.SiLU(), nn.Linear(projector_dim, z_dim))
+
+
+def adaln_zero(blocks, final_layer):
+    """adaLN-zero: every block starts as the identity, the network as v = 0."""
+    for linear in (final_layer.linear, *(block.adaLN_modulation[1] for block in [*blocks, final_layer])):
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+
+
+def check_sizes(input_size, patch_size, depth, encoder_depth, attn_layers):
+    """Raise ValueError for a network that cannot be."""
+    if input_size % patch_size:
+        raise ValueError(f"input_size {input_size} is no multiple of patch_size {patch_size}")
+    if not 1 <= encoder_depth <= depth or any(not 0 <= layer < depth for layer in attn_layers):
+        raise ValueError(f"encoder_depth {encoder_depth} or attn_layers {attn_layers} outside a depth of {depth}")
+
+
+def from_config(network, config, **kwargs):
+    """`network` as in its row of a table of sizes and recipes, except for what `kwargs` say."""
+    sizes = {name: value for name, value in config.items() if name not in ("attn_pairs", "early_stop_point")}
+    return network(**{**sizes, "attn_layers": tuple(student for student, _ in config["attn_pairs"]), **kwargs})

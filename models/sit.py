@@ -4,15 +4,17 @@ import functools
 from torch import nn
 
 from models.layers import (
+    QK,
+    AdaLNBlock,
     Alignment,
-    Attention,
     FinalLayer,
     LabelEmbedder,
-    Mlp,
     PatchEmbed,
     TimestepEmbedder,
-    layer_norm,
-    modulate,
+    adaln_zero,
+    attend,
+    check_sizes,
+    from_config,
     projector,
     sincos_2d,
     unpatchify,
@@ -36,24 +38,13 @@ SIT_CONFIGS = {f"SiT-{size}/{patch}": {**config, "patch_size": patch} for size, 
                for patch in ((2,) if size == "T" else (2, 4, 8))}
 
 
-class SiTBlock(nn.Module):
-    """Transformer block with adaLN-zero: attention, then MLP, each shifted, scaled and gated by the condition."""
+class SiTBlock(AdaLNBlock):
+    """Self-attention on the image tokens."""
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm, fused_attn):
-        super().__init__()
-        self.norm1 = layer_norm(hidden_size)
-        self.attn = Attention(hidden_size, num_heads, qk_norm, fused_attn)
-        self.norm2 = layer_norm(hidden_size)
-        self.mlp = Mlp(hidden_size, mlp_ratio)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-
-    def forward(self, x, c):
-        """Tokens (N, T, D), condition (N, D) -> tokens (N, T, D) and the block's QK."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        attended, qk = self.attn(modulate(self.norm1(x), shift_a, scale_a))
-        x = x + gate_a[:, None] * attended
-        x = x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
-        return x, qk
+    def forward(self, x, c, fused=True):
+        """Tokens (N, T, D), condition (N, D) -> tokens (N, T, D) and the block's QK, which costs nothing to hand on."""
+        (q, k, v), rest = self.before(x, c)
+        return self.after(x, attend(q, k, v, fused), rest), QK(q, k)
 
 
 class SiT(nn.Module):
@@ -67,19 +58,16 @@ class SiT(nn.Module):
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, encoder_depth=8, attn_layers=(4, 5, 6, 7),
                  z_dims=(768,), projector_dim=2048, qk_norm=False, fused_attn=True):
         super().__init__()
-        if input_size % patch_size:
-            raise ValueError(f"input_size {input_size} is no multiple of patch_size {patch_size}")
-        if not 1 <= encoder_depth <= depth or any(not 0 <= layer < depth for layer in attn_layers):
-            raise ValueError(f"encoder_depth {encoder_depth} or attn_layers {attn_layers} outside a depth of {depth}")
+        check_sizes(input_size, patch_size, depth, encoder_depth, attn_layers)
         self.patch_size, self.in_channels, self.input_size = patch_size, in_channels, input_size
         self.num_classes, self.encoder_depth, self.attn_layers = num_classes, encoder_depth, tuple(attn_layers)
+        self.fused_attn = fused_attn
         side = input_size // patch_size
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_row=class_dropout_prob > 0)
         self.pos_embed = nn.Parameter(sincos_2d(hidden_size, side), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, fused_attn) for _ in range(depth))
+        self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.projectors = nn.ModuleList(projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
         self.init_weights()
@@ -105,12 +93,7 @@ class SiT(nn.Module):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        # adaLN-zero: every block starts as the identity, the network as v = 0.
-        for block in [*self.blocks, self.final_layer]:
-            nn.init.zeros_(block.adaLN_modulation[1].weight)
-            nn.init.zeros_(block.adaLN_modulation[1].bias)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
+        adaln_zero(self.blocks, self.final_layer)
 
     def forward(self, x, t, y, return_alignment=False):
         """x (N, C, R, R), t (N,), y (N,) int -> v (N, C, R, R), with `return_alignment` also the Alignment."""
@@ -118,7 +101,7 @@ class SiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         features, attention = [], {}
         for i, block in enumerate(self.blocks):
-            tokens, qk = block(tokens, c)
+            tokens, qk = block(tokens, c, self.fused_attn)
             if return_alignment and i in self.attn_layers:
                 attention[i] = qk
             if return_alignment and i + 1 == self.encoder_depth:
@@ -127,11 +110,4 @@ class SiT(nn.Module):
         return (v, Alignment(features, attention)) if return_alignment else v
 
 
-def build_sit(name, **kwargs):
-    """The SiT called `name`, such as 'SiT-XL/2', aligned as in its row of SIT_CONFIGS unless `kwargs` say otherwise."""
-    config = dict(SIT_CONFIGS[name])
-    pairs, _ = config.pop("attn_pairs"), config.pop("early_stop_point")
-    return SiT(**{**config, "attn_layers": tuple(student for student, _ in pairs), **kwargs})
-
-
-SiT_models = {name: functools.partial(build_sit, name) for name in SIT_CONFIGS}
+SiT_models = {name: functools.partial(from_config, SiT, config) for name, config in SIT_CONFIGS.items()}

@@ -56,8 +56,7 @@ def test_taps_and_plain_attention_leave_v_alone(qk_norm):
     x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1])
     plain = model(x, t, y)
     assert torch.equal(plain, model(x, t, y, return_alignment=True)[0])
-    for block in model.blocks:
-        block.attn.fused = False
+    model.fused_attn = False
     torch.testing.assert_close(model(x, t, y), plain, rtol=1e-4, atol=1e-5)
 
 

@@ -1,0 +1,109 @@
+"""MMDiT: a text-conditional diffusion transformer with a stream of its own for text, and taps for alignment.
+
+The joint blocks of Stable Diffusion 3 (arXiv 2403.03206) without its pooled text vector, as in arXiv 2505.16792.
+"""
+import functools
+
+import torch
+from torch import nn
+
+from models.layers import (
+    QK,
+    AdaLNBlock,
+    Alignment,
+    FinalLayer,
+    PatchEmbed,
+    TimestepEmbedder,
+    adaln_zero,
+    attend,
+    check_sizes,
+    from_config,
+    projector,
+    sincos_2d,
+    unpatchify,
+)
+
+# Size and recipe as in models/sit.py: MMDiT is the paper's and stops as the release does (the paper's run on COCO:
+# 200,000 of 250,000 steps); T is ours, for the embedded data.
+MMDIT_CONFIGS = {
+    "MMDiT": {"depth": 24, "patch_size": 2, "encoder_depth": 8, "attn_pairs": ((4, 8), (5, 9), (6, 10), (7, 11)),
+              "early_stop_point": 150_000},
+    "MMDiT-T": {"depth": 5, "hidden_size": 128, "num_heads": 4, "patch_size": 2, "projector_dim": 256,
+                "encoder_depth": 3, "attn_pairs": ((1, 7), (2, 9)), "early_stop_point": 700},
+}
+
+
+class JointBlock(nn.Module):
+    """One block per stream, text and image, around one attention over the tokens of both."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm, last):
+        super().__init__()
+        self.context_block = AdaLNBlock(hidden_size, num_heads, mlp_ratio, qk_norm, pre_only=last)
+        self.x_block = AdaLNBlock(hidden_size, num_heads, mlp_ratio, qk_norm)
+
+    def forward(self, context, x, c, fused=True):
+        """Text (N, L, D), image (N, T, D), condition (N, D) -> text, image and the QK of the image tokens alone.
+
+        The text is None after the last block, which uses its keys and values only.
+        """
+        text_qkv, text_rest = self.context_block.before(context, c)
+        image_qkv, image_rest = self.x_block.before(x, c)
+
+        # Text first; every token sees every token, and padding is text like any other.
+        joint = (torch.cat(pair, dim=2) for pair in zip(text_qkv, image_qkv, strict=True))  # (N, H, L + T, d)
+        text, image = attend(*joint, fused).split([context.shape[1], x.shape[1]], dim=2)
+
+        x = self.x_block.after(x, image, image_rest)
+        context = self.context_block.after(context, text, text_rest) if text_rest else None
+        return context, x, QK(*image_qkv[:2])
+
+
+class MMDiT(nn.Module):
+    """Latents in, velocity out. Captions are dropped by the training step, not in here.
+
+    Width and heads follow the depth as published, 32 `depth` and `depth`, unless given. `attn_layers` (0-based) and
+    `encoder_depth` (1-based) say where q, k and features of the image stream are tapped, `z_dims` holds one teacher
+    width per projector. `fused_attn=False` writes each attention map out instead of using the fused kernel. Weights
+    start as PyTorch's layers do, which is how the published runs started; `zero_init` is adaLN-zero on top.
+    """
+
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, depth=24, mlp_ratio=4.0, context_dim=768,
+                 encoder_depth=8, attn_layers=(4, 5, 6, 7), z_dims=(768,), projector_dim=2048, hidden_size=None,
+                 num_heads=None, qk_norm=False, fused_attn=True, zero_init=False):
+        super().__init__()
+        check_sizes(input_size, patch_size, depth, encoder_depth, attn_layers)
+        hidden_size, num_heads = hidden_size or 32 * depth, num_heads or depth
+        self.patch_size, self.in_channels, self.input_size = patch_size, in_channels, input_size
+        self.encoder_depth, self.attn_layers, self.fused_attn = encoder_depth, tuple(attn_layers), fused_attn
+        self.register_buffer("pos_embed", sincos_2d(hidden_size, input_size // patch_size))
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.context_embedder = nn.Linear(context_dim, hidden_size)
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(hidden_size, num_heads, mlp_ratio, qk_norm, last=i == depth - 1) for i in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        self.projectors = nn.ModuleList(projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
+        if zero_init:
+            adaln_zero([half for block in self.joint_blocks for half in block.children()], self.final_layer)
+
+    @property
+    def latent_shape(self):
+        return self.in_channels, self.input_size, self.input_size
+
+    def forward(self, x, t, y, return_alignment=False):
+        """x (N, C, R, R), t (N,), text y (N, L, context_dim), any L -> v (N, C, R, R), and the Alignment if asked."""
+        tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        context = self.context_embedder(y)  # (N, L, D)
+        c = self.t_embedder(t)  # (N, D)
+        features, attention = [], {}
+        for i, block in enumerate(self.joint_blocks):
+            context, tokens, qk = block(context, tokens, c, self.fused_attn)
+            if return_alignment and i in self.attn_layers:
+                attention[i] = qk
+            if return_alignment and i + 1 == self.encoder_depth:
+                features = [project(tokens) for project in self.projectors]  # (N, T, z_dim) each
+        v = unpatchify(self.final_layer(tokens, c), self.patch_size)
+        return (v, Alignment(features, attention)) if return_alignment else v
+
+
+MMDiT_models = {name: functools.partial(from_config, MMDiT, config) for name, config in MMDIT_CONFIGS.items()}
