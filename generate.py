@@ -11,7 +11,6 @@ processes. The same command again makes only what is missing. Output, in --sampl
 """
 import argparse
 import json
-import math
 import zipfile
 from pathlib import Path
 
@@ -25,8 +24,9 @@ from checkpoints import load_checkpoint, load_weights
 from encoders import VAE
 from files import BadInput, atomic_write, run_script
 from models.sit import SIT_CONFIGS, SiT_models
+from pictures import image_grid
 from samplers import euler_maruyama_sampler, euler_sampler, guided
-from training import PATIENCE, image_grid
+from training import PATIENCE
 
 VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 GRID_IMAGES = 72
@@ -44,24 +44,38 @@ def add_sampling_arguments(parser):
     add("--fused-attn", action=flag, default=True, help="fused attention (default on)")
     add("--vae", default="ema", help="ema, mse, or a folder in diffusers' format (default ema)")
     add("--per-proc-batch-size", type=int, default=32, help="images a batch and process (default 32)")
-    add("--mode", choices=["ode", "sde"], default="ode", help="Euler ODE or Euler-Maruyama SDE (default ode)")
-    add("--cfg-scale", type=float, default=1.5, help="guidance scale, 1 = none (default 1.5)")
+    add("--mode", choices=["ode", "sde"], default="ode", help="Euler ODE or Euler-Maruyama SDE (default %(default)s)")
+    add("--cfg-scale", type=float, default=1.5, help="guidance scale, 1 = none (default %(default)s)")
     add("--guidance-low", type=float, default=0.0, help="guide where t is at least this (default 0)")
     add("--guidance-high", type=float, default=1.0, help="guide where t is at most this (default 1)")
     add("--path-type", choices=["linear", "cosine"], help="interpolant (default: the checkpoint's, else linear)")
-    add("--num-steps", type=int, default=50, help="sampler steps (default 50)")
+    add("--num-steps", type=int, default=50, help="sampler steps (default %(default)s)")
     add("--heun", action=flag, default=False, help="second order, ODE only (default off)")
+    add("--encoder-depth", type=int, help="1-based depth of the projector, which sampling does not use (default: the "
+        "model's)")
+    add("--qk-norm", action=flag, default=None, help="LayerNorm on q and k (default: the checkpoint's, else off)")
     add("--projector-embed-dims", help="teacher widths of the projectors, such as 768 (default: read from the checkpoint)")
 
 
-def checkpoint_weights(args):
-    """The checkpoint's EMA; fills in those of `args` that were not typed, from its args or the published defaults."""
+def read_checkpoint(args, vae, configs, landmark, **published):
+    """(EMA weights, arguments of the model) of --ckpt, for models of the table `configs`.
+
+    `args` that were not typed are filled in from the checkpoint's or, where it says nothing, from `published`. Latent
+    size and channels follow from --resolution and the weights; `landmark` is a weight that only these models have.
+    """
     checkpoint = load_checkpoint(args.ckpt)
-    published = {"model": "SiT-XL/2", "resolution": 256, "num_classes": 1000, "qk_norm": False, "path_type": "linear"}
+    published = {"resolution": 256, "qk_norm": False, "path_type": "linear", **published}
     for name, default in published.items():
         if getattr(args, name, None) is None:
-            setattr(args, name, checkpoint["args"].get(name, default))
+            known = checkpoint["args"].get(name)
+            setattr(args, name, default if known is None else known)
     weights = checkpoint["ema"]
+    for name in ("x_embedder.proj.weight", landmark):
+        if name not in weights:
+            raise BadInput(f"{args.ckpt} is no checkpoint of this kind of model, having no {name}; generate.py takes those "
+                           "of train.py, generate_t2i.py those of train_t2i.py.")
+    if args.model not in configs:
+        raise BadInput(f"--model {args.model} is not known; use one of {', '.join(configs)}.")
     widths = [value.shape[0] for name, value in weights.items() if name.startswith("projectors.") and
               name.endswith(".4.weight")]
     if args.projector_embed_dims and args.projector_embed_dims != ",".join(map(str, widths)):
@@ -72,30 +86,23 @@ def checkpoint_weights(args):
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
     if args.heun and args.mode == "sde":
         raise BadInput("--heun is for --mode ode; leave one of them out.")
-    return weights, widths
-
-
-def load_sit(args, vae, device):
-    """The SiT of --ckpt in eval mode; latent size and channels follow from --resolution and the weights."""
-    weights, widths = checkpoint_weights(args)
-    if args.model not in SIT_CONFIGS:
-        raise BadInput(f"--model {args.model} is not known; use one of {', '.join(SIT_CONFIGS)}.")
-    config = SIT_CONFIGS[args.model]
+    config = configs[args.model]
     patch, args.encoder_depth = config["patch_size"], args.encoder_depth or config["encoder_depth"]
     if not 1 <= args.encoder_depth <= config["depth"]:
         raise BadInput(f"--encoder-depth {args.encoder_depth} is outside 1 to {config['depth']}, the model's depth.")
     if args.resolution % (vae.factor * patch):
         raise BadInput(f"--resolution {args.resolution} is no multiple of {vae.factor * patch}, the VAE's factor "
                        f"{vae.factor} times the patch of {args.model}.")
-    if "x_embedder.proj.weight" not in weights:
-        raise BadInput(f"{args.ckpt} is no checkpoint of a SiT, having no x_embedder.proj.weight; give one of train.py.")
     channels, side = weights["x_embedder.proj.weight"].shape[1], args.resolution // vae.factor
     vae.check(channels, side, args.resolution)
     hidden = [value.shape[0] for name, value in weights.items() if name == "projectors.0.0.weight"]
-    model = SiT_models[args.model](
-        input_size=side, in_channels=channels, num_classes=args.num_classes, encoder_depth=args.encoder_depth,
-        z_dims=widths, qk_norm=args.qk_norm, fused_attn=args.fused_attn,
-        **({"projector_dim": hidden[0]} if hidden else {}))
+    return weights, {"input_size": side, "in_channels": channels, "encoder_depth": args.encoder_depth, "z_dims": widths,
+                     "qk_norm": args.qk_norm, "fused_attn": args.fused_attn,
+                     **({"projector_dim": hidden[0]} if hidden else {})}
+
+
+def ready(model, weights, args, device):
+    """`model` with the weights of --ckpt, on `device`, in eval mode."""
     load_weights(model, weights, args.ckpt)
     return model.to(device).eval()
 
@@ -176,8 +183,8 @@ def write_npz(path, paths, resolution):
             array.write(np.asarray(Image.open(picture).convert("RGB")).tobytes())
 
 
-def write_outputs(args, folder, path_of, columns):
-    """The .npz of all images and the grid of the first ones, by the main process."""
+def write_outputs(args, folder, path_of, columns=None, texts=None):
+    """The .npz of all images and the grid of the first ones, with their `texts` if given, by the main process."""
     if not PartialState().is_main_process:
         return
     paths = [path_of(i) for i in range(args.num_fid_samples)]
@@ -185,7 +192,7 @@ def write_outputs(args, folder, path_of, columns):
     first = np.stack([np.array(Image.open(path)) for path in paths[:GRID_IMAGES]])
     first = torch.from_numpy(first).permute(0, 3, 1, 2)
     with atomic_write(folder.with_name(folder.name + "-grid.png")) as file:
-        Image.fromarray(image_grid(first, columns)).save(file, "PNG")
+        Image.fromarray(image_grid(first, columns, texts and texts[:GRID_IMAGES])).save(file, "PNG")
     print(f"{len(paths)} images in {folder}, with {folder.name}.npz and {folder.name}-grid.png beside it")
 
 
@@ -203,9 +210,6 @@ def parse_args():
     add = parser.add_argument
     add("--model", choices=SIT_CONFIGS, help="default: the checkpoint's, else SiT-XL/2")
     add("--num-classes", type=int, help="default: the checkpoint's, else 1000")
-    add("--encoder-depth", type=int, help="1-based depth of the projector, which sampling does not use (default: the "
-        "model's)")
-    add("--qk-norm", action=argparse.BooleanOptionalAction, default=None, help="default: the checkpoint's, else off")
     add("--num-fid-samples", type=int, default=50_000, help="images to make (default 50000)")
     add("--labels", choices=["random", "balanced"], default="random",
         help="classes drawn at random, or i mod classes (default random)")
@@ -215,7 +219,9 @@ def parse_args():
 def main():
     args = parse_args()
     state, vae = setup(args)
-    model = load_sit(args, vae, state.device)
+    weights, sizes = read_checkpoint(args, vae, SIT_CONFIGS, "y_embedder.embedding_table.weight", model="SiT-XL/2",
+                                     num_classes=1000)
+    model = ready(SiT_models[args.model](num_classes=args.num_classes, **sizes), weights, args, state.device)
     folder = sample_folder(args, args.model.replace("/", "-"))
 
     def condition(i, rng):
@@ -227,7 +233,7 @@ def main():
 
     make_images(args, folder, model, vae, condition, path_of)
     few = args.num_classes if args.labels == "balanced" and args.num_classes <= 16 else None
-    write_outputs(args, folder, path_of, columns=few or math.ceil(math.sqrt(min(GRID_IMAGES, args.num_fid_samples))))
+    write_outputs(args, folder, path_of, columns=few)
     state.destroy_process_group()
 
 

@@ -24,7 +24,7 @@ EARLY_STOP_512 = 300_000  # the paper's switch at 512 px, whatever the model
 
 
 def add_training_arguments(parser):
-    """Arguments of both training scripts; those whose default depends on the script or model are added there."""
+    """Arguments of both training scripts."""
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument
     add("--output-dir", default="exps", help="folder of all runs (default exps)")
@@ -73,6 +73,9 @@ def add_training_arguments(parser):
     add("--weighting", choices=["uniform", "lognormal"], default="uniform", help="of t (default uniform)")
     add("--cfg-prob", type=float, default=0.1, help="share of conditions dropped for guidance (default 0.1)")
     add("--fused-attn", action=flag, default=True, help="fused attention (default on)")
+    add("--qk-norm", action=flag, default=False, help="LayerNorm on q and k (default off)")
+    add("--encoder-depth", type=int, help="1-based block whose output is projected (default: the paper's for the model)")
+    add("--early-stop-point", type=int, help="first step without alignment (default: the paper's for the model)")
 
 
 def parse_pairs(text):
@@ -115,6 +118,26 @@ def load_teacher(args, grid):
     return Teacher(load_vit(args.enc_type, args.enc_weights), grid, blocks, args.enc_blocks, features=args.proj_coeff > 0)
 
 
+def model_arguments(args, config, moments_shape):
+    """Arguments that both kinds of model take, for latents of these moments."""
+    channels, side, _ = moments_shape
+    if side % config["patch_size"]:
+        raise BadInput(f"--model {args.model} cuts latents into patches of {config['patch_size']}, of which {side}, the "
+                       f"latents' side at --resolution {args.resolution}, is no multiple; choose another patch.")
+    return {"input_size": side, "in_channels": channels // 2, "encoder_depth": args.encoder_depth,
+            "attn_layers": [student for student, _ in args.attn_layers] if args.attn_coeff else [],
+            "z_dims": TEACHERS[args.enc_type][1:] if args.proj_coeff else (),
+            "qk_norm": args.qk_norm, "fused_attn": args.fused_attn}
+
+
+def align_and_train(args, accelerator, run, model, dataset, y_null):
+    """Train with the losses and the teacher that args ask for."""
+    loss_fn = SILoss(args.path_type, args.weighting, args.attn_layers if args.attn_coeff else [], args.attn_heads)
+    grid = model.input_size // model.patch_size
+    teacher = None if args.enc_type == "none" else functools.partial(load_teacher, args, grid)
+    train(args, accelerator, run, model, dataset, teacher, loss_fn, y_null)
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_training_arguments(parser)
@@ -122,9 +145,6 @@ def parse_args():
     add("--model", choices=SIT_CONFIGS, default="SiT-XL/2", help="default SiT-XL/2")
     add("--data-dir", default="../data/imagenet256", help="folder with images/ and vae-sd/")
     add("--num-classes", type=int, default=1000, help="default 1000")
-    add("--encoder-depth", type=int, help="1-based block whose output is projected (default: the paper's for the model)")
-    add("--early-stop-point", type=int, help="first step without alignment (default: the paper's for the model)")
-    add("--qk-norm", action=argparse.BooleanOptionalAction, default=False, help="LayerNorm on q and k (default off)")
     return parser.parse_args()
 
 
@@ -134,19 +154,10 @@ def main():
     resolve(args, config)
     accelerator, run = make_accelerator(args)
     dataset = LatentImages(args.data_dir, args.resolution, args.num_classes, images=args.enc_type != "none")
-    channels, side, _ = dataset.moments_shape
-    if side % config["patch_size"]:
-        raise BadInput(f"--model {args.model} cuts latents into patches of {config['patch_size']}, of which {side}, the "
-                       f"latents' side at --resolution {args.resolution}, is no multiple; choose another patch.")
-    pairs = args.attn_layers if args.attn_coeff else []
+    sizes = model_arguments(args, config, dataset.moments_shape)
     set_seed(args.seed)
-    model = SiT_models[args.model](
-        input_size=side, in_channels=channels // 2, num_classes=args.num_classes, encoder_depth=args.encoder_depth,
-        attn_layers=[student for student, _ in pairs], z_dims=TEACHERS[args.enc_type][1:] if args.proj_coeff else (),
-        qk_norm=args.qk_norm, fused_attn=args.fused_attn)
-    loss_fn = SILoss(args.path_type, args.weighting, pairs, args.attn_heads)
-    teacher = None if args.enc_type == "none" else functools.partial(load_teacher, args, side // config["patch_size"])
-    train(args, accelerator, run, model, dataset, teacher, loss_fn, torch.tensor(model.null_label))
+    model = SiT_models[args.model](num_classes=args.num_classes, **sizes)
+    align_and_train(args, accelerator, run, model, dataset, torch.tensor(model.null_label))
 
 
 if __name__ == "__main__":

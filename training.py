@@ -24,6 +24,7 @@ from encoders import VAE, CachedTeacher, to_device
 from evaluations.during_training import Evaluation, score_names
 from files import BadInput, atomic_write
 from loss import sample_t
+from pictures import image_grid
 from samplers import euler_sampler, guided
 
 PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_CFG = 16, 50, 4.0
@@ -144,13 +145,14 @@ class Previews:
         entries = [int(i) for i in rng.permutation(len(dataset))[:PREVIEW_IMAGES]]
         self.y = torch.stack([torch.as_tensor(dataset.condition(i)) for i in entries]).to(accelerator.device)
         self.y_null = y_null.to(accelerator.device).expand_as(self.y)
+        self.texts = [dataset.text(i) for i in entries] if dataset.texts else None
         moments = torch.stack([dataset.moments(i) for i in entries])
         self.noise = torch.from_numpy(rng.standard_normal(moments.chunk(2, dim=1)[0].shape, dtype=np.float32))
         self.save("truth", VAE.latents(moments, torch.zeros_like(self.noise)))
 
     def save(self, name, latents, step=None):
         images = self.vae.decode(latents)
-        grid = image_grid(images)
+        grid = image_grid(images, texts=self.texts)
         with atomic_write(self.folder / f"{name}.png") as file:
             Image.fromarray(grid).save(file, "PNG")
         for tracker in self.accelerator.trackers:
@@ -162,16 +164,6 @@ class Previews:
         with self.accelerator.autocast():
             latents = euler_sampler(velocity, self.noise.to(self.accelerator.device), PREVIEW_STEPS)
         self.save(f"{step:07d}", latents, step)
-
-
-def image_grid(images, columns=None):
-    """uint8 (N, 3, R, R) -> one picture uint8 (rows R, columns R, 3); missing cells are white."""
-    n, _, side, _ = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    cells = torch.full((rows * columns, 3, side, side), 255, dtype=torch.uint8)
-    cells[:n] = images.cpu()
-    return cells.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).reshape(rows * side, columns * side, 3).numpy()
 
 
 @torch.no_grad()

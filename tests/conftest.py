@@ -1,4 +1,5 @@
-"""A tiny data set in the ImageNet layout, a small random teacher file, and running the scripts by their command lines."""
+"""Tiny data sets in both layouts, a small random teacher file, and running the scripts by their command lines."""
+import csv
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ import timm
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
+
+from checkpoints import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -36,6 +39,37 @@ def write_tiny_data(folder, count=64, resolution=64, factor=4):
     for kind, entries in labels.items():
         (folder / kind / "dataset.json").write_text(json.dumps({"labels": entries}))
     return folder
+
+
+def write_tiny_captions(folder, counts=(3, 5, 1, 2) * 4, resolution=64, factor=4, shape=(6, 16), texts=True):
+    """U-ViT's layout, train/ and val/ alike: image i in one of four colours, with counts[i] captions that say which.
+
+    The mean of caption k's tokens of image i is near 10 * (i % 4) + k, and the moments follow the colour.
+    """
+    rng = np.random.default_rng(0)
+    side = resolution // factor
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True)
+        for i, count in enumerate(counts):
+            colour = i % 4
+            pixels = np.clip(60 * colour + 30 + rng.normal(0, 10, (resolution, resolution, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / split / f"{i}.png")
+            mean = 5.5 * (colour - 1.5) + rng.normal(0, 1, (4, side, side))
+            np.save(folder / split / f"{i}.npy", np.concatenate([mean, np.full_like(mean, -4.6)]).astype(np.float32))
+            for k in range(count):
+                tokens = 10 * colour + k + rng.normal(0, 0.1, shape)
+                np.save(folder / split / f"{i}_{k}.npy", tokens.astype(np.float32))
+        if texts:
+            words = {str(i): [f"caption {k} of {split} image {i}" for k in range(n)] for i, n in enumerate(counts)}
+            (folder / split / "captions.json").write_text(json.dumps(words))
+    np.save(folder / "empty_context.npy", np.zeros(shape, np.float32))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_captions(tmp_path_factory):
+    """16 captioned images per split at 64 px; tests must not change it."""
+    return write_tiny_captions(tmp_path_factory.mktemp("captions"))
 
 
 @pytest.fixture(scope="session")
@@ -105,9 +139,23 @@ def call_main(monkeypatch, module, *arguments):
         module.main()
 
 
+def tiny_run(model, data, out, *more):
+    """A run of `model` on tiny data: 6 steps, or as `more` says."""
+    return ["--exp-name", "run", "--output-dir", str(out), "--data-dir", str(data), "--model", model, "--resolution", "64",
+            "--batch-size", "8", "--mixed-precision", "no", "--report-to", "none", "--num-workers", "0", "--log-every", "1",
+            "--sampling-steps", "0", "--max-train-steps", "6", "--enc-type", "dinov2-vit-s", "--enc-blocks", "10",
+            "--learning-rate", "1e-3", *map(str, more)]
+
+
 def train_arguments(data, out, *more):
-    """A run of SiT-T/2 on the tiny data: 6 steps, or as `more` says."""
-    return ["--exp-name", "run", "--output-dir", str(out), "--data-dir", str(data), "--model", "SiT-T/2", "--resolution", "64",
-            "--num-classes", str(CLASSES), "--batch-size", "8", "--mixed-precision", "no", "--report-to", "none",
-            "--num-workers", "0", "--log-every", "1", "--sampling-steps", "0", "--max-train-steps", "6",
-            "--enc-type", "dinov2-vit-s", "--enc-blocks", "10", "--learning-rate", "1e-3", *map(str, more)]
+    return tiny_run("SiT-T/2", data, out, "--num-classes", CLASSES, *more)
+
+
+def metrics(out):
+    """The rows of a run's metrics.csv, {column: text}."""
+    with open(out / "run/metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint(out, step):
+    return load_checkpoint(out / f"run/checkpoints/{step:07d}.pt", mmap=False)

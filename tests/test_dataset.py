@@ -122,10 +122,10 @@ def test_null_labels_in_one_folder(data):
 def test_order_is_a_function_of_seed_and_step():
     """Each epoch shows every entry once, and any start, process count and accumulation see the same global batches."""
     whole = [batch for batch in StepBatches(10, 4, 0, 0, 10)]
-    flat = [i for batch in whole for i in batch]
+    flat = [visit for batch in whole for visit in batch]
     for epoch in range(4):
-        assert sorted(flat[10 * epoch:10 * epoch + 10]) == list(range(10))
-    assert flat[:10] != flat[10:20]
+        assert sorted(flat[10 * epoch:10 * epoch + 10]) == list(range(10 * epoch, 10 * epoch + 10))
+    assert flat[:10] != [visit - 10 for visit in flat[10:20]]
     assert list(StepBatches(10, 4, 0, 6, 10)) == whole[6:]
     assert list(StepBatches(10, 4, 1, 0, 10)) != whole
     parts = [list(StepBatches(10, 4, 0, 0, 10, process=p, processes=2, accumulation=2)) for p in range(2)]

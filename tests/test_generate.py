@@ -99,7 +99,7 @@ BAD = {
     "widths": (["--projector-embed-dims", "768"], "has projectors to 384"),
     "heun sde": (["--mode", "sde", "--heun"], "--heun is for --mode ode"),
     "vae": (["--vae", "/no/vae"], "The VAE /no/vae could not be loaded"),
-    "not a SiT": (["--ckpt", ROOT / "assets/vae-emoji/diffusion_pytorch_model.safetensors"], "no checkpoint of a SiT"),
+    "not a SiT": (["--ckpt", ROOT / "assets/vae-emoji/diffusion_pytorch_model.safetensors"], "no checkpoint of this kind of model, having no x_embedder"),
     "count": (["--num-fid-samples", 0], "--num-fid-samples is 0"),
 }
 

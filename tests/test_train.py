@@ -1,6 +1,5 @@
 """train.py through its command line on 64 tiny images: both phases, resume, processes, refusals."""
 import argparse
-import csv
 import json
 import re
 import weakref
@@ -14,26 +13,17 @@ from PIL import Image
 import encoders
 import train
 import training
-from checkpoints import find_checkpoint, load_checkpoint
+from checkpoints import find_checkpoint
 from evaluations import features
 from evaluations.during_training import Evaluation
 from evaluations.scores import load_set, score
 from files import BadInput
 from models.sit import SIT_CONFIGS
-from tests.conftest import CLASSES, ROOT, call_main, script, train_arguments, write_tiny_data
+from tests.conftest import CLASSES, ROOT, call_main, checkpoint, metrics, script, train_arguments, write_tiny_data
 
 
 def run(monkeypatch, *arguments):
     call_main(monkeypatch, train, *arguments)
-
-
-def metrics(out):
-    with open(out / "run/metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def checkpoint(out, step):
-    return load_checkpoint(out / f"run/checkpoints/{step:07d}.pt", mmap=False)
 
 
 def count_teacher(monkeypatch):
