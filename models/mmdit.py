@@ -28,7 +28,7 @@ from models.layers import (
 MMDIT_CONFIGS = {
     "MMDiT": {"depth": 24, "patch_size": 2, "encoder_depth": 8, "attn_pairs": ((4, 8), (5, 9), (6, 10), (7, 11)),
               "early_stop_point": 150_000},
-    "MMDiT-T": {"depth": 5, "hidden_size": 128, "num_heads": 4, "patch_size": 2, "projector_dim": 256,
+    "MMDiT-T": {"depth": 4, "patch_size": 2, "projector_dim": 256,
                 "encoder_depth": 3, "attn_pairs": ((1, 7), (2, 9)), "early_stop_point": 700},
 }
 

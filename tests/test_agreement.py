@@ -1,0 +1,148 @@
+"""Agreement of images with captions: known answers on constructed sets, chance for shuffles, CLIP score, bad input."""
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from evaluations import agreement
+from evaluations.agreement import Clip, hits, nearest, retrieval
+from files import BadInput
+from tests.conftest import ROOT, call_main
+
+N = 24
+
+
+def test_nearest_is_cosine_about_the_mean():
+    torch.manual_seed(0)
+    candidates, samples = torch.rand(40, 8) + 3, torch.rand(30, 8) + 3
+    centre = candidates.mean(0)
+    cosine = torch.stack([F.cosine_similarity(sample - centre, candidates - centre) for sample in samples])
+    assert torch.equal(nearest(samples, candidates, 5), cosine.argsort(dim=1, descending=True)[:, :5])
+
+
+def test_retrieval_of_known_answers():
+    """All right, one in four right, and nothing right; shuffled captions score what guessing does."""
+    torch.manual_seed(0)
+    candidates, truth = torch.randn(200, 64), torch.arange(200)
+    right = candidates + 0.1 * torch.randn(200, 64)
+    for share in (1, 4):
+        samples = torch.where(truth[:, None] % share == 0, right, candidates.roll(1, dims=0))
+        scores = retrieval(samples, candidates, truth)
+        for k in (1, 5):
+            accuracy, chance, by_chance, highest = scores[k]
+            assert abs(accuracy - 1 / share) < 0.03 * (k > 1) + 1e-9
+            assert chance == k / 200 and abs(by_chance - chance) < 0.004 and by_chance < highest < 0.2
+    noise = retrieval(torch.randn(200, 64), candidates, truth)
+    assert noise[1][0] < 0.05 and noise[5][0] < 0.1
+    assert retrieval(right[:3], candidates[:3], truth[:3]).keys() == {1}  # of 3 candidates the 5 nearest say nothing
+
+
+def test_hits():
+    assert hits(torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]]), torch.tensor([2, 3, 4, 9])) == 0.5
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A split of N pictures, the last equal to the first, samples that are right and others that are of the next caption."""
+    folder = tmp_path_factory.mktemp("made")
+    rng = np.random.default_rng(0)
+    pictures = np.kron(rng.integers(0, 256, (N, 4, 4, 3)), np.ones((1, 8, 8, 1))).astype(np.uint8)
+    pictures[-1] = pictures[0]
+    (folder / "val").mkdir()
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"val/{i}.png")
+    captions = {str(i): [f"caption {'abcdefghijklmnopqrstuvwxyz'[i]}", "other"][:1 + (i != 4)] for i in range(N)}
+    (folder / "val/captions.json").write_text(json.dumps(captions))
+    np.savez(folder / "right.npz", arr_0=pictures)
+    np.savez(folder / "wrong.npz", arr_0=np.roll(pictures, -1, axis=0))
+    (folder / "some").mkdir()
+    for i in (2, 5, 11):
+        Image.fromarray(np.clip(pictures[i].astype(int) + 9, 0, 255).astype(np.uint8)).save(folder / f"some/{i:06d}.png")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), folder / "scorer.pth")
+    return folder
+
+
+def run(made, monkeypatch, *more):
+    out = made / "out.json"
+    call_main(monkeypatch, agreement, *more, "--efficientnet-weights", made / "scorer.pth", "--any-weights", "--device",
+              "cpu", "--json", out)
+    return json.loads(out.read_text())
+
+
+def top1(result, name="samples"):
+    return result["retrieval"][name]["top-1"]["accuracy"]
+
+
+def test_right_wrong_and_some(made, monkeypatch, capsys):
+    """Pictures 0 and N - 1 are equal: either is right for both captions. A folder's numbers say which caption is whose."""
+    result = run(made, monkeypatch, made / "val", made / "right.npz", "--vae", ROOT / "assets/vae-emoji")
+    assert (result["n"], result["candidates"], top1(result)) == (N, N - 1, 1.0)
+    assert result["retrieval"]["samples"]["top-5"]["chance"] == 5 / (N - 1)
+    assert top1(result, "VAE reconstructions") > 0.2
+    assert "Retrieval-EffLite0 top-1 of samples (n = 24): 1.0000, chance 0.0435" in capsys.readouterr().out
+    assert top1(run(made, monkeypatch, made / "val", made / "wrong.npz")) == 1 / N  # the last: its next is its equal
+    result = run(made, monkeypatch, made / "val", made / "some")
+    assert result["n"] == 3 and top1(result) == 1.0
+
+
+def test_clip_score(made, clip_folder, monkeypatch):
+    """100 max(cos, 0) by transformers' own processing of image and text; the caption asked for is the one taken."""
+    import transformers
+    result = run(made, monkeypatch, made / "val", made / "right.npz", "--clip", clip_folder, "--batch-size", 5)
+    model = transformers.CLIPModel.from_pretrained(clip_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(clip_folder)
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    scores = []
+    for i in range(N):
+        text = json.loads((made / "val/captions.json").read_text())[str(i)][0]
+        pixels = processor(Image.open(made / f"val/{i}.png"), return_tensors="pt")
+        with torch.no_grad():
+            scores.append(model(**pixels, **tokenizer(text, return_tensors="pt")).logits_per_image.item())
+    expected = np.maximum(np.array(scores) * 100 / model.logit_scale.exp().item(), 0).mean()
+    assert abs(result["CLIP score"] - expected) < 0.01 and expected > 0
+    with pytest.raises(BadInput, match="--caption-index 1: image 4 of .* has 1 captions"):
+        run(made, monkeypatch, made / "val", made / "right.npz", "--clip", clip_folder, "--caption-index", 1)
+    with pytest.raises(BadInput, match="CLIP could not be loaded from /nowhere .*local folder"):
+        run(made, monkeypatch, made / "val", made / "right.npz", "--clip", "/nowhere")
+
+
+def test_clip_resizes_as_its_processor_does(made, clip_folder):
+    import transformers
+    clip, seen = Clip(clip_folder, torch.device("cpu")), []
+    clip.model.vision_model.register_forward_pre_hook(lambda *a: seen.append(a[2]["pixel_values"]), with_kwargs=True)
+    picture = np.random.default_rng(1).integers(0, 256, (1, 50, 50, 3), np.uint8)
+    clip.images(picture)
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    expected = processor(Image.fromarray(picture[0]), return_tensors="pt").pixel_values
+    assert (seen[0] - expected).abs().mean() < 0.002  # an eighth of a grey level: theirs rounds between the two axes
+
+
+def test_two_processes_give_the_same(made, clip_folder, monkeypatch, tmp_path):
+    """What each process would do, one after the other: their parts make the whole."""
+    images, _ = agreement.read_samples(made / "right.npz")
+    clip, texts = Clip(clip_folder, torch.device("cpu")), [f"caption {chr(97 + i)}" for i in range(N)]
+    whole, parts = agreement.clip_scores(clip, images, texts, 5), []
+    for start, stop in ((0, 11), (11, N)):
+        monkeypatch.setattr(agreement, "shard", lambda n, span=(start, stop): span)
+        parts.append(agreement.clip_scores(clip, images, texts, 5))
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("reference, sample, message", [
+    ("val", "nowhere", "nowhere does not exist"), ("nowhere", "right.npz", "captions.json cannot be read"),
+    ("val", "empty", "holds no .png"), ("val", "many.npz", "an image of caption 24, .*val only 24"),
+    ("val", "large.npz", "images of 64x64, .*val of 32x32"), ("holes", "right.npz", "holds 1 pictures and captions of 2")])
+def test_sets_that_cannot_be_compared(made, monkeypatch, reference, sample, message):
+    (made / "empty").mkdir(exist_ok=True)
+    (made / "holes").mkdir(exist_ok=True)
+    (made / "holes/captions.json").write_text('{"0": ["a"], "1": ["b"]}')
+    (made / "holes/1.png").write_bytes((made / "val/1.png").read_bytes())
+    np.savez(made / "many.npz", arr_0=np.zeros((N + 1, 32, 32, 3), np.uint8))
+    np.savez(made / "large.npz", arr_0=np.zeros((2, 64, 64, 3), np.uint8))
+    with pytest.raises(BadInput, match=message):
+        run(made, monkeypatch, made / reference, made / sample)
