@@ -119,7 +119,7 @@ def test_clip_resizes_as_its_processor_does(made, clip_folder):
     clip.images(picture)
     processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     expected = processor(Image.fromarray(picture[0]), return_tensors="pt").pixel_values
-    assert (seen[0] - expected).abs().mean() < 0.002  # an eighth of a grey level: theirs rounds between the two axes
+    assert (seen[0] - expected).abs().mean() < 0.004  # a quarter of a grey level: theirs rounds between the axes
 
 
 def test_two_processes_give_the_same(made, clip_folder, monkeypatch, tmp_path):
