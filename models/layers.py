@@ -102,7 +102,7 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         head_size = hidden_size // num_heads
-        self.q_norm = nn.LayerNorm(head_size) if qk_norm else nn.Identity()
+        self.q_norm = nn.LayerNorm(head_size) if qk_norm and project else nn.Identity()
         self.k_norm = nn.LayerNorm(head_size) if qk_norm else nn.Identity()
         if project:
             self.proj = nn.Linear(hidden_size, hidden_size)

@@ -23,13 +23,13 @@ from models.layers import (
     unpatchify,
 )
 
-# Size and recipe as in models/sit.py: MMDiT is the paper's and stops as the release does (the paper's run on COCO:
-# 200,000 of 250,000 steps); T is ours, for the embedded data.
+# Depth and recipe, as in models/sit.py. MMDiT is the paper's, with the release's early-stop point (the paper's run on
+# COCO stops at 200,000 of 250,000 steps); T is ours, for the embedded data.
 MMDIT_CONFIGS = {
     "MMDiT": {"depth": 24, "patch_size": 2, "encoder_depth": 8, "attn_pairs": ((4, 8), (5, 9), (6, 10), (7, 11)),
               "early_stop_point": 150_000},
-    "MMDiT-T": {"depth": 4, "patch_size": 2, "projector_dim": 256,
-                "encoder_depth": 3, "attn_pairs": ((1, 7), (2, 9)), "early_stop_point": 700},
+    "MMDiT-T": {"depth": 4, "patch_size": 2, "projector_dim": 256, "encoder_depth": 3, "attn_pairs": ((1, 7), (2, 9)),
+                "early_stop_point": 700},
 }
 
 
@@ -61,18 +61,18 @@ class JointBlock(nn.Module):
 class MMDiT(nn.Module):
     """Latents in, velocity out. Captions are dropped by the training step, not in here.
 
-    Width and heads follow the depth as published, 32 `depth` and `depth`, unless given. `attn_layers` (0-based) and
-    `encoder_depth` (1-based) say where q, k and features of the image stream are tapped, `z_dims` holds one teacher
-    width per projector. `fused_attn=False` writes each attention map out instead of using the fused kernel. Weights
-    start as PyTorch's layers do, which is how the published runs started; `zero_init` is adaLN-zero on top.
+    The width is 32 `depth` and the heads are `depth`, as published. `attn_layers` (0-based) and `encoder_depth`
+    (1-based) say where q, k and features of the image stream are tapped, `z_dims` holds one teacher width per
+    projector. `fused_attn=False` writes each attention map out instead of using the fused kernel. Weights start as
+    PyTorch's layers do, which is how the published runs started; `zero_init` is adaLN-zero on top.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, depth=24, mlp_ratio=4.0, context_dim=768,
-                 encoder_depth=8, attn_layers=(4, 5, 6, 7), z_dims=(768,), projector_dim=2048, hidden_size=None,
-                 num_heads=None, qk_norm=False, fused_attn=True, zero_init=False):
+                 encoder_depth=8, attn_layers=(4, 5, 6, 7), z_dims=(768,), projector_dim=2048, qk_norm=False,
+                 fused_attn=True, zero_init=False):
         super().__init__()
         check_sizes(input_size, patch_size, depth, encoder_depth, attn_layers)
-        hidden_size, num_heads = hidden_size or 32 * depth, num_heads or depth
+        hidden_size, num_heads = 32 * depth, depth
         self.patch_size, self.in_channels, self.input_size = patch_size, in_channels, input_size
         self.encoder_depth, self.attn_layers, self.fused_attn = encoder_depth, tuple(attn_layers), fused_attn
         self.register_buffer("pos_embed", sincos_2d(hidden_size, input_size // patch_size))

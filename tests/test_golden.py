@@ -8,6 +8,7 @@ import torch
 
 from loss import SILoss
 from models.layers import QK, Alignment
+from models.mmdit import MMDIT_CONFIGS, MMDiT, MMDiT_models
 from models.sit import SIT_CONFIGS, SiT, SiT_models
 from samplers import euler_maruyama_sampler, euler_sampler, guided
 from tests.golden.fill import arr, fill_value
@@ -23,20 +24,33 @@ def close(actual, expected, tolerance=1e-5):
     np.testing.assert_allclose(np.asarray(actual), expected, rtol=tolerance, atol=tolerance)
 
 
-def golden_sit(**kwargs):
-    model = SiT(input_size=32, patch_size=2, hidden_size=96, depth=9, num_heads=12, num_classes=10, encoder_depth=8,
-                z_dims=(64,), projector_dim=48, **kwargs).eval()
+def filled(model):
+    """`model` in eval mode with the golden weights."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name != "pos_embed":
                 parameter.copy_(torch.from_numpy(fill_value(name, tuple(parameter.shape))))
-    return model
+    return model.eval()
+
+
+def golden_sit(**kwargs):
+    return filled(SiT(input_size=32, patch_size=2, hidden_size=96, depth=9, num_heads=12, num_classes=10, encoder_depth=8,
+                      z_dims=(64,), projector_dim=48, **kwargs))
+
+
+def golden_mmdit(**kwargs):
+    return filled(MMDiT(depth=12, encoder_depth=8, z_dims=(64,), projector_dim=48, **kwargs))
 
 
 def sit_inputs(seed=11, batch=2):
     t = np.random.RandomState(seed + 1).rand(batch).astype(np.float32)
     return (torch.from_numpy(arr(seed, batch, 4, 32, 32)), torch.arange(batch) % 10, torch.from_numpy(t),
             torch.from_numpy(arr(seed + 2, batch, 4, 32, 32)))
+
+
+def mmdit_inputs():
+    x, _, t, noise = sit_inputs(41)
+    return x, torch.from_numpy(arr(46, 2, 7, 768)), t, noise
 
 
 def logits_as_qk(logits):
@@ -49,10 +63,14 @@ def golden_teacher(seed=11, batch=2):
     return Alignment([torch.from_numpy(arr(seed * 1000 + 999, batch, 256, 64))], attention)
 
 
+NETWORKS = {"sit_linear": (golden_sit, sit_inputs, 11), "mmdit_linear_d12": (golden_mmdit, mmdit_inputs, 41)}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("fused", [True, False])
-def test_sit_forward(fused):
-    file, model = golden("sit_linear"), golden_sit(fused_attn=fused)
-    x, y, t, _ = sit_inputs()
+def test_forward(name, fused):
+    file, (network, inputs, _) = golden(name), NETWORKS[name]
+    model, (x, y, t, _) = network(fused_attn=fused), inputs()
     with torch.no_grad():
         v, alignment = model(x, t, y, return_alignment=True)
         close(model(x, t, y), v, 1e-6)
@@ -63,13 +81,22 @@ def test_sit_forward(fused):
     assert sorted(alignment.attention) == [4, 5, 6, 7]
 
 
-def test_losses_and_gradients():
+@pytest.mark.parametrize("name", NETWORKS)
+def test_losses(name):
+    file, (network, inputs, seed) = golden(name), NETWORKS[name]
+    x, y, t, noise = inputs()
+    with torch.no_grad():
+        losses = SILoss()(network(), x, y, golden_teacher(seed), t, noise)
+    close(losses["denoise"], file["denoise"])
+    close(losses["feature"], file["proj_loss"])
+    close(losses["attention"], file["attn_loss"])
+
+
+def test_gradients():
+    """Of SiT alone: the golden file of MMDiT has none."""
     file, model = golden("sit_linear"), golden_sit()
     x, y, t, noise = sit_inputs()
     losses = SILoss()(model, x, y, golden_teacher(), t, noise)
-    close(losses["denoise"].detach(), file["denoise"])
-    close(losses["feature"].detach(), file["proj_loss"])
-    close(losses["attention"].detach(), file["attn_loss"])
     total = losses["denoise"].mean() + 0.5 * losses["feature"] + 0.5 * losses["attention"]
     close(total.detach(), file["total"])
     total.backward()
@@ -115,16 +142,16 @@ def test_euler_maruyama(name, seed, arguments):
     close(sample(seed, euler_maruyama_sampler, **arguments), golden(name)["x"], 1e-8)
 
 
-@pytest.mark.parametrize("name", ["SiT-B/2", "SiT-L/2", "SiT-XL/2", "SiT-XL/4"])
+@pytest.mark.parametrize("name", ["SiT-B/2", "SiT-L/2", "SiT-XL/2", "SiT-XL/4", "MMDiT"])
 def test_published_state_dict(name):
     published = json.loads((GOLDEN / "state_dict_keys.json").read_text())[name]
     with torch.device("meta"):
-        model = SiT_models[name]()
+        model = {**SiT_models, **MMDiT_models}[name]()
     ours = {key: list(value.shape) for key, value in model.state_dict().items()}
     assert list(ours.items()) == list(published.items())  # in order: a published `opt` is matched by it
-    count = {"SiT-B/2": 137_845_008, "SiT-L/2": 465_955_600, "SiT-XL/2": 683_242_512}
+    count = {"SiT-B/2": 137_845_008, "SiT-L/2": 465_955_600, "SiT-XL/2": 683_242_512, "MMDiT": 512_612_112}
     if name in count:
-        assert sum(p.numel() for p in model.parameters()) == count[name]
+        assert sum(value.numel() for value in model.state_dict().values()) == count[name]
 
 
 @pytest.mark.parametrize("size, depth, width, heads, encoder_depth, pairs, early_stop", [
@@ -138,3 +165,5 @@ def test_config_table_is_the_papers(size, depth, width, heads, encoder_depth, pa
         assert SIT_CONFIGS[f"SiT-{size}/{patch}"] == {
             "depth": depth, "hidden_size": width, "num_heads": heads, "patch_size": patch,
             "encoder_depth": encoder_depth, "attn_pairs": pairs, "early_stop_point": early_stop}
+    assert MMDIT_CONFIGS["MMDiT"] == {"depth": 24, "patch_size": 2, "encoder_depth": 8, "early_stop_point": 150_000,
+                                      "attn_pairs": ((4, 8), (5, 9), (6, 10), (7, 11))}

@@ -1,8 +1,12 @@
-"""Every model of the table: shapes, counts, gradients, v = 0 at the start; taps that change nothing."""
+"""Every model of the tables: shapes, counts, gradients, v = 0 at the start; taps that change nothing; MMDiT written out."""
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models.layers import QK
+from models.mmdit import MMDIT_CONFIGS, MMDiT, MMDiT_models
 from models.sit import SIT_CONFIGS, SiT, SiT_models
 
 
@@ -72,3 +76,113 @@ def test_qk_scale_and_logits():
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
     assert QK(q, k).scale == 0.5
     torch.testing.assert_close(QK(q, k, 2.0).logits(), 2 * torch.einsum("nhid,nhjd->nhij", q, k))
+
+
+def small_mmdit(**kwargs):
+    torch.manual_seed(0)
+    return MMDiT(input_size=8, depth=3, context_dim=10, encoder_depth=2, attn_layers=(0, 2), z_dims=(8,), projector_dim=16,
+                 **kwargs)
+
+
+def text_inputs(length=5):
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randn(2, 4, 8, 8, generator=generator), torch.rand(2, generator=generator),
+            torch.randn(2, length, 10, generator=generator))
+
+
+def plain_mmdit(w, x, t, y, depth=3):
+    """v of small_mmdit by its weights {name: tensor}, one image, one stream and one head at a time."""
+    def linear(name, a):
+        return a @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(a, shift, scale):
+        a = a - a.mean(-1, keepdim=True)
+        return a / (a.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale) + shift
+
+    out = []
+    for n in range(len(x)):
+        patches = x[n].reshape(4, 4, 2, 4, 2).permute(1, 3, 0, 2, 4).reshape(16, 16)
+        image = patches @ w["x_embedder.proj.weight"].reshape(96, 16).T + w["x_embedder.proj.bias"] + w["pos_embed"][0]
+        text = linear("context_embedder", y[n])
+        angle = t[n] * torch.exp(-math.log(10_000) * torch.arange(128) / 128)
+        c = F.silu(linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angle.cos(), angle.sin()])))))
+        for i in range(depth):
+            mods, qkv = {}, {}
+            for stream, tokens in (("context_block", text), ("x_block", image)):
+                name = f"joint_blocks.{i}.{stream}"
+                mods[stream] = linear(f"{name}.adaLN_modulation.1", c).reshape(-1, 96)
+                qkv[stream] = linear(f"{name}.attn.qkv", norm(tokens, *mods[stream][:2])).reshape(-1, 3, 3, 32)
+            q, k, v = torch.cat([qkv["context_block"], qkv["x_block"]]).unbind(1)  # (L + T, heads, 32)
+            heads = [torch.softmax(q[:, h] @ k[:, h].T / math.sqrt(32), -1) @ v[:, h] for h in range(3)]
+            attended = torch.cat(heads, dim=1).split([len(text), len(image)])
+            streams = []
+            for stream, tokens, a in zip(mods, (text, image), attended, strict=True):
+                if len(mods[stream]) == 6:
+                    name, (_, _, gate_a, shift, scale, gate_m) = f"joint_blocks.{i}.{stream}", mods[stream]
+                    tokens = tokens + gate_a * linear(f"{name}.attn.proj", a)
+                    hidden = F.gelu(linear(f"{name}.mlp.fc1", norm(tokens, shift, scale)), approximate="tanh")
+                    tokens = tokens + gate_m * linear(f"{name}.mlp.fc2", hidden)
+                streams.append(tokens)
+            text, image = streams
+        shift, scale = linear("final_layer.adaLN_modulation.1", c).chunk(2)
+        patches = linear("final_layer.linear", norm(image, shift, scale)).reshape(4, 4, 2, 2, 4)
+        out.append(patches.permute(4, 0, 2, 1, 3).reshape(4, 8, 8))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_mmdit_is_the_written_out_network(fused):
+    """v and the gradient of every weight."""
+    model, inputs = small_mmdit(fused_attn=fused), text_inputs()
+    weights = {name: value.detach().clone().requires_grad_() for name, value in model.state_dict().items()}
+    ours, plain = model(*inputs), plain_mmdit(weights, *inputs)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    cotangent = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
+    (ours * cotangent).sum().backward()
+    (plain * cotangent).sum().backward()
+    for name, parameter in model.named_parameters():
+        if not name.startswith("projectors"):
+            torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=1e-5, atol=1e-5)
+
+
+def test_text_never_enters_the_aligned_attention():
+    """The map is of image tokens only, for any number of text tokens; the text still moves the features."""
+    model, taps = small_mmdit(), []
+    for length in (1, 5, 9):
+        with torch.no_grad():
+            v, alignment = model(*text_inputs(length), return_alignment=True)
+        assert torch.equal(v, model(*text_inputs(length)))
+        assert list(alignment.attention) == [0, 2] and [f.shape for f in alignment.features] == [(2, 16, 8)]
+        for qk in alignment.attention.values():
+            assert qk.q.shape == qk.k.shape == (2, 3, 16, 32)
+            torch.testing.assert_close(qk.logits().softmax(-1).sum(-1), torch.ones(2, 3, 16))
+        taps.append(alignment)
+    assert torch.equal(taps[0].attention[0].logits(), taps[1].attention[0].logits())  # no text has come in yet
+    assert not torch.allclose(taps[0].attention[2].logits(), taps[1].attention[2].logits(), atol=1e-4)
+
+
+@pytest.mark.parametrize("zero_init, qk_norm", [(False, False), (True, False), (False, True)])
+def test_every_parameter_of_mmdit_gets_a_gradient(zero_init, qk_norm):
+    """With PyTorch's init at once; --zero-init is v = 0 at the start, whatever the input."""
+    model = small_mmdit(zero_init=zero_init, qk_norm=qk_norm)
+    if zero_init:
+        assert not model(*text_inputs()).any()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    v, alignment = model(*text_inputs(), return_alignment=True)
+    (v.square().sum() + alignment.features[0].square().sum()).backward()
+    assert v.any() and not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_small_mmdit_of_the_table():
+    config = MMDIT_CONFIGS["MMDiT-T"]
+    model = MMDiT_models["MMDiT-T"](input_size=16, context_dim=384, z_dims=(384,))
+    v, alignment = model(torch.randn(1, 4, 16, 16), torch.rand(1), torch.randn(1, 18, 384), return_alignment=True)
+    assert v.shape == (1, 4, 16, 16) and alignment.features[0].shape == (1, 64, 384)
+    assert list(alignment.attention) == [student for student, _ in config["attn_pairs"]]
+    assert sum(p.numel() for p in model.parameters()) == 2_493_840
+    with pytest.raises(ValueError, match="no multiple"):
+        MMDiT(input_size=7)
+    with pytest.raises(ValueError, match="outside a depth of 2"):
+        MMDiT(depth=2)

@@ -1,0 +1,189 @@
+"""U-ViT's layout: what is read, which caption a visit shows, one sentence for each damage; captions in grids."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from dataset import CaptionedImages, LatentImages, StepBatches
+from encoders import VAE
+from files import BadInput
+from pictures import MAX_LINES, image_grid, wrap
+from tests.conftest import CLASSES, write_tiny_captions
+
+COUNTS = (3, 5, 1, 2)
+
+
+@pytest.fixture
+def captions(tmp_path):
+    """Four images per split that a test may damage."""
+    return write_tiny_captions(tmp_path / "data", COUNTS)
+
+
+def test_reads_what_was_written(tiny_captions):
+    dataset = CaptionedImages(tiny_captions, "train", 64)
+    item, folder = dataset[5], tiny_captions / "train"
+    assert len(dataset) == 16 and item["position"] == 5 and dataset.counts[:4] == list(COUNTS)
+    with Image.open(folder / "5.png") as picture:
+        assert np.array_equal(item["image"].permute(1, 2, 0), np.asarray(picture))
+    assert np.array_equal(dataset.condition(5, 4), np.load(folder / "5_4.npy"))
+    assert dataset.text(5, 4) == "caption 4 of train image 5" and dataset.text(5) == "caption 0 of train image 5"
+    assert dataset.empty_context.shape == (6, 16) and not dataset.empty_context.any()
+
+
+def test_moments_of_the_file_are_mean_and_log_variance(captions):
+    """Clamped to [-30, 20], so that VAE.latents takes mean and std as for ImageNet."""
+    moments = np.load(captions / "train/1.npy")
+    moments[4, 0, :3] = -100, 0, 100
+    np.save(captions / "train/1.npy", moments)
+    read = CaptionedImages(captions, "train", 64).moments(1)
+    std = np.exp(np.clip(moments[4:].astype(np.float64), -30, 20) / 2)
+    np.testing.assert_allclose(read[4, 0, :3], [np.exp(-15), 1, np.exp(10)], rtol=1e-6)
+    latents = VAE.latents(read[None], torch.full((1, 4, 16, 16), 2.0))[0]
+    np.testing.assert_allclose(latents, (moments[:4] + 2 * std) * 0.18215, rtol=1e-5)
+
+
+def shown(dataset, batches, workers=0):
+    """(position, number of the caption) of every visit; the tokens' mean says which caption it is."""
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
+    return [(int(i), round(y.mean().item()) - 10 * (int(i) % 4)) for batch in loader
+            for i, y in zip(batch["position"], batch["y"], strict=True)]
+
+
+def test_caption_is_a_function_of_seed_epoch_and_image(tiny_captions):
+    """Whatever the start, the batch size, the processes and the workers; all captions of an image come up."""
+    dataset = CaptionedImages(tiny_captions, "train", 64, seed=3, images=False)
+    whole = shown(dataset, StepBatches(16, 8, 3, 0, 80))
+    by_epoch = [dict(whole[16 * epoch:16 * epoch + 16]) for epoch in range(40)]
+    for i, count in enumerate(dataset.counts):
+        assert {captions[i] for captions in by_epoch} == set(range(count))
+    assert shown(dataset, StepBatches(16, 8, 3, 75, 80), workers=2) == whole[75 * 8:]
+    parts = [shown(dataset, StepBatches(16, 8, 3, 0, 4, process=p, processes=2)) for p in range(2)]
+    assert [visit for step in range(4) for p in range(2) for visit in parts[p][4 * step:4 * step + 4]] == whole[:32]
+    other_batch = shown(dataset, StepBatches(16, 2, 3, 0, 16))
+    assert other_batch == whole[:32]
+    other_seed = CaptionedImages(tiny_captions, "train", 64, seed=4, images=False)
+    assert sorted(shown(other_seed, StepBatches(16, 8, 3, 0, 2))) != sorted(whole[:16])
+
+
+def test_visits_of_later_epochs_are_the_same_entries(tiny_data):
+    dataset = LatentImages(tiny_data, 64, CLASSES)
+    assert dataset[5]["position"] == dataset[64 + 5]["position"] == 5
+    assert torch.equal(dataset[5]["image"], dataset[128 + 5]["image"])
+
+
+def test_any_subset_any_shape_and_no_texts(tmp_path):
+    """Gaps in the numbers, another text encoder, no captions.json; moments and pictures only where they are needed."""
+    data = write_tiny_captions(tmp_path, COUNTS, shape=(77, 8), texts=False)
+    for path in [data / "train/1.png", *(data / "train").glob("1[._]*npy"), *(data / "val").glob("?.*")]:
+        path.unlink()
+    dataset = CaptionedImages(data, "train", 64)
+    assert dataset.indices == [0, 2, 3] and dataset.texts is None and dataset[1]["y"].shape == (77, 8)
+    for path in (data / "train").glob("*.png"):
+        path.unlink()
+    assert "image" not in CaptionedImages(data, "train", 64, images=False)[2]
+    val = CaptionedImages(data, "val", 64, images=False, latents=False)
+    assert val.counts == list(COUNTS) and val.condition(3, 1).shape == (77, 8)
+
+
+def test_fingerprint_follows_the_data(captions):
+    one = CaptionedImages(captions, "train", 64)
+    shutil.move(captions, captions.with_name("moved"))
+    same = CaptionedImages(captions.with_name("moved"), "train", 64, seed=1)
+    assert one.fingerprint() == same.fingerprint() != CaptionedImages(captions.with_name("moved"), "train", 64,
+                                                                      images=False).fingerprint(files=True)
+    (captions.with_name("moved") / "train/captions.json").unlink()
+    (captions.with_name("moved") / "train/1_4.npy").unlink()
+    assert CaptionedImages(captions.with_name("moved"), "train", 64).fingerprint() != one.fingerprint()
+
+
+def texts_of(folder, change):
+    path = folder / "train/captions.json"
+    texts = json.loads(path.read_text())
+    change(texts)
+    path.write_text(json.dumps(texts))
+
+
+def grow(folder, pattern, shape):
+    for path in folder.glob(pattern):
+        np.save(path, np.zeros(shape, np.float32))
+
+
+DAMAGE = {
+    "no folder": (lambda d: shutil.rmtree(d / "train"), "train does not exist; --data-dir must hold train/, val/"),
+    "empty folder": (lambda d: [p.unlink() for p in (d / "train").iterdir()], "train holds no images"),
+    "no picture": (lambda d: (d / "train/2.png").unlink(), r"image 2 has no picture \(2.png\)"),
+    "no moments": (lambda d: (d / "train/2.npy").unlink(), r"image 2 has no moments \(2.npy\)"),
+    "no caption": (lambda d: (d / "train/2_0.npy").unlink(), r"image 2 has no caption \(2_0.npy\)"),
+    "a caption in between": (lambda d: (d / "train/1_2.npy").unlink(), r"image 1 has no caption \(1_2.npy\)"),
+    "the last caption": (lambda d: (d / "train/1_4.npy").unlink(), "captions.json has 5 captions of image 1, beside it are 4"),
+    "caption without image": (lambda d: shutil.copy(d / "train/1_0.npy", d / "train/9_0.npy"), "image 9 has no moments"),
+    "no text": (lambda d: texts_of(d, lambda t: t.pop("2")), "captions.json has 0 captions of image 2"),
+    "texts of another form": (lambda d: (d / "train/captions.json").write_text("[1]"), "captions.json is not of the form"),
+    "texts broken": (lambda d: (d / "train/captions.json").write_text('{"0": ['), "captions.json is not of the form"),
+    "no empty context": (lambda d: (d / "empty_context.npy").unlink(), "empty_context.npy is missing"),
+    "flat empty context": (lambda d: np.save(d / "empty_context.npy", np.zeros(5)), r"empty_context.npy has shape \(5,\)"),
+    "another empty context": (lambda d: np.save(d / "empty_context.npy", np.zeros((6, 8), np.float32)),
+                              r"0_0.npy holds float32 \(6, 16\); expected finite floats \(6, 8\)"),
+    "caption of another shape": (lambda d: grow(d, "train/3_1.npy", (6, 8)), "3_1.npy has .* bytes, the first caption"),
+    "truncated moments": (lambda d: (d / "train/3.npy").write_bytes((d / "train/3.npy").read_bytes()[:500]),
+                          "3.npy has 500 bytes, the first moments"),
+    "moments that are not square": (lambda d: grow(d, "train/?.npy", (8, 16, 8)), r"0.npy has shape \(8, 16, 8\)"),
+    "another resolution": (lambda d: grow(d, "train/?.npy", (8, 12, 12)), "--resolution 64 is no multiple"),
+    "picture of another size": (lambda d: Image.new("RGB", (32, 32)).save(d / "train/0.png"), "0.png is RGB of 32x32"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_seen_before_training(captions, name):
+    damage, message = DAMAGE[name]
+    CaptionedImages(captions, "train", 64)
+    damage(captions)
+    with pytest.raises(BadInput, match=message):
+        CaptionedImages(captions, "train", 64)
+
+
+AT_READING = {
+    "caption with nan": (lambda d: np.save(d / "train/2_0.npy", np.full((6, 16), np.nan, np.float32)), "2_0.npy holds"),
+    "caption of whole numbers": (lambda d: np.save(d / "train/2_0.npy", np.zeros((6, 16), np.int32)), "2_0.npy holds int32"),
+    "moments with nan": (lambda d: np.save(d / "train/2.npy", np.full((8, 16, 16), np.nan, np.float32)), "2.npy holds"),
+    "truncated picture": (lambda d: (d / "train/2.png").write_bytes((d / "train/2.png").read_bytes()[:99]), "no readable"),
+    "picture taken away": (lambda d: (d / "train/2.png").unlink(), "2.png is missing"),
+}
+
+
+@pytest.mark.parametrize("name", AT_READING)
+def test_damage_seen_when_read(captions, name):
+    dataset = CaptionedImages(captions, "train", 64)
+    AT_READING[name][0](captions)
+    with pytest.raises(BadInput, match=AT_READING[name][1]):
+        dataset[2]
+
+
+def test_captions_stand_under_the_pictures():
+    """A grid without captions has not changed; with them each row of pictures has room for the longest one."""
+    images = torch.arange(3 * 3 * 64 * 64).reshape(3, 3, 64, 64).to(torch.uint8)
+    plain = image_grid(images)
+    assert plain.shape == (128, 128, 3) and (plain[64:, 64:] == 255).all()
+    assert np.array_equal(plain[:64, 64:], images[1].permute(1, 2, 0)) and np.array_equal(
+        plain[64:, :64], images[2].permute(1, 2, 0))
+    grid = image_grid(images, texts=["red heart", "a " * 200, "\u30cf\u30fc\u30c8"])
+    height = grid.shape[0] // 2
+    assert grid.shape == (2 * height, 128, 3) and height > 64 + 4 * 9
+    for row, column, image in ((0, 0, 0), (0, 1, 1), (1, 0, 2)):
+        cell = grid[row * height:(row + 1) * height, column * 64:(column + 1) * 64]
+        assert np.array_equal(cell[:64], images[image].permute(1, 2, 0))
+        assert cell[64:].min() < 100 and (cell[64:, 0] == 255).all()
+    assert (grid[height:, 64:] == 255).all()
+
+
+def test_wrapping_keeps_to_width_and_lines():
+    assert wrap("flag: Japan", 20, len) == ["flag: Japan"]
+    assert wrap("man in motorized wheelchair", 12, len) == ["man in", "motorized", "wheelchair"]
+    assert wrap("x" * 25, 10, len) == ["x" * 10, "x" * 10, "x" * 5]
+    many = wrap("one two three four five six seven eight", 8, len)
+    assert len(many) == MAX_LINES and many[-1].endswith("...") and max(map(len, many)) <= 8
+    assert wrap("", 10, len) == []
