@@ -91,6 +91,8 @@ def main():
     if shape != (args.context_shape or [shape[0], width]):
         raise BadInput(f"{args.ckpt} takes text of {args.context_shape or f'width {width}'}, {args.data_dir or args.text_encoder} "
                        f"gives (tokens, width) = {shape}; use the text encoder and length it was trained with.")
+    if state.is_main_process and captions.texts is None:
+        print(f"{args.data_dir}/val has no captions.json: there will be no captions.txt")
     if args.num_fid_samples > len(captions.numbers):
         args.num_fid_samples = len(captions.numbers)
         if state.is_main_process:
@@ -102,10 +104,11 @@ def main():
         return folder / f"{captions.numbers[i]:06d}.png"
 
     make_images(args, folder, model, vae, lambda i, rng: (captions.tokens(i), captions.empty), path_of)
-    if state.is_main_process and captions.texts:
+    texts = captions.texts and captions.texts[:args.num_fid_samples]
+    if state.is_main_process and texts:
         with atomic_write(folder / "captions.txt") as file:
-            file.writelines(f"{text}\n".encode() for text in captions.texts[:args.num_fid_samples])
-    write_outputs(args, folder, path_of, texts=captions.texts)
+            file.writelines(f"{text}\n".encode() for text in texts)
+    write_outputs(args, folder, path_of, texts=texts)
     state.destroy_process_group()
 
 

@@ -42,9 +42,10 @@ def write_tiny_data(folder, count=64, resolution=64, factor=4):
 
 
 def write_tiny_captions(folder, counts=(3, 5, 1, 2) * 4, resolution=64, factor=4, shape=(6, 16), texts=True):
-    """U-ViT's layout, train/ and val/ alike: image i in one of four colours, with counts[i] captions that say which.
+    """U-ViT's layout, train/ and val/ alike: image i in colour i % 4, with counts[i] captions that say so.
 
-    The mean of caption k's tokens of image i is near 10 * (i % 4) + k, and the moments follow the colour.
+    The first token of caption k is k all along, the others have every fourth number set from the colour's on. The
+    moments follow the colour.
     """
     rng = np.random.default_rng(0)
     side = resolution // factor
@@ -57,7 +58,9 @@ def write_tiny_captions(folder, counts=(3, 5, 1, 2) * 4, resolution=64, factor=4
             mean = 5.5 * (colour - 1.5) + rng.normal(0, 1, (4, side, side))
             np.save(folder / split / f"{i}.npy", np.concatenate([mean, np.full_like(mean, -4.6)]).astype(np.float32))
             for k in range(count):
-                tokens = 10 * colour + k + rng.normal(0, 0.1, shape)
+                tokens = rng.normal(0, 0.1, shape)
+                tokens[0] = k
+                tokens[1:, colour::4] += 3
                 np.save(folder / split / f"{i}_{k}.npy", tokens.astype(np.float32))
         if texts:
             words = {str(i): [f"caption {k} of {split} image {i}" for k in range(n)] for i, n in enumerate(counts)}

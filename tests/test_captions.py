@@ -47,9 +47,9 @@ def test_moments_of_the_file_are_mean_and_log_variance(captions):
 
 
 def shown(dataset, batches, workers=0):
-    """(position, number of the caption) of every visit; the tokens' mean says which caption it is."""
+    """(position, number of the caption) of every visit; the first token says which caption it is."""
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
-    return [(int(i), round(y.mean().item()) - 10 * (int(i) % 4)) for batch in loader
+    return [(int(i), int(y[0, 0])) for batch in loader
             for i, y in zip(batch["position"], batch["y"], strict=True)]
 
 

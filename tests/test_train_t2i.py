@@ -1,0 +1,153 @@
+"""train_t2i.py through its command line on 16 tiny captioned images: both losses, resume, processes, captions."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_t2i
+import training
+from files import BadInput
+from tests.conftest import (
+    ROOT,
+    call_main,
+    checkpoint,
+    metrics,
+    script,
+    tiny_run,
+    write_tiny_captions,
+)
+
+
+def arguments(data, out, *more):
+    return tiny_run("MMDiT-T", data, out, *more)
+
+
+def run(monkeypatch, *args):
+    call_main(monkeypatch, train_t2i, *args)
+
+
+def test_both_losses_then_one(monkeypatch, tiny_captions, teacher_file, tmp_path):
+    """In Phase I the attention loss moves the attention; after the early-stop point both terms are gone."""
+    more = ("--enc-weights", teacher_file, "--max-train-steps", 3, "--early-stop-point", 2)
+    run(monkeypatch, *arguments(tiny_captions, tmp_path, *more))
+    rows = metrics(tmp_path)
+    for row in rows[:2]:
+        assert float(row["feature"]) != 0 and float(row["attention"]) > 0
+        assert float(row["loss"]) == pytest.approx(
+            float(row["denoise"]) + 0.5 * float(row["feature"]) + 0.5 * float(row["attention"]), rel=1e-4)
+    assert rows[2]["feature"] == rows[2]["attention"] == "" and rows[2]["loss"] == rows[2]["denoise"]
+    run(monkeypatch, *arguments(tiny_captions, tmp_path / "off", *more, "--attn-coeff", 0))
+    with_loss, without = (checkpoint(out, 3)["model"] for out in (tmp_path, tmp_path / "off"))
+    for block in (1, 2):
+        name = f"joint_blocks.{block}.x_block.attn.qkv.weight"
+        assert not torch.equal(with_loss[name], without[name])
+    assert checkpoint(tmp_path, 3)["args"]["context_shape"] == [6, 16]
+    assert "captions.json" not in (tmp_path / "run/log.txt").read_text()
+
+
+def test_loss_falls_and_text_is_used(monkeypatch, tiny_captions, tmp_path):
+    """From pure noise only the text tells the colour: v = noise - x is high for the darkest, low for the brightest."""
+    run(monkeypatch, *arguments(tiny_captions, tmp_path, "--enc-type", "none", "--max-train-steps", 40, "--log-every", 10,
+                                "--zero-init", "--learning-rate", 3e-3, "--cfg-prob", 0))
+    losses = [float(row["denoise"]) for row in metrics(tmp_path)]
+    assert losses[-1] < 0.8 * losses[0]
+    model = train_t2i.MMDiT_models["MMDiT-T"](input_size=16, context_dim=16, z_dims=())
+    model.load_state_dict(checkpoint(tmp_path, 40)["model"])
+    dataset = train_t2i.CaptionedImages(tiny_captions, "val", 64)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        dark, bright = (model(noise, torch.ones(1), dataset.condition(i)[None]).mean().item() for i in (0, 3))
+    assert dark > bright + 1
+
+
+def test_restart_is_the_same_run(monkeypatch, tiny_captions, teacher_file, tmp_path):
+    """6 steps = 4 + 2 bit for bit, across epochs (2 steps each) and the early-stop point."""
+    more = ("--enc-weights", teacher_file, "--early-stop-point", 3, "--checkpointing-steps", 4)
+    run(monkeypatch, *arguments(tiny_captions, tmp_path / "a", *more))
+    run(monkeypatch, *arguments(tiny_captions, tmp_path / "b", *more, "--max-train-steps", 4))
+    run(monkeypatch, *arguments(tiny_captions, tmp_path / "b", *more, "--num-workers", 1))
+    one, two = checkpoint(tmp_path / "a", 6), checkpoint(tmp_path / "b", 6)
+    for part in ("model", "ema"):
+        assert all(torch.equal(one[part][name], two[part][name]) for name in one[part])
+
+
+def test_two_processes_are_the_same_run(monkeypatch, tiny_captions, teacher_file, tmp_path):
+    more = ("--enc-weights", teacher_file, "--early-stop-point", 2, "--max-train-steps", 3)
+    run(monkeypatch, *arguments(tiny_captions, tmp_path / "one", *more))
+    script("train_t2i.py", *arguments(tiny_captions, tmp_path / "two", *more), processes=2)
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for name in ("loss", "denoise"):
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-5)
+        assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
+
+
+def test_captions_are_dropped_to_the_empty_context(monkeypatch, tiny_captions, tmp_path):
+    """--cfg-prob 1 shows the network nothing but empty_context.npy, 0 nothing but captions."""
+    plain, seen = train_t2i.MMDiT_models["MMDiT-T"], []
+
+    def build(**kwargs):
+        model = plain(**kwargs)
+        model.context_embedder.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].detach().clone()))
+        return model
+
+    monkeypatch.setitem(train_t2i.MMDiT_models, "MMDiT-T", build)
+    for probability in (0, 1):
+        seen.clear()
+        run(monkeypatch, *arguments(tiny_captions, tmp_path / str(probability), "--enc-type", "none", "--cfg-prob",
+                                    probability, "--max-train-steps", 2))
+        assert len(seen) == 2 and all(y.shape == (8, 6, 16) for y in seen)
+        assert all(bool(caption.any()) != bool(probability) for y in seen for caption in y)
+
+
+@pytest.mark.parametrize("texts", [True, False])
+def test_previews_have_captions(monkeypatch, tmp_path, texts):
+    data = write_tiny_captions(tmp_path / "data", (3, 5, 1, 2), texts=texts)
+    run(monkeypatch, *arguments(data, tmp_path, "--enc-type", "none", "--max-train-steps", 1, "--sampling-steps", 1,
+                                "--vae", ROOT / "assets/vae-emoji"))
+    truth, samples = (np.asarray(Image.open(tmp_path / f"run/previews/{name}.png")) for name in ("truth", "0000001"))
+    assert truth.shape == samples.shape and truth.shape[1] == 128 and (truth.shape[0] > 128) == texts
+    height = truth.shape[0] // 2
+    assert np.array_equal(truth[64:height], samples[64:height])  # the strips of text
+    assert ("previews are without captions" in (tmp_path / "run/log.txt").read_text()) != texts
+
+
+def test_other_captions_are_another_run(monkeypatch, tiny_captions, tmp_path):
+    run(monkeypatch, *arguments(tiny_captions, tmp_path, "--enc-type", "none", "--max-train-steps", 1))
+    other = write_tiny_captions(tmp_path / "data", (2,) * 16)
+    with pytest.raises(BadInput, match="another run: data was"):
+        run(monkeypatch, *arguments(other, tmp_path, "--enc-type", "none"))
+
+
+def test_image_without_caption_is_refused(monkeypatch, tmp_path):
+    data = write_tiny_captions(tmp_path / "data", (3, 1))
+    (data / "train/1_0.npy").unlink()
+    with pytest.raises(BadInput, match=r"train: image 1 has no caption \(1_0.npy\)"):
+        run(monkeypatch, *arguments(data, tmp_path, "--enc-type", "none"))
+
+
+def test_published_defaults(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_t2i.py", "--exp-name", "x"])
+    args = train_t2i.parse_args()
+    train_t2i.resolve(args, train_t2i.MMDIT_CONFIGS[args.model])
+    assert (args.model, args.data_dir, args.sampling_steps, args.early_stop_point, args.encoder_depth, args.cfg_prob) == (
+        "MMDiT", "../data/coco256_features", 10_000, 150_000, 8, 0.1)
+    assert args.attn_layers == [[4, 8], [5, 9], [6, 10], [7, 11]] and not args.zero_init
+
+
+def test_published_command_line(monkeypatch, teacher_file, tmp_path):
+    """The README's command with another path and size, and every flag that the published script has."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    data = write_tiny_captions(tmp_path / "data", (3, 5, 1, 2))
+    run(monkeypatch, "--report-to=wandb", "--allow-tf32", "--mixed-precision=fp16", "--seed=0", "--path-type=linear",
+        "--prediction=v", "--weighting=uniform", "--model=MMDiT-T", "--enc-type=dinov2-vit-s", "--proj-coeff=0.5",
+        "--attn-coeff=0.5", "--encoder-depth=3", f"--output-dir={tmp_path}", "--exp-name=run", "--batch-size=4",
+        f"--data-dir={data}", "--early-stop-point=1", "--logging-dir=logs", "--resume-step=0", "--fused-attn",
+        "--no-qk-norm", "--resolution=64", "--epochs=1400", "--max-train-steps=2", "--checkpointing-steps=50000",
+        "--gradient-accumulation-steps=1", "--learning-rate=1e-4", "--adam-beta1=0.9", "--adam-beta2=0.999",
+        "--adam-weight-decay=0.0", "--adam-epsilon=1e-08", "--max-grad-norm=1.0", "--num-workers=0", "--cfg-prob=0.1",
+        "--sampling-steps=10000", f"--enc-weights={teacher_file}")
+    assert checkpoint(tmp_path, 2)["steps"] == 2
+    assert json.loads((tmp_path / "run/args.json").read_text())["model"] == "MMDiT-T"
+    assert training.COLUMNS == list(metrics(tmp_path)[0])
