@@ -1,11 +1,14 @@
-# Two commands: `make quickstart` and `make test`. Each sets up .venv by itself; PYTHON=python3.12 picks the interpreter.
+# `make quickstart`, `make quickstart-t2i` and `make test`. Each sets up .venv by itself; PYTHON=python3.12 picks the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 QUICKSTART ?= full
 SHELL := /bin/bash
 
 quickstart: $(VENV)/.installed
-	@PATH="$(abspath $(VENV))/bin:$$PATH" bash quickstart.sh $(QUICKSTART)
+	@PATH="$(abspath $(VENV))/bin:$$PATH" bash quickstart.sh classes $(QUICKSTART)
+
+quickstart-t2i: $(VENV)/.installed
+	@PATH="$(abspath $(VENV))/bin:$$PATH" bash quickstart.sh captions $(QUICKSTART)
 
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -17,4 +20,4 @@ $(VENV)/.installed: requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: quickstart test
+.PHONY: quickstart quickstart-t2i test

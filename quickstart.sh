@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# The whole pipeline on the embedded emoji data: data, training with alignment and its stop, samples, scores. Run it
-# by `make quickstart`. Every command is printed before it runs, so that each can be repeated or changed by hand.
-# `make quickstart QUICKSTART=short` takes a few steps only and shows that everything works.
+# The whole pipeline on the embedded emoji data: data, training with alignment and its stop, samples, scores, for classes
+# or captions. Run it by `make quickstart` or `make quickstart-t2i`. Every command is printed before it runs, so that each
+# can be repeated or changed by hand. With QUICKSTART=short it takes a few steps only and shows that everything works.
 set -euo pipefail
 
-steps=1200 stop=600 every=600 images=72 references=178 name=quickstart
-if [ "${1:-full}" = short ]; then steps=40 stop=20 every=40 images=9 references=18 name=quickstart-short; fi
-checkpoint=$(printf %07d $steps)
-samples=samples/$name/SiT-T-2-$checkpoint-size-64-vae-vae-emoji-cfg-3.0-seed-0-ode-high-1.0
+task=${1:-classes} form=${2:-full}
+case $task in
+    classes) name=quickstart steps=1200 stop=600 images=72 references=178 ;;
+    captions) name=quickstart-t2i steps=1200 stop=600 images=178 ;;
+    *) echo "error: $task is neither classes nor captions." >&2; exit 1 ;;
+esac
+if [ "$form" = short ]; then name=$name-short steps=40 stop=20 images=9 references=18; fi
+ending=$(printf %07d $steps)-size-64-vae-vae-emoji-cfg-3.0-seed-0-ode-high-1.0
 precision=no
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && precision=bf16
 
@@ -22,20 +26,41 @@ stage() {  # stage NAME COMMAND...: print, run, time
     echo "== ${stages[-1]}"
 }
 
-stage data python preprocessing/embedded.py --dest data/emoji --vae assets/vae-emoji
-stage train python train.py --exp-name $name --model SiT-T/2 --resolution 64 --num-classes 9 \
-    --data-dir data/emoji/train --vae assets/vae-emoji \
-    --enc-type dinov2-vit-s --enc-weights data/emoji/teacher.safetensors --enc-blocks 10 \
-    --teacher-cache data/emoji/teacher-cache --early-stop-point $stop --max-train-steps $steps \
-    --checkpointing-steps $every --sampling-steps $every --batch-size 32 --learning-rate 1e-3 --ema-decay 0.995 \
-    --mixed-precision $precision --num-workers 0 --report-to none
+vae=assets/vae-emoji
+training=(--exp-name $name --resolution 64 --vae $vae --enc-type dinov2-vit-s --enc-weights data/emoji/teacher.safetensors
+    --enc-blocks 10 --early-stop-point $stop --max-train-steps $steps --checkpointing-steps $((steps / 2))
+    --sampling-steps $((steps / 2)) --batch-size 32 --learning-rate 1e-3 --ema-decay 0.995 --mixed-precision $precision
+    --num-workers 0 --report-to none)
+sampling=(--ckpt "exps/$name/checkpoints/$(printf %07d $steps).pt" --vae $vae --cfg-scale 3 --mode ode --num-steps 30
+    --per-proc-batch-size 36)
+
+if [ $task = classes ]; then
+    stage data python preprocessing/embedded.py --dest data/emoji --vae $vae
+    stage train python train.py --model SiT-T/2 --num-classes 9 --data-dir data/emoji/train \
+        --teacher-cache data/emoji/teacher-cache "${training[@]}"
+    stage sample python generate.py "${sampling[@]}" --sample-dir samples/$name --num-fid-samples $images --labels balanced
+    made=samples/$name/SiT-T-2-$ending
+    stage scores python evaluations/anchors.py $made.npz --reference-images $references
+    found="$made-grid.png (a column per class: $(tr -d '[]"' < data/emoji/classes.json)),
+         $made-scores.json"
+else
+    captions=data/emoji-captions
+    stage data python preprocessing/embedded.py --dest data/emoji
+    stage captions python preprocessing/embedded_captions.py --dest $captions --vae $vae
+    stage train python train_t2i.py --model MMDiT-T --data-dir $captions --teacher-cache $captions/teacher-cache \
+        "${training[@]}"
+    stage sample python generate_t2i.py "${sampling[@]}" --sample-dir samples/$name --num-fid-samples $images \
+        --data-dir $captions
+    stage prompts python generate_t2i.py "${sampling[@]}" --sample-dir samples/$name --prompts assets/prompts-emoji.txt \
+        --text-encoder $captions/text-encoder
+    made=samples/$name/MMDiT-T-$ending
+    stage agreement python evaluations/agreement.py $captions/val "$made"
+    found="$made-grid.png (captions held out from training),
+         ${made/MMDiT-T/MMDiT-T-prompts}-grid.png (assets/prompts-emoji.txt)"
+fi
 stage curves python evaluations/curves.py exps/$name
-stage sample python generate.py --ckpt exps/$name/checkpoints/$checkpoint.pt --vae assets/vae-emoji \
-    --sample-dir samples/$name --num-fid-samples $images --labels balanced --cfg-scale 3 --num-steps 30 \
-    --per-proc-batch-size 36
-stage scores python evaluations/anchors.py $samples.npz --reference-images $references
 
 printf '\n%s\n' "${stages[@]}"
 printf '%-10s %4d s\n' total $SECONDS
-echo "Look at: $samples-grid.png (a column per class: $(tr -d '[]"' < data/emoji/classes.json)),"
-echo "         exps/$name/curves.png, exps/$name/previews/, $samples-scores.json"
+echo "Look at: $found,"
+echo "         exps/$name/curves.png, exps/$name/previews/"

@@ -183,6 +183,14 @@ def test_five_lines_in_adm_wording(adm):
     assert [float(value) for value in values] == list(adm["scores"].values())
 
 
+def test_coco_protocol(made, monkeypatch, capsys):
+    """A statistics file as U-ViT's for COCO, mu and sigma alone, which does not say its preset: FID, and nothing else."""
+    np.savez(made / "coco.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    call_main(monkeypatch, evaluator, *paths(made, "coco.npz", "sample"), "--preset", "pytorch-fid")
+    name, value = capsys.readouterr().out.strip().split(": ")
+    assert name == "FID" and float(value) > 0
+
+
 def test_two_processes_give_the_scores_of_one(made, adm):
     """Started as torchrun does; 7 and 9 images do not divide by two."""
     code = [sys.executable, "evaluations/evaluator.py", *paths(made, "reference.npz", "sample.npz"),
