@@ -1,4 +1,4 @@
-# `make quickstart`, `make quickstart-t2i` and `make test`. Each sets up .venv by itself; PYTHON=python3.12 picks the interpreter.
+# `make quickstart`, `make quickstart-t2i`, `make test`. Each sets up .venv; PYTHON=python3.12 picks the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 QUICKSTART ?= full

@@ -38,6 +38,7 @@ from files import BadInput, atomic_write, run_script, weights_key
 from training import PATIENCE
 
 SPLITS = ("train", "val")
+NAMED = 20  # unreadable images named in full
 
 
 def read_captions(path):
@@ -187,8 +188,8 @@ def check_space(folder, files, size):
 def build_split(folder, names, captions, picture, vae, encoder, args):
     """Write or complete one split. names: what each image is called; captions: its texts; picture(i) -> uint8 (R, R, 3).
 
-    Process p makes the images i with i % processes = p and their captions. Raises BadInput when `folder` was made with
-    other settings, and at the end for pictures that could not be read.
+    Process p makes the images i with i % processes = p and their captions. Returns a sentence for each picture that could
+    not be read; captions.json is then left out. Raises BadInput when `folder` was begun with other settings.
     """
     state = PartialState()
     listing = hashlib.sha256(json.dumps([names, captions]).encode()).hexdigest()
@@ -210,16 +211,12 @@ def build_split(folder, names, captions, picture, vae, encoder, args):
     share = range(state.process_index, len(names), state.num_processes)
     write_contexts(folder, [(i, k) for i in share for k in range(len(captions[i])) if f"{i}_{k}.npy" not in have],
                    captions, encoder, args)
-    failures = gather_object(write_pictures(folder, [i for i in share if not {f"{i}.png", f"{i}.npy"} <= have], have,
-                                            picture, vae, args))
-    if state.is_main_process:
-        if failures:
-            tell([sentence.rstrip(".") for sentence in failures], "images could not be read, all else is done:")
-            raise BadInput(f"{folder} lacks {len(failures)} of {len(names)} images ({failures[0].split(' (')[0]}, ...); "
-                           "replace them and run the same command, or take them out of the captions file and delete "
-                           f"{folder}.")
+    todo = [i for i in share if not {f"{i}.png", f"{i}.npy"} <= have]
+    failures = gather_object(write_pictures(folder, todo, have, picture, vae, args))
+    if state.is_main_process and not failures:
         write_json(folder / "captions.json", {str(i): texts for i, texts in enumerate(captions)})
         print(f"{folder}: {len(names)} images, {sum(map(len, captions))} captions of {encoder.length} tokens")
+    return failures
 
 
 def load_encoders(args):
@@ -237,11 +234,16 @@ def load_encoders(args):
 def build(args, splits):
     """The whole layout in args.dest. splits: {name: (image names, captions, picture)}, each as build_split takes them."""
     vae, encoder = load_encoders(args)
+    failures = []
     for split, (names, captions, picture) in splits.items():
-        build_split(args.dest / split, names, captions, picture, vae, encoder, args)
+        failures += build_split(args.dest / split, names, captions, picture, vae, encoder, args)
     if PartialState().is_main_process:
         save_array(args.dest / "empty_context.npy", encoder(filled([""], args.batch_size))[0])
     PartialState().wait_for_everyone()
+    if failures and PartialState().is_main_process:
+        first = " ".join(failures[:NAMED]) + " ..." * (len(failures) > NAMED)
+        raise BadInput(f"{len(failures)} images could not be read, all else is done: {first} Replace them and run the same "
+                       f"command, or take them out of the captions file, delete {args.dest} and run it.")
     PartialState().destroy_process_group()
 
 
