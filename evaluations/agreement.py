@@ -14,13 +14,11 @@ CLIP score: mean of 100 max(cos(image, caption), 0). Runs on several processes u
 import argparse
 import hashlib
 import json
-import logging
 import sys
 from pathlib import Path
 
 import safetensors
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -28,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees ev
 
 from dataset import scan
 from encoders import VAE, quiet_transformers
-from evaluations.evaluator import add_network_arguments, extractor_from
+from evaluations.evaluator import add_network_arguments, extractor_from, run
 from evaluations.extract import gather_rows, join_processes, rank, shard
 from evaluations.features import FEATURES, full_float32, resize
 from evaluations.images import FolderImages, open_images, size_text
 from evaluations.scores import load_set
-from files import BadInput, atomic_write, first_line, run_script
+from files import BadInput, first_line, run_script
 
 TOP = (1, 5)
 SHUFFLES = 100
@@ -231,18 +229,7 @@ def parse_args():
 
 
 def main():
-    args = parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")            # stderr
-    try:
-        result = evaluate(args)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if result:
-        print(*lines(result), sep="\n")
-        if args.json:
-            with atomic_write(args.json, "w") as file:
-                json.dump(result, file, indent=2)
+    run(evaluate, lines, parse_args())
 
 
 if __name__ == "__main__":

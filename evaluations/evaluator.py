@@ -100,9 +100,9 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")            # stderr
+def run(evaluate, lines, args):
+    """Print the `lines` of what `evaluate(args)` gives and write it to args.json; logs go to stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         result = evaluate(args)
     finally:
@@ -113,6 +113,10 @@ def main():
         if args.json:
             with atomic_write(args.json, "w") as file:
                 json.dump(result, file, indent=2)
+
+
+def main():
+    run(evaluate, lines, parse_args())
 
 
 if __name__ == "__main__":
