@@ -1,9 +1,13 @@
 """Checkpoints in the published format: {run}/checkpoints/{step:07d}.pt with model, ema, opt, args and steps."""
+import argparse
+import logging
 from pathlib import Path
 
 import torch
 
-from files import BadInput, atomic_write, load_tensors
+from files import BadInput, Unreadable, atomic_write, load_tensors
+
+logger = logging.getLogger("haste")
 
 # What must be equal for a run to go on; everything else may change and is reported. `data` is the fingerprint.
 IDENTITY = ("model", "num_classes", "resolution", "qk_norm", "path_type", "prediction", "weighting", "enc_type",
@@ -11,19 +15,38 @@ IDENTITY = ("model", "num_classes", "resolution", "qk_norm", "path_type", "predi
 
 
 def save_checkpoint(folder, step, state):
-    """Write `state` (plain values and tensors) as step `step`; a half-written file never has the final name."""
+    """Write `state` (plain values and tensors) as step `step`; a half-written file never has the final name.
+
+    Raises BadInput, and writes nothing, when a weight is not finite or there is no room; older files are as they were.
+    """
     path = Path(folder) / f"{step:07d}.pt"
+    for part in ("model", "ema"):
+        for name, value in state[part].items():
+            if not value.isfinite().all():
+                raise BadInput(f"{name} of {part} is not finite at step {step}, which is not saved; the checkpoint before "
+                               "it is intact. Lower --learning-rate and run the command again.")
     with atomic_write(path) as file:
         torch.save({**state, "steps": step}, file)
     return path
 
 
-def load_checkpoint(path, needed=("ema",), mmap=True):
+def prune_checkpoints(folder, step, keep, every=0):
+    """Delete checkpoints up to `step` but for the newest `keep` (0: all) and those of multiples of `every` (0: none).
+
+    Later ones stay: --resume-step has gone back behind them, and the run will write them again.
+    """
+    past = sorted(number for number in saved_steps(folder) if number <= step)
+    for number in past[:-keep] if keep else ():
+        if not every or number % every:
+            (Path(folder) / f"{number:07d}.pt").unlink(missing_ok=True)
+
+
+def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):
     """A checkpoint of ours or of the published code, or a plain state dict (as `ema`), with `args` as a dict.
 
-    Raises BadInput when one of the keys in `needed` is not there.
+    Raises BadInput when one of the keys in `needed` is not there; `verify` as in load_tensors.
     """
-    state = load_tensors(path, mmap=mmap)
+    state = load_tensors(path, mmap=mmap, verify=verify)
     if not isinstance(state, dict):
         raise BadInput(f"{path} holds a {type(state).__name__}, not a checkpoint; give a file of train.py.")
     if state and all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -32,7 +55,10 @@ def load_checkpoint(path, needed=("ema",), mmap=True):
         if key not in state:
             raise BadInput(f"{path} has no '{key}'; give a checkpoint of train.py.")
     args = state.get("args", {})
-    return {**state, "args": args if isinstance(args, dict) else vars(args)}
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(args, dict):
+        raise BadInput(f"{path} has a {type(args).__name__} for 'args'; give a checkpoint of train.py.")
+    return {**state, "args": args}
 
 
 def load_weights(module, weights, path):
@@ -46,13 +72,30 @@ def load_weights(module, weights, path):
     module.load_state_dict(weights)
 
 
-def find_checkpoint(folder, step=0):
-    """Path of the checkpoint of `step` in `folder`, of the newest for 0, or None when there is none at all."""
-    found = {int(path.stem): path for path in Path(folder).glob("*.pt") if path.stem.isdigit()}
+def saved_steps(folder):
+    """{step: path} of all checkpoints in `folder`."""
+    return {int(path.stem): path for path in Path(folder).glob("*.pt") if path.stem.isdigit()}
+
+
+def read_newest(folder, step, needed):
+    """(path, state) of the checkpoint of `step` in `folder`, for 0 of the newest that can be read; None when it is empty.
+
+    A damaged one is named in the log, left where it is, and the one before it is tried. Raises BadInput when none is left.
+    """
+    found = saved_steps(folder)
     if step and step not in found:
         there = ", ".join(map(str, sorted(found))) or "none"
         raise BadInput(f"{folder} has no checkpoint of step {step} (there: {there}); choose another --resume-step.")
-    return found[step or max(found)] if found else None
+    for number in [step] if step else sorted(found, reverse=True):
+        try:
+            return found[number], load_checkpoint(found[number], needed, verify=True)
+        except Unreadable as error:
+            if step:
+                raise
+            logger.warning(f"{error} Trying the checkpoint before it.")
+    if found:
+        raise BadInput(f"{folder} has no checkpoint that can be read; put a whole one there, or delete them to start anew.")
+    return None
 
 
 def check_same_run(path, saved, args):

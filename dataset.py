@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from files import BadInput, load_array
+from files import IMAGE_ERRORS, BadInput, check_inside, first_line, load_array, read_json
 
 
 def scan(folder, suffix):
@@ -54,16 +54,17 @@ def index_of(name):
 def read_labels(folder, num_classes):
     """{index: label} from `folder`/dataset.json, or None where it says null."""
     path = folder / "dataset.json"
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist; --data-dir must hold images/ and vae-sd/, each with a dataset.json.")
     try:
-        labels = json.loads(path.read_text())["labels"]
-        labels = None if labels is None else {index_of(name): label for name, label in labels}
-    except FileNotFoundError as error:
-        raise BadInput(f"{path} does not exist; --data-dir must hold images/ and vae-sd/, each with a "
-                       "dataset.json.") from error
-    except (ValueError, KeyError, TypeError) as error:
+        entries = read_json(path)["labels"]
+        labels = None if entries is None else {index_of(check_inside(name, path)): label for name, label in entries}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
+    if labels is not None and len(labels) != len(entries):
+        raise BadInput(f"{path} has {len(entries)} entries of {len(labels)} different indices; each image needs its own.")
     for index, label in (labels or {}).items():
-        if not isinstance(label, int) or not 0 <= label < num_classes:
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < num_classes:
             raise BadInput(f"{path}: the label of index {index} is {label}; it must be a number from 0 to "
                            f"{num_classes - 1} (--num-classes {num_classes}).")
     return labels
@@ -73,14 +74,14 @@ def load_image(path, resolution):
     """uint8 (3, R, R) of a picture of `resolution` pixels a side."""
     try:
         with Image.open(path) as picture:
+            if picture.mode not in ("RGB", "L", "P") or picture.size != (resolution, resolution):
+                raise BadInput(f"{path} is {picture.mode} of {picture.width}x{picture.height}; expected RGB of "
+                               f"{resolution}x{resolution} (--resolution).")
             picture.load()
     except FileNotFoundError as error:
         raise BadInput(f"{path} is missing; make it again.") from error
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise BadInput(f"{path} is no readable image ({error}); make it again.") from error
-    if picture.mode not in ("RGB", "L", "P") or picture.size != (resolution, resolution):
-        raise BadInput(f"{path} is {picture.mode} of {picture.width}x{picture.height}; expected RGB of "
-                       f"{resolution}x{resolution} (--resolution).")
+    except IMAGE_ERRORS as error:
+        raise BadInput(f"{path} is no readable image ({first_line(error)}); make it again.") from error
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
@@ -218,9 +219,9 @@ def read_texts(path, counts):
     """{index: [caption, ...]} from captions.json, or None if there is none. `counts`: {index: number of captions}."""
     if not path.is_file():
         return None
+    captions = read_json(path)
     try:
-        texts = {int(i): [" ".join(text.split()) for text in captions]
-                 for i, captions in json.loads(path.read_text(encoding="utf-8")).items()}
+        texts = {int(i): [" ".join(text.split()) for text in captions] for i, captions in captions.items()}
     except (ValueError, AttributeError, TypeError) as error:
         raise BadInput(f'{path} is not of the form {{"0": ["caption", ...], ...}}; make it again or remove it.') from error
     for i, count in counts.items():

@@ -210,8 +210,12 @@ class CachedTeacher:
         self.folder = Path(folder) / key
         if not (self.folder / "complete.json").is_file():
             self._build(Path(folder), teacher, dataset, accelerator, batch_size)
-        self.arrays = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False)
-                       for path in sorted(self.folder.glob("*.npy"))}
+        try:
+            self.arrays = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False)
+                           for path in sorted(self.folder.glob("*.npy"))}
+        except (ValueError, OSError) as error:
+            raise BadInput(f"The teacher cache {self.folder} is damaged ({first_line(error)}); delete it, and it is computed "
+                           "again.") from error
 
     def _build(self, folder, teacher, dataset, accelerator, batch_size):
         if accelerator.is_main_process:

@@ -1,21 +1,33 @@
 """Files, read and written so that nothing is half there: atomic writes, safe loading, one sentence per bad input."""
 import argparse
 import contextlib
+import errno
 import hashlib
+import json
 import os
 import pickle
 import sys
 import zipfile
-from pathlib import Path
+import zlib
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from PIL import Image
+
+# What opening and decoding a damaged image may raise; the bomb is a header that claims more than MAX_IMAGE_PIXELS.
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BadInput(Exception):
     """Something the user gave cannot be used. The message is the sentence to show: what, where, what to do."""
+
+
+class Unreadable(BadInput):
+    """A file is damaged, or holds code, which is not run."""
 
 
 def first_line(error):
@@ -32,20 +44,76 @@ def run_script(main):
         sys.exit(f"error: {sentence}")
 
 
+def check_bounds(args, bounds):
+    """Raise BadInput for a number in `args` outside its (lowest, highest); None, not given, is fine."""
+    for name, (low, high) in bounds.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:  # written so that nan is outside too
+            limits = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
+            raise BadInput(f"--{name.replace('_', '-')} is {value}; it must be {limits}.")
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn a failure to write `path` (no space, no permission, no such folder) into BadInput."""
+    path = Path(path)
+    try:
+        yield
+    except OSError as error:
+        named = None if error.filename is None else Path(error.filename)
+        if named and named not in path.parents and named.parent != path.parent and path not in named.parents:
+            raise  # about another file, which the caller was reading
+        remedy = "make room" if error.errno in NO_ROOM else "name a folder that can be written to"
+        raise BadInput(f"{path} could not be written ({error.strerror or error}), what was there before is as it was; "
+                       f"{remedy} and run the command again.") from error
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """Open a temporary file beside `path`; it takes the name `path` only once written in full and flushed to disk."""
+    """Open a temporary file beside `path`; it takes the name `path` only once written in full and flushed to disk.
+
+    Raises BadInput when it cannot be written; `path` is as it was then.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, mode) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder, begin=""):
+    """Delete what killed processes left in `folder` of atomic_write to files whose names begin with `begin`."""
+    for leftover in Path(folder).glob(".*.tmp"):
+        if leftover.name.startswith(f".{begin}"):
+            with writing(leftover):
+                leftover.unlink(missing_ok=True)
+
+
+def check_inside(name, where):
+    """`name`, a relative path out of the file `where`; raises BadInput when it would lead out of its folder."""
+    parts = PurePosixPath(name.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts:
+        raise BadInput(f"{where} names {name}, which lies outside its folder; only relative paths below it are read.")
+    return name
+
+
+def read_json(path, kind=dict):
+    """The value in a JSON file. Raises BadInput when it is missing, not JSON or not a `kind`."""
     try:
-        with open(temporary, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise BadInput(f"{path} cannot be read as JSON ({reason}); make it again.") from error
+    if not isinstance(value, kind):
+        raise BadInput(f"{path} holds a {type(value).__name__}, expected a {kind.__name__}; make it again.")
+    return value
 
 
 def sha256_of(path):
@@ -62,35 +130,47 @@ def weights_key(source):
     return " ".join(sha256_of(path) for path in found) or str(source)
 
 
-def load_tensors(path, mmap=False):
+def load_tensors(path, mmap=False, verify=False):
     """Tensors and plain values of a `.safetensors` file or of anything `torch.save` wrote, without running code from it.
 
     Published checkpoints hold an argparse.Namespace, the only class allowed beside tensors and plain values.
-    `mmap` leaves tensors on disk until they are used. Raises BadInput for a missing, damaged or refused file.
+    `mmap` leaves tensors on disk until they are used; `verify` reads them all and compares checksums. Raises BadInput for
+    a missing file, Unreadable for a damaged or refused one.
     """
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path} does not exist; give the path of a weight or checkpoint file.")
+    damaged = f"{path} is damaged or not a torch file"
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise BadInput(f"{path} is not a readable safetensors file ({error}); get it again.") from error
+        except (safetensors.SafetensorError, OSError, MemoryError) as error:
+            raise Unreadable(f"{path} is not a readable safetensors file ({error}); get it again.") from error
     try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                if sum(member.file_size for member in archive.infolist()) > 2 * path.stat().st_size:
+                    raise Unreadable(f"{damaged} (it claims to unpack to far more than it holds); get it again.")
+                if verify and (broken := archive.testzip()):
+                    raise Unreadable(f"{damaged} (wrong checksum of {broken}); get it again.")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     except pickle.UnpicklingError as error:
-        raise BadInput(f"{path} is no torch file of tensors and plain values, or holds code, which is not run; "
-                       "save it again as a plain state dict.") from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise BadInput(f"{path} is damaged or not a torch file ({first_line(error)}); get it again.") from error
+        raise Unreadable(f"{path} is no torch file of tensors and plain values, or holds code, which is not run; "
+                         "save it again as a plain state dict.") from error
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError, AttributeError, TypeError, IndexError, MemoryError,
+            zipfile.BadZipFile, zlib.error) as error:
+        raise Unreadable(f"{damaged} ({first_line(error)}); get it again.") from error
 
 
 def load_array(path):
     """The array of a `.npy` file. Raises BadInput when it is missing, truncated or holds Python objects."""
     try:
-        return np.load(path, allow_pickle=False)
+        # Mapped first: a header that claims more than the file holds is refused before memory is taken for it.
+        return np.array(np.lib.format.open_memmap(path, mode="r"))
     except FileNotFoundError as error:
         raise BadInput(f"{path} is missing; make it again with the preprocessing.") from error
-    except (ValueError, EOFError, OSError) as error:
-        raise BadInput(f"{path} is no readable .npy file ({error}); make it again with the preprocessing.") from error
+    except (ValueError, EOFError, OSError, OverflowError, MemoryError, SyntaxError, TypeError) as error:
+        raise BadInput(f"{path} is no readable .npy file ({first_line(error)}); make it again with the "
+                       "preprocessing.") from error

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from checkpoints import load_checkpoint, load_weights
 from encoders import VAE
-from files import BadInput, atomic_write, run_script
+from files import IMAGE_ERRORS, BadInput, atomic_write, check_bounds, read_json, remove_temporaries, run_script
 from models.sit import SIT_CONFIGS, SiT_models
 from pictures import image_grid
 from samplers import euler_maruyama_sampler, euler_sampler, guided
@@ -30,6 +30,10 @@ from training import PATIENCE
 
 VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 GRID_IMAGES = 72
+INF = float("inf")
+BOUNDS = {  # argument of both sampling scripts -> lowest, highest
+    **dict.fromkeys(("per_proc_batch_size", "num_steps", "num_fid_samples", "resolution", "num_classes"), (1, INF)),
+    **dict.fromkeys(("global_seed", "cfg_scale"), (0, INF)), **dict.fromkeys(("guidance_low", "guidance_high"), (0, 1))}
 
 
 def add_sampling_arguments(parser):
@@ -81,9 +85,10 @@ def read_checkpoint(args, vae, configs, landmark, **published):
     if args.projector_embed_dims and args.projector_embed_dims != ",".join(map(str, widths)):
         raise BadInput(f"--projector-embed-dims {args.projector_embed_dims}: {args.ckpt} has projectors to "
                        f"{','.join(map(str, widths)) or 'nothing'}; leave the flag out.")
-    for name in ("per_proc_batch_size", "num_steps", "num_fid_samples"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
+    check_bounds(args, BOUNDS)
+    if args.guidance_low > args.guidance_high:
+        raise BadInput(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}, so nothing would "
+                       "be guided; swap them, or give --cfg-scale 1.")
     if args.heun and args.mode == "sde":
         raise BadInput("--heun is for --mode ode; leave one of them out.")
     config = configs[args.model]
@@ -113,7 +118,7 @@ def is_finished(path, resolution):
         with Image.open(path) as picture:
             picture.load()
             return picture.mode == "RGB" and picture.size == (resolution, resolution)
-    except (OSError, SyntaxError):
+    except IMAGE_ERRORS:
         return False
 
 
@@ -125,16 +130,19 @@ def sample_folder(args, name):
     ignored = ("sample_dir", "num_fid_samples", "per_proc_batch_size", "tf32", "fused_attn", "projector_embed_dims")
     settings = {key: value for key, value in vars(args).items() if key not in ignored}
     path = folder / "settings.json"
-    if path.is_file() and (old := json.loads(path.read_text())) != settings:
+    if path.is_file() and (old := read_json(path)) != settings:
         changed = [f"{key} {old.get(key)} -> {settings.get(key)}" for key in {**old, **settings}
                    if old.get(key) != settings.get(key)]
         raise BadInput(f"{folder} holds images of other settings ({', '.join(changed)}); delete it or name another "
                        "--sample-dir.")
     state = PartialState()
-    state.wait_for_everyone()
+    state.wait_for_everyone()  # all have read it
     if state.is_main_process:
+        remove_temporaries(folder)
+        remove_temporaries(folder.parent, folder.name)  # the .npz and the grid
         with atomic_write(path, "w") as file:
             json.dump(settings, file, indent=2)
+    state.wait_for_everyone()  # before anyone writes a temporary file
     return folder
 
 

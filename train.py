@@ -15,12 +15,21 @@ from accelerate.utils import set_seed
 from dataset import LatentImages
 from encoders import TEACHERS, Teacher, load_vit
 from evaluations.features import FEATURES
-from files import BadInput, run_script
+from files import BadInput, check_bounds, run_script
 from loss import SILoss
 from models.sit import SIT_CONFIGS, SiT_models
 from training import make_accelerator, train
 
 EARLY_STOP_512 = 300_000  # the paper's switch at 512 px, whatever the model
+INF, BELOW_1 = float("inf"), 1 - 2 ** -53
+BOUNDS = {  # argument of both training scripts -> lowest, highest
+    **dict.fromkeys(("batch_size", "max_train_steps", "log_every", "checkpointing_steps", "gradient_accumulation_steps",
+                     "epochs", "attn_heads", "enc_blocks", "eval_samples", "resolution",
+                     "num_classes"), (1, INF)),
+    **dict.fromkeys(("sampling_steps", "eval_steps", "resume_step", "checkpoint_minutes", "keep_checkpoints", "keep_every",
+                     "max_skipped_steps", "num_workers", "seed", "early_stop_point", "learning_rate", "max_grad_norm",
+                     "adam_weight_decay", "adam_epsilon", "proj_coeff", "attn_coeff"), (0, INF)),
+    **dict.fromkeys(("cfg_prob", "ema_decay"), (0, 1)), **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, BELOW_1))}
 
 
 def add_training_arguments(parser):
@@ -58,6 +67,11 @@ def add_training_arguments(parser):
     add("--epochs", type=int, default=1400, help="upper limit on passes over the data (default 1400)")
     add("--max-train-steps", type=int, default=400_000, help="optimizer steps (default 400000)")
     add("--checkpointing-steps", type=int, default=50_000, help="steps between checkpoints (default 50000)")
+    add("--checkpoint-minutes", type=float, default=0, help="a checkpoint also when this many minutes have passed since the "
+        "last one, 0 = none (default 0)")
+    add("--keep-checkpoints", type=int, default=0, help="keep the newest N only, 0 = all (default 0)")
+    add("--keep-every", type=int, default=0, help="with --keep-checkpoints: and those of each multiple of N steps (default "
+        "0: none)")
     add("--gradient-accumulation-steps", type=int, default=1, help="micro-batches a step (default 1)")
     add("--learning-rate", type=float, default=1e-4, help="constant (default 1e-4)")
     add("--adam-beta1", type=float, default=0.9, help="default 0.9")
@@ -65,6 +79,8 @@ def add_training_arguments(parser):
     add("--adam-weight-decay", type=float, default=0.0, help="default 0")
     add("--adam-epsilon", type=float, default=1e-8, help="default 1e-8")
     add("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm (default 1)")
+    add("--max-skipped-steps", type=int, help="stop when more steps in a row than this have a loss or gradient that is not "
+        "finite; such a step changes no weight (default 0, with fp16's scaler 20)")
     add("--ema-decay", type=float, default=0.9999, help="of the weights' average, per step (default 0.9999)")
     add("--seed", type=int, default=0, help="of weights, data order and noise (default 0)")
     add("--num-workers", type=int, default=4, help="loader processes per process (default 4)")
@@ -100,10 +116,9 @@ def resolve(args, config):
         args.enc_type, args.proj_coeff, args.attn_coeff = "none", 0.0, 0.0
     if args.enc_type not in (*TEACHERS, "none"):
         raise BadInput(f"--enc-type {args.enc_type} is not known; use one of {', '.join(TEACHERS)} or none.")
-    for name in ("batch_size", "max_train_steps", "log_every", "checkpointing_steps", "gradient_accumulation_steps",
-                 "epochs", "attn_heads", "enc_blocks", "eval_samples"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
+    check_bounds(args, BOUNDS)
+    if args.keep_every and not args.keep_checkpoints:
+        raise BadInput("--keep-every says what --keep-checkpoints spares; give both, or neither to keep all.")
     if args.eval_steps and not args.eval_ref:
         raise BadInput("--eval-steps needs something to compare with; give --eval-ref an npz, statistics or folder.")
     if not 1 <= args.encoder_depth <= config["depth"]:

@@ -1,12 +1,12 @@
 """The one training loop, for classes and for text: train.py and train_t2i.py bring model, data and teacher."""
 import copy
-import csv
 import datetime
 import functools
 import gc
 import json
 import logging
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -18,19 +18,20 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoints import check_same_run, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
+from checkpoints import check_same_run, load_weights, prune_checkpoints, read_newest, save_checkpoint
 from dataset import StepBatches, process_places, step_draws
 from encoders import VAE, CachedTeacher, to_device
 from evaluations.during_training import Evaluation, score_names
-from files import BadInput, atomic_write
+from files import BadInput, atomic_write, remove_temporaries, writing
 from loss import sample_t
+from metrics import Metrics, start_trackers
 from pictures import image_grid
+from preemption import EXIT_CODE, STOP, Preemption, ignore_signals
 from samplers import euler_sampler, guided
+from sharding import is_sharded, load_optimizer, shard, whole, whole_module, whole_state
 
 PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_CFG = 16, 50, 4.0
-TERMS = ("loss", "denoise", "feature", "attention", "grad_norm")
 PATIENCE = datetime.timedelta(hours=2)  # processes wait for previews and the teacher cache, not only for gradients
-COLUMNS = ["step", *TERMS, "seconds"]
 
 logger = logging.getLogger("haste")
 
@@ -52,8 +53,9 @@ def make_accelerator(args):
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        logger.handlers = [logging.FileHandler(run / "log.txt")]
+        with writing(run / "log.txt"):
+            run.mkdir(parents=True, exist_ok=True)
+            logger.handlers = [logging.FileHandler(run / "log.txt")]
         logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     if precision != args.mixed_precision:
         logger.warning("--mixed-precision fp16 needs a GPU: training in float32 on this CPU.")
@@ -61,79 +63,6 @@ def make_accelerator(args):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.set_flush_denormal(True)  # denormals of small gradients cost a CPU most of its speed
     return accelerator, run
-
-
-def start_trackers(accelerator, args):
-    """wandb or tensorboard, if asked for; wandb offline with WANDB_MODE=offline."""
-    config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
-    if args.report_to != "wandb":
-        return accelerator.init_trackers(args.exp_name, config=config)
-    import wandb  # only when asked for
-    folder = Path(args.output_dir) / args.logging_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        accelerator.init_trackers("HASTE", config=config, init_kwargs={"wandb": {"name": args.exp_name, "dir": str(folder)}})
-    except wandb.errors.Error as error:
-        raise BadInput(f"wandb could not start ({error}); run `wandb login`, set WANDB_MODE=offline, or use --report-to "
-                       "none.") from error
-
-
-class Metrics:
-    """Loss terms of each step, kept on the device until `flush` writes their means to metrics.csv and the tracker.
-
-    `scores` names more columns, for what `flush` is given.
-    """
-
-    def __init__(self, path, accelerator, start_step, scores=()):
-        self.path, self.accelerator, self.columns = path, accelerator, [*COLUMNS, *scores]
-        self.steps, self.rows, self.started = [], [], time.time()
-        if accelerator.is_main_process:
-            kept = []
-            if path.is_file():  # rows past the checkpoint that this run continues from are about to be made again
-                with open(path, newline="") as file:
-                    reader = csv.DictReader(file)
-                    kept = [row for row in reader if int(row["step"]) <= start_step]
-                self.columns += [name for name in reader.fieldnames or () if name not in self.columns]
-            with atomic_write(path, "w") as file:
-                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(kept)
-        accelerator.wait_for_everyone()
-
-    def add(self, step, terms):
-        """`terms`: one detached scalar tensor per name of TERMS that this phase has."""
-        self.steps.append(step)
-        self.rows.append(torch.stack([terms[name].float() if name in terms else terms["loss"].new_zeros(())
-                                      for name in TERMS]))
-        self.names = [name for name in TERMS if name in terms]
-
-    def flush(self, evaluation=None):
-        """Means since the last flush over steps and processes, {name: value}; the first sync with the device since.
-
-        `evaluation()` -> {name: score} goes into the same row; its time is not counted as the steps'.
-        Raises BadInput naming step and terms when one is not finite. With a scaler gradients may be: it skips the step.
-        """
-        if not self.rows:
-            return {}
-        rows = self.accelerator.reduce(torch.stack(self.rows), reduction="mean").cpu()
-        for step, row in zip(self.steps, rows.tolist(), strict=True):
-            values = dict(zip(TERMS, row, strict=True))
-            scaled = self.accelerator.scaler is not None
-            if not all(math.isfinite(values[name]) for name in TERMS if name != "grad_norm" or not scaled):
-                terms = ", ".join(f"{name} {values[name]:.4g}" for name in self.names)
-                raise BadInput(f"The loss is not finite at step {step} ({terms}); the last checkpoint is intact. Lower "
-                               "--learning-rate, or use --mixed-precision bf16, and run the command again.")
-        means = {name: value for name, value in zip(TERMS, rows.mean(dim=0).tolist(), strict=True) if name in self.names}
-        seconds = time.time() - self.started
-        values = {**means, **evaluation()} if evaluation else means
-        if self.accelerator.is_main_process:
-            with open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(
-                    {"step": self.steps[-1], **{name: f"{value:.6g}" for name, value in values.items()},
-                     "seconds": f"{seconds:.3f}"})
-        self.accelerator.log({**values, "steps_per_second": len(self.rows) / seconds}, step=self.steps[-1])
-        self.steps, self.rows, self.started = [], [], time.time()
-        return values
 
 
 class Previews:
@@ -204,6 +133,20 @@ def batch_loss(args, accelerator, loss_fn, model, teacher, batch, draws, y_null)
     return loss, {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
 
 
+def save(args, accelerator, run, step, model, ema, optimizer, metrics, settings):
+    """Checkpoint of `step`, by the main process, and then the end of those that --keep-checkpoints gives up."""
+    pending = metrics.state_dict()  # first, as it raises when a loss or gradient went wrong
+    state = {name: whole_state(part.state_dict(), accelerator.is_main_process)
+             for name, part in (("model", model), ("ema", ema), ("opt", optimizer))}
+    if not accelerator.is_main_process:
+        return
+    state |= {"args": settings, "metrics": pending}
+    if accelerator.scaler is not None:
+        state["scaler"] = accelerator.scaler.state_dict()
+    logger.info(f"saved {save_checkpoint(run / 'checkpoints', step, state)}")
+    prune_checkpoints(run / "checkpoints", step, args.keep_checkpoints, args.keep_every)
+
+
 def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null):
     """Train `model` for args.max_train_steps steps; the same call again continues from the newest checkpoint.
 
@@ -212,7 +155,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
     """
     steps_per_epoch = len(dataset) / args.batch_size
     max_steps = min(args.max_train_steps, math.ceil(args.epochs * steps_per_epoch))
-    settings = {name: value for name, value in vars(args).items()} | {"data": dataset.fingerprint()}
+    settings = {**vars(args), "data": dataset.fingerprint(), "processes": accelerator.num_processes}
     device, seed = accelerator.device, args.seed
     ema = copy.deepcopy(model).requires_grad_(False).eval().to(device)
     model.to(device)
@@ -220,44 +163,53 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
             "weight_decay": args.adam_weight_decay}
     optimizer = torch.optim.AdamW(model.parameters(), **adam, fused=True)
 
-    step = 0
-    path = find_checkpoint(run / "checkpoints", args.resume_step)
-    if path:
-        state = load_checkpoint(path, ("model", "ema", "opt", "args", "steps"))
+    step, pending, opt = 0, None, None
+    found = read_newest(run / "checkpoints", args.resume_step, ("model", "ema", "opt", "args", "steps"))
+    if found:
+        path, state = found
         changed = check_same_run(path, state["args"], settings)
         load_weights(model, state["model"], path)
         load_weights(ema, state["ema"], path)
-        optimizer.load_state_dict(state["opt"])
-        optimizer.param_groups[0].update(adam)
         if accelerator.scaler is not None and state.get("scaler"):
             accelerator.scaler.load_state_dict(state["scaler"])
-        step = state["steps"]
+        step, pending, opt = state["steps"], state.get("metrics"), state["opt"]
         logger.info(f"continuing from {path}" + "".join(f"; {n} was {old}, is {new}" for n, old, new in changed))
-        del state
-    if accelerator.is_main_process:
-        with atomic_write(run / "args.json", "w") as file:
-            json.dump(settings, file, indent=2)
-    start_trackers(accelerator, args)
-    previews, evaluation = None, None
-    shows = accelerator.is_main_process and is_due(args.sampling_steps, step, max_steps)
-    scores = is_due(args.eval_steps, step, max_steps)
+        if {"processes", "gradient_accumulation_steps"} & {name for name, _, _ in changed}:
+            logger.info("data, noise and order stay the same; sums over the batch are rounded in another order from here on")
+    wrapped, wrapped_optimizer = shard(accelerator, model, optimizer, ema) if is_sharded(accelerator) else (None, None)
+    if opt:
+        load_optimizer(optimizer, opt)
+        optimizer.param_groups[0].update(adam)
+    found = state = opt = None  # their memory
+    shows, scores = (is_due(every, step, max_steps) for every in (args.sampling_steps, args.eval_steps))
+    shows, previews, evaluation = shows and accelerator.is_main_process, None, None
     if shows or scores:
         vae = VAE(args.vae, device)
         vae.check(*model.latent_shape[:2], args.resolution)
-        previews = Previews(args, accelerator, run / "previews", dataset, vae, y_null) if shows else None
         evaluation = Evaluation(args, accelerator, dataset, vae, y_null, model.latent_shape) if scores else None
     teacher = load_teacher().to(device) if load_teacher and step < args.early_stop_point else None
     if args.teacher_cache and teacher:
         started = time.time()
         teacher = CachedTeacher(args.teacher_cache, teacher, dataset, accelerator)
         logger.info(f"teacher outputs in {teacher.folder} ({time.time() - started:.0f} s)")
-    metrics = Metrics(run / "metrics.csv", accelerator, step, score_names(args.eval_features) if scores else ())
+    start_trackers(accelerator, args)
+    # All input has been found good: only from here on is anything of an earlier start changed.
+    if accelerator.is_main_process:
+        for folder in (run, run / "checkpoints", run / "previews"):
+            remove_temporaries(folder)
+        with atomic_write(run / "args.json", "w") as file:
+            json.dump(settings, file, indent=2)
+    if shows:
+        previews = Previews(args, accelerator, run / "previews", dataset, vae, y_null)
+    metrics = Metrics(run / "metrics.csv", accelerator, step, pending,
+                      score_names(args.eval_features) if scores else (), args.max_skipped_steps)
     logger.info(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(dataset):,} images, steps {step} to "
                 f"{max_steps}, {accelerator.num_processes} process(es) on {device}, precision "
                 f"{accelerator.mixed_precision}, alignment until step {args.early_stop_point if teacher else 0}")
 
-    y_null, wrapped = y_null.to(device), None
-    with tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process, mininterval=1) as bar:
+    y_null, stopped = y_null.to(device), False
+    preemption = Preemption(accelerator.num_processes, args.checkpoint_minutes, PATIENCE)
+    with preemption, tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process, mininterval=1) as bar:
         for first, end, aligned in phases(step, max_steps, args.early_stop_point, teacher is not None):
             if not aligned and teacher is not None:
                 teacher = None
@@ -275,7 +227,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
             split = (accelerator.process_index, accelerator.num_processes, args.gradient_accumulation_steps)
             batches = StepBatches(len(dataset), args.batch_size, seed, first, end, *split)
             loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers,
-                                     pin_memory=device.type == "cuda"))
+                                     pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
             for step in range(first, end):
                 draws, shares = step_draws(seed, step, args.batch_size, model.latent_shape), []
                 for micro_step in range(args.gradient_accumulation_steps):
@@ -286,26 +238,39 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
                         accelerator.backward(loss)
                         shares.append(terms)
                         if accelerator.sync_gradients:
-                            norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                            norm = whole(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+                            if accelerator.scaler is None:  # which does the same: on the device, without waiting for it
+                                optimizer.found_inf = (~norm.isfinite()).float()  # 1: the fused step changes nothing
                         wrapped_optimizer.step()
                         wrapped_optimizer.zero_grad(set_to_none=True)
                 update_ema(ema, model, args.ema_decay)
                 terms = {name: torch.stack([share[name] for share in shares]).mean() for name in shares[0]}
-                metrics.add(step + 1, {**terms, "grad_norm": norm})
+                metrics.add({**terms, "grad_norm": norm})
                 bar.update()
-                done = step + 1
-                save = done % args.checkpointing_steps == 0 or done == max_steps
-                scores = functools.partial(evaluation, ema) if evaluation and done % args.eval_steps == 0 else None
-                if done % args.log_every == 0 or save or scores:
-                    bar.set_postfix({name: f"{value:.4f}" for name, value in metrics.flush(scores).items()})
-                if save and accelerator.is_main_process:
-                    state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
-                             "args": settings}
-                    if accelerator.scaler is not None:
-                        state["scaler"] = accelerator.scaler.state_dict()
-                    logger.info(f"saved {save_checkpoint(run / 'checkpoints', done, state)}")
-                if previews and done % args.sampling_steps == 0:
-                    previews.make(ema, done)
-    accelerator.wait_for_everyone()
+                done, wanted = step + 1, preemption.decide()
+                scored, shown = (every and done % every == 0 for every in (args.eval_steps, args.sampling_steps))
+                sampled = whole_module(ema) if scored or shown else None
+                if done % args.log_every == 0 or scored:
+                    values = metrics.write(functools.partial(evaluation, sampled) if scored else None)
+                    bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
+                if shown and previews:
+                    previews.make(sampled, done)
+                if done % args.checkpointing_steps == 0 or done == max_steps or wanted:
+                    save(args, accelerator, run, done, model, ema, optimizer, metrics, settings)
+                    preemption.was_saved()
+                stopped = wanted == STOP and done < max_steps
+                if stopped:
+                    break
+            if stopped:
+                break
+        if metrics.pending:
+            metrics.write()  # of the last steps, fewer than --log-every: a run that goes on replaces this row
+    logger.info(f"stopped by a signal after step {done}; the same command continues" if stopped else
+                f"done: {max_steps} steps in {run}")
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.trackers = []
+    accelerator.wait_for_everyone()  # when one process has left, a launcher may end the others
     accelerator.end_training()
-    logger.info(f"done: {max_steps} steps in {run}")
+    if stopped:
+        sys.exit(EXIT_CODE)

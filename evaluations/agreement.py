@@ -13,7 +13,6 @@ CLIP score: mean of 100 max(cos(image, caption), 0). Runs on several processes u
 """
 import argparse
 import hashlib
-import json
 import sys
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from evaluations.extract import gather_rows, join_processes, rank, shard
 from evaluations.features import FEATURES, full_float32, resize
 from evaluations.images import FolderImages, open_images, size_text
 from evaluations.scores import load_set
-from files import BadInput, first_line, run_script
+from files import BadInput, first_line, read_json, run_script
 
 TOP = (1, 5)
 SHUFFLES = 100
@@ -137,11 +136,7 @@ def clip_scores(clip, images, texts, batch_size):
 
 def read_split(folder):
     """Pictures of a split in the order of their index, and captions.json."""
-    path = folder / "captions.json"
-    try:
-        captions = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read ({error}); give a split that preprocessing/coco.py made.") from error
+    captions = read_json(folder / "captions.json")
     files = scan(folder, ".png")
     if sorted(files) != list(range(len(captions))) or any(str(i) not in captions for i in files):
         raise BadInput(f"{folder} holds {len(files)} pictures and captions of {len(captions)}; make the split again.")

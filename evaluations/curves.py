@@ -5,7 +5,6 @@ stopped.
 """
 import argparse
 import csv
-import json
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
-from files import BadInput, atomic_write, run_script
+from files import BadInput, atomic_write, first_line, read_json, run_script
 
 TITLES = {"denoise": "denoising loss", "feature": "feature loss (-cosine)", "attention": "attention loss (nats)"}
 
@@ -28,14 +27,17 @@ def read_metrics(run):
     path = run / "metrics.csv"
     if not path.is_file():
         raise BadInput(f"{path} does not exist; give the folder of a run of train.py.")
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise BadInput(f"{path} has no rows yet; train first.")
-    columns = list(rows[0])
-    terms = [*TITLES, *columns[columns.index("seconds") + 1:]]
-    return {term: ([int(row["step"]) for row in rows if row[term]], [float(row[term]) for row in rows if row[term]])
-            for term in terms}
+    try:
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if None not in row.values()]  # a run may be writing its last line
+        if not rows:
+            raise BadInput(f"{path} has no rows yet; train first.")
+        columns = list(rows[0])
+        terms = [*TITLES, *columns[columns.index("seconds") + 1:]]
+        return {term: ([int(row["step"]) for row in rows if row[term]], [float(row[term]) for row in rows if row[term]])
+                for term in terms}
+    except (ValueError, KeyError, csv.Error) as error:
+        raise BadInput(f"{path} is not a metrics.csv of train.py ({first_line(error)}); give another run's folder.") from error
 
 
 def main():
@@ -48,11 +50,12 @@ def main():
     terms = list(dict.fromkeys(term for metrics in found.values() for term in metrics))
     figure, axes = plt.subplots(1, len(terms), figsize=(4.3 * len(terms), 3.6), constrained_layout=True)
     for run, metrics in found.items():
-        settings = json.loads((run / "args.json").read_text())
+        settings = read_json(run / "args.json")
         for axis, term in zip(axes, terms, strict=True):
             line, = axis.plot(*metrics.get(term, ([], [])), label=run.name)
-            if metrics["feature"][0] and settings["early_stop_point"] < settings["max_train_steps"]:
-                axis.axvline(settings["early_stop_point"], color=line.get_color(), linestyle=":", linewidth=1)
+            stop = settings.get("early_stop_point", float("inf"))
+            if metrics["feature"][0] and stop < settings.get("max_train_steps", 0):
+                axis.axvline(stop, color=line.get_color(), linestyle=":", linewidth=1)
             axis.set(title=TITLES.get(term, term), xlabel="step")
             axis.grid(alpha=0.3)
     axes[0].legend(title="dotted: alignment stops", fontsize=8, title_fontsize=8)

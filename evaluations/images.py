@@ -2,6 +2,7 @@
 
 An npz is read front to back inside its zip, a batch at a time, so a 10 GB `arr_0` needs the memory of one batch.
 """
+import math
 import os
 import zipfile
 import zlib
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from files import BadInput
+from files import IMAGE_ERRORS, BadInput, first_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 CHUNK = 1 << 24                   # bytes read at a time while skipping to the first image asked for
@@ -47,6 +48,9 @@ class NpzImages:
             with zipfile.ZipFile(self.name) as archive, archive.open("arr_0.npy") as file:
                 shape, fortran, dtype = read_header(file, self.name)
                 check_layout(dtype, shape, f"arr_0 of {self.name}")
+                pixels = math.prod(shape)
+                if file.tell() + pixels != archive.getinfo("arr_0.npy").file_size:
+                    raise EOFError(f"{pixels} bytes of pixels expected, another number is there")
                 if fortran:
                     raise BadInput(f"arr_0 of {self.name} is in Fortran order; make it contiguous.")
                 yield file, shape
@@ -139,6 +143,9 @@ def check_layout(dtype, shape, name):
         raise BadInput(f"{name} has dtype {dtype}; images must be uint8, 0 to 255.")
     if len(shape) != 4 or shape[3] != 3 or 0 in shape:
         raise BadInput(f"{name} has shape {tuple(shape)}; images must be (n, height, width, 3), n at least 1.")
+    if shape[1] * shape[2] > Image.MAX_IMAGE_PIXELS:
+        raise BadInput(f"{name} has images of {size_text(shape[1:3])}, more than {Image.MAX_IMAGE_PIXELS} pixels; give "
+                       "smaller ones.")
 
 
 def decode(file):
@@ -148,8 +155,8 @@ def decode(file):
             if image.mode not in ("RGB", "L") or "transparency" in image.info:
                 raise BadInput(f"{file} has mode {image.mode}; convert to 8-bit RGB without transparency.")
             return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise BadInput(f"{file} cannot be decoded ({error}); write it again.") from error
+    except IMAGE_ERRORS as error:
+        raise BadInput(f"{file} cannot be decoded ({first_line(error)}); write it again.") from error
 
 
 def size_text(size):

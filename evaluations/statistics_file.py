@@ -17,6 +17,7 @@ from files import BadInput, atomic_write
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 logger = logging.getLogger(__name__)
+LARGEST = 1 << 29     # bytes of one array: a covariance of 8,192 features in float64
 BATCH = 64            # images copied at a time
 
 
@@ -33,10 +34,14 @@ def read_statistics(source, extractor, required):
             raise BadInput(f"{source} has the keys {', '.join(keys) or '(none)'}; expected arr_0 (images), "
                            "or mu and sigma (statistics).")
         return None
+    wanted = [key for key in (*STATISTICS, "n", "features", "preset") if key in keys]
     try:
+        with zipfile.ZipFile(source) as archive:
+            for key in wanted:
+                if (size := archive.getinfo(f"{key}.npy").file_size) > LARGEST:
+                    raise BadInput(f"{key} of {source} has {size} bytes, far more than statistics have; make it again.")
         with np.load(source, allow_pickle=False) as file:
-            wanted = (*STATISTICS, "n", "features", "preset")
-            stored = {key: file[key] for key in wanted if key in keys}
+            stored = {key: file[key] for key in wanted}
     except (ValueError, EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
         raise BadInput(f"The statistics in {source} cannot be read ({error}); make them again.") from error
     features, preset = str(stored.pop("features", "inception")), stored.pop("preset", None)

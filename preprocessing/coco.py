@@ -33,8 +33,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
 from encoders import VAE, TextEncoder
-from evaluations.images import SUFFIXES
-from files import BadInput, atomic_write, run_script, weights_key
+from evaluations.images import SUFFIXES, decode
+from files import (
+    IMAGE_ERRORS,
+    BadInput,
+    atomic_write,
+    check_bounds,
+    check_inside,
+    first_line,
+    read_json,
+    remove_temporaries,
+    run_script,
+    weights_key,
+)
 from training import PATIENCE
 
 SPLITS = ("train", "val")
@@ -44,12 +55,10 @@ NAMED = 20  # unreadable images named in full
 def read_captions(path):
     """[(file name, [caption, ...])] of a COCO captions file, by image id; captions in file order, blank ones dropped."""
     try:
-        content = json.loads(Path(path).read_text())
-        names = {image["id"]: image["file_name"] for image in content["images"]}
+        content = read_json(path)
+        names = {image["id"]: check_inside(image["file_name"], path) for image in content["images"]}
         captions = {image_id: [] for image_id in sorted(names)}
         annotations = [(entry["image_id"], " ".join(entry["caption"].split())) for entry in content["annotations"]]
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read ({error.strerror}); give a captions file of COCO's form.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f'{path} is not of the form {{"images": [{{"id", "file_name"}}, ...], "annotations": '
                        f'[{{"image_id", "caption"}}, ...]}} ({type(error).__name__}: {error}); correct it.') from error
@@ -102,8 +111,8 @@ def centre_square(path, resolution):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{path} is no readable image ({error}); get it again.") from error
+    except IMAGE_ERRORS as error:
+        raise BadInput(f"{path} is no readable image ({first_line(error)}); get it again.") from error
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))
@@ -145,7 +154,7 @@ def write_pictures(folder, todo, have, picture, vae, args):
     def load(i):
         png = folder / f"{i}.png"
         try:
-            pixels = np.asarray(Image.open(png)) if png.name in have else picture(i)
+            pixels = decode(png) if png.name in have else picture(i)
         except BadInput as error:
             return error
         if png.name not in have:
@@ -197,13 +206,12 @@ def build_split(folder, names, captions, picture, vae, encoder, args):
         made = {"resolution": args.resolution, "length": encoder.length, "vae": weights_key(args.vae),
                 "text_encoder": weights_key(args.text_encoder), "images and captions": listing}
         path = folder / "made.json"
-        old = json.loads(path.read_text()) if path.is_file() else made
+        old = read_json(path) if path.is_file() else made
         if old != made:
             changed = ", ".join(key for key in made if old.get(key) != made[key])
             raise BadInput(f"{folder} was begun with other settings ({changed}); delete it or name another --dest.")
         write_json(path, made)
-        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while writing
-            leftover.unlink()
+        remove_temporaries(folder)
     state.wait_for_everyone()
     have = set(os.listdir(folder))
     check_space(folder, sum(f"{i}_{k}.npy" not in have for i, texts in enumerate(captions) for k in range(len(texts))),
@@ -221,9 +229,7 @@ def build_split(folder, names, captions, picture, vae, encoder, args):
 
 def load_encoders(args):
     """VAE and text encoder of --vae and --text-encoder."""
-    for name in ("resolution", "batch_size", "num_workers"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
+    check_bounds(args, dict.fromkeys(("resolution", "batch_size", "num_workers", "text_length"), (1, float("inf"))))
     device = PartialState().device
     vae = VAE(args.vae, device)
     if args.resolution % vae.factor:

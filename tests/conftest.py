@@ -2,18 +2,22 @@
 import csv
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import timm
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 from checkpoints import load_checkpoint
+from tests import nano
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -89,11 +93,10 @@ def data(tmp_path):
 
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory):
-    """A randomly initialised DINOv2 ViT-S saved as torch.hub has it (with the mask token)."""
+    """The nano teacher, randomly initialised, saved as torch.hub saves DINOv2 (with the mask token)."""
     torch.manual_seed(0)
-    state = timm.create_model("vit_small_patch14_dinov2", num_classes=0).state_dict()
-    path = tmp_path_factory.mktemp("teacher") / "dinov2_vits14_pretrain.pth"
-    torch.save({**state, "mask_token": torch.zeros(1, 384)}, path)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    torch.save({**nano.teacher_state(), "mask_token": torch.zeros(1, 48)}, path)
     return path
 
 
@@ -117,18 +120,110 @@ def clip_folder(tmp_path_factory):
     return folder
 
 
-def script(name, *arguments, processes=1, check=True, env=None):
-    """Run a script of the project; with several processes under torchrun on the CPU. Returns the finished process."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "",
-                   **(env or {})}
-    done = subprocess.run([*command, str(ROOT / name), *map(str, arguments)], check=False, capture_output=True,
-                          text=True, cwd=ROOT, env=environment, timeout=300)
+CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
+class ForkServer:
+    """Runs scripts by their command lines in children of a process that has everything imported; see forkserver.py."""
+
+    def __init__(self):
+        self.process = None
+
+    def ask(self, request):
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "tests/forkserver.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                cwd=ROOT, env={**os.environ, **CPU})
+            self.process.stdout.readline()
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, name, *arguments, env=None, before=None, rank=0, processes=1, port=None):
+        """One process of a script -> Started."""
+        folder = Path(tempfile.mkdtemp(prefix="haste-test-"))
+        env = dict(env or {})
+        if processes > 1:
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                    "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        request = {"run": name, "argv": [str(argument) for argument in arguments], "env": env, "before": before,
+                   "out": str(folder / "out"), "err": str(folder / "err")}
+        return Started(self.ask(request), folder)
+
+    def start_all(self, name, *arguments, processes, **more):
+        """All processes of a script, as a launcher starts them."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        return [self.start(name, *arguments, rank=rank, processes=processes, port=port, **more) for rank in range(processes)]
+
+    def close(self):
+        if self.process:
+            self.process.stdin.close()
+            self.process.wait(timeout=20)
+
+
+class Started:
+    def __init__(self, pid, folder):
+        self.pid, self.folder, self.returncode = pid, folder, None
+
+    def send(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        """kill -9 of the script; its loader processes notice by themselves."""
+        self.send(signal.SIGKILL)
+        return self.wait()
+
+    def wait(self, timeout=240):
+        """The exit status as subprocess has it."""
+        if self.returncode is None:
+            self.returncode = SERVER.ask({"wait": self.pid, "timeout": timeout})
+            if self.returncode is None:
+                self.send(signal.SIGKILL)
+                SERVER.ask({"wait": self.pid, "timeout": 10})
+                raise TimeoutError(self.stdout[-2000:] + self.stderr[-4000:])
+        return self.returncode
+
+    @property
+    def stdout(self):
+        return (self.folder / "out").read_text()
+
+    @property
+    def stderr(self):
+        return (self.folder / "err").read_text()
+
+
+SERVER = ForkServer()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server():
+    """Started by the first test that uses it."""
+    yield SERVER
+    SERVER.close()
+
+
+def script(name, *arguments, processes=1, check=True, env=None, before=None):
+    """Run a script of the project on the CPU, with all its processes. Returns returncode, stdout and stderr of them all."""
+    if processes == 1:
+        started = [SERVER.start(name, *arguments, env=env, before=before)]
+    else:
+        started = SERVER.start_all(name, *arguments, processes=processes, env=env, before=before)
+    codes = [process.wait() for process in started]
+    done = SimpleNamespace(returncode=next((code for code in codes if code), 0),
+                           stdout="".join(process.stdout for process in started),
+                           stderr="".join(process.stderr for process in started))
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+def fresh_script(name, *arguments, launcher=(), env=None):
+    """The same by the real command line, in a new interpreter, under `launcher` if given; the finished process."""
+    command = [sys.executable, *launcher, str(ROOT / name), *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, timeout=300,
+                          env={**os.environ, **CPU, **(env or {})})
 
 
 def call_main(monkeypatch, module, *arguments):
@@ -146,12 +241,12 @@ def tiny_run(model, data, out, *more):
     """A run of `model` on tiny data: 6 steps, or as `more` says."""
     return ["--exp-name", "run", "--output-dir", str(out), "--data-dir", str(data), "--model", model, "--resolution", "64",
             "--batch-size", "8", "--mixed-precision", "no", "--report-to", "none", "--num-workers", "0", "--log-every", "1",
-            "--sampling-steps", "0", "--max-train-steps", "6", "--enc-type", "dinov2-vit-s", "--enc-blocks", "10",
+            "--sampling-steps", "0", "--max-train-steps", "6", "--enc-type", "dinov2-vit-n", "--enc-blocks", "10",
             "--learning-rate", "1e-3", *map(str, more)]
 
 
 def train_arguments(data, out, *more):
-    return tiny_run("SiT-T/2", data, out, "--num-classes", CLASSES, *more)
+    return tiny_run("SiT-N/2", data, out, "--num-classes", CLASSES, *more)
 
 
 def metrics(out):

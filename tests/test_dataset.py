@@ -9,7 +9,6 @@ from PIL import Image
 
 from dataset import LatentImages, StepBatches, process_places, step_draws
 from encoders import VAE
-from files import BadInput
 from tests.conftest import CLASSES
 
 
@@ -42,76 +41,6 @@ def edit_json(path, change):
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-
-
-IMAGE, LATENT = "images/00000/img00000003.png", "vae-sd/00000/img-mean-std-00000003.npy"
-DAMAGE = {
-    "no folder": (lambda d: (d / "vae-sd").rename(d / "other"), "vae-sd.*does not exist"),
-    "no image": (lambda d: (d / IMAGE).unlink(), "images has no .png file of index 00000003"),
-    "no latent": (lambda d: (d / LATENT).unlink(), "vae-sd has no .npy file of index 00000003"),
-    "image without entry": (lambda d: (d / IMAGE).with_name("img00000099.png").write_bytes((d / IMAGE).read_bytes()),
-                            "img00000099.png has no label"),
-    "duplicate index": (lambda d: (d / IMAGE).with_name("copy3.png").write_bytes((d / IMAGE).read_bytes()), "have one index"),
-    "no number": (lambda d: (d / IMAGE).rename((d / IMAGE).with_name("cat.png")), "cat.png has no index"),
-    "truncated latent": (lambda d: (d / LATENT).write_bytes((d / LATENT).read_bytes()[:500]),
-                         "img-mean-std-00000003.npy has 500 bytes"),
-    "latent of another shape": (lambda d: np.save(d / LATENT, np.zeros((8, 8, 8), np.float32)),
-                                "img-mean-std-00000003.npy"),
-    "label too high": (lambda d: edit_json(d / "images/dataset.json", lambda c: c["labels"][3].__setitem__(1, 4)),
-                       "images/dataset.json: the label of index 3 is 4"),
-    "label a string": (lambda d: edit_json(d / "images/dataset.json", lambda c: c["labels"][3].__setitem__(1, "cat")),
-                       "index 3 is cat"),
-    "labels differ": (lambda d: edit_json(d / "vae-sd/dataset.json", lambda c: c["labels"][3].__setitem__(1, 0)),
-                      "index 3 has label"),
-    "no labels": (lambda d: [edit_json(d / k / "dataset.json", lambda c: c.update(labels=None))
-                             for k in ("images", "vae-sd")], "no labels"),
-    "json of another shape": (lambda d: (d / "images/dataset.json").write_text("[1, 2]"), "dataset.json is not of the form"),
-    "json broken": (lambda d: (d / "images/dataset.json").write_text('{"labels": [['), "dataset.json is not of the form"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_damage_seen_before_training(data, name):
-    damage, message = DAMAGE[name]
-    LatentImages(data, 64, CLASSES)
-    damage(data)
-    with pytest.raises(BadInput, match=message):
-        LatentImages(data, 64, CLASSES)
-
-
-def save_objects(d):
-    np.save(d / LATENT, np.array([{}], dtype=object), allow_pickle=True)
-
-
-def with_nan(d):
-    moments = np.load(d / LATENT)
-    moments[0, 0, 0] = np.nan
-    np.save(d / LATENT, moments)
-
-
-AT_READING = {
-    "truncated image": (lambda d: (d / IMAGE).write_bytes((d / IMAGE).read_bytes()[:200]), "img00000003.png is no readable"),
-    "text for image": (lambda d: (d / IMAGE).write_text("hello"), "img00000003.png is no readable"),
-    "image of another size": (lambda d: Image.new("RGB", (32, 32)).save(d / IMAGE), "RGB of 32x32"),
-    "image with alpha": (lambda d: Image.new("RGBA", (64, 64)).save(d / IMAGE), "RGBA of 64x64"),
-    "object latent": (save_objects, "img-mean-std-00000003.npy is no readable"),
-    "nan": (with_nan, "img-mean-std-00000003.npy holds"),
-}
-
-
-@pytest.mark.parametrize("name", AT_READING)
-def test_damage_seen_when_read(data, name):
-    dataset = LatentImages(data, 64, CLASSES)
-    AT_READING[name][0](data)
-    with pytest.raises(BadInput, match=AT_READING[name][1]):
-        dataset[3]
-
-
-def test_wrong_resolution(data):
-    with pytest.raises(BadInput, match="RGB of 64x64; expected RGB of 128x128"):
-        LatentImages(data, 128, CLASSES)
-    with pytest.raises(BadInput, match="--resolution 40"):
-        LatentImages(data, 40, CLASSES)
 
 
 def test_null_labels_in_one_folder(data):

@@ -270,10 +270,8 @@ def test_other_features_keep_their_own_names(monkeypatch, made, capsys, tmp_path
 
 @pytest.mark.parametrize(("reference", "sample", "extra", "words"), [
     ("nowhere.npz", "sample.npz", [], "does not exist"),
-    ("reference.npz", "one.npz", [], "has 1 image,"),
     ("reference.npz", "sample.npz", ["--num-samples", "2"], "metric pr needs at least 4"),
     ("reference.npz", "sample.npz", ["--num-samples", "70", "--metrics", "is"], "not the 70"),
-    ("reference.npz", "larger.npz", [], "24x24"),
     ("reference.npz", "keys.npz", [], "keys images"),
     ("keys.npz", "sample.npz", [], "keys images"),
     ("half.npz", "sample.npz", [], "only one of mu and sigma"),
@@ -281,7 +279,6 @@ def test_other_features_keep_their_own_names(monkeypatch, made, capsys, tmp_path
     ("nan.npz", "sample.npz", [], "nan"),
     ("pickled.npz", "sample.npz", [], "cannot be read"),
     ("reference.npz", "objects.npz", [], "dtype object"),
-    ("reference.npz", "sample.npz", ["--metrics", "fid,best"], "no metric best"),
     ("reference.npz", "sample.npz", ["--metrics", "sfid", "--features", "dinov2-vit-l"], "inception feature"),
     ("statistics.npz", "sample.npz", ["--preset", "pytorch-fid"], "preset adm, not of"),
     ("statistics.npz", "statistics.npz", ["--num-samples", "5"], "statistics only"),

@@ -1,0 +1,117 @@
+"""Loss terms of a run: kept on the device, checked for numbers that went wrong, written to metrics.csv and the tracker."""
+import csv
+import logging
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from files import BadInput, atomic_write, writing
+
+TERMS = ("loss", "denoise", "feature", "attention", "grad_norm")
+COLUMNS = ["step", *TERMS, "skipped", "seconds"]
+SCALER_SKIPS = 20  # in a row: each halves fp16's loss scale, which starts at 2 ** 16, so more will not help
+
+logger = logging.getLogger("haste")
+
+
+def start_trackers(accelerator, args):
+    """wandb or tensorboard, if asked for; wandb offline with WANDB_MODE=offline."""
+    config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
+    if args.report_to != "wandb":
+        return accelerator.init_trackers(args.exp_name, config=config)
+    import wandb  # only when asked for
+    folder = Path(args.output_dir) / args.logging_dir
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        accelerator.init_trackers("HASTE", config=config, init_kwargs={"wandb": {"name": args.exp_name, "dir": str(folder)}})
+    except wandb.errors.Error as error:
+        raise BadInput(f"wandb could not start ({error}); run `wandb login`, set WANDB_MODE=offline, or use --report-to "
+                       "none.") from error
+
+
+class Metrics:
+    """Loss terms of each step, kept on the device until `write` puts their means into metrics.csv and the tracker.
+
+    `state` is what a checkpoint of `start_step` has from state_dict(): the terms of the last steps, that no row has yet. With
+    them a run that was stopped anywhere writes the rows of one that was not. `scores` names more columns, for what `write`
+    is given.
+    """
+
+    def __init__(self, path, accelerator, start_step, state=None, scores=(), max_skipped=None):
+        self.path, self.accelerator, self.columns = path, accelerator, [*COLUMNS, *scores]
+        self.step, self.unseen = start_step, []
+        self.names, self.pending = (state["names"], list(state["rows"])) if state else (TERMS, [])
+        default = SCALER_SKIPS if accelerator.scaler is not None else 0
+        self.max_skipped, self.in_a_row = default if max_skipped is None else max_skipped, 0
+        self.started = time.time()
+        if accelerator.is_main_process:
+            kept = []
+            if path.is_file():  # rows past the checkpoint that this run continues from are about to be made again
+                with open(path, newline="", errors="replace") as file:
+                    reader = csv.DictReader(file)
+                    kept = [row for row in reader if None not in row.values() and row.get("step", "").isdigit()
+                            and int(row["step"]) <= start_step - len(self.pending)]  # a last line may be cut short
+                self.columns += [name for name in reader.fieldnames or () if name not in self.columns]
+            with atomic_write(path, "w") as file:
+                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(kept)
+        accelerator.wait_for_everyone()
+
+    def add(self, terms):
+        """The next step's `terms`: one detached scalar tensor per name of TERMS that this phase has."""
+        self.unseen.append(torch.stack([terms[name].float() if name in terms else terms["loss"].new_zeros(())
+                                        for name in TERMS]))
+        self.names = [name for name in TERMS if name in terms]
+
+    def settle(self):
+        """Look at the terms since the last look, the only sync with the device, and put them to the pending ones.
+
+        A step with a term that is not finite has changed no weight; it is logged. Raises BadInput naming step and term
+        when there are more than `max_skipped` in a row.
+        """
+        rows = self.accelerator.reduce(torch.stack(self.unseen), reduction="mean").cpu() if self.unseen else []
+        self.unseen = []
+        for row in rows:
+            self.step += 1
+            self.in_a_row = 0 if row.isfinite().all() else self.in_a_row + 1
+            if not self.in_a_row:
+                continue
+            values = dict(zip(TERMS, row.tolist(), strict=True))
+            terms = ", ".join(f"{name} {values[name]:.4g}" for name in self.names)
+            culprit = next(name for name in (*TERMS[1:], "loss") if not math.isfinite(values[name]))
+            if self.in_a_row > self.max_skipped:
+                raise BadInput(f"{culprit} is not finite at step {self.step} ({terms}), in {self.in_a_row} step(s) in a row; "
+                               "no weight was changed by them and the last checkpoint is intact. Lower --learning-rate, use "
+                               "--mixed-precision bf16, or allow more of them with --max-skipped-steps.")
+            logger.info(f"step {self.step} is skipped: {culprit} is not finite ({terms})")
+        self.pending += rows
+
+    def state_dict(self):
+        """For a checkpoint: the terms that no row has yet, (n, len(TERMS)). Every process calls it; raises as settle does."""
+        self.settle()
+        return {"names": list(self.names), "rows": torch.stack(self.pending) if self.pending else torch.zeros(0, len(TERMS))}
+
+    def write(self, evaluation=None):
+        """One row: means over the steps since the last row and all processes, {name: value}; skipped steps are counted.
+
+        `evaluation()` -> {name: score} goes into the same row; its time is not counted as the steps'.
+        """
+        self.settle()
+        rows = torch.stack(self.pending)
+        finite = rows.isfinite().all(dim=1)
+        means = {name: value for name, value in zip(TERMS, rows[finite].mean(dim=0).tolist(), strict=True)
+                 if name in self.names}
+        seconds = time.time() - self.started
+        values = {**means, "skipped": int((~finite).sum()), **(evaluation() if evaluation else {})}
+        if self.accelerator.is_main_process:
+            with writing(self.path), open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(
+                    {"step": self.step, **{name: f"{value:.6g}" for name, value in values.items()},
+                     "seconds": f"{seconds:.3f}"})
+        self.accelerator.log({**values, "steps_per_second": len(rows) / seconds}, step=self.step)
+        self.pending, self.started = [], time.time()
+        return values

@@ -1,0 +1,76 @@
+"""Weights, their average and optimizer state split over processes by FSDP, and whole again for a file or for samples.
+
+FSDP is accelerate's own (`accelerate launch --use_fsdp --fsdp_version 2`); without it these functions pass things on.
+"""
+import copy
+
+import torch
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from files import BadInput
+
+
+def is_sharded(accelerator):
+    """Whether the run is under FSDP; its first version, which hides parameters in flat ones, is refused."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return False
+    if not accelerator.is_fsdp2:
+        raise BadInput("Of FSDP only version 2 is supported; set fsdp_version: 2 in accelerate's configuration, or give "
+                       "accelerate launch --fsdp_version 2.")
+    return True
+
+
+def whole(tensor):
+    """The whole of a split tensor, which all processes ask for together; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def split_as(tensor, parameter):
+    """`tensor` split as `parameter` is; every process has the whole, so nothing is sent."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def replace_parameters(module, function):
+    """Put function(name, parameter) in the place of each frozen parameter."""
+    for name, parameter in list(module.named_parameters()):
+        owner, _, last = name.rpartition(".")
+        tensor = function(name, parameter.data)
+        module.get_submodule(owner)._parameters[last] = torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def shard(accelerator, model, optimizer, ema):
+    """accelerate's (model, optimizer), now split; the EMA's parameters are split in the same way."""
+    prepared = accelerator.prepare(model, optimizer)
+    parameters = dict(model.named_parameters())
+    replace_parameters(ema, lambda name, average: split_as(average, parameters[name]))
+    return prepared
+
+
+def whole_module(module):
+    """`module`, or, where its parameters are split, a copy of it with whole ones."""
+    if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        return module
+    module = copy.deepcopy(module)
+    replace_parameters(module, lambda _, parameter: whole(parameter))
+    return module
+
+
+def whole_state(state, keep):
+    """A state dict with whole tensors. All processes call it; those without `keep` get none of the split ones."""
+    if isinstance(state, dict):
+        return {name: whole_state(value, keep) for name, value in state.items()}
+    if not isinstance(state, DTensor):
+        return state
+    full = whole(state)
+    return full.cpu() if keep else None
+
+
+def load_optimizer(optimizer, saved):
+    """Load a whole optimizer state dict; what is shaped like its parameter is split as the parameter is."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {i: {name: split_as(value, parameters[i]) if value.shape == parameters[i].shape else value
+                 for name, value in entry.items()} for i, entry in saved["state"].items()}
+    optimizer.load_state_dict({**saved, "state": state})

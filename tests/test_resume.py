@@ -1,0 +1,270 @@
+"""A run may stop anywhere, by itself or by force: the same command continues it, and nothing but time is lost."""
+import os
+import resource
+import shutil
+
+import pytest
+import torch
+
+import train
+import training
+from checkpoints import prune_checkpoints, read_newest, saved_steps
+from files import BadInput, atomic_write
+from tests.conftest import call_main, checkpoint, metrics, script, train_arguments
+
+
+def run(monkeypatch, *arguments):
+    call_main(monkeypatch, train, *arguments)
+
+
+def log(out):
+    return (out / "run/log.txt").read_text()
+
+
+def without_time(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def assert_same_state(a, b):
+    """Plain values and tensors, equal bit for bit."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+    if isinstance(a, (dict, list)):
+        for x, y in zip(a.values(), b.values(), strict=True) if isinstance(a, dict) else zip(a, b, strict=True):
+            assert_same_state(x, y)
+    else:
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def assert_same_run(one, other, step):
+    a, b = checkpoint(one, step), checkpoint(other, step)
+    for part in ("model", "ema", "opt", "metrics", "steps", "scaler"):
+        assert_same_state(a.get(part), b.get(part))
+    assert without_time(metrics(one)) == without_time(metrics(other))
+
+
+# 64 images: batches of 16 end an epoch after 4 and 8 steps, and the stops are after 5 and 9. Metrics are means of 5 steps.
+RUNS = {
+    "across the early stop": ["--early-stop-point", 6],
+    "at the early stop": ["--early-stop-point", 5],
+    "accumulation": ["--early-stop-point", 6, "--gradient-accumulation-steps", 2],
+    "workers": ["--early-stop-point", 6, "--num-workers", 2],
+    "bf16": ["--early-stop-point", 7, "--mixed-precision", "bf16"],
+    "stopped at an epoch's end": ["--early-stop-point", 6, "--batch-size", 8, "--epochs", 2],
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_twelve_steps_are_five_and_four_and_three(monkeypatch, tiny_data, teacher_file, tmp_path, name):
+    more = ["--batch-size", 16, "--enc-weights", teacher_file, "--log-every", 5, *RUNS[name], "--max-train-steps"]
+    stops = (8, 16) if "epoch" in name else (5, 9, 12)
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path / "whole", *more, stops[-1]))
+    for stop in stops:
+        run(monkeypatch, *train_arguments(tiny_data, tmp_path / "parts", *more, stop))
+        assert int(metrics(tmp_path / "parts")[-1]["step"]) == stop
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path / "parts", *more, stops[-1]))  # is done: nothing changes
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", stops[-1])
+    assert "feature" in metrics(tmp_path / "whole")[0] and metrics(tmp_path / "whole")[-1]["feature"] == ""
+
+
+def test_two_processes_stop_and_go_on(tiny_data, teacher_file, tmp_path):
+    """Bit for bit with two processes all along; going on with one is allowed, and the log says what that changes."""
+    more = ["--batch-size", 16, "--enc-weights", teacher_file, "--early-stop-point", 6, "--log-every", 4, "--max-train-steps"]
+    script("train.py", *train_arguments(tiny_data, tmp_path / "whole", *more, 12), processes=2)
+    script("train.py", *train_arguments(tiny_data, tmp_path / "parts", *more, 5), processes=2)
+    shutil.copytree(tmp_path / "parts", tmp_path / "one")
+    script("train.py", *train_arguments(tiny_data, tmp_path / "parts", *more, 12), processes=2)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 12)
+    script("train.py", *train_arguments(tiny_data, tmp_path / "one", *more, 12))
+    for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "one"), strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
+    assert "processes was 2, is 1" in log(tmp_path / "one")
+    assert "data, noise and order stay the same; sums over the batch are rounded in another order" in log(tmp_path / "one")
+    assert "processes was" not in log(tmp_path / "parts")
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    """A loss scaler on the CPU, which fp16 has on a GPU; every second step its scale doubles."""
+    make = training.make_accelerator
+
+    def make_accelerator(args):
+        accelerator, folder = make(args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", growth_interval=2, init_scale=2.0 ** 14)
+        accelerator.unscale_gradients = lambda: [accelerator.scaler.unscale_(o.optimizer) for o in accelerator._optimizers]
+        return accelerator, folder
+
+    monkeypatch.setattr(train, "make_accelerator", make_accelerator)
+
+
+def test_scaler_goes_on(monkeypatch, scaled, tiny_data, tmp_path):
+    """Its scale and its count of steps since the last change are restored: 5 = 3 + 2."""
+    arguments = train_arguments(tiny_data, tmp_path / "whole", "--enc-type", "none", "--max-train-steps")
+    parts = train_arguments(tiny_data, tmp_path / "parts", "--enc-type", "none", "--max-train-steps")
+    run(monkeypatch, *arguments, 5)
+    run(monkeypatch, *parts, 3)
+    run(monkeypatch, *parts, 5)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 5)
+    assert checkpoint(tmp_path / "parts", 3)["scaler"]["_growth_tracker"] == 1
+    assert checkpoint(tmp_path / "parts", 5)["scaler"]["scale"] == 2.0 ** 16
+
+
+# ---- numbers that go wrong ----
+
+def break_loss(monkeypatch, *steps, term="denoise"):
+    """The loss of these steps (1-based, of the next run) is not a number."""
+    plain, calls = train.SILoss.__call__, []
+
+    def broken(self, *args):
+        calls.append(1)
+        losses = plain(self, *args)
+        return {**losses, term: losses[term] * float("nan")} if len(calls) in steps else losses
+
+    monkeypatch.setattr(train.SILoss, "__call__", broken)
+
+
+def test_a_skipped_step_changes_no_weight(monkeypatch, tiny_data, tmp_path):
+    """Allowed, it is logged and counted, the weights are those of the step before, and the run goes on."""
+    break_loss(monkeypatch, 2, 3)
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-skipped-steps", 2, "--log-every", 4,
+                                      "--checkpointing-steps", 1))
+    states = {step: checkpoint(tmp_path, step) for step in range(1, 7)}
+    assert_same_state(states[1]["model"], states[3]["model"])
+    assert_same_state(states[1]["opt"]["state"], states[3]["opt"]["state"])
+    assert not torch.equal(states[3]["model"]["x_embedder.proj.bias"], states[4]["model"]["x_embedder.proj.bias"])
+    assert [(row["step"], row["skipped"], float(row["loss"]) > 0) for row in metrics(tmp_path)] == [
+        ("4", "2", True), ("6", "0", True)]
+    assert "step 2 is skipped: denoise is not finite (loss nan, denoise nan, grad_norm nan)" in log(tmp_path)
+
+
+@pytest.mark.parametrize("limit, stop", [(0, 2), (1, 3)])
+def test_too_many_skipped_steps_stop_the_run(monkeypatch, tiny_data, teacher_file, tmp_path, limit, stop):
+    """Step and term are named; the weights at the stop are still whole, and the last checkpoint is the one before."""
+    break_loss(monkeypatch, 2, 3, term="attention")
+    with pytest.raises(BadInput, match=f"^attention is not finite at step {stop} .*attention nan.*the last checkpoint is intact"):
+        run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--max-skipped-steps", limit, "--checkpointing-steps", 1,
+                                          "--enc-weights", teacher_file))
+    assert sorted(saved_steps(tmp_path / "run/checkpoints")) == list(range(1, stop))
+
+
+def test_scaler_skips_are_counted(monkeypatch, scaled, tiny_data, tmp_path):
+    """With fp16's scaler some are normal, by default; the scale is halved by each."""
+    break_loss(monkeypatch, 1, 2)
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 3))
+    assert [row["skipped"] for row in metrics(tmp_path)] == ["1", "1", "0"]
+    assert checkpoint(tmp_path, 3)["scaler"]["scale"] == 2.0 ** 12
+    assert list(checkpoint(tmp_path, 3)["opt"]["state"]) and checkpoint(tmp_path, 3)["opt"]["state"][1]["step"] == 1
+
+
+def test_weights_that_are_not_finite_are_never_saved(monkeypatch, tiny_data, tmp_path):
+    """Finite gradients times an absurd learning rate."""
+    with pytest.raises(BadInput, match="of model is not finite at step 1, which is not saved"):
+        run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--learning-rate", "inf",
+                                          "--checkpointing-steps", 1))
+    assert not saved_steps(tmp_path / "run/checkpoints")
+
+
+# ---- checkpoints ----
+
+def test_newest_and_milestones_are_kept(monkeypatch, tiny_data, tmp_path):
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--checkpointing-steps", 1,
+                                      "--max-train-steps", 8, "--keep-checkpoints", 2, "--keep-every", 3))
+    assert sorted(saved_steps(tmp_path / "run/checkpoints")) == [3, 6, 7, 8]
+
+
+def test_what_goes_back_is_not_deleted(tmp_path):
+    """After --resume-step the checkpoints ahead, of the branch that was left, are neither counted nor deleted."""
+    for step in (1, 2, 3, 7, 8):
+        (tmp_path / f"{step:07d}.pt").touch()
+    prune_checkpoints(tmp_path, 3, keep=1)
+    assert sorted(saved_steps(tmp_path)) == [3, 7, 8]
+    prune_checkpoints(tmp_path, 8, keep=0)
+    assert sorted(saved_steps(tmp_path)) == [3, 7, 8]
+
+
+def test_a_checkpoint_after_some_minutes(monkeypatch, tiny_data, tmp_path):
+    """By the clock alone, at whatever step that is."""
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--checkpoint-minutes", 1e-6))
+    assert sorted(saved_steps(tmp_path / "run/checkpoints")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_going_back_makes_the_same_run_again(monkeypatch, tiny_data, tmp_path):
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--checkpointing-steps", 2)
+    run(monkeypatch, *arguments)
+    first, rows = checkpoint(tmp_path, 6), without_time(metrics(tmp_path))
+    run(monkeypatch, *arguments, "--resume-step", 2)
+    assert "0000002.pt" in log(tmp_path).split("continuing from ")[1]
+    assert_same_state(first["model"], checkpoint(tmp_path, 6)["model"])
+    assert without_time(metrics(tmp_path)) == rows
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "one bit", "code"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(monkeypatch, tiny_data, tmp_path, damage):
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--checkpointing-steps", 2, "--max-train-steps")
+    run(monkeypatch, *arguments, 6)
+    path, whole = tmp_path / "run/checkpoints/0000006.pt", checkpoint(tmp_path, 6)
+    data = bytearray(path.read_bytes())
+    if damage == "one bit":
+        data[len(data) // 2] ^= 1
+    path.write_bytes({"cut": data[:-1000], "empty": b""}.get(damage, data))
+    if damage == "code":
+        torch.save({"model": os.getcwd}, path)
+    run(monkeypatch, *arguments, 6)
+    assert f"{path} is " in log(tmp_path) and "Trying the checkpoint before it." in log(tmp_path)
+    assert "0000004.pt" in log(tmp_path).split("continuing from ")[1]
+    for part in ("model", "ema", "opt"):
+        assert_same_state(whole[part], checkpoint(tmp_path, 6)[part])
+
+
+def test_no_checkpoint_left(tmp_path):
+    for step in (1, 2):
+        (tmp_path / f"{step:07d}.pt").write_bytes(b"torn")
+    with pytest.raises(BadInput, match="has no checkpoint that can be read"):
+        read_newest(tmp_path, 0, ("model",))
+    with pytest.raises(BadInput, match="0000002.pt is damaged"):
+        read_newest(tmp_path, 2, ("model",))
+    assert read_newest(tmp_path / "none", 0, ("model",)) is None
+
+
+def test_full_disk_leaves_the_checkpoint_before(monkeypatch, tiny_data, tmp_path):
+    """The write fails half way, for real: the limit on file sizes. One sentence; then, with room, the run goes on."""
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--checkpointing-steps", 2, "--max-train-steps")
+    run(monkeypatch, *arguments, 2)
+    folder = tmp_path / "run/checkpoints"
+    before = (folder / "0000002.pt").read_bytes()
+    monkeypatch.setenv("HASTE_TEST_LARGEST_FILE", str(len(before) // 2))
+    done = script("train.py", *arguments, 4, check=False, before="tests.test_resume.limit_file_size",
+                  env={"HASTE_TEST_LARGEST_FILE": str(len(before) // 2)})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"error: {folder}/0000004.pt could not be written (File too large), what was there before is as it was; make room " \
+           "and run the command again." in done.stderr
+    assert [path.name for path in folder.iterdir()] == ["0000002.pt"] and (folder / "0000002.pt").read_bytes() == before
+    run(monkeypatch, *arguments, 4)
+    assert sorted(saved_steps(folder)) == [2, 4]
+
+
+def limit_file_size():
+    limit = int(os.environ["HASTE_TEST_LARGEST_FILE"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def test_stale_temporary_files_are_cleaned(monkeypatch, tiny_data, tmp_path):
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps")
+    run(monkeypatch, *arguments, 1)
+    stale = [tmp_path / "run" / name for name in (".args.json.77.tmp", "checkpoints/.0000002.pt.77.tmp")]
+    for path in stale:
+        path.write_bytes(b"half")
+    with open(tmp_path / "run/metrics.csv", "a") as file:
+        file.write("2,0.1")  # the line that a killed process was writing
+    run(monkeypatch, *arguments, 2)
+    assert not any(path.exists() for path in stale)
+    assert [row["step"] for row in metrics(tmp_path)] == ["1", "2"]
+
+
+def test_atomic_write_keeps_what_was_there(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(ValueError, match="stop"), atomic_write(tmp_path / "file", "w") as file:
+        file.write("new")
+        raise ValueError("stop")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "old"
