@@ -21,7 +21,9 @@ import torch._dynamo  # the first optimizer step would import it
 from diffusers import AutoencoderKL  # noqa: F401
 
 import generate  # noqa: F401
+import generate_t2i  # noqa: F401
 import train  # noqa: F401
+import train_t2i  # noqa: F401
 from files import run_script
 from tests import nano  # noqa: F401
 

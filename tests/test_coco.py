@@ -227,35 +227,6 @@ def test_other_settings_are_refused(source, made, clip_folder, tmp_path, monkeyp
         call_main(monkeypatch, coco, *arguments(source, tmp_path / "dest", clip_folder, "--text-length", 20))
 
 
-BAD_JSON = {"no json": ("{", "JSONDecodeError"), "a list": ("[]", "is not of the form"),
-            "no captions": ('{"images": []}', "KeyError: 'annotations'"),
-            "caption a number": ('{"images": [], "annotations": [{"image_id": 1, "caption": 3}]}', "is not of the form"),
-            "one id twice": ('{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": []}',
-                             "2 images under 1 different ids"),
-            "other files": (json.dumps({"images": [{"id": 1, "file_name": "a.png"}],
-                                        "annotations": [{"image_id": 1, "caption": "a"}]}),
-                            "No image of the captions file lies in")}
-
-
-@pytest.mark.parametrize("name", BAD_JSON)
-def test_captions_files_that_cannot_be_used(source, clip_folder, tmp_path, monkeypatch, name):
-    text, message = BAD_JSON[name]
-    (tmp_path / "bad.json").write_text(text)
-    with pytest.raises(BadInput, match=message):
-        call_main(monkeypatch, coco, *arguments(source, tmp_path, clip_folder, "--captions-json", tmp_path / "bad.json"))
-
-
-@pytest.mark.parametrize("more, message", [
-    (("--images", "/nowhere"), "/nowhere is no folder"), (("--resolution", 30), "--resolution 30 is no multiple of 4"),
-    (("--coco", "c"), "Give --coco alone"), (("--captions-json", "/nowhere.json"), "cannot be read"),
-    (("--batch-size", 0), "--batch-size is 0"), (("--text-length", 78), "at most 77 tokens a caption, not 78"),
-    (("--text-encoder", "/nowhere"), "The text encoder /nowhere could not be loaded .*local folder")])
-def test_settings_that_cannot_be_used(source, clip_folder, tmp_path, monkeypatch, more, message):
-    with pytest.raises(BadInput, match=message):
-        call_main(monkeypatch, coco, *arguments(source, tmp_path, clip_folder, *more))
-    assert not (tmp_path / "train").exists()
-
-
 # ---- text encoder ----
 
 def test_clip_text_as_published(clip_folder):
