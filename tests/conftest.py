@@ -127,7 +127,7 @@ class ForkServer:
     """Runs scripts by their command lines in children of a process that has everything imported; see forkserver.py."""
 
     def __init__(self):
-        self.process = None
+        self.process, self.folder = None, None
 
     def ask(self, request):
         if self.process is None:
@@ -141,7 +141,7 @@ class ForkServer:
 
     def start(self, name, *arguments, env=None, before=None, rank=0, processes=1, port=None):
         """One process of a script -> Started."""
-        folder = Path(tempfile.mkdtemp(prefix="haste-test-"))
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
         env = dict(env or {})
         if processes > 1:
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
@@ -198,8 +198,9 @@ SERVER = ForkServer()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def server():
-    """Started by the first test that uses it."""
+def server(tmp_path_factory):
+    """Started by the first test that uses it; what its scripts print lies among pytest's own temporary files."""
+    SERVER.folder = tmp_path_factory.mktemp("scripts")
     yield SERVER
     SERVER.close()
 
