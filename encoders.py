@@ -13,7 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from files import BadInput, first_line, load_tensors
-from models.layers import QK, Alignment
+from models.layers import QK, Alignment, compile_blocks
 from modify_dinov2.taps import tap_attention
 
 # --enc-type -> (timm's name, width of its tokens)
@@ -177,6 +177,10 @@ class Teacher:
     def to(self, device):
         self.vit, self.mean, self.std = self.vit.to(device), self.mean.to(device), self.std.to(device)
         return self
+
+    def compile(self):
+        """In place; of a tapped block the MLP alone, as compiled code passes hooks over."""
+        compile_blocks(block.mlp if i in self.attn_blocks else block for i, block in enumerate(self.vit.blocks))
 
     @torch.no_grad()
     def __call__(self, images):

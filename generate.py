@@ -4,14 +4,15 @@
         --mode sde --num-steps 250 --cfg-scale 1.65 --guidance-high 0.72
 
 One process on a CPU or GPU: the same with `python generate.py`. What the checkpoint knows (model, resolution, classes,
-path) need not be typed. Image i depends on --global-seed and i only, whatever the batch size and the number of
-processes. The same command again makes only what is missing. Output, in --sample-dir:
+path) need not be typed. Image i depends on --global-seed and i only, whatever the number of processes, and up to the
+rounding of sums whatever the batch size. The same command again makes only what is missing. Output, in --sample-dir:
     {model}-{ckpt}-size-{R}-vae-{vae}-cfg-{w}-seed-{seed}-{mode}-high-{high}/{i:06d}.png, and beside it .npz (arr_0
     uint8 (n, R, R, 3)) and -grid.png
 """
 import argparse
 import json
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import load_checkpoint, load_weights
-from encoders import VAE
+from encoders import VAE, to_device
 from files import IMAGE_ERRORS, BadInput, atomic_write, check_bounds, read_json, remove_temporaries, run_script
 from models.sit import SIT_CONFIGS, SiT_models
 from pictures import image_grid
 from samplers import euler_maruyama_sampler, euler_sampler, guided
+from speed import check_compiler, tune
 from training import PATIENCE
 
 VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 GRID_IMAGES = 72
+PNG_WRITERS = 4  # threads
 INF = float("inf")
 BOUNDS = {  # argument of both sampling scripts -> lowest, highest
     **dict.fromkeys(("per_proc_batch_size", "num_steps", "num_fid_samples", "resolution", "num_classes"), (1, INF)),
@@ -52,6 +55,8 @@ def add_sampling_arguments(parser):
     add("--cfg-scale", type=float, default=1.5, help="guidance scale, 1 = none (default %(default)s)")
     add("--guidance-low", type=float, default=0.0, help="guide where t is at least this (default 0)")
     add("--guidance-high", type=float, default=1.0, help="guide where t is at most this (default 1)")
+    add("--mixed-precision", choices=["no", "fp16", "bf16"], default="no", help="of the network alone (default no: float32)")
+    add("--compile", action="store_true", help="torch.compile the network: a minute more at the start")
     add("--path-type", choices=["linear", "cosine"], help="interpolant (default: the checkpoint's, else linear)")
     add("--num-steps", type=int, default=50, help="sampler steps (default %(default)s)")
     add("--heun", action=flag, default=False, help="second order, ODE only (default off)")
@@ -107,8 +112,13 @@ def read_checkpoint(args, vae, configs, landmark, **published):
 
 
 def ready(model, weights, args, device):
-    """`model` with the weights of --ckpt, on `device`, in eval mode."""
+    """`model` with the weights of --ckpt, on `device`, in eval mode; it is called in the precision asked for."""
     load_weights(model, weights, args.ckpt)
+    if args.compile:
+        model.compile()
+    if args.mixed_precision != "no":
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+        model.forward = torch.autocast(device.type, dtype)(model.forward)
     return model.to(device).eval()
 
 
@@ -127,8 +137,12 @@ def sample_folder(args, name):
     folder = Path(args.sample_dir) / (
         f"{name}-{Path(args.ckpt).stem}-size-{args.resolution}-vae-{Path(args.vae).name}-cfg-{args.cfg_scale}-"
         f"seed-{args.global_seed}-{args.mode}-high-{args.guidance_high}")
-    ignored = ("sample_dir", "num_fid_samples", "per_proc_batch_size", "tf32", "fused_attn", "projector_embed_dims")
+    ignored = ("sample_dir", "num_fid_samples", "per_proc_batch_size", "tf32", "fused_attn", "compile", "projector_embed_dims",
+               "encoder_depth")
     settings = {key: value for key, value in vars(args).items() if key not in ignored}
+    for key in ("ckpt", "vae"):
+        if Path(settings[key]).exists():  # however it was spelled
+            settings[key] = str(Path(settings[key]).resolve())
     path = folder / "settings.json"
     if path.is_file() and (old := read_json(path)) != settings:
         changed = [f"{key} {old.get(key)} -> {settings.get(key)}" for key in {**old, **settings}
@@ -155,29 +169,45 @@ def make_images(args, folder, model, vae, condition, path_of):
     state, size = PartialState(), min(args.per_proc_batch_size, args.num_fid_samples)
     share = [i for i in range(args.num_fid_samples) if i // size % state.num_processes == state.process_index]
     todo = [i for i in share if not is_finished(path_of(i), args.resolution)]
-    for start in tqdm(range(0, len(todo), size), unit="batch", disable=not state.is_main_process):
-        batch = todo[start:start + size]
-        ids = batch + [batch[-1]] * (size - len(batch))
-        streams = [np.random.default_rng((args.global_seed, i)) for i in ids]
-        y, y_null = (torch.stack(c).to(state.device) for c in zip(
-            *(condition(i, rng) for i, rng in zip(ids, streams, strict=True)), strict=True))
-        z = np.stack([rng.standard_normal(model.latent_shape, dtype=np.float32) for rng in streams])
-        z = torch.from_numpy(z).to(state.device)
-        velocity = guided(model, y, y_null, args.cfg_scale, args.guidance_low, args.guidance_high)
-        if args.mode == "sde":
-            latents = euler_maruyama_sampler(velocity, z, args.num_steps, args.path_type, noise_of(streams))
-        else:
-            latents = euler_sampler(velocity, z, args.num_steps, args.heun)
-        for i, image in zip(batch, vae.decode(latents).permute(0, 2, 3, 1).cpu().numpy()[:len(batch)], strict=True):
-            with atomic_write(path_of(i)) as file:
-                Image.fromarray(image).save(file, "PNG")
+    starts = tqdm(range(0, len(todo), size), unit="batch", disable=not state.is_main_process)
+    with ThreadPoolExecutor(PNG_WRITERS) as writers:  # Pillow compresses outside Python's lock
+        written = []
+        for start in starts:
+            batch = todo[start:start + size]
+            images = sample(args, model, vae, batch + [batch[-1]] * (size - len(batch)), condition)[:len(batch)]
+            for task in written:  # of the batch before, meanwhile; raises what they raised
+                task.result()
+            written = [writers.submit(write_png, path_of(i), image) for i, image in zip(batch, images, strict=True)]
+        for task in written:
+            task.result()
     state.wait_for_everyone()
+
+
+def sample(args, model, vae, ids, condition):
+    """Images `ids` as uint8 (n, R, R, 3), each from a stream of random numbers of its own."""
+    device = PartialState().device
+    streams = [np.random.default_rng((args.global_seed, i)) for i in ids]
+    conditions = [condition(i, rng) for i, rng in zip(ids, streams, strict=True)]
+    y, y_null = (to_device(torch.stack(c), device) for c in zip(*conditions, strict=True))
+    z = np.stack([rng.standard_normal(model.latent_shape, dtype=np.float32) for rng in streams])
+    z = to_device(torch.from_numpy(z), device)
+    velocity = guided(model, y, y_null, args.cfg_scale, args.guidance_low, args.guidance_high)
+    if args.mode == "sde":
+        latents = euler_maruyama_sampler(velocity, z, args.num_steps, args.path_type, noise_of(streams))
+    else:
+        latents = euler_sampler(velocity, z, args.num_steps, args.heun)
+    return vae.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def write_png(path, image):
+    with atomic_write(path) as file:
+        Image.fromarray(image).save(file, "PNG")
 
 
 def noise_of(streams):
     """noise(x) for the SDE sampler: one stream of float64 normals per image."""
     def noise(x):
-        return torch.from_numpy(np.stack([rng.standard_normal(x.shape[1:]) for rng in streams])).to(x.device)
+        return to_device(torch.from_numpy(np.stack([rng.standard_normal(x.shape[1:]) for rng in streams])), x.device)
     return noise
 
 
@@ -199,8 +229,7 @@ def write_outputs(args, folder, path_of, columns=None, texts=None):
     write_npz(folder.with_name(folder.name + ".npz"), paths, args.resolution)
     first = np.stack([np.array(Image.open(path)) for path in paths[:GRID_IMAGES]])
     first = torch.from_numpy(first).permute(0, 3, 1, 2)
-    with atomic_write(folder.with_name(folder.name + "-grid.png")) as file:
-        Image.fromarray(image_grid(first, columns, texts and texts[:GRID_IMAGES])).save(file, "PNG")
+    write_png(folder.with_name(folder.name + "-grid.png"), image_grid(first, columns, texts and texts[:GRID_IMAGES]))
     print(f"{len(paths)} images in {folder}, with {folder.name}.npz and {folder.name}-grid.png beside it")
 
 
@@ -208,7 +237,11 @@ def setup(args):
     """Process state, VAE and switches shared by both sampling scripts."""
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     torch.set_grad_enabled(False)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    tune(state.num_processes, args.tf32)
+    if args.mixed_precision == "fp16" and state.device.type == "cpu":
+        raise BadInput("--mixed-precision fp16 needs a GPU; use bf16 or no.")
+    if args.compile:
+        check_compiler(state.device)
     return state, VAE(VAES.get(args.vae, args.vae), state.device)
 
 

@@ -65,18 +65,64 @@ def resample_qk(qk, count):
     return qk if qk.q.shape[2] == count else QK(resample(qk.q), resample(qk.k), qk.scale)
 
 
+TILE = 2 ** 20  # logits formed at a time, 4 MiB in float32; benchmarks/attention.py measures what that is worth
+
+
+class AttentionCrossEntropy(torch.autograd.Function):
+    """sum_i [ logsumexp_j S_ij - sum_j P_ij S_ij ] over all rows i, with S the student's logits and P the teacher's map.
+
+    Its derivative by S is Q - P, so both gradients are formed tile by tile beside the value, with no more products than
+    autograd would do, and no T x T map is kept: memory is linear in T.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, scale, teacher_q, teacher_k, teacher_scale):
+        """q, k (M, T, d) of the student, (M, T, e) of the teacher -> float32 scalar."""
+        maps, t, _ = q.shape
+        step, rows = max(1, TILE // t ** 2), min(t, max(1, TILE // t))  # whole maps a tile, or rows of one map
+        total, wanted = q.new_zeros((), dtype=torch.float32), any(ctx.needs_input_grad)
+        if wanted:
+            dq, dk = torch.empty_like(q), torch.empty_like(k)
+        with torch.autocast(q.device.type, enabled=False):
+            for m in range(0, maps, step):
+                keys, teacher_keys = k[m:m + step].float(), teacher_k[m:m + step].float()
+                keys_gradient = torch.zeros_like(keys)
+                for i in range(0, t, rows):
+                    tile = slice(m, m + step), slice(i, i + rows)
+                    queries = scale * q[tile].float()
+                    p = (teacher_scale * teacher_q[tile].float() @ teacher_keys.mT).softmax(dim=-1)
+                    log_q = (queries @ keys.mT).log_softmax(dim=-1)
+                    total -= torch.dot(p.flatten(), log_q.flatten())
+                    if wanted:
+                        difference = log_q.exp_().sub_(p)
+                        dq[tile] = scale * difference @ keys
+                        keys_gradient += difference.mT @ queries
+                if wanted:
+                    dk[m:m + step] = keys_gradient
+        if wanted:
+            ctx.save_for_backward(dq, dk)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        dq, dk = ctx.saved_tensors
+        return gradient * dq, gradient * dk, None, None, None, None
+
+
 def attention_loss(student, teacher, num_heads=12):
     """L_attn: cross-entropy of the student's attention maps against the teacher's, mean over all rows and pairs.
 
     `student`, `teacher`: one QK per pair, (N, H, T, d) each -> scalar. The first `num_heads` heads are compared, or as
-    many as both sides have. float32 and log-softmax: log(softmax) is -inf, and the loss NaN, on saturated rows.
+    many as both sides have. Computed in float32, whatever q and k are; the teacher gets no gradient.
     """
     losses = []
     for s, t in zip(student, teacher, strict=True):
         t = resample_qk(t, s.q.shape[2])
         heads = min(num_heads, s.q.shape[1], t.q.shape[1])
-        log_q, p = (QK(qk.q[:, :heads].float(), qk.k[:, :heads].float(), qk.scale).logits() for qk in (s, t))
-        losses.append(-(p.softmax(dim=-1) * log_q.log_softmax(dim=-1)).sum(dim=-1).mean())
+        q, k, teacher_q, teacher_k = (x[:, :heads].flatten(0, 1) for x in (s.q, s.k, t.q, t.k))
+        total = AttentionCrossEntropy.apply(q, k, s.scale, teacher_q, teacher_k, t.scale)
+        losses.append(total / (q.shape[0] * q.shape[1]))
     return torch.stack(losses).mean()
 
 
@@ -106,7 +152,7 @@ class SILoss:
         losses = {"denoise": mean_flat((v.float() - target) ** 2)}
         zero = losses["denoise"].new_zeros(())
         features = [feature_loss(p, z) for p, z in zip(student.features, teacher.features, strict=True)] \
-            if teacher.features else [zero]
+            if student.features else [zero]
         losses["feature"] = torch.stack(features).mean()
         losses["attention"] = attention_loss(
             [student.attention[s] for s, _ in self.attn_pairs], [teacher.attention[e] for _, e in self.attn_pairs],

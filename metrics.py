@@ -27,7 +27,7 @@ def start_trackers(accelerator, args):
         folder.mkdir(parents=True, exist_ok=True)
     try:
         accelerator.init_trackers("HASTE", config=config, init_kwargs={"wandb": {"name": args.exp_name, "dir": str(folder)}})
-    except wandb.errors.Error as error:
+    except (wandb.errors.Error, ValueError) as error:  # a ValueError: of its environment variables
         raise BadInput(f"wandb could not start ({error}); run `wandb login`, set WANDB_MODE=offline, or use --report-to "
                        "none.") from error
 
@@ -44,8 +44,7 @@ class Metrics:
         self.path, self.accelerator, self.columns = path, accelerator, [*COLUMNS, *scores]
         self.step, self.unseen = start_step, []
         self.names, self.pending = (state["names"], list(state["rows"])) if state else (TERMS, [])
-        default = SCALER_SKIPS if accelerator.scaler is not None else 0
-        self.max_skipped, self.in_a_row = default if max_skipped is None else max_skipped, 0
+        self.max_skipped, self.in_a_row = max_skipped, 0
         self.started = time.time()
         if accelerator.is_main_process:
             kept = []
@@ -71,7 +70,8 @@ class Metrics:
         """Look at the terms since the last look, the only sync with the device, and put them to the pending ones.
 
         A step with a term that is not finite has changed no weight; it is logged. Raises BadInput naming step and term
-        when there are more than `max_skipped` in a row.
+        when there are more than `max_skipped` in a row. By default none is let pass but gradients that fp16's scale was
+        too high for, SCALER_SKIPS of them.
         """
         rows = self.accelerator.reduce(torch.stack(self.unseen), reduction="mean").cpu() if self.unseen else []
         self.unseen = []
@@ -83,7 +83,9 @@ class Metrics:
             values = dict(zip(TERMS, row.tolist(), strict=True))
             terms = ", ".join(f"{name} {values[name]:.4g}" for name in self.names)
             culprit = next(name for name in (*TERMS[1:], "loss") if not math.isfinite(values[name]))
-            if self.in_a_row > self.max_skipped:
+            scaled = self.accelerator.scaler is not None and culprit == "grad_norm"
+            allowed = SCALER_SKIPS * scaled if self.max_skipped is None else self.max_skipped
+            if self.in_a_row > allowed:
                 raise BadInput(f"{culprit} is not finite at step {self.step} ({terms}), in {self.in_a_row} step(s) in a row; "
                                "no weight was changed by them and the last checkpoint is intact. Lower --learning-rate, use "
                                "--mixed-precision bf16, or allow more of them with --max-skipped-steps.")

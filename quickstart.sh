@@ -10,7 +10,11 @@ case $task in
     captions) name=quickstart-t2i steps=1200 stop=600 images=178 ;;
     *) echo "error: $task is neither classes nor captions." >&2; exit 1 ;;
 esac
-if [ "$form" = short ]; then name=$name-short steps=40 stop=20 images=9 references=18; fi
+case $form in
+    full) ;;
+    short) name=$name-short steps=40 stop=20 images=9 references=18 ;;
+    *) echo "error: QUICKSTART=$form is neither full nor short." >&2; exit 1 ;;
+esac
 ending=$(printf %07d $steps)-size-64-vae-vae-emoji-cfg-3.0-seed-0-ode-high-1.0
 precision=no
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && precision=bf16

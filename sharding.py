@@ -69,8 +69,13 @@ def whole_state(state, keep):
 
 
 def load_optimizer(optimizer, saved):
-    """Load a whole optimizer state dict; what is shaped like its parameter is split as the parameter is."""
+    """Load a whole optimizer state dict; what is shaped like its parameter is split as the parameter is.
+
+    Of the saved groups only which parameters they hold counts: options, such as fused, are those of `optimizer`.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    groups = [{**theirs, **{name: value for name, value in ours.items() if name != "params"}}
+              for theirs, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)]
     state = {i: {name: split_as(value, parameters[i]) if value.shape == parameters[i].shape else value
                  for name, value in entry.items()} for i, entry in saved["state"].items()}
-    optimizer.load_state_dict({**saved, "state": state})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -80,7 +80,7 @@ def add_training_arguments(parser):
     add("--adam-epsilon", type=float, default=1e-8, help="default 1e-8")
     add("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm (default 1)")
     add("--max-skipped-steps", type=int, help="stop when more steps in a row than this have a loss or gradient that is not "
-        "finite; such a step changes no weight (default 0, with fp16's scaler 20)")
+        "finite; such a step changes no weight (default 0, for gradients under fp16's scaler 20)")
     add("--ema-decay", type=float, default=0.9999, help="of the weights' average, per step (default 0.9999)")
     add("--seed", type=int, default=0, help="of weights, data order and noise (default 0)")
     add("--num-workers", type=int, default=4, help="loader processes per process (default 4)")
@@ -89,6 +89,8 @@ def add_training_arguments(parser):
     add("--weighting", choices=["uniform", "lognormal"], default="uniform", help="of t (default uniform)")
     add("--cfg-prob", type=float, default=0.1, help="share of conditions dropped for guidance (default 0.1)")
     add("--fused-attn", action=flag, default=True, help="fused attention (default on)")
+    add("--compile", action="store_true", help="torch.compile the blocks of model and teacher: a minute more at the start")
+    add("--grad-checkpointing", action="store_true", help="keep no activations inside blocks: less memory, more time")
     add("--qk-norm", action=flag, default=False, help="LayerNorm on q and k (default off)")
     add("--encoder-depth", type=int, help="1-based block whose output is projected (default: the paper's for the model)")
     add("--early-stop-point", type=int, help="first step without alignment (default: the paper's for the model)")
@@ -142,7 +144,7 @@ def model_arguments(args, config, moments_shape):
     return {"input_size": side, "in_channels": channels // 2, "encoder_depth": args.encoder_depth,
             "attn_layers": [student for student, _ in args.attn_layers] if args.attn_coeff else [],
             "z_dims": TEACHERS[args.enc_type][1:] if args.proj_coeff else (),
-            "qk_norm": args.qk_norm, "fused_attn": args.fused_attn}
+            "qk_norm": args.qk_norm, "fused_attn": args.fused_attn, "grad_checkpointing": args.grad_checkpointing}
 
 
 def align_and_train(args, accelerator, run, model, dataset, y_null):

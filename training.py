@@ -22,13 +22,14 @@ from checkpoints import check_same_run, load_weights, prune_checkpoints, read_ne
 from dataset import StepBatches, process_places, step_draws
 from encoders import VAE, CachedTeacher, to_device
 from evaluations.during_training import Evaluation, score_names
-from files import BadInput, atomic_write, remove_temporaries, writing
+from files import BadInput, atomic_write, read_json, remove_temporaries, writing
 from loss import sample_t
 from metrics import Metrics, start_trackers
 from pictures import image_grid
 from preemption import EXIT_CODE, STOP, Preemption, ignore_signals
 from samplers import euler_sampler, guided
 from sharding import is_sharded, load_optimizer, shard, whole, whole_module, whole_state
+from speed import check_compiler, tune
 
 PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_CFG = 16, 50, 4.0
 PATIENCE = datetime.timedelta(hours=2)  # processes wait for previews and the teacher cache, not only for gradients
@@ -41,6 +42,7 @@ def make_accelerator(args):
     run = Path(args.output_dir) / args.exp_name
     precision = args.mixed_precision if torch.cuda.is_available() or args.mixed_precision != "fp16" else "no"
     accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # several processes without a GPU are a group only when told so
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -59,9 +61,7 @@ def make_accelerator(args):
         logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     if precision != args.mixed_precision:
         logger.warning("--mixed-precision fp16 needs a GPU: training in float32 on this CPU.")
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.set_flush_denormal(True)  # denormals of small gradients cost a CPU most of its speed
+    tune(accelerator.num_processes, args.allow_tf32)
     return accelerator, run
 
 
@@ -133,6 +133,19 @@ def batch_loss(args, accelerator, loss_fn, model, teacher, batch, draws, y_null)
     return loss, {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
 
 
+def backward_and_step(args, accelerator, loss, model, optimizer, wrapped_optimizer):
+    """Gradients of one micro-batch; after the last one of a step they change the weights. Returns their norm, then."""
+    accelerator.backward(loss)
+    norm = None
+    if accelerator.sync_gradients:
+        norm = whole(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        if accelerator.scaler is None:  # which does the same: on the device, without waiting for it
+            optimizer.found_inf = (~norm.isfinite()).float()  # 1: the fused step changes nothing
+    wrapped_optimizer.step()
+    wrapped_optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def save(args, accelerator, run, step, model, ema, optimizer, metrics, settings):
     """Checkpoint of `step`, by the main process, and then the end of those that --keep-checkpoints gives up."""
     pending = metrics.state_dict()  # first, as it raises when a loss or gradient went wrong
@@ -159,9 +172,11 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
     device, seed = accelerator.device, args.seed
     ema = copy.deepcopy(model).requires_grad_(False).eval().to(device)
     model.to(device)
-    adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon,
-            "weight_decay": args.adam_weight_decay}
-    optimizer = torch.optim.AdamW(model.parameters(), **adam, fused=True)
+    if args.compile:  # not the average, whose previews and scores come in other shapes
+        check_compiler(device)
+        model.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
+                                  eps=args.adam_epsilon, weight_decay=args.adam_weight_decay, fused=True)
 
     step, pending, opt = 0, None, None
     found = read_newest(run / "checkpoints", args.resume_step, ("model", "ema", "opt", "args", "steps"))
@@ -176,10 +191,11 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
         logger.info(f"continuing from {path}" + "".join(f"; {n} was {old}, is {new}" for n, old, new in changed))
         if {"processes", "gradient_accumulation_steps"} & {name for name, _, _ in changed}:
             logger.info("data, noise and order stay the same; sums over the batch are rounded in another order from here on")
+    elif (run / "args.json").is_file():  # of a run that ended before its first checkpoint
+        check_same_run(run / "args.json", read_json(run / "args.json"), settings)
     wrapped, wrapped_optimizer = shard(accelerator, model, optimizer, ema) if is_sharded(accelerator) else (None, None)
     if opt:
         load_optimizer(optimizer, opt)
-        optimizer.param_groups[0].update(adam)
     found = state = opt = None  # their memory
     shows, scores = (is_due(every, step, max_steps) for every in (args.sampling_steps, args.eval_steps))
     shows, previews, evaluation = shows and accelerator.is_main_process, None, None
@@ -188,6 +204,8 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
         vae.check(*model.latent_shape[:2], args.resolution)
         evaluation = Evaluation(args, accelerator, dataset, vae, y_null, model.latent_shape) if scores else None
     teacher = load_teacher().to(device) if load_teacher and step < args.early_stop_point else None
+    if args.compile and teacher:
+        teacher.compile()
     if args.teacher_cache and teacher:
         started = time.time()
         teacher = CachedTeacher(args.teacher_cache, teacher, dataset, accelerator)
@@ -235,14 +253,8 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
                     mine = {name: to_device(value[places], device) for name, value in draws.items()}
                     with accelerator.accumulate(wrapped):
                         loss, terms = batch_loss(args, accelerator, loss_fn, wrapped, teacher, next(loader), mine, y_null)
-                        accelerator.backward(loss)
+                        norm = backward_and_step(args, accelerator, loss, model, optimizer, wrapped_optimizer)
                         shares.append(terms)
-                        if accelerator.sync_gradients:
-                            norm = whole(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm))
-                            if accelerator.scaler is None:  # which does the same: on the device, without waiting for it
-                                optimizer.found_inf = (~norm.isfinite()).float()  # 1: the fused step changes nothing
-                        wrapped_optimizer.step()
-                        wrapped_optimizer.zero_grad(set_to_none=True)
                 update_ema(ema, model, args.ema_decay)
                 terms = {name: torch.stack([share[name] for share in shares]).mean() for name in shares[0]}
                 metrics.add({**terms, "grad_norm": norm})

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class QK(namedtuple("QK", ("q", "k", "scale"))):
@@ -192,6 +193,20 @@ def adaln_zero(blocks, final_layer):
     for linear in (final_layer.linear, *(block.adaLN_modulation[1] for block in [*blocks, final_layer])):
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
+
+
+def run_block(block, *arguments, checkpointing=False):
+    """block(*arguments), whose activations are, with `checkpointing`, made again in the backward pass instead of kept."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)  # no block draws numbers
+    return block(*arguments)
+
+
+def compile_blocks(blocks):
+    """torch.compile in place, one by one: all share a graph or two, which take seconds where the whole takes minutes, and
+    which the change from Phase I to Phase II leaves as they are."""
+    for block in blocks:
+        block.compile(dynamic=False)
 
 
 def check_sizes(input_size, patch_size, depth, encoder_depth, attn_layers):

@@ -17,8 +17,10 @@ from models.layers import (
     adaln_zero,
     attend,
     check_sizes,
+    compile_blocks,
     from_config,
     projector,
+    run_block,
     sincos_2d,
     unpatchify,
 )
@@ -41,8 +43,8 @@ class JointBlock(nn.Module):
         self.context_block = AdaLNBlock(hidden_size, num_heads, mlp_ratio, qk_norm, pre_only=last)
         self.x_block = AdaLNBlock(hidden_size, num_heads, mlp_ratio, qk_norm)
 
-    def forward(self, context, x, c, fused=True):
-        """Text (N, L, D), image (N, T, D), condition (N, D) -> text, image and the QK of the image tokens alone.
+    def forward(self, context, x, c, fused=True, tapped=False):
+        """Text (N, L, D), image (N, T, D), condition (N, D) -> text, image and, if `tapped`, the image tokens' QK.
 
         The text is None after the last block, which uses its keys and values only.
         """
@@ -55,7 +57,7 @@ class JointBlock(nn.Module):
 
         x = self.x_block.after(x, image, image_rest)
         context = self.context_block.after(context, text, text_rest) if text_rest else None
-        return context, x, QK(*image_qkv[:2])
+        return context, x, QK(*image_qkv[:2]) if tapped else None
 
 
 class MMDiT(nn.Module):
@@ -63,18 +65,20 @@ class MMDiT(nn.Module):
 
     The width is 32 `depth` and the heads are `depth`, as published. `attn_layers` (0-based) and `encoder_depth`
     (1-based) say where q, k and features of the image stream are tapped, `z_dims` holds one teacher width per
-    projector. `fused_attn=False` writes each attention map out instead of using the fused kernel. Weights start as
-    PyTorch's layers do, which is how the published runs started; `zero_init` is adaLN-zero on top.
+    projector. `fused_attn=False` writes each attention map out instead of using the fused kernel, `grad_checkpointing`
+    trades the blocks' activations for a second forward pass. Weights start as PyTorch's layers do, which is how the
+    published runs started; `zero_init` is adaLN-zero on top.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, depth=24, mlp_ratio=4.0, context_dim=768,
                  encoder_depth=8, attn_layers=(4, 5, 6, 7), z_dims=(768,), projector_dim=2048, qk_norm=False,
-                 fused_attn=True, zero_init=False):
+                 fused_attn=True, grad_checkpointing=False, zero_init=False):
         super().__init__()
         check_sizes(input_size, patch_size, depth, encoder_depth, attn_layers)
         hidden_size, num_heads = 32 * depth, depth
         self.patch_size, self.in_channels, self.input_size = patch_size, in_channels, input_size
-        self.encoder_depth, self.attn_layers, self.fused_attn = encoder_depth, tuple(attn_layers), fused_attn
+        self.encoder_depth, self.attn_layers = encoder_depth, tuple(attn_layers)
+        self.fused_attn, self.grad_checkpointing = fused_attn, grad_checkpointing
         self.register_buffer("pos_embed", sincos_2d(hidden_size, input_size // patch_size))
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -90,6 +94,9 @@ class MMDiT(nn.Module):
     def latent_shape(self):
         return self.in_channels, self.input_size, self.input_size
 
+    def compile(self):
+        compile_blocks(self.joint_blocks)
+
     def forward(self, x, t, y, return_alignment=False):
         """x (N, C, R, R), t (N,), text y (N, L, context_dim), any L -> v (N, C, R, R), and the Alignment if asked."""
         tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
@@ -97,8 +104,10 @@ class MMDiT(nn.Module):
         c = self.t_embedder(t)  # (N, D)
         features, attention = [], {}
         for i, block in enumerate(self.joint_blocks):
-            context, tokens, qk = block(context, tokens, c, self.fused_attn)
-            if return_alignment and i in self.attn_layers:
+            tapped = return_alignment and i in self.attn_layers
+            context, tokens, qk = run_block(block, context, tokens, c, self.fused_attn, tapped,
+                                            checkpointing=self.grad_checkpointing)
+            if tapped:
                 attention[i] = qk
             if return_alignment and i + 1 == self.encoder_depth:
                 features = [project(tokens) for project in self.projectors]  # (N, T, z_dim) each

@@ -14,8 +14,10 @@ from models.layers import (
     adaln_zero,
     attend,
     check_sizes,
+    compile_blocks,
     from_config,
     projector,
+    run_block,
     sincos_2d,
     unpatchify,
 )
@@ -41,27 +43,28 @@ SIT_CONFIGS = {f"SiT-{size}/{patch}": {**config, "patch_size": patch} for size, 
 class SiTBlock(AdaLNBlock):
     """Self-attention on the image tokens."""
 
-    def forward(self, x, c, fused=True):
-        """Tokens (N, T, D), condition (N, D) -> tokens (N, T, D) and the block's QK, which costs nothing to hand on."""
+    def forward(self, x, c, fused=True, tapped=False):
+        """Tokens (N, T, D), condition (N, D) -> tokens (N, T, D) and, if `tapped`, the block's QK, else None."""
         (q, k, v), rest = self.before(x, c)
-        return self.after(x, attend(q, k, v, fused), rest), QK(q, k)
+        return self.after(x, attend(q, k, v, fused), rest), QK(q, k) if tapped else None
 
 
 class SiT(nn.Module):
     """Latents in, velocity out. Sizes are in SIT_CONFIGS; labels are dropped by the training step, not in here.
 
     `attn_layers` (0-based) and `encoder_depth` (1-based) say where q, k and features are tapped, `z_dims` holds one
-    teacher width per projector. `fused_attn=False` writes each attention map out instead of using the fused kernel.
+    teacher width per projector. `fused_attn=False` writes each attention map out instead of using the fused kernel,
+    `grad_checkpointing` trades the blocks' activations for a second forward pass.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, encoder_depth=8, attn_layers=(4, 5, 6, 7),
-                 z_dims=(768,), projector_dim=2048, qk_norm=False, fused_attn=True):
+                 z_dims=(768,), projector_dim=2048, qk_norm=False, fused_attn=True, grad_checkpointing=False):
         super().__init__()
         check_sizes(input_size, patch_size, depth, encoder_depth, attn_layers)
         self.patch_size, self.in_channels, self.input_size = patch_size, in_channels, input_size
         self.num_classes, self.encoder_depth, self.attn_layers = num_classes, encoder_depth, tuple(attn_layers)
-        self.fused_attn = fused_attn
+        self.fused_attn, self.grad_checkpointing = fused_attn, grad_checkpointing
         side = input_size // patch_size
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -95,14 +98,18 @@ class SiT(nn.Module):
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         adaln_zero(self.blocks, self.final_layer)
 
+    def compile(self):
+        compile_blocks(self.blocks)
+
     def forward(self, x, t, y, return_alignment=False):
         """x (N, C, R, R), t (N,), y (N,) int -> v (N, C, R, R), with `return_alignment` also the Alignment."""
         tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         features, attention = [], {}
         for i, block in enumerate(self.blocks):
-            tokens, qk = block(tokens, c, self.fused_attn)
-            if return_alignment and i in self.attn_layers:
+            tapped = return_alignment and i in self.attn_layers
+            tokens, qk = run_block(block, tokens, c, self.fused_attn, tapped, checkpointing=self.grad_checkpointing)
+            if tapped:
                 attention[i] = qk
             if return_alignment and i + 1 == self.encoder_depth:
                 features = [project(tokens) for project in self.projectors]  # (N, T, z_dim) each

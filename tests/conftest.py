@@ -120,7 +120,7 @@ def clip_folder(tmp_path_factory):
     return folder
 
 
-CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 class ForkServer:
@@ -231,7 +231,6 @@ def call_main(monkeypatch, module, *arguments):
     """The script's main() with this command line inside the test's process, on the CPU: imports cost seconds."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()  # accelerate's, of the call before
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
     with torch.enable_grad():  # generate.py turns gradients off for its whole process

@@ -75,6 +75,30 @@ def test_restart_makes_only_what_is_missing(monkeypatch, ckpt, tmp_path):
         call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, "--num-steps", 5))
 
 
+@pytest.mark.parametrize("flag", [("--heun",), ("--mode", "sde"), ("--num-steps", 5), ("--cfg-scale", 3.0),
+                                  ("--guidance-low", 0.6), ("--guidance-high", 0.4), ("--global-seed", 1),
+                                  ("--path-type", "cosine", "--mode", "sde"), ("--labels", "balanced"),
+                                  ("--mixed-precision", "bf16")])
+def test_every_flag_changes_the_pictures(monkeypatch, ckpt, tmp_path, flag):
+    few = ("--num-fid-samples", 2, "--guidance-low", 0.2)
+    base = [*few, "--mode", "sde"] if "cosine" in flag else few
+    found = []
+    for name, more in (("plain", base), ("changed", [*few, *flag])):
+        call_main(monkeypatch, generate, *arguments(ckpt, tmp_path / name, *more))
+        path, = (tmp_path / name).glob("*.npz")
+        found.append(np.load(path, allow_pickle=False)["arr_0"])
+    assert not np.array_equal(*found)
+    if "bf16" in flag:  # rounding, not another picture
+        assert np.abs(found[0].astype(int) - found[1]).mean() < 3
+
+
+def test_a_restart_may_spell_things_in_another_way(monkeypatch, ckpt, tmp_path):
+    """Paths are compared by where they lead, and what does not change a picture may differ."""
+    call_main(monkeypatch, generate, *arguments(ckpt, tmp_path / "a", "--encoder-depth", 2))
+    call_main(monkeypatch, generate, *arguments(ckpt.parent / ".." / ckpt.parent.name / ckpt.name, tmp_path / "a",
+                                                "--vae", f"{ROOT}/assets/../assets/vae-emoji/"))
+
+
 def test_plain_state_dict_and_balanced_labels(monkeypatch, ckpt, tmp_path):
     """A bare EMA file knows no sizes: they are typed. Classes then go round in order."""
     torch.save(load_checkpoint(ckpt, mmap=False)["ema"], tmp_path / "bare.pt")

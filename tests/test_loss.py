@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loss import SILoss, attention_loss, feature_loss, interpolant, resample_qk, sample_t
 from models.layers import QK, Alignment
@@ -37,6 +38,50 @@ def test_attention_loss_is_the_written_out_formula():
     other = attention_loss([qk(2)], [qk(3)])
     torch.testing.assert_close(attention_loss([student, qk(2)], [teacher, qk(3)]),
                                (attention_loss([student], [teacher]) + other) / 2)
+
+
+class LargestResult(TorchDispatchMode):
+    """Elements of the largest tensor that any operation inside makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("tile", [1, 40, 3 * 36 * 36, 2 ** 20])
+@pytest.mark.parametrize("shape", [(2, 3, 36, 5), (1, 2, 64, 16), (3, 1, 9, 8)])
+def test_tiles_give_autograds_value_and_gradients(monkeypatch, tile, shape):
+    """However many rows or maps a tile holds, of any T, H and d, with no map beyond a tile in memory."""
+    monkeypatch.setattr("loss.TILE", tile)
+    n, h, t, d = shape
+    teacher, plain, tiled = qk(1, n, h + 1, t, d + 3), qk(0, n, h, t, d), qk(0, n, h, t, d)
+    for tensor in (*plain[:2], *tiled[:2]):
+        tensor.requires_grad_()
+    heads = min(h, 2)
+    p = teacher.logits()[:, :heads].softmax(dim=-1)
+    expected = -(p * plain.logits()[:, :heads].log_softmax(dim=-1)).sum(dim=-1).mean()
+    (3 * expected).backward()
+    with LargestResult() as seen:
+        loss = attention_loss([tiled], [teacher], heads)
+        (3 * loss).backward()
+    assert seen.elements <= max(tile, t, teacher.q.numel())
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(tiled[:2], plain[:2], strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_loss_in_half_precision_and_under_autocast():
+    """Softmax and sums in float32: as near to the float32 loss as the rounded q and k allow; gradients in their dtype."""
+    teacher, student = qk(1), QK(*(x.bfloat16().requires_grad_() for x in qk(0)[:2]))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = attention_loss([student], [teacher])
+    loss.backward()
+    torch.testing.assert_close(loss, attention_loss([QK(student.q.float(), student.k.float())], [teacher]))
+    assert loss.dtype == torch.float32 and student.q.grad.dtype == torch.bfloat16
 
 
 def test_attention_loss_of_saturated_rows_is_finite():

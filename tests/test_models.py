@@ -1,11 +1,13 @@
 """Every model of the tables: shapes, counts, gradients, v = 0 at the start; taps that change nothing; MMDiT written out."""
+import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
-from models.layers import QK
+from models.layers import QK, Alignment
 from models.mmdit import MMDIT_CONFIGS, MMDiT, MMDiT_models
 from models.sit import SIT_CONFIGS, SiT, SiT_models
 
@@ -62,6 +64,65 @@ def test_taps_and_plain_attention_leave_v_alone(qk_norm):
     assert torch.equal(plain, model(x, t, y, return_alignment=True)[0])
     model.fused_attn = False
     torch.testing.assert_close(model(x, t, y), plain, rtol=1e-4, atol=1e-5)
+
+
+def nano_models():
+    """(model, y) of both kinds, two blocks of which one is tapped, with no zeros in the weights."""
+    torch.manual_seed(0)
+    sizes = {"input_size": 8, "depth": 2, "encoder_depth": 1, "attn_layers": (1,), "z_dims": (8,), "projector_dim": 16}
+    models = ((SiT(hidden_size=48, num_heads=4, num_classes=3, **sizes), torch.tensor([0, 3])),
+              (MMDiT(context_dim=16, **sizes), torch.randn(2, 5, 16)))
+    with torch.no_grad():
+        for model, _ in models:
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return models
+
+
+def outputs_and_gradients(model, y):
+    """Everything that a training step of either phase asks of the model."""
+    x, t = torch.linspace(-2, 2, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8), torch.tensor([0.2, 0.7])
+    found = []
+    for taps in (True, False):
+        model.zero_grad()
+        v, alignment = model(x, t, y, return_alignment=True) if taps else (model(x, t, y), Alignment([], {}))
+        used = [v, *alignment.features, *(tensor for qk in alignment.attention.values() for tensor in (qk.q, qk.k))]
+        sum(tensor.square().mean() for tensor in used).backward()
+        found += [*used, *(p.grad for p in model.parameters() if p.grad is not None)]
+    return [tensor.detach().clone() for tensor in found]
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["SiT", "MMDiT"])
+def test_gradient_checkpointing_changes_nothing(kind):
+    """But that each block runs a second time in the backward pass, taps included."""
+    model, y = nano_models()[kind]
+    plain = outputs_and_gradients(model, y)
+    calls = []
+    blocks = model.blocks if kind == 0 else model.joint_blocks
+    blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    model.grad_checkpointing = True
+    torch.testing.assert_close(outputs_and_gradients(model, y), plain, rtol=0, atol=0)
+    assert len(calls) == 4
+    with torch.no_grad():
+        model(torch.zeros(2, 4, 8, 8), torch.zeros(2), y)  # nothing to keep: no checkpoint
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["SiT", "MMDiT"])
+def test_compiled_blocks_share_graphs_and_give_the_same(kind, monkeypatch):
+    """One graph for tapped and one for other blocks (MMDiT's last has one more); Phase II compiles nothing.
+
+    Without the minute that making C++ takes: test_loss_curve.py does that.
+    """
+    model, y = nano_models()[kind]
+    eager = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    plain = outputs_and_gradients(model, y)
+    torch._dynamo.reset()
+    counters.clear()
+    model.compile()
+    torch.testing.assert_close(outputs_and_gradients(model, y), plain, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 2 + kind and not counters["graph_break"]
 
 
 def test_no_logits_and_no_projector_in_sampling(monkeypatch):

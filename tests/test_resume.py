@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+import loss
 import train
 import training
 from checkpoints import prune_checkpoints, read_newest, saved_steps
@@ -149,12 +150,27 @@ def test_too_many_skipped_steps_stop_the_run(monkeypatch, tiny_data, teacher_fil
 
 
 def test_scaler_skips_are_counted(monkeypatch, scaled, tiny_data, tmp_path):
-    """With fp16's scaler some are normal, by default; the scale is halved by each."""
-    break_loss(monkeypatch, 1, 2)
+    """Gradients that overflow are normal with fp16's scaler, by default; the scale is halved by each."""
+    mean_flat, calls = loss.mean_flat, []
+
+    def overflow(x):
+        calls.append(1)
+        if len(calls) <= 2:
+            x.register_hook(lambda gradient: gradient * float("inf"))
+        return mean_flat(x)
+
+    monkeypatch.setattr(loss, "mean_flat", overflow)
     run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 3))
     assert [row["skipped"] for row in metrics(tmp_path)] == ["1", "1", "0"]
     assert checkpoint(tmp_path, 3)["scaler"]["scale"] == 2.0 ** 12
     assert list(checkpoint(tmp_path, 3)["opt"]["state"]) and checkpoint(tmp_path, 3)["opt"]["state"][1]["step"] == 1
+
+
+def test_a_scaler_lets_no_loss_pass_that_is_not_finite(monkeypatch, scaled, tiny_data, tmp_path):
+    """No scale mends that."""
+    break_loss(monkeypatch, 1)
+    with pytest.raises(BadInput, match="denoise is not finite at step 1"):
+        run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 3))
 
 
 def test_weights_that_are_not_finite_are_never_saved(monkeypatch, tiny_data, tmp_path):

@@ -8,7 +8,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import dataset
 import encoders
 import train
 import training
@@ -16,12 +18,13 @@ from evaluations import features
 from evaluations.during_training import Evaluation
 from evaluations.scores import load_set, score
 from files import BadInput
-from models.sit import SIT_CONFIGS
+from models.sit import SIT_CONFIGS, SiT_models
 from tests.conftest import (
     CLASSES,
     ROOT,
     call_main,
     checkpoint,
+    fresh_script,
     metrics,
     script,
     train_arguments,
@@ -41,7 +44,7 @@ def count_teacher(monkeypatch):
 
 
 def test_both_phases(monkeypatch, tiny_data, teacher_file, tmp_path):
-    """The teacher is called exactly early-stop-point times; loss terms are there before and gone after."""
+    """The teacher is called exactly early-stop-point times; loss terms and images are there before and gone after."""
     calls, teachers, freed = count_teacher(monkeypatch), [], []
     load_vit, update_ema = train.load_vit, training.update_ema
 
@@ -50,12 +53,15 @@ def test_both_phases(monkeypatch, tiny_data, teacher_file, tmp_path):
         teachers.append(weakref.ref(vit))
         return vit
 
+    load_image, images = dataset.load_image, []
+    monkeypatch.setattr(dataset, "load_image", lambda *args: images.append(1) or load_image(*args))
     monkeypatch.setattr(train, "load_vit", load)
     monkeypatch.setattr(training, "update_ema", lambda *args: freed.append(teachers[0]() is None) or update_ema(*args))
     run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, "--early-stop-point", 4,
                                       "--checkpointing-steps", 4))
     rows = metrics(tmp_path)
     assert calls == [8] * 4 and freed == [False] * 4 + [True] * 2
+    assert len(images) == 1 + 4 * 8  # one as a check; none in Phase II
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
     for row in rows[:4]:
         assert float(row["feature"]) != 0 and float(row["attention"]) > 0
@@ -163,7 +169,8 @@ def test_previews_are_of_the_ema_with_fixed_noise(monkeypatch, tiny_data, tmp_pa
         first, second = (np.asarray(Image.open(folder / f"{step:07d}.png")) for step in (1, 2))
         assert first.shape == np.asarray(Image.open(folder / "truth.png")).shape == (256, 256, 3)
         assert np.array_equal(first, second) == (decay == 1)
-        assert list((tmp_path / str(decay) / "logs/run").rglob("events*"))
+        events = EventAccumulator(str(next((tmp_path / str(decay) / "logs/run").rglob("events*")).parent)).Reload()
+        assert events.Tags()["images"] == ["truth", "samples"] and [e.step for e in events.Images("samples")] == [1, 2]
 
 
 def test_published_command_line(tiny_data, tmp_path):
@@ -182,6 +189,62 @@ def test_published_command_line(tiny_data, tmp_path):
     assert "needs a GPU: training in float32" in done.stderr
     assert list((tmp_path / "logs/wandb").glob("offline-run-*"))
     assert checkpoint(tmp_path, 2)["steps"] == 2
+
+
+FLAGS = [("--path-type", "cosine"), ("--weighting", "lognormal"), ("--attn-heads", 1), ("--attn-layers", "0:3,2:5"),
+         ("--encoder-depth", 1), ("--enc-blocks", 11), ("--proj-coeff", 0.7), ("--attn-coeff", 0.7), ("--adam-beta1", 0.5),
+         ("--adam-beta2", 0.5), ("--adam-epsilon", 1e-3), ("--adam-weight-decay", 0.5), ("--learning-rate", 1e-2),
+         ("--max-grad-norm", 0.1), ("--ema-decay", 0.5), ("--seed", 1), ("--cfg-prob", 0.9), ("--qk-norm",)]
+
+
+def test_every_flag_of_the_step_changes_the_weights(monkeypatch, tiny_data, teacher_file, tmp_path):
+    """And nothing but these does: the same command twice gives the same."""
+    found = {}
+    for i, flag in enumerate([(), ("--num-workers", 1), *FLAGS]):
+        out = tmp_path / str(i)
+        run(monkeypatch, *train_arguments(tiny_data, out, "--enc-weights", teacher_file, "--max-train-steps", 2, *flag))
+        state = checkpoint(out, 2)
+        found[flag] = torch.cat([value.flatten() for part in ("model", "ema") for value in state[part].values()])
+    assert torch.equal(found.pop(()), found.pop(("--num-workers", 1)))
+    plain = checkpoint(tmp_path / "0", 2)
+    plain = torch.cat([value.flatten() for part in ("model", "ema") for value in plain[part].values()])
+    assert not [flag for flag, weights in found.items() if torch.equal(weights, plain)]
+
+
+def test_a_published_checkpoint_is_continued(monkeypatch, tiny_data, teacher_file, tmp_path):
+    """Its optimizer was not fused, its args are a Namespace and say nothing of the data."""
+    more = ["--enc-weights", teacher_file, "--early-stop-point", 3, "--max-train-steps"]
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, *more, 2))
+    state = checkpoint(tmp_path, 2)
+    model = SiT_models["SiT-N/2"](input_size=16, num_classes=CLASSES, z_dims=(48,))
+    opt = torch.optim.AdamW(model.parameters(), lr=3.0).state_dict()
+    opt["state"] = state["opt"]["state"]
+    args = argparse.Namespace(model="SiT-N/2", num_classes=CLASSES, resolution=64, learning_rate=3.0)
+    path = tmp_path / "run/checkpoints/0000002.pt"
+    torch.save({"model": state["model"], "ema": state["ema"], "opt": opt, "args": args, "steps": 2}, path)
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, *more, 5))
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path / "whole", *more, 5))
+    for name, value in checkpoint(tmp_path / "whole", 5)["model"].items():
+        assert torch.equal(value, checkpoint(tmp_path, 5)["model"][name]), name
+
+
+def test_another_run_is_refused_before_its_first_checkpoint(monkeypatch, tiny_data, tmp_path):
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 1))
+    (tmp_path / "run/checkpoints/0000001.pt").unlink()
+    before = (tmp_path / "run/metrics.csv").read_bytes()
+    with pytest.raises(BadInput, match="args.json belongs to another run: model was SiT-N/2"):
+        run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--model", "SiT-S/8"))
+    assert (tmp_path / "run/metrics.csv").read_bytes() == before
+
+
+def test_processes_without_a_gpu_are_one_run(tiny_data, tmp_path):
+    """Under the real torchrun, by the real command line."""
+    arguments = ["none" if argument == "dinov2-vit-n" else "SiT-S/8" if argument == "SiT-N/2" else argument for argument in
+                 train_arguments(tiny_data, tmp_path, "--max-train-steps", 2)]
+    done = fresh_script("train.py", *arguments, launcher=["-m", "torch.distributed.run", "--nproc_per_node=2"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 process(es) on cpu" in (tmp_path / "run/log.txt").read_text()
+    assert [row["step"] for row in metrics(tmp_path)] == ["1", "2"]
 
 
 def test_defaults_follow_the_model_and_resolution():
@@ -231,13 +294,13 @@ def test_scores_while_training(monkeypatch, data, scorer, tmp_path):
 
 def test_scores_are_those_of_the_samples(monkeypatch, data, scorer, tmp_path):
     """Shares of 4 + 2 images, made by two processes or in one batch, are the same six images."""
-    dataset = train.LatentImages(data, 64, CLASSES)
+    entries = train.LatentImages(data, 64, CLASSES)
     found = []
     for size, spans in ((8, [(0, 6)]), (4, [(0, 4), (4, 6)])):
         args = argparse.Namespace(seed=0, batch_size=size, gradient_accumulation_steps=1, resolution=64, eval_samples=6,
                                   eval_ref=data / "images", eval_features="efficientnet-lite0", eval_weights=scorer)
         accelerator = training.Accelerator(cpu=True)
-        evaluation = Evaluation(args, accelerator, dataset, encoders.VAE(ROOT / "assets/vae-emoji"), torch.tensor(CLASSES),
+        evaluation = Evaluation(args, accelerator, entries, encoders.VAE(ROOT / "assets/vae-emoji"), torch.tensor(CLASSES),
                                 (4, 16, 16))
         with torch.random.fork_rng():
             torch.manual_seed(0)

@@ -1,0 +1,59 @@
+"""What the published code does in a step and in a sampler's call, restated to be measured against; not for use.
+
+q k^T is formed in every block of student and teacher, in both phases and when sampling; the projector always runs; the
+maps' softmax is kept for the backward pass; the average of the weights is a loop over parameters; the optimizer is not
+fused; four numbers a step are read back from the device.
+"""
+import torch
+
+from loss import feature_loss, interpolant, mean_flat
+from models.layers import QK, unpatchify
+
+
+def forward(model, x, t, y):
+    """(v, projected features, logits (N, H, T, T) of every block) of a SiT."""
+    tokens = model.x_embedder(x) + model.pos_embed
+    c = model.t_embedder(t) + model.y_embedder(y)
+    logits, features = [], []
+    for i, block in enumerate(model.blocks):
+        (q, k, v), rest = block.before(tokens, c)
+        logits.append(QK(q, k).logits())
+        tokens = block.after(tokens, torch.nn.functional.scaled_dot_product_attention(q, k, v), rest)
+        if i + 1 == model.encoder_depth:
+            features = [project(tokens) for project in model.projectors]
+    return unpatchify(model.final_layer(tokens, c), model.patch_size), features, logits
+
+
+def attention_loss(student, teacher, heads=12):
+    """Cross-entropy of whole maps, by autograd."""
+    losses = [-(t[:, :heads].float().softmax(dim=-1) * s[:, :heads].float().log_softmax(dim=-1)).sum(dim=-1).mean()
+              for s, t in zip(student, teacher, strict=True)]
+    return torch.stack(losses).mean()
+
+
+def training_step(args, accelerator, model, ema, optimizer, teacher, pairs, batch, draws, y_null, aligned):
+    """One step on `batch`; `teacher` taps all its blocks. Phase II (not `aligned`) does all of it but the two losses."""
+    with torch.no_grad():
+        mean, std = batch["moments"].chunk(2, dim=1)
+        x = (mean + std * draws["posterior"]) * 0.18215
+        y = torch.where(draws["drop"] < args.cfg_prob, y_null, batch["y"])
+        with accelerator.autocast():
+            target = teacher(batch["image"])
+            maps = {block: qk.logits() for block, qk in target.attention.items()}
+    alpha, sigma, d_alpha, d_sigma = (a[:, None, None, None] for a in interpolant(draws["u"], args.path_type))
+    with accelerator.autocast():
+        v, features, logits = forward(model, alpha * x + sigma * draws["noise"], draws["u"], y)
+    denoise = mean_flat((v.float() - (d_alpha * x + d_sigma * draws["noise"])) ** 2).mean()
+    feature = torch.stack([feature_loss(p, z) for p, z in zip(features, target.features, strict=True)]).mean()
+    loss, attention = denoise, denoise.new_zeros(())
+    if aligned:
+        attention = attention_loss([logits[s] for s, _ in pairs], [maps[t] for _, t in pairs])
+        loss = denoise + args.proj_coeff * feature + args.attn_coeff * attention
+    accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
+            average.mul_(args.ema_decay).add_(parameter.data, alpha=1 - args.ema_decay)
+    return [value.item() for value in (denoise, feature, attention, norm)]

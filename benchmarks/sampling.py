@@ -1,0 +1,94 @@
+"""Images a second when sampling: the published network call, ours, in bf16, compiled; and calls of the network, counted.
+
+    python benchmarks/sampling.py --model SiT-B/2 --batch-size 8
+
+All variants run in one process, in turns, each sampling one batch without the VAE. Weights are random.
+"""
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import published
+from benchmarks.measure import alternate, machine, table
+from models.sit import SIT_CONFIGS, SiT_models
+from samplers import euler_maruyama_sampler, euler_sampler, guided
+from speed import tune
+
+VARIANTS = ("published", "ours", "bf16", "compiled", "compiled bf16")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", choices=SIT_CONFIGS, default="SiT-B/2", help="default SiT-B/2")
+    add("--batch-size", type=int, default=8, help="images (default 8)")
+    add("--resolution", type=int, default=256, help="pixels a side, latents an eighth of it (default 256)")
+    add("--modes", nargs="+", choices=["sde", "ode", "heun"], default=["sde"], help="default sde")
+    add("--num-steps", type=int, default=10, help="sampler steps (default 10)")
+    add("--cfg-scale", type=float, default=1.65, help="default 1.65")
+    add("--guidance-high", type=float, default=0.72, help="default 0.72")
+    add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default all")
+    add("--rounds", type=int, default=5, help="timed batches of each (default 5)")
+    return parser.parse_args()
+
+
+def networks(args, device):
+    """{variant: model(x, t, y) -> v}."""
+    def make(variant):
+        torch.manual_seed(0)
+        model = SiT_models[args.model](input_size=args.resolution // 8).to(device).eval()
+        for block in model.blocks:
+            torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)
+        if "compiled" in variant:
+            model.compile()
+        if "bf16" in variant:
+            model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
+        if variant == "published":
+            return lambda x, t, y: published.forward(model, x, t, y)[0]
+        return model
+    return {variant: make(variant) for variant in args.variants}
+
+
+@torch.no_grad()
+def main():
+    args = parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tune(1, tf32=True)
+    print(machine(device))
+    side = args.resolution // 8
+    z = torch.randn(args.batch_size, 4, side, side, device=device, generator=torch.Generator(device).manual_seed(0))
+    y = torch.arange(args.batch_size, device=device)
+    rows, models = [], networks(args, device)
+    for mode in args.modes:
+        calls = []
+
+        def sample(variant, mode=mode, calls=calls):
+            def counted(x, t, y):
+                calls.append(len(x))
+                return models[variant](x, t, y)
+
+            velocity = guided(counted, y, torch.full_like(y, 1000), args.cfg_scale, 0.0, args.guidance_high)
+            if mode == "sde":
+                return euler_maruyama_sampler(velocity, z, args.num_steps)
+            return euler_sampler(velocity, z, args.num_steps, heun=mode == "heun")
+
+        works = {variant: (lambda variant=variant, sample=sample: sample(variant)) for variant in args.variants}
+        seconds = {variant: statistics.median(s) for variant, s in alternate(works, args.rounds, device).items()}
+        for variant, median in seconds.items():
+            calls.clear()
+            works[variant]()
+            ratio = f"{seconds['published'] / median:.2f}" if "published" in seconds else "-"
+            rows.append([mode, variant, f"{median:.2f}", f"{args.batch_size / median:.3f}", ratio,
+                         f"{calls.count(args.batch_size)} + {calls.count(2 * args.batch_size)} doubled"])
+    print(f"\n{args.model}, {args.resolution} px, batch {args.batch_size}, {args.num_steps} steps, guidance {args.cfg_scale} on "
+          f"[0, {args.guidance_high}]\n")
+    print(table(["sampler", "variant", "seconds a batch", "images/s", "times faster than published", "network calls"], rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Time, peak memory and model FLOPs of a training step: the published recipe, ours, ours compiled, and plain SiT.
+
+    python benchmarks/step_time.py --model SiT-B/2 --batch-size 8 --mixed-precision no
+    python benchmarks/step_time.py --model SiT-XL/2 --batch-size 32 64 --mixed-precision bf16 fp16
+
+All variants run in one process, in turns. Weights are random, data are in memory: what is measured is the step. `plain` is
+SiT without teacher, taps and projector: the floor. Memory is weights, average, optimizer state and teacher, and what the
+step adds to them at its highest. FLOPs are the products of forward, backward and teacher; on a GPU they give the MFU.
+"""
+import argparse
+import copy
+import gc
+import statistics
+import sys
+import warnings
+from pathlib import Path
+
+import timm
+import torch
+from accelerate import Accelerator
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import published
+from benchmarks.measure import added_memory, alternate, machine, spread, table
+from dataset import step_draws
+from encoders import TEACHERS, Teacher
+from files import check_bounds
+from loss import SILoss
+from models.sit import SIT_CONFIGS, SiT_models
+from speed import tune
+from training import backward_and_step, batch_loss, update_ema
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, bf16 and fp16, by the makers' data sheets
+VARIANTS = ("published", "ours", "compiled", "plain")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", choices=SIT_CONFIGS, default="SiT-B/2", help="default SiT-B/2")
+    add("--batch-size", type=int, nargs="+", default=[8], help="images a step, one or more (default 8)")
+    add("--resolution", type=int, default=256, help="pixels a side, latents an eighth of it (default 256)")
+    add("--mixed-precision", nargs="+", choices=["no", "fp16", "bf16"], default=["no"], help="one or more (default no)")
+    add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default all")
+    add("--phases", nargs="+", type=int, choices=[1, 2], default=[1, 2], help="default both")
+    add("--rounds", type=int, default=7, help="timed steps of each (default 7)")
+    add("--enc-type", choices=TEACHERS, default="dinov2-vit-b", help="default dinov2-vit-b")
+    add("--no-attention", action="store_true", help="without the attention loss, to see what memory it takes")
+    add("--grad-checkpointing", action="store_true", help="as in train.py")
+    args = parser.parse_args()
+    check_bounds(args, {"rounds": (1, float("inf")), "resolution": (16, float("inf"))})
+    return args
+
+
+class Run:
+    """Models, optimizers, teacher and one batch, for all variants of one batch size and precision."""
+
+    def __init__(self, options, batch_size, precision):
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+        self.device, config = self.accelerator.device, SIT_CONFIGS[options.model]
+        self.args = argparse.Namespace(path_type="linear", weighting="uniform", cfg_prob=0.1, proj_coeff=0.5,
+                                       attn_coeff=0.5, max_grad_norm=1.0, ema_decay=0.9999)
+        self.pairs = () if options.no_attention else config["attn_pairs"]
+        self.sizes = {"input_size": options.resolution // 8, "grad_checkpointing": options.grad_checkpointing}
+        self.name, name = options.model, TEACHERS[options.enc_type]
+        self.width = name[1]
+        vit = timm.create_model(name[0], pretrained=False, num_classes=0).eval().requires_grad_(False)
+        grid = self.sizes["input_size"] // config["patch_size"]
+        self.teachers = {"ours": Teacher(vit, grid, [block for _, block in self.pairs]).to(self.device)}
+        if "published" in options.variants:
+            self.teachers["published"] = Teacher(copy.deepcopy(vit), grid, range(len(vit.blocks))).to(self.device)
+        if "compiled" in options.variants:
+            self.teachers["compiled"] = Teacher(copy.deepcopy(vit), grid, self.teachers["ours"].attn_blocks).to(self.device)
+            self.teachers["compiled"].compile()
+        shape = (4, self.sizes["input_size"], self.sizes["input_size"])
+        draws = step_draws(0, 0, batch_size, shape)
+        self.draws = {key: value.to(self.device) for key, value in draws.items()}
+        generator = torch.Generator().manual_seed(0)
+        self.batch = {"moments": torch.cat([torch.randn(batch_size, *shape, generator=generator),
+                                            torch.full((batch_size, *shape), 0.1)], dim=1).to(self.device),
+                      "y": torch.randint(1000, (batch_size,), generator=generator).to(self.device),
+                      "image": torch.randint(256, (batch_size, 3, options.resolution, options.resolution), dtype=torch.uint8,
+                                             generator=generator).to(self.device)}
+        self.y_null = torch.tensor(1000, device=self.device)
+        self.parts = {}
+
+    def model(self, variant):
+        """(model, average, optimizer, prepared model, prepared optimizer), made once; published and ours share them."""
+        key = "ours" if variant == "published" else variant
+        if key not in self.parts:
+            torch.manual_seed(0)
+            model = SiT_models[self.name](z_dims=() if key == "plain" else (self.width,), **self.sizes).to(self.device)
+            with torch.no_grad():  # off the zeros of adaLN, as after some training
+                for block in model.blocks:
+                    block.adaLN_modulation[1].weight.normal_(std=0.02)
+            ema = copy.deepcopy(model).requires_grad_(False)
+            if key == "compiled":
+                model.compile()
+            optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0, fused=True)
+            self.parts[key] = (model, ema, optimizer, *self.accelerator.prepare(model, optimizer))
+        return self.parts[key]
+
+    def step(self, variant, phase):
+        """The function that does one step."""
+        model, ema, optimizer, wrapped, wrapped_optimizer = self.model(variant)
+        loss_fn, teacher, aligned = SILoss(attn_pairs=self.pairs), self.teachers.get(variant), phase == 1
+        if variant == "published":
+            unfused = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0)
+
+            def work():
+                for group in unfused.param_groups:  # one state for both, so that memory is not counted twice
+                    unfused.state = optimizer.state
+                    group["foreach"] = None
+                published.training_step(self.args, self.accelerator, model, ema, self.accelerator.prepare(unfused), teacher,
+                                        self.pairs, self.batch, self.draws, self.y_null, aligned)
+            return work
+
+        def work():
+            model.projectors.requires_grad_(aligned)
+            loss, _ = batch_loss(self.args, self.accelerator, loss_fn, wrapped, teacher if aligned else None, self.batch,
+                                 self.draws, self.y_null)
+            backward_and_step(self.args, self.accelerator, loss, model, optimizer, wrapped_optimizer)
+            update_ema(ema, model, self.args.ema_decay)
+        return work
+
+    def held(self, variant, phase):
+        """Bytes of weights, average, optimizer state and, where it is there, the teacher."""
+        model, ema, optimizer, *_ = self.model(variant)
+        tensors = [*model.state_dict().values(), *ema.state_dict().values(),
+                   *(value for state in optimizer.state.values() for value in state.values())]
+        if variant in self.teachers and (phase == 1 or variant == "published"):
+            tensors += self.teachers[variant].vit.state_dict().values()
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def measure(options, batch_size, precision):
+    run = Run(options, batch_size, precision)
+    wanted = {(variant, phase): run.step(variant, phase) for variant in options.variants for phase in options.phases
+              if (variant, phase) != ("plain", 1) or options.phases == [1]}
+    seconds = alternate(wanted, options.rounds, run.device)
+    rows, floor = [], next((statistics.median(s) for (v, _), s in seconds.items() if v == "plain"), None)
+    for (variant, phase), work in wanted.items():
+        gc.collect()
+        memory = (added_memory(work, run.device) + run.held(variant, phase)) / 2 ** 30
+        with FlopCounterMode(display=False) as counter:
+            run.step("ours" if variant == "compiled" else variant, phase)()  # compiled products are not seen
+        median, base = statistics.median(seconds[variant, phase]), variant != "plain" and seconds.get(("published", phase))
+        flops = counter.get_total_flops()
+        peak = next((peak for gpu, peak in PEAK_FLOPS.items()
+                     if run.device.type == "cuda" and gpu in torch.cuda.get_device_name()), None)
+        rows.append([variant, "-" if variant == "plain" else phase, spread(seconds[variant, phase]),
+                     f"{statistics.median(base) / median:.2f}" if base else "-",
+                     f"{median / floor:.3f}" if floor else "-", f"{memory:.2f}", f"{flops / 1e12:.2f}",
+                     f"{100 * flops / median / peak:.1f} %" if peak and precision != "no" else "-"])
+    print(f"\n{options.model}, {options.resolution} px, batch {batch_size}, precision {precision}"
+          + (", no attention loss" if options.no_attention else "")
+          + (", gradient checkpointing" if options.grad_checkpointing else "") + "\n")
+    print(table(["variant", "phase", "seconds a step: median (lowest to highest)", "times faster than published",
+                 "seconds / plain's", "peak GiB", "TFLOP", "MFU"], rows), flush=True)
+
+
+def main():
+    options = parse_args()
+    warnings.filterwarnings("ignore")
+    tune(1, tf32=True)
+    print(machine("cuda" if torch.cuda.is_available() else "cpu"))
+    for precision in options.mixed_precision:
+        for batch_size in options.batch_size:
+            Accelerator().state._reset_state(reset_partial_state=True)
+            measure(options, batch_size, precision)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
