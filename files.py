@@ -4,9 +4,14 @@ import contextlib
 import errno
 import hashlib
 import json
+import lzma
+import multiprocessing
 import os
 import pickle
 import sys
+import tempfile
+import tokenize
+import traceback
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -17,8 +22,14 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from processes import ENDED, end_at_once, is_watched, others_ended
+
 # What opening and decoding a damaged image may raise; the bomb is a header that claims more than MAX_IMAGE_PIXELS.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+IMAGE_FORMATS = ("PNG", "JPEG")  # Pillow knows many more, and hands some of them (EPS) to other programs
+# The same of a damaged .npy or .npz: NumPy parses a header as Python, zipfile refuses methods and encryption.
+ARRAY_ERRORS = (OSError, ValueError, EOFError, OverflowError, MemoryError, SyntaxError, TypeError, tokenize.TokenError,
+                RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -36,12 +47,27 @@ def first_line(error):
 
 
 def run_script(main):
-    """Call `main()`; a BadInput ends the process with its sentence on stderr and exit status 1, without a traceback."""
+    """Call `main()`; a BadInput ends the process with its sentence on stderr and exit status 1, without a traceback.
+
+    The same goes for what happens to a process of several when another one is gone.
+    """
+    said = None
     try:
         main()
     except BadInput as error:
         sentence = str(error).rsplit("BadInput: ", 1)[-1].strip()  # a loader's worker wraps it in a traceback's text
-        sys.exit(f"error: {sentence}")
+        said = f"error: {sentence}"
+    except Exception:
+        if not is_watched():
+            raise
+        said = ENDED if others_ended() else traceback.format_exc()
+    finally:
+        for worker in multiprocessing.active_children():  # loader processes, which ignore SIGTERM; idle or stuck by now
+            worker.kill()
+    if said and is_watched():
+        end_at_once(said)
+    if said:
+        sys.exit(said)
 
 
 def check_bounds(args, bounds):
@@ -59,13 +85,40 @@ def writing(path):
     path = Path(path)
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError):  # torch.save puts one about positions in the place of the write's error
+            error = error.__context__
+            if not isinstance(error, OSError):
+                raise
         named = None if error.filename is None else Path(error.filename)
         if named and named not in path.parents and named.parent != path.parent and path not in named.parents:
             raise  # about another file, which the caller was reading
         remedy = "make room" if error.errno in NO_ROOM else "name a folder that can be written to"
         raise BadInput(f"{path} could not be written ({error.strerror or error}), what was there before is as it was; "
                        f"{remedy} and run the command again.") from error
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Turn a failure to look at `path` or below it (no permission, a link to nowhere, too long a name) into BadInput."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"{error.filename or path} cannot be read ({error.strerror or error}); give another path, or make "
+                       "this one readable.") from error
+
+
+def is_file(path):
+    """Whether `path` is a file. Raises BadInput where that cannot be told."""
+    with reading(path):
+        return Path(path).is_file()
+
+
+def check_writable(folder):
+    """Make `folder` if it is not there; raises BadInput unless files can be made in it. None is left behind."""
+    with writing(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextlib.contextmanager
@@ -116,9 +169,14 @@ def read_json(path, kind=dict):
     return value
 
 
+def open_image(file):
+    """Pillow's image of a path or an open file, of IMAGE_FORMATS only. Raises IMAGE_ERRORS."""
+    return Image.open(file, formats=IMAGE_FORMATS)
+
+
 def sha256_of(path):
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -126,7 +184,8 @@ def sha256_of(path):
 
 def weights_key(source):
     """What tells two sources of weights apart: the sha256 of a folder's safetensors, or a hub name as it is."""
-    found = sorted(Path(source).glob("*.safetensors"))
+    with reading(source):
+        found = sorted(Path(source).glob("*.safetensors"))
     return " ".join(sha256_of(path) for path in found) or str(source)
 
 
@@ -138,7 +197,7 @@ def load_tensors(path, mmap=False, verify=False):
     a missing file, Unreadable for a damaged or refused one.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise BadInput(f"{path} does not exist; give the path of a weight or checkpoint file.")
     damaged = f"{path} is damaged or not a torch file"
     if path.suffix == ".safetensors":
@@ -171,6 +230,6 @@ def load_array(path):
         return np.array(np.lib.format.open_memmap(path, mode="r"))
     except FileNotFoundError as error:
         raise BadInput(f"{path} is missing; make it again with the preprocessing.") from error
-    except (ValueError, EOFError, OSError, OverflowError, MemoryError, SyntaxError, TypeError) as error:
+    except ARRAY_ERRORS as error:
         raise BadInput(f"{path} is no readable .npy file ({first_line(error)}); make it again with the "
                        "preprocessing.") from error

@@ -26,6 +26,7 @@ from encoders import VAE, to_device
 from files import IMAGE_ERRORS, BadInput, atomic_write, check_bounds, read_json, remove_temporaries, run_script
 from models.sit import SIT_CONFIGS, SiT_models
 from pictures import image_grid
+from processes import leave, watch_others
 from samplers import euler_maruyama_sampler, euler_sampler, guided
 from speed import check_compiler, tune
 from training import PATIENCE
@@ -236,6 +237,7 @@ def write_outputs(args, folder, path_of, columns=None, texts=None):
 def setup(args):
     """Process state, VAE and switches shared by both sampling scripts."""
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    watch_others()
     torch.set_grad_enabled(False)
     tune(state.num_processes, args.tf32)
     if args.mixed_precision == "fp16" and state.device.type == "cpu":
@@ -275,7 +277,7 @@ def main():
     make_images(args, folder, model, vae, condition, path_of)
     few = args.num_classes if args.labels == "balanced" and args.num_classes <= 16 else None
     write_outputs(args, folder, path_of, columns=few)
-    state.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dataset import CaptionedImages
 from files import BadInput, atomic_write, run_script
 from generate import add_sampling_arguments, make_images, read_checkpoint, ready, sample_folder, setup, write_outputs
 from models.mmdit import MMDIT_CONFIGS, MMDiT_models
+from processes import leave
 
 
 def parse_args():
@@ -109,7 +110,7 @@ def main():
         with atomic_write(folder / "captions.txt") as file:
             file.writelines(f"{text}\n".encode() for text in texts)
     write_outputs(args, folder, path_of, texts=texts)
-    state.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
 
@@ -23,6 +22,7 @@ from evaluations.extract import join_processes
 from evaluations.features import EFFICIENTNET_PATH, FEATURES, PRESETS, load_extractor
 from evaluations.scores import METRICS, check_metrics, check_pair, default_metrics, load_set, score
 from files import atomic_write, run_script
+from processes import leave
 
 logger = logging.getLogger(__name__)
 
@@ -103,16 +103,13 @@ def parse_args():
 def run(evaluate, lines, args):
     """Print the `lines` of what `evaluate(args)` gives and write it to args.json; logs go to stderr."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        result = evaluate(args)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    result = evaluate(args)
     if result:
         print(*lines(result), sep="\n")
         if args.json:
             with atomic_write(args.json, "w") as file:
                 json.dump(result, file, indent=2)
+    leave()
 
 
 def main():

