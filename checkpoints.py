@@ -1,11 +1,12 @@
 """Checkpoints in the published format: {run}/checkpoints/{step:07d}.pt with model, ema, opt, args and steps."""
 import argparse
 import logging
+import os
 from pathlib import Path
 
 import torch
 
-from files import BadInput, Unreadable, atomic_write, load_tensors
+from files import BadInput, Unreadable, atomic_write, load_tensors, writing
 
 logger = logging.getLogger("haste")
 
@@ -41,6 +42,54 @@ def prune_checkpoints(folder, step, keep, every=0):
             (Path(folder) / f"{number:07d}.pt").unlink(missing_ok=True)
 
 
+def is_state(value):
+    """Whether `value` is a state dict of tensors."""
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items())
+
+
+def is_optimizer_state(value):
+    """Whether `value` is what an optimizer's state_dict() gives, for at least one group of parameters."""
+    return (isinstance(value, dict) and isinstance(value.get("state"), dict) and bool(value.get("param_groups"))
+            and isinstance(value["param_groups"], list)
+            and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in value["param_groups"])
+            and all(isinstance(i, int) and isinstance(entry, dict) for i, entry in value["state"].items()))
+
+
+def is_metrics(value):
+    """Whether `value` is of Metrics.state_dict()."""
+    return value is None or (isinstance(value, dict) and isinstance(value.get("rows"), torch.Tensor)
+                             and value["rows"].dim() == 2 and isinstance(value.get("names"), (list, tuple)))
+
+
+def is_whole(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+# What a checkpoint may hold under each name, and in words. A scaler's state and other entries are plain values or None.
+CONTENTS = {
+    "model": (is_state, "named tensors"), "ema": (is_state, "named tensors"), "metrics": (is_metrics, "terms of a loss"),
+    "opt": (is_optimizer_state, "an optimizer's state and param_groups"), "steps": (is_whole, "a number of steps"),
+    "args": (lambda value: isinstance(value, dict), "settings by name")}
+ARGS = {  # the same of what sampling takes from its args; all may be missing or None
+    "model": (lambda value: isinstance(value, str), "a name"), "resolution": (is_whole, "a number"),
+    "num_classes": (is_whole, "a number"), "qk_norm": (lambda value: isinstance(value, bool), "true or false"),
+    "path_type": (lambda value: value in ("linear", "cosine"), "linear or cosine"),
+    "context_shape": (lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_whole, value)),
+                      "two numbers")}
+
+
+def check_contents(path, state, needed):
+    """Raise BadInput for one of the entries `needed` of a checkpoint, or of its args, that is not of its kind."""
+    entries = [(repr(name), state[name], *CONTENTS[name]) for name in CONTENTS if name in state and name in needed]
+    if isinstance(state["args"], dict):
+        entries += [(f"{name!r} in its args", state["args"][name], *kind) for name, kind in ARGS.items()
+                    if state["args"].get(name) is not None]
+    for name, value, is_right, words in entries:
+        if not is_right(value):
+            raise BadInput(f"{path} has a {type(value).__name__} for {name}, which is not {words}; give a checkpoint of "
+                           "train.py.")
+
+
 def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):
     """A checkpoint of ours or of the published code, or a plain state dict (as `ema`), with `args` as a dict.
 
@@ -55,10 +104,9 @@ def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):
         if key not in state:
             raise BadInput(f"{path} has no '{key}'; give a checkpoint of train.py.")
     args = state.get("args", {})
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    if not isinstance(args, dict):
-        raise BadInput(f"{path} has a {type(args).__name__} for 'args'; give a checkpoint of train.py.")
-    return {**state, "args": args}
+    state = {**state, "args": vars(args) if isinstance(args, argparse.Namespace) else args}
+    check_contents(path, state, {*needed, "args", "metrics"})
+    return state
 
 
 def load_weights(module, weights, path):
@@ -80,19 +128,26 @@ def saved_steps(folder):
 def read_newest(folder, step, needed):
     """(path, state) of the checkpoint of `step` in `folder`, for 0 of the newest that can be read; None when it is empty.
 
-    A damaged one is named in the log, left where it is, and the one before it is tried. Raises BadInput when none is left.
+    A damaged one is named in the log and the one before it is tried; when that is good, *.pt.damaged is its name from
+    then on, so that it is no longer one of those to keep. Raises BadInput when none is left.
     """
-    found = saved_steps(folder)
+    found, damaged = saved_steps(folder), []
     if step and step not in found:
         there = ", ".join(map(str, sorted(found))) or "none"
         raise BadInput(f"{folder} has no checkpoint of step {step} (there: {there}); choose another --resume-step.")
     for number in [step] if step else sorted(found, reverse=True):
         try:
-            return found[number], load_checkpoint(found[number], needed, verify=True)
+            state = load_checkpoint(found[number], needed, verify=True)
         except Unreadable as error:
             if step:
                 raise
             logger.warning(f"{error} Trying the checkpoint before it.")
+            damaged.append(found[number])
+            continue
+        for path in damaged:
+            with writing(path):
+                os.replace(path, f"{path}.damaged")
+        return found[number], state
     if found:
         raise BadInput(f"{folder} has no checkpoint that can be read; put a whole one there, or delete them to start anew.")
     return None

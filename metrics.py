@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from files import BadInput, atomic_write, writing
+from files import BadInput, atomic_write, check_writable, is_file, reading, writing
 
 TERMS = ("loss", "denoise", "feature", "attention", "grad_norm")
 COLUMNS = ["step", *TERMS, "skipped", "seconds"]
@@ -18,18 +18,28 @@ logger = logging.getLogger("haste")
 
 def start_trackers(accelerator, args):
     """wandb or tensorboard, if asked for; wandb offline with WANDB_MODE=offline."""
+    folder = Path(args.output_dir) / args.logging_dir
+    if args.report_to != "none" and accelerator.is_main_process:
+        check_writable(folder)
     config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
     if args.report_to != "wandb":
-        return accelerator.init_trackers(args.exp_name, config=config)
+        with writing(folder / args.exp_name):
+            return accelerator.init_trackers(args.exp_name, config=config)
     import wandb  # only when asked for
-    folder = Path(args.output_dir) / args.logging_dir
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     try:
         accelerator.init_trackers("HASTE", config=config, init_kwargs={"wandb": {"name": args.exp_name, "dir": str(folder)}})
     except (wandb.errors.Error, ValueError) as error:  # a ValueError: of its environment variables
         raise BadInput(f"wandb could not start ({error}); run `wandb login`, set WANDB_MODE=offline, or use --report-to "
                        "none.") from error
+
+
+def rows_of(path):
+    """(column names, rows) of a metrics.csv, without the lines that a crash has cut short or filled with other bytes."""
+    with reading(path):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    reader = csv.DictReader(line for line in text.splitlines() if line.isascii() and line.isprintable())
+    rows = [row for row in reader if None not in row and None not in row.values() and row.get("step", "").isdigit()]
+    return list(reader.fieldnames or ()), rows
 
 
 class Metrics:
@@ -46,19 +56,15 @@ class Metrics:
         self.names, self.pending = (state["names"], list(state["rows"])) if state else (TERMS, [])
         self.max_skipped, self.in_a_row = max_skipped, 0
         self.started = time.time()
-        if accelerator.is_main_process:
-            kept = []
-            if path.is_file():  # rows past the checkpoint that this run continues from are about to be made again
-                with open(path, newline="", errors="replace") as file:
-                    reader = csv.DictReader(file)
-                    kept = [row for row in reader if None not in row.values() and row.get("step", "").isdigit()
-                            and int(row["step"]) <= start_step - len(self.pending)]  # a last line may be cut short
-                self.columns += [name for name in reader.fieldnames or () if name not in self.columns]
-            with atomic_write(path, "w") as file:
-                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(kept)
-        accelerator.wait_for_everyone()
+
+    def begin(self):
+        """Write the file without the rows past the checkpoint that the run continues from: they are made again."""
+        names, rows = rows_of(self.path) if is_file(self.path) else ([], [])
+        self.columns += [name for name in names if name not in self.columns]
+        with atomic_write(self.path, "w") as file:
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row for row in rows if int(row["step"]) <= self.step - len(self.pending))
 
     def add(self, terms):
         """The next step's `terms`: one detached scalar tensor per name of TERMS that this phase has."""

@@ -1,7 +1,11 @@
 """When to save beside the usual steps: on a signal, which also ends the run, or when some minutes have passed.
 
-The first SIGTERM or SIGUSR1 asks the run to save after the step and to exit with EXIT_CODE; another one, from
-SECOND_AFTER seconds later on, ends the process at once, which harms nothing: files have their names only when complete.
+SIGTERM and SIGUSR1 mean, from `listen` on,
+    before the first step   an end at once with EXIT_CODE: there is nothing to save yet
+    while a Preemption is entered   the first one asks the run to save after the step and to exit with EXIT_CODE;
+        another one, from SECOND_AFTER seconds later on, ends the process at once, which harms nothing: files have their
+        names only when complete
+    after it        nothing: the run is over, and its exit status is its own
 """
 import os
 import signal
@@ -15,6 +19,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, give the same com
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SECOND_AFTER = 1.0  # a cluster and a launcher may both pass one signal on; what comes this soon is the same request
 SAVE, STOP = 1, 2
+BEFORE, STEPS, AFTER = range(3)
 
 
 def ignore_signals(_worker=None):
@@ -23,34 +28,56 @@ def ignore_signals(_worker=None):
         signal.signal(number, signal.SIG_IGN)
 
 
+class Listener:
+    """The thread that acts on signals, one for the process, and what it has heard."""
+
+    def __init__(self):
+        # Python runs its handlers only between bytecodes, so never while a collective hangs. The wakeup descriptor is
+        # written by the C handler at once, and the thread reads it.
+        self.phase, self.heard, self.first = BEFORE, None, None
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self):
+        while True:
+            number = os.read(self.reader, 1)[0]
+            if number not in SIGNALS or self.phase == AFTER:
+                continue
+            if self.phase == BEFORE:
+                os.write(2, b"stopped by a signal before the first step; the same command starts again\n")
+                os._exit(EXIT_CODE)
+            if self.heard is None:
+                self.heard, self.first = signal.Signals(number), time.monotonic()
+            elif time.monotonic() - self.first >= SECOND_AFTER:
+                os._exit(128 + number)
+
+
+_listener = None
+
+
+def listen():
+    """Take the signals over; to be called first of all, by the main thread."""
+    global _listener
+    _listener = _listener or Listener()
+    _listener.phase, _listener.heard = BEFORE, None
+    signal.set_wakeup_fd(_listener.writer, warn_on_full_buffer=False)
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+
+
 class Preemption:
-    """Listens while entered; every process calls `decide` after every step, and `was_saved` after saving."""
+    """Entered for the steps; every process calls `decide` after every step, and `was_saved` after saving."""
 
     def __init__(self, processes, minutes=0, patience=None):
-        self.signal, self.seconds, self.saved = None, 60 * minutes or float("inf"), time.monotonic()
+        self.seconds, self.saved = 60 * minutes or float("inf"), time.monotonic()
         # A group of its own on the CPU: agreeing must neither wait for the device nor mix with the gradients' sums.
         self.group = dist.new_group(backend="gloo", timeout=patience) if processes > 1 else None
         self.pending, self.stale = None, False
 
     def __enter__(self):
-        # Python runs its handlers only between bytecodes, so never while a collective hangs. The wakeup descriptor is
-        # written by the C handler at once, and the thread below reads it.
-        self.reader, self.writer = os.pipe()
-        os.set_blocking(self.writer, False)
-        self.handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-        self.wakeup = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
-        self.thread = threading.Thread(target=self._listen, daemon=True)
-        self.thread.start()
+        _listener.phase = STEPS
         return self
-
-    def _listen(self):
-        while number := os.read(self.reader, 1)[0]:
-            if number not in SIGNALS:
-                continue
-            if self.signal is None:
-                self.signal, first = signal.Signals(number), time.monotonic()
-            elif time.monotonic() - first >= SECOND_AFTER:
-                os._exit(128 + number)
 
     def decide(self):
         """STOP, SAVE or 0, the same on all processes.
@@ -59,7 +86,7 @@ class Preemption:
         during the step, so that nobody waits for it, and a signal is acted on one step later.
         """
         late = time.monotonic() - self.saved >= self.seconds
-        wanted = STOP if self.signal else SAVE if late else 0
+        wanted = STOP if _listener.heard else SAVE if late else 0
         if self.group is None:
             return wanted
         decided = 0
@@ -78,13 +105,8 @@ class Preemption:
         self.saved, self.stale = time.monotonic(), True
 
     def __exit__(self, kind, *_):
-        """Signals mean again what they meant before."""
-        if self.pending and kind in (None, SystemExit):
-            self.pending[0].wait()  # the others still count on this process
-        signal.set_wakeup_fd(self.wakeup)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        os.write(self.writer, b"\0")
-        self.thread.join()
-        for end in (self.reader, self.writer):
-            os.close(end)
+        if kind is None:
+            _listener.phase = AFTER
+            ignore_signals()
+            if self.pending:
+                self.pending[0].wait()  # the others still count on this process

@@ -43,6 +43,8 @@ def replace_parameters(module, function):
 
 def shard(accelerator, model, optimizer, ema):
     """accelerate's (model, optimizer), now split; the EMA's parameters are split in the same way."""
+    # accelerate launch's default has the first process hand out the weights; here every process has them already.
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     prepared = accelerator.prepare(model, optimizer)
     parameters = dict(model.named_parameters())
     replace_parameters(ema, lambda name, average: split_as(average, parameters[name]))
@@ -68,12 +70,19 @@ def whole_state(state, keep):
     return full.cpu() if keep else None
 
 
-def load_optimizer(optimizer, saved):
+def load_optimizer(optimizer, saved, path):
     """Load a whole optimizer state dict; what is shaped like its parameter is split as the parameter is.
 
-    Of the saved groups only which parameters they hold counts: options, such as fused, are those of `optimizer`.
+    Of the saved groups only which parameters they hold counts: options, such as fused, are those of `optimizer`. Raises
+    BadInput, naming the checkpoint at `path`, for the state of other parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    counts, theirs = ([len(group["params"]) for group in each] for each in (optimizer.param_groups, saved["param_groups"]))
+    shapes = {i: value.shape for i, entry in saved["state"].items() for value in entry.values() if torch.is_tensor(value)
+              and value.dim()}
+    if counts != theirs or any(i >= len(parameters) or parameters[i].shape != shape for i, shape in shapes.items()):
+        raise BadInput(f"{path} has the optimizer's state of another model or optimizer, for {theirs} parameters instead "
+                       f"of {counts} or of other shapes; give the --model and options it was trained with.")
     groups = [{**theirs, **{name: value for name, value in ours.items() if name != "params"}}
               for theirs, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)]
     state = {i: {name: split_as(value, parameters[i]) if value.shape == parameters[i].shape else value

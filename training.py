@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -22,11 +22,12 @@ from checkpoints import check_same_run, load_weights, prune_checkpoints, read_ne
 from dataset import StepBatches, process_places, step_draws
 from encoders import VAE, CachedTeacher, to_device
 from evaluations.during_training import Evaluation, score_names
-from files import BadInput, atomic_write, read_json, remove_temporaries, writing
+from files import BadInput, atomic_write, check_writable, is_file, read_json, remove_temporaries, writing
 from loss import sample_t
 from metrics import Metrics, start_trackers
 from pictures import image_grid
-from preemption import EXIT_CODE, STOP, Preemption, ignore_signals
+from preemption import EXIT_CODE, STOP, Preemption, ignore_signals, listen
+from processes import leave, watch_others
 from samplers import euler_sampler, guided
 from sharding import is_sharded, load_optimizer, shard, whole, whole_module, whole_state
 from speed import check_compiler, tune
@@ -39,6 +40,7 @@ logger = logging.getLogger("haste")
 
 def make_accelerator(args):
     """Accelerator and run folder. fp16 needs a GPU: on a CPU the run is in float32, and says so."""
+    listen()
     run = Path(args.output_dir) / args.exp_name
     precision = args.mixed_precision if torch.cuda.is_available() or args.mixed_precision != "fp16" else "no"
     accelerator = Accelerator(
@@ -48,17 +50,21 @@ def make_accelerator(args):
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir,
                                             logging_dir=str(Path(args.output_dir) / args.logging_dir)))
+    watch_others()
     split = accelerator.num_processes * args.gradient_accumulation_steps
     if args.batch_size < 1 or args.batch_size % split:
         raise BadInput(f"--batch-size {args.batch_size} is global and must divide by processes x accumulation = {split}; "
                        "change one of them.")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
+    logging.raiseExceptions = False  # a full disk costs log.txt its lines, not the run
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if accelerator.is_main_process:
         with writing(run / "log.txt"):
             run.mkdir(parents=True, exist_ok=True)
             logger.handlers = [logging.FileHandler(run / "log.txt")]
         logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        for folder in ["checkpoints"] + ["previews"] * bool(args.sampling_steps):  # rather than after the first steps
+            check_writable(run / folder)
     if precision != args.mixed_precision:
         logger.warning("--mixed-precision fp16 needs a GPU: training in float32 on this CPU.")
     tune(accelerator.num_processes, args.allow_tf32)
@@ -77,7 +83,7 @@ class Previews:
         self.texts = [dataset.text(i) for i in entries] if dataset.texts else None
         moments = torch.stack([dataset.moments(i) for i in entries])
         self.noise = torch.from_numpy(rng.standard_normal(moments.chunk(2, dim=1)[0].shape, dtype=np.float32))
-        self.save("truth", VAE.latents(moments, torch.zeros_like(self.noise)))
+        self.truth = VAE.latents(moments, torch.zeros_like(self.noise))
 
     def save(self, name, latents, step=None):
         images = self.vae.decode(latents)
@@ -160,6 +166,25 @@ def save(args, accelerator, run, step, model, ema, optimizer, metrics, settings)
     prune_checkpoints(run / "checkpoints", step, args.keep_checkpoints, args.keep_every)
 
 
+def read_same(accelerator, folder, step, needed):
+    """read_newest by the main process; the others read the very step that it has found, or raise."""
+    found = read_newest(folder, step, needed) if accelerator.is_main_process else None
+    [chosen] = broadcast_object_list([found and int(found[0].stem)])
+    return found if accelerator.is_main_process or chosen is None else read_newest(folder, chosen, needed)
+
+
+def begin(accelerator, run, settings, metrics, previews):
+    """The first step has found its input good: only from here on is anything of an earlier start changed."""
+    if accelerator.is_main_process:
+        for folder in (run, run / "checkpoints", run / "previews"):
+            remove_temporaries(folder)
+        with atomic_write(run / "args.json", "w") as file:
+            json.dump(settings, file, indent=2)
+        metrics.begin()
+    if previews:
+        previews.save("truth", previews.truth)
+
+
 def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null):
     """Train `model` for args.max_train_steps steps; the same call again continues from the newest checkpoint.
 
@@ -179,7 +204,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
                                   eps=args.adam_epsilon, weight_decay=args.adam_weight_decay, fused=True)
 
     step, pending, opt = 0, None, None
-    found = read_newest(run / "checkpoints", args.resume_step, ("model", "ema", "opt", "args", "steps"))
+    found = read_same(accelerator, run / "checkpoints", args.resume_step, ("model", "ema", "opt", "args", "steps"))
     if found:
         path, state = found
         changed = check_same_run(path, state["args"], settings)
@@ -191,11 +216,11 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
         logger.info(f"continuing from {path}" + "".join(f"; {n} was {old}, is {new}" for n, old, new in changed))
         if {"processes", "gradient_accumulation_steps"} & {name for name, _, _ in changed}:
             logger.info("data, noise and order stay the same; sums over the batch are rounded in another order from here on")
-    elif (run / "args.json").is_file():  # of a run that ended before its first checkpoint
+    elif is_file(run / "args.json"):  # of a run that ended before its first checkpoint
         check_same_run(run / "args.json", read_json(run / "args.json"), settings)
     wrapped, wrapped_optimizer = shard(accelerator, model, optimizer, ema) if is_sharded(accelerator) else (None, None)
     if opt:
-        load_optimizer(optimizer, opt)
+        load_optimizer(optimizer, opt, path)
     found = state = opt = None  # their memory
     shows, scores = (is_due(every, step, max_steps) for every in (args.sampling_steps, args.eval_steps))
     shows, previews, evaluation = shows and accelerator.is_main_process, None, None
@@ -211,12 +236,6 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
         teacher = CachedTeacher(args.teacher_cache, teacher, dataset, accelerator)
         logger.info(f"teacher outputs in {teacher.folder} ({time.time() - started:.0f} s)")
     start_trackers(accelerator, args)
-    # All input has been found good: only from here on is anything of an earlier start changed.
-    if accelerator.is_main_process:
-        for folder in (run, run / "checkpoints", run / "previews"):
-            remove_temporaries(folder)
-        with atomic_write(run / "args.json", "w") as file:
-            json.dump(settings, file, indent=2)
     if shows:
         previews = Previews(args, accelerator, run / "previews", dataset, vae, y_null)
     metrics = Metrics(run / "metrics.csv", accelerator, step, pending,
@@ -225,7 +244,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
                 f"{max_steps}, {accelerator.num_processes} process(es) on {device}, precision "
                 f"{accelerator.mixed_precision}, alignment until step {args.early_stop_point if teacher else 0}")
 
-    y_null, stopped = y_null.to(device), False
+    y_null, begun, stopped = y_null.to(device), False, False
     preemption = Preemption(accelerator.num_processes, args.checkpoint_minutes, PATIENCE)
     with preemption, tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process, mininterval=1) as bar:
         for first, end, aligned in phases(step, max_steps, args.early_stop_point, teacher is not None):
@@ -251,8 +270,11 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
                 for micro_step in range(args.gradient_accumulation_steps):
                     places = process_places(args.batch_size, *split, micro_step)
                     mine = {name: to_device(value[places], device) for name, value in draws.items()}
+                    batch = next(loader)
+                    if not begun:
+                        begun = begin(accelerator, run, settings, metrics, previews) or True
                     with accelerator.accumulate(wrapped):
-                        loss, terms = batch_loss(args, accelerator, loss_fn, wrapped, teacher, next(loader), mine, y_null)
+                        loss, terms = batch_loss(args, accelerator, loss_fn, wrapped, teacher, batch, mine, y_null)
                         norm = backward_and_step(args, accelerator, loss, model, optimizer, wrapped_optimizer)
                         shares.append(terms)
                 update_ema(ema, model, args.ema_decay)
@@ -275,14 +297,15 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
                     break
             if stopped:
                 break
+        if not begun:  # nothing was left to do
+            begin(accelerator, run, settings, metrics, previews)
         if metrics.pending:
             metrics.write()  # of the last steps, fewer than --log-every: a run that goes on replaces this row
     logger.info(f"stopped by a signal after step {done}; the same command continues" if stopped else
                 f"done: {max_steps} steps in {run}")
     for tracker in accelerator.trackers:
         tracker.finish()
-    accelerator.trackers = []
-    accelerator.wait_for_everyone()  # when one process has left, a launcher may end the others
-    accelerator.end_training()
+    loader = None  # ends its processes
+    leave()  # together: when one process has left, a launcher may end the others
     if stopped:
         sys.exit(EXIT_CODE)

@@ -2,6 +2,7 @@
 import itertools
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
+import checkpoints
 import training
 from checkpoints import saved_steps
 from preemption import EXIT_CODE
@@ -135,12 +137,92 @@ def test_one_signal_stops_two_processes_at_one_step(tiny_data, tmp_path):
     assert all(b - a > 1 for a, b in itertools.pairwise(steps[:-1])), steps  # every 2 steps or so, not each
 
 
-def test_one_of_two_processes_killed(tiny_data, tmp_path):
-    """The other one ends with an error, soon."""
-    processes = SERVER.start_all("train.py", *long_run(tiny_data, tmp_path), processes=2)
+def test_a_signal_that_comes_again_while_the_run_ends(tiny_data, tmp_path):
+    """Within the second in which it is the same request, but after the last step: the exit code stays."""
+    process = SERVER.start("train.py", *long_run(tiny_data, tmp_path), before="tests.test_faults.slow_end")
+    wait_for(lambda: (tmp_path / "run/metrics.csv").is_file() and len(metrics(tmp_path)) > 2)
+    process.send(signal.SIGTERM)
+    for _ in range(3):
+        time.sleep(0.6)
+        process.send(signal.SIGTERM)
+    assert process.wait(timeout=20) == EXIT_CODE, process.stderr
+
+
+def slow_end():
+    """As if a tracker had much to send."""
+    leave = training.leave
+    training.leave = lambda: time.sleep(2) or leave()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_first_step(tiny_data, tmp_path, number):
+    """At once and with the same exit code, whatever takes so long; what is there stays as it is."""
+    process = SERVER.start("train.py", *long_run(tiny_data, tmp_path), before="tests.test_faults.slow_start")
+    wait_for(lambda: (tmp_path / "run/log.txt").is_file())
+    time.sleep(0.2)
+    process.send(number)
+    assert process.wait(timeout=2) == EXIT_CODE, process.stderr
+    assert "stopped by a signal before the first step; the same command starts again" in process.stderr
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "log.txt"]
+
+
+def slow_start():
+    training.read_newest = lambda *_: time.sleep(60)
+
+
+ENDED = "error: another process of this run has ended before its time; what it says tells why.\n"
+
+
+@pytest.mark.parametrize("what", ["steps", "something else"])
+def test_one_of_two_processes_killed(tiny_data, tmp_path, what):
+    """The other one ends with a sentence, soon, even if it does not notice by a collective (NCCL waits for two hours)."""
+    processes = SERVER.start_all("train.py", *long_run(tiny_data, tmp_path), processes=2,
+                                 before="tests.test_faults.busy_elsewhere" if what == "something else" else None)
     wait_for(lambda: (tmp_path / "run/metrics.csv").is_file() and len(metrics(tmp_path)) > 2)
     processes[1].kill()
-    assert processes[0].wait(timeout=60) not in (0, EXIT_CODE)
+    assert processes[0].wait(timeout=20) == 1
+    assert processes[0].stderr.endswith(ENDED) and "Traceback" not in processes[0].stderr
+
+
+def busy_elsewhere():
+    """From the sixth step on the first process waits for anything but the others."""
+    step, calls = training.update_ema, itertools.count()
+    training.update_ema = lambda *arguments: time.sleep(
+        60 if next(calls) > 4 and os.environ["RANK"] == "0" else 0) or step(*arguments)
+
+
+@pytest.mark.parametrize("more, limit, words", [
+    (["--output-dir", "/proc/runs"], None, "log.txt could not be written .No such file"),
+    (["--checkpointing-steps", 2], 200_000, "0000002.pt could not be written .File too large")])
+def test_a_mistake_that_one_of_two_processes_sees(tiny_data, tmp_path, more, limit, words):
+    """Its sentence, and one of the other; no traceback."""
+    processes = SERVER.start_all("train.py", *long_run(tiny_data, tmp_path, *more), processes=2,
+                                 before=limit and "tests.test_resume.limit_file_size",
+                                 env={"HASTE_TEST_LARGEST_FILE": str(limit)})
+    assert [process.wait(timeout=20) for process in processes] == [1, 1]
+    assert re.search(f"error: .*{words}", processes[0].stderr), processes[0].stderr
+    assert processes[1].stderr.endswith(ENDED)
+    assert not any("Traceback" in process.stderr for process in processes)
+
+
+@pytest.mark.parametrize("behind", ["0", "1"])
+def test_processes_that_see_different_checkpoints(tiny_data, tmp_path, behind):
+    """One of two does not see the newest, as on a file system that is late: never two steps in one run."""
+    arguments = long_run(tiny_data, tmp_path, "--checkpointing-steps", 2, "--max-train-steps")
+    script("train.py", *arguments, 4, processes=2)
+    done = script("train.py", *arguments, 6, processes=2, before="tests.test_faults.late_files", check=False,
+                  env={"HASTE_TEST_LATE": behind})
+    assert "Traceback" not in done.stderr
+    if behind == "0":
+        assert done.returncode == 0 and "0000002.pt" in (tmp_path / "run/log.txt").read_text().split("continuing from ")[1]
+    else:
+        assert done.returncode == 1 and "has no checkpoint of step 4 (there: 2); choose another" in done.stderr
+
+
+def late_files():
+    saved = checkpoints.saved_steps
+    if os.environ["RANK"] == os.environ["HASTE_TEST_LATE"]:
+        checkpoints.saved_steps = lambda folder: {step: path for step, path in saved(folder).items() if step < 4}
 
 
 def test_same_curve_for_one_two_and_four_processes(tiny_data, teacher_file, tmp_path):
@@ -214,7 +296,8 @@ def test_fsdp_trains_and_checkpoints_to_the_same_file(tiny_data, teacher_file, t
     arguments = train_arguments(tiny_data, tmp_path / "fsdp", *more)
     script("train.py", *train_arguments(tiny_data, tmp_path / "plain", *more))
     for stop in (3, 6):
-        script("train.py", *arguments, "--max-train-steps", stop, processes=2, before="tests.test_faults.fsdp_on_a_cpu")
+        script("train.py", *arguments, "--max-train-steps", stop, processes=2, before="tests.test_faults.fsdp_on_a_cpu",
+               env={"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"})  # which accelerate launch sets if not told otherwise
     for a, b in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "fsdp"), strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
         assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)

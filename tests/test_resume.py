@@ -9,7 +9,7 @@ import torch
 import loss
 import train
 import training
-from checkpoints import prune_checkpoints, read_newest, saved_steps
+from checkpoints import prune_checkpoints, read_newest, save_checkpoint, saved_steps
 from files import BadInput, atomic_write
 from tests.conftest import call_main, checkpoint, metrics, script, train_arguments
 
@@ -70,10 +70,11 @@ def test_twelve_steps_are_five_and_four_and_three(monkeypatch, tiny_data, teache
 
 
 def test_two_processes_stop_and_go_on(tiny_data, teacher_file, tmp_path):
-    """Bit for bit with two processes all along; going on with one is allowed, and the log says what that changes."""
+    """5 + 4 + 3 bit for bit with two processes all along; with one from 9 on is allowed, and the log says what changes."""
     more = ["--batch-size", 16, "--enc-weights", teacher_file, "--early-stop-point", 6, "--log-every", 4, "--max-train-steps"]
     script("train.py", *train_arguments(tiny_data, tmp_path / "whole", *more, 12), processes=2)
-    script("train.py", *train_arguments(tiny_data, tmp_path / "parts", *more, 5), processes=2)
+    for stop in (5, 9):
+        script("train.py", *train_arguments(tiny_data, tmp_path / "parts", *more, stop), processes=2)
     shutil.copytree(tmp_path / "parts", tmp_path / "one")
     script("train.py", *train_arguments(tiny_data, tmp_path / "parts", *more, 12), processes=2)
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 12)
@@ -176,7 +177,7 @@ def test_a_scaler_lets_no_loss_pass_that_is_not_finite(monkeypatch, scaled, tiny
 def test_weights_that_are_not_finite_are_never_saved(monkeypatch, tiny_data, tmp_path):
     """Finite gradients times an absurd learning rate."""
     with pytest.raises(BadInput, match="of model is not finite at step 1, which is not saved"):
-        run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--learning-rate", "inf",
+        run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--learning-rate", "1e39",
                                           "--checkpointing-steps", 1))
     assert not saved_steps(tmp_path / "run/checkpoints")
 
@@ -229,8 +230,18 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(monkeyp
     run(monkeypatch, *arguments, 6)
     assert f"{path} is " in log(tmp_path) and "Trying the checkpoint before it." in log(tmp_path)
     assert "0000004.pt" in log(tmp_path).split("continuing from ")[1]
+    assert (tmp_path / "run/checkpoints/0000006.pt.damaged").is_file()
     for part in ("model", "ema", "opt"):
         assert_same_state(whole[part], checkpoint(tmp_path, 6)[part])
+
+
+def test_a_damaged_checkpoint_is_none_of_those_to_keep(monkeypatch, tiny_data, tmp_path):
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--checkpointing-steps", 2, "--keep-checkpoints", 2)
+    run(monkeypatch, *arguments, "--max-train-steps", 6)
+    (tmp_path / "run/checkpoints/0000006.pt").rename(tmp_path / "run/checkpoints/0000005.pt")
+    (tmp_path / "run/checkpoints/0000005.pt").write_bytes(b"torn")
+    run(monkeypatch, *arguments, "--max-train-steps", 6)
+    assert sorted(saved_steps(tmp_path / "run/checkpoints")) == [4, 6]
 
 
 def test_no_checkpoint_left(tmp_path):
@@ -258,6 +269,21 @@ def test_full_disk_leaves_the_checkpoint_before(monkeypatch, tiny_data, tmp_path
     assert [path.name for path in folder.iterdir()] == ["0000002.pt"] and (folder / "0000002.pt").read_bytes() == before
     run(monkeypatch, *arguments, 4)
     assert sorted(saved_steps(folder)) == [2, 4]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.1, 0.2, 0.31, 0.45, 0.5, 0.62, 0.75, 0.83, 0.99])
+def test_full_disk_at_any_place(tmp_path, share):
+    """torch.save answers a failed write with an error about positions, at every other place: the sentence is the same."""
+    weights = {str(i): torch.full((1 + 1000 * i,), 1.0) for i in range(20)}
+    save_checkpoint(tmp_path, 1, {"model": weights, "ema": weights})
+    size, limits = (tmp_path / "0000001.pt").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), limits[1]))
+    try:
+        with pytest.raises(BadInput, match="0000002.pt could not be written .File too large., what was there before is as it"):
+            save_checkpoint(tmp_path, 2, {"model": weights, "ema": weights})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["0000001.pt"]
 
 
 def limit_file_size():
