@@ -20,17 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from files import IMAGE_ERRORS, BadInput, check_inside, first_line, load_array, read_json
+from files import IMAGE_ERRORS, BadInput, check_inside, first_line, is_file, load_array, open_image, read_json, reading
 
 
 def scan(folder, suffix):
     """{index in the name: relative path} of all files under `folder` that end in `suffix`."""
     found, stack = {}, [folder]
     while stack:
-        with os.scandir(stack.pop()) as entries:
+        with reading(folder), os.scandir(stack.pop()) as entries:
             for entry in entries:
                 if entry.is_dir():
                     stack.append(entry.path)
@@ -54,7 +53,7 @@ def index_of(name):
 def read_labels(folder, num_classes):
     """{index: label} from `folder`/dataset.json, or None where it says null."""
     path = folder / "dataset.json"
-    if not path.is_file():
+    if not is_file(path):
         raise BadInput(f"{path} does not exist; --data-dir must hold images/ and vae-sd/, each with a dataset.json.")
     try:
         entries = read_json(path)["labels"]
@@ -73,7 +72,7 @@ def read_labels(folder, num_classes):
 def load_image(path, resolution):
     """uint8 (3, R, R) of a picture of `resolution` pixels a side."""
     try:
-        with Image.open(path) as picture:
+        with open_image(path) as picture:
             if picture.mode not in ("RGB", "L", "P") or picture.size != (resolution, resolution):
                 raise BadInput(f"{path} is {picture.mode} of {picture.width}x{picture.height}; expected RGB of "
                                f"{resolution}x{resolution} (--resolution).")
@@ -145,8 +144,9 @@ class LatentImages(Dataset):
         self.latent_names = self.paired(self.latent_dir, ".npy")
         self.image_names = self.paired(self.image_dir, ".png") if images else []
         self.moments_shape = check_moments(self.latent_dir / self.latent_names[0], resolution)
-        sizes = ((name, (self.latent_dir / name).stat().st_size) for name in self.latent_names)
-        check_bytes("latent", self.latent_dir, sizes)  # another size is another shape or a truncated file
+        with reading(self.latent_dir):  # another size is another shape or a truncated file
+            check_bytes("latent", self.latent_dir, ((name, (self.latent_dir / name).stat().st_size)
+                                                    for name in self.latent_names))
         self.moments(0)
         if images:
             self.image(0)
@@ -188,7 +188,8 @@ class LatentImages(Dataset):
         """Text that names this data set wherever it lies: indices, labels; with `files` images' names and sizes too."""
         entries = [self.indices, self.labels]
         if files:
-            entries += [self.image_names, [(self.image_dir / name).stat().st_size for name in self.image_names]]
+            with reading(self.image_dir):
+                entries += [self.image_names, [(self.image_dir / name).stat().st_size for name in self.image_names]]
         return digest(entries)
 
 
@@ -198,7 +199,9 @@ NUMBERED = re.compile(r"(0|[1-9]\d*)(?:_(0|[1-9]\d*))?\.(png|npy)")
 def scan_numbered(folder):
     """({index} of {i}.png, {index: bytes} of {i}.npy, {index: {k: bytes}} of {i}_{k}.npy), all other files left aside."""
     pictures, moments, captions = set(), {}, {}
-    try:
+    with reading(folder):
+        if not folder.is_dir():
+            raise BadInput(f"{folder} does not exist; --data-dir must hold train/, val/ and empty_context.npy.")
         with os.scandir(folder) as entries:
             for entry in entries:
                 match = NUMBERED.fullmatch(entry.name)
@@ -210,14 +213,12 @@ def scan_numbered(folder):
                         moments[i] = size
                 elif match and not match[2]:
                     pictures.add(int(match[1]))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise BadInput(f"{folder} does not exist; --data-dir must hold train/, val/ and empty_context.npy.") from error
     return pictures, moments, captions
 
 
 def read_texts(path, counts):
     """{index: [caption, ...]} from captions.json, or None if there is none. `counts`: {index: number of captions}."""
-    if not path.is_file():
+    if not is_file(path):
         return None
     captions = read_json(path)
     try:
@@ -307,7 +308,8 @@ class CaptionedImages(Dataset):
         """Text that names this data set wherever it lies: indices, captions; with `files` sizes of the images too."""
         entries = [self.indices, self.counts, self.context_shape]
         if files:
-            entries.append([(self.folder / f"{i}.png").stat().st_size for i in self.indices])
+            with reading(self.folder):
+                entries.append([(self.folder / f"{i}.png").stat().st_size for i in self.indices])
         return digest(entries)
 
 

@@ -1,18 +1,19 @@
 """What is frozen: the teacher that sees images, the encoder of captions, the VAE between images and latents."""
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import timm
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from files import BadInput, first_line, load_tensors
+from files import ARRAY_ERRORS, BadInput, atomic_write, first_line, is_file, load_tensors, writing
 from models.layers import QK, Alignment, compile_blocks
 from modify_dinov2.taps import tap_attention
 
@@ -26,6 +27,17 @@ def to_device(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+@contextlib.contextmanager
+def loading(what, source, remedy):
+    """Turn whatever a library raises while it loads `source`, a folder or hub name, into BadInput."""
+    try:
+        yield
+    except Exception as error:  # of any kind for a damaged folder: from the files' own parsers, from arithmetic on sizes
+        where = "" if os.path.isdir(source) else "no folder here, and not to be had from the hub: "
+        raise BadInput(f"{what} {source} could not be loaded ({where}{first_line(error)}); give {remedy}, or a hub name "
+                       "with the network up.") from error
+
+
 class VAE:
     """Images <-> moments <-> latents. The only place that knows the latent scale.
 
@@ -37,11 +49,9 @@ class VAE:
 
     def __init__(self, source, device="cpu"):
         from diffusers import AutoencoderKL  # seconds to import, and only previews and sampling need it
-        try:
-            self.vae = AutoencoderKL.from_pretrained(source).to(device).eval().requires_grad_(False)
-        except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-            raise BadInput(f"The VAE {source} could not be loaded ({first_line(error)}); give --vae a folder in "
-                           "diffusers' format, or a hub name with the network up.") from error
+        with loading("The VAE", source, "--vae a folder in diffusers' format"):
+            vae = AutoencoderKL.from_pretrained(source, use_safetensors=True)
+            self.vae = vae.to(device).eval().requires_grad_(False)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent pixel and side
         self.source, self.device = source, device
 
@@ -98,15 +108,13 @@ class TextEncoder:
 
     def __init__(self, source, device="cpu", length=None):
         transformers = quiet_transformers()
-        try:
-            self.is_clip = transformers.AutoConfig.from_pretrained(source).model_type in ("clip", "clip_text_model")
+        with loading("The text encoder", source, "a folder with config.json, model.safetensors and the tokenizer"):
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+            self.is_clip = config.model_type in ("clip", "clip_text_model")
             kind = transformers.CLIPTextModel if self.is_clip else transformers.AutoModel
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            model, info = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            raise BadInput(f"The text encoder {source} could not be loaded ({first_line(error)}); give a local folder "
-                           "with config.json, model.safetensors and the tokenizer, or a hub name with the network "
-                           "up.") from error
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            model, info = kind.from_pretrained(source, trust_remote_code=False, use_safetensors=True,
+                                               output_loading_info=True)
         missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)  # transformers makes them up
         if missing:
             raise BadInput(f"The weights in {source} are not those of its config.json, {missing[0]} being missing; get "
@@ -143,9 +151,10 @@ def load_vit(enc_type, weights=None):
                            f"({first_line(error)}); give a local file with --enc-weights.") from error
     else:
         vit = timm.create_model(name, pretrained=False, num_classes=0)
+        state = load_tensors(weights)
         try:
-            vit.load_state_dict(checkpoint_filter_fn(load_tensors(weights), vit))
-        except (RuntimeError, KeyError, AttributeError) as error:
+            vit.load_state_dict(checkpoint_filter_fn(state, vit))
+        except Exception as error:  # timm takes the state dict apart before it compares any shape
             raise BadInput(f"{weights} does not hold the weights of {enc_type} ({name}); give its timm or "
                            "torch.hub file, or the matching --enc-type.") from error
     return vit.eval().requires_grad_(False)
@@ -212,12 +221,15 @@ class CachedTeacher:
         parts = (teacher.key(), accelerator.mixed_precision, dataset.fingerprint(files=True))
         key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
         self.folder = Path(folder) / key
-        if not (self.folder / "complete.json").is_file():
-            self._build(Path(folder), teacher, dataset, accelerator, batch_size)
+        if not is_file(self.folder / "complete.json"):
+            with writing(self.folder):
+                self._build(Path(folder), teacher, dataset, accelerator, batch_size)
+        names = ["features0"] * teacher.features + [f"block{block}" for block in teacher.attn_blocks]
         try:
-            self.arrays = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False)
-                           for path in sorted(self.folder.glob("*.npy"))}
-        except (ValueError, OSError) as error:
+            self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
+            if any(len(array) != len(dataset) for array in self.arrays.values()):
+                raise ValueError(f"it is not of {len(dataset)} images")
+        except ARRAY_ERRORS as error:
             raise BadInput(f"The teacher cache {self.folder} is damaged ({first_line(error)}); delete it, and it is computed "
                            "again.") from error
 
@@ -233,7 +245,10 @@ class CachedTeacher:
                                "free; name another folder or run without it.")
             for name, value in first.items():
                 shape = (len(dataset), *value.shape[1:])
-                np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", np.float16, shape)
+                path = self.folder / f"{name}.npy"
+                np.lib.format.open_memmap(path, "w+", np.float16, shape)
+                with open(path, "r+b") as file:  # a full disk must be found here: writing to the mapped file would crash
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         accelerator.wait_for_everyone()
         arrays = {path.stem: np.load(path, mmap_mode="r+", allow_pickle=False) for path in self.folder.glob("*.npy")}
         positions = range(accelerator.process_index, len(dataset), accelerator.num_processes)
@@ -249,7 +264,8 @@ class CachedTeacher:
             array.flush()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            (self.folder / "complete.json").write_text(json.dumps({"images": len(dataset)}))
+            with atomic_write(self.folder / "complete.json", "w") as file:
+                json.dump({"images": len(dataset)}, file)
         accelerator.wait_for_everyone()
 
     @staticmethod

@@ -30,6 +30,7 @@ IMAGE_FORMATS = ("PNG", "JPEG")  # Pillow knows many more, and hands some of the
 # The same of a damaged .npy or .npz: NumPy parses a header as Python, zipfile refuses methods and encryption.
 ARRAY_ERRORS = (OSError, ValueError, EOFError, OverflowError, MemoryError, SyntaxError, TypeError, tokenize.TokenError,
                 RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+LARGEST_SEED, MOST_CLASSES = 2 ** 32 - 1, 10 ** 6  # NumPy's; more classes are a slip of the keyboard
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -71,11 +72,11 @@ def run_script(main):
 
 
 def check_bounds(args, bounds):
-    """Raise BadInput for a number in `args` outside its (lowest, highest); None, not given, is fine."""
+    """Raise BadInput for a number in `args` outside its (lowest, highest) or infinite; None, not given, is fine."""
     for name, (low, high) in bounds.items():
         value = getattr(args, name, None)
-        if value is not None and not low <= value <= high:  # written so that nan is outside too
-            limits = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
+        if value is not None and not (low <= value <= high and abs(value) < float("inf")):  # nan is outside too
+            limits = f"at least {low} and finite" if high == float("inf") else f"from {low} to {high}"
             raise BadInput(f"--{name.replace('_', '-')} is {value}; it must be {limits}.")
 
 

@@ -23,7 +23,18 @@ from tqdm import tqdm
 
 from checkpoints import load_checkpoint, load_weights
 from encoders import VAE, to_device
-from files import IMAGE_ERRORS, BadInput, atomic_write, check_bounds, read_json, remove_temporaries, run_script
+from files import (
+    IMAGE_ERRORS,
+    MOST_CLASSES,
+    BadInput,
+    atomic_write,
+    check_bounds,
+    is_file,
+    open_image,
+    read_json,
+    remove_temporaries,
+    run_script,
+)
 from models.sit import SIT_CONFIGS, SiT_models
 from pictures import image_grid
 from processes import leave, watch_others
@@ -36,7 +47,8 @@ GRID_IMAGES = 72
 PNG_WRITERS = 4  # threads
 INF = float("inf")
 BOUNDS = {  # argument of both sampling scripts -> lowest, highest
-    **dict.fromkeys(("per_proc_batch_size", "num_steps", "num_fid_samples", "resolution", "num_classes"), (1, INF)),
+    **dict.fromkeys(("per_proc_batch_size", "num_steps", "num_fid_samples", "resolution"), (1, INF)),
+    "num_classes": (1, MOST_CLASSES),
     **dict.fromkeys(("global_seed", "cfg_scale"), (0, INF)), **dict.fromkeys(("guidance_low", "guidance_high"), (0, 1))}
 
 
@@ -126,7 +138,7 @@ def ready(model, weights, args, device):
 def is_finished(path, resolution):
     """Whether `path` is a complete PNG of the right size."""
     try:
-        with Image.open(path) as picture:
+        with open_image(path) as picture:
             picture.load()
             return picture.mode == "RGB" and picture.size == (resolution, resolution)
     except IMAGE_ERRORS:
@@ -145,7 +157,7 @@ def sample_folder(args, name):
         if Path(settings[key]).exists():  # however it was spelled
             settings[key] = str(Path(settings[key]).resolve())
     path = folder / "settings.json"
-    if path.is_file() and (old := read_json(path)) != settings:
+    if is_file(path) and (old := read_json(path)) != settings:
         changed = [f"{key} {old.get(key)} -> {settings.get(key)}" for key in {**old, **settings}
                    if old.get(key) != settings.get(key)]
         raise BadInput(f"{folder} holds images of other settings ({', '.join(changed)}); delete it or name another "
@@ -219,7 +231,7 @@ def write_npz(path, paths, resolution):
             archive.open("arr_0.npy", "w", force_zip64=True) as array:
         np.lib.format.write_array_header_1_0(array, header)
         for picture in paths:
-            array.write(np.asarray(Image.open(picture).convert("RGB")).tobytes())
+            array.write(np.asarray(open_image(picture).convert("RGB")).tobytes())
 
 
 def write_outputs(args, folder, path_of, columns=None, texts=None):
@@ -228,7 +240,7 @@ def write_outputs(args, folder, path_of, columns=None, texts=None):
         return
     paths = [path_of(i) for i in range(args.num_fid_samples)]
     write_npz(folder.with_name(folder.name + ".npz"), paths, args.resolution)
-    first = np.stack([np.array(Image.open(path)) for path in paths[:GRID_IMAGES]])
+    first = np.stack([np.array(open_image(path)) for path in paths[:GRID_IMAGES]])
     first = torch.from_numpy(first).permute(0, 3, 1, 2)
     write_png(folder.with_name(folder.name + "-grid.png"), image_grid(first, columns, texts and texts[:GRID_IMAGES]))
     print(f"{len(paths)} images in {folder}, with {folder.name}.npz and {folder.name}-grid.png beside it")

@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from dataset import LatentImages
 from encoders import TEACHERS, Teacher, load_vit
 from evaluations.features import FEATURES
-from files import BadInput, check_bounds, run_script
+from files import LARGEST_SEED, MOST_CLASSES, BadInput, check_bounds, run_script
 from loss import SILoss
 from models.sit import SIT_CONFIGS, SiT_models
 from training import make_accelerator, train
@@ -24,10 +24,10 @@ EARLY_STOP_512 = 300_000  # the paper's switch at 512 px, whatever the model
 INF, BELOW_1 = float("inf"), 1 - 2 ** -53
 BOUNDS = {  # argument of both training scripts -> lowest, highest
     **dict.fromkeys(("batch_size", "max_train_steps", "log_every", "checkpointing_steps", "gradient_accumulation_steps",
-                     "epochs", "attn_heads", "enc_blocks", "eval_samples", "resolution",
-                     "num_classes"), (1, INF)),
+                     "epochs", "attn_heads", "enc_blocks", "eval_samples", "resolution"), (1, INF)),
+    "num_classes": (1, MOST_CLASSES), "seed": (0, LARGEST_SEED),
     **dict.fromkeys(("sampling_steps", "eval_steps", "resume_step", "checkpoint_minutes", "keep_checkpoints", "keep_every",
-                     "max_skipped_steps", "num_workers", "seed", "early_stop_point", "learning_rate", "max_grad_norm",
+                     "max_skipped_steps", "num_workers", "early_stop_point", "learning_rate", "max_grad_norm",
                      "adam_weight_decay", "adam_epsilon", "proj_coeff", "attn_coeff"), (0, INF)),
     **dict.fromkeys(("cfg_prob", "ema_decay"), (0, 1)), **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, BELOW_1))}
 

@@ -16,7 +16,6 @@ import hashlib
 import sys
 from pathlib import Path
 
-import safetensors
 import torch
 import torch.nn.functional as F
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -24,13 +23,13 @@ from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
 
 from dataset import scan
-from encoders import VAE, quiet_transformers
+from encoders import VAE, loading, quiet_transformers
 from evaluations.evaluator import add_network_arguments, extractor_from, run
 from evaluations.extract import gather_rows, join_processes, rank, shard
 from evaluations.features import FEATURES, full_float32, resize
 from evaluations.images import FolderImages, open_images, size_text
 from evaluations.scores import load_set
-from files import BadInput, first_line, read_json, run_script
+from files import BadInput, read_json, run_script
 
 TOP = (1, 5)
 SHUFFLES = 100
@@ -96,12 +95,10 @@ class Clip:
 
     def __init__(self, source, device):
         transformers = quiet_transformers()
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            self.model = transformers.CLIPModel.from_pretrained(source, use_safetensors=True).to(device).eval().float()
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            raise BadInput(f"CLIP could not be loaded from {source} ({first_line(error)}); give --clip a local folder in "
-                           "transformers' format, or a hub name with the network up.") from error
+        with loading("The CLIP", source, "--clip a folder in transformers' format"):
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            model = transformers.CLIPModel.from_pretrained(source, trust_remote_code=False, use_safetensors=True)
+            self.model = model.to(device).eval().float()
         self.device = device
 
     @torch.no_grad()
@@ -140,6 +137,8 @@ def read_split(folder):
     files = scan(folder, ".png")
     if sorted(files) != list(range(len(captions))) or any(str(i) not in captions for i in files):
         raise BadInput(f"{folder} holds {len(files)} pictures and captions of {len(captions)}; make the split again.")
+    if not all(isinstance(known, list) and all(isinstance(text, str) for text in known) for known in captions.values()):
+        raise BadInput(f'{folder / "captions.json"} is not of the form {{"0": ["caption", ...], ...}}; make it again.')
     return FolderImages(folder, [folder / files[i] for i in sorted(files)]), captions
 
 

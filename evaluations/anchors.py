@@ -25,7 +25,7 @@ from encoders import VAE
 from evaluations.features import EFFICIENTNET_PATH, FEATURES, load_extractor
 from evaluations.images import FolderImages, decode, open_images
 from evaluations.scores import check_pair, load_set, score
-from files import atomic_write, run_script
+from files import LARGEST_SEED, atomic_write, check_bounds, run_script
 
 METRICS = ("fid", "kid")
 BATCH_SIZE = 16  # images at a time: a third faster than 64 on a CPU
@@ -72,6 +72,7 @@ def main():
     parser.add_argument("--reference-images", type=int, help="of each split (default: all held-out, as many of training)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images and the noise (default 0)")
     args = parser.parse_args()
+    check_bounds(args, {"seed": (0, LARGEST_SEED), "reference_images": (2, float("inf"))})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for split in ("val", "train"):
         check_pair(args.data / split / "images", args.samples, METRICS)

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
-from files import BadInput, atomic_write, first_line, read_json, run_script
+from files import BadInput, atomic_write, first_line, is_file, read_json, reading, run_script
 
 TITLES = {"denoise": "denoising loss", "feature": "feature loss (-cosine)", "attention": "attention loss (nats)"}
 
@@ -25,11 +25,11 @@ def read_metrics(run):
     Scores are the columns after `seconds`, under their own names.
     """
     path = run / "metrics.csv"
-    if not path.is_file():
+    if not is_file(path):
         raise BadInput(f"{path} does not exist; give the folder of a run of train.py.")
     try:
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if None not in row.values()]  # a run may be writing its last line
+        with reading(path), open(path, newline="") as file:  # a run may be writing its last line
+            rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
         if not rows:
             raise BadInput(f"{path} has no rows yet; train first.")
         columns = list(rows[0])
@@ -54,7 +54,7 @@ def main():
         for axis, term in zip(axes, terms, strict=True):
             line, = axis.plot(*metrics.get(term, ([], [])), label=run.name)
             stop = settings.get("early_stop_point", float("inf"))
-            if metrics["feature"][0] and stop < settings.get("max_train_steps", 0):
+            if metrics["feature"][0] and isinstance(stop, (int, float)) and stop < settings.get("max_train_steps", 0):
                 axis.axvline(stop, color=line.get_color(), linestyle=":", linewidth=1)
             axis.set(title=TITLES.get(term, term), xlabel="step")
             axis.grid(alpha=0.3)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees ev
 from evaluations.extract import join_processes
 from evaluations.features import EFFICIENTNET_PATH, FEATURES, PRESETS, load_extractor
 from evaluations.scores import METRICS, check_metrics, check_pair, default_metrics, load_set, score
-from files import atomic_write, run_script
+from files import atomic_write, check_writable, run_script
 from processes import leave
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,8 @@ def parse_args():
 def run(evaluate, lines, args):
     """Print the `lines` of what `evaluate(args)` gives and write it to args.json; logs go to stderr."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if args.json:
+        check_writable(Path(args.json).parent)
     result = evaluate(args)
     if result:
         print(*lines(result), sep="\n")

@@ -5,7 +5,6 @@ An npz is read front to back inside its zip, a batch at a time, so a 10 GB `arr_
 import math
 import os
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from files import IMAGE_ERRORS, BadInput, first_line
+from files import ARRAY_ERRORS, IMAGE_ERRORS, BadInput, first_line, open_image, reading
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
+LARGEST = 1 << 29                 # bytes of a batch: as much again for every byte of a float
 CHUNK = 1 << 24                   # bytes read at a time while skipping to the first image asked for
 DECODERS = 8                      # threads: Pillow decodes outside the interpreter lock
 
@@ -54,10 +54,11 @@ class NpzImages:
                 if fortran:
                     raise BadInput(f"arr_0 of {self.name} is in Fortran order; make it contiguous.")
                 yield file, shape
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        except ARRAY_ERRORS as error:
             raise BadInput(f"{self.name} is damaged or cut short ({error}); write it again.") from error
 
     def batches(self, start, stop, batch_size):
+        check_batch(self.name, min(batch_size, stop - start), self.size)
         with self.member() as (file, shape):
             image_bytes = int(np.prod(shape[1:]))
             for left in range(start * image_bytes, 0, -CHUNK):
@@ -73,21 +74,18 @@ class FolderImages:
 
     def __init__(self, path, files=None):
         self.name = str(path)
-        self.files = files or sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in SUFFIXES)
+        with reading(path):
+            self.files = files or sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in SUFFIXES)
         if not self.files:
             raise BadInput(f"{path} holds no {', '.join(SUFFIXES)} file; give a folder of images or an npz.")
         self.n, self.size = len(self.files), decode(self.files[0]).shape[:2]
 
     def batches(self, start, stop, batch_size):
+        check_batch(self.name, min(batch_size, stop - start), self.size)
         with ThreadPoolExecutor(DECODERS) as threads:
             for i in range(start, stop, batch_size):
                 files = self.files[i:min(i + batch_size, stop)]
-                images = list(threads.map(decode, files))
-                for file, image in zip(files, images, strict=True):
-                    if image.shape[:2] != self.size:
-                        raise BadInput(f"{file} is {size_text(image.shape[:2])} but {self.files[0]} is "
-                                       f"{size_text(self.size)}; all images of a set must have one size.")
-                yield np.stack(images)
+                yield np.stack(list(threads.map(lambda file: decode(file, self.size), files)))
 
 
 def open_images(source):
@@ -114,7 +112,7 @@ def npz_keys(path):
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-    except (zipfile.BadZipFile, OSError) as error:
+    except ARRAY_ERRORS as error:
         raise BadInput(f"{path} is not a whole npz file ({error}); write or download it again.") from error
 
 
@@ -127,7 +125,7 @@ def read_header(file, name):
         if version == (1, 0):
             return np.lib.format.read_array_header_1_0(file)
         return np.lib.format.read_array_header_2_0(file)
-    except ValueError as error:
+    except ARRAY_ERRORS as error:
         raise BadInput(f"arr_0 of {name} has no readable .npy header ({error}); write it again.") from error
 
 
@@ -148,12 +146,25 @@ def check_layout(dtype, shape, name):
                        "smaller ones.")
 
 
-def decode(file):
-    """Image file -> uint8 (H, W, 3). Grey images become RGB; transparency is refused, as it needs a background."""
+def check_batch(name, count, size):
+    """Raise BadInput for a batch that takes too much memory, as images that are nothing but black may in a small file."""
+    if (needed := count * size[0] * size[1] * 3) > LARGEST:
+        raise BadInput(f"{count} images of {size_text(size)} of {name} take {needed} bytes at a time, more than {LARGEST}; "
+                       "give a smaller --batch-size or smaller images.")
+
+
+def decode(file, size=None):
+    """Image file -> uint8 (H, W, 3), with `size` = (H, W) if given.
+
+    Grey images become RGB; transparency is refused, as it needs a background.
+    """
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             if image.mode not in ("RGB", "L") or "transparency" in image.info:
                 raise BadInput(f"{file} has mode {image.mode}; convert to 8-bit RGB without transparency.")
+            if size and (image.height, image.width) != tuple(size):
+                raise BadInput(f"{file} is {size_text((image.height, image.width))}, others of its set are "
+                               f"{size_text(size)}; all images of a set must have one size.")
             return np.asarray(image.convert("RGB"))
     except IMAGE_ERRORS as error:
         raise BadInput(f"{file} cannot be decoded ({first_line(error)}); write it again.") from error

@@ -5,7 +5,6 @@ Published ones hold mu, sigma (and mu_s, sigma_s, arr_0); ours add n, features a
 import logging
 import os
 import zipfile
-import zlib
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ import torch
 from evaluations.extract import FeatureSet
 from evaluations.images import npz_keys
 from evaluations.inception import SPATIAL_DIM
-from files import BadInput, atomic_write
+from files import ARRAY_ERRORS, BadInput, atomic_write, first_line
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 logger = logging.getLogger(__name__)
@@ -42,8 +41,8 @@ def read_statistics(source, extractor, required):
                     raise BadInput(f"{key} of {source} has {size} bytes, far more than statistics have; make it again.")
         with np.load(source, allow_pickle=False) as file:
             stored = {key: file[key] for key in wanted}
-    except (ValueError, EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
-        raise BadInput(f"The statistics in {source} cannot be read ({error}); make them again.") from error
+    except ARRAY_ERRORS as error:
+        raise BadInput(f"The statistics in {source} cannot be read ({first_line(error)}); make them again.") from error
     features, preset = str(stored.pop("features", "inception")), stored.pop("preset", None)
     preset = None if preset is None else str(preset)
     if features != extractor.features or preset not in (None, extractor.preset):

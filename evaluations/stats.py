@@ -20,7 +20,7 @@ from evaluations.extract import extract, join_processes, shard
 from evaluations.images import open_images
 from evaluations.scores import check_count
 from evaluations.statistics_file import write_statistics
-from files import BadInput, run_script
+from files import LARGEST_SEED, BadInput, check_bounds, check_writable, run_script
 from processes import leave
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,8 @@ def parse_args():
 
 
 def write_reference(args):
+    check_bounds(args, {"seed": (0, LARGEST_SEED)})
+    check_writable(Path(args.out).parent)
     images = open_images(args.source)
     check_count(images.n, ("fid",), images.name)
     if not 0 <= args.images <= images.n:

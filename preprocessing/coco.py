@@ -41,6 +41,7 @@ from files import (
     check_bounds,
     check_inside,
     first_line,
+    open_image,
     read_json,
     remove_temporaries,
     run_script,
@@ -105,7 +106,7 @@ def centre_square(path, resolution):
     published data. Raises BadInput for what is no 8-bit picture.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise BadInput(f"{path} has more than 8 bits a channel (mode {image.mode}); convert it to 8-bit RGB.")
             if image.has_transparency_data:

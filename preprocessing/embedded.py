@@ -38,6 +38,7 @@ from files import (
     atomic_write,
     check_bounds,
     check_inside,
+    open_image,
     read_json,
     run_script,
     sha256_of,
@@ -118,7 +119,7 @@ def read_emoji(graphics, labels, resolution):
         stem = picture_name(entry["unified"], names)
         if entry["category"] not in CLASSES or stem is None:
             continue
-        rgba = Image.open(io.BytesIO(member(graphics, f"{prefix}{stem}.png"))).convert("RGBA")
+        rgba = open_image(io.BytesIO(member(graphics, f"{prefix}{stem}.png"))).convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         image = Image.alpha_composite(white, rgba).convert("RGB").resize((resolution, resolution), Image.LANCZOS)
         emoji.append((captions_of(entry), CLASSES.index(entry["category"]), np.asarray(image)))

@@ -22,7 +22,17 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
 from encoders import VAE
 from evaluations.images import decode, size_text
-from files import BadInput, check_bounds, check_inside, read_json, run_script, writing
+from files import (
+    LARGEST_SEED,
+    BadInput,
+    check_bounds,
+    check_inside,
+    check_writable,
+    is_file,
+    read_json,
+    run_script,
+    writing,
+)
 
 FACTOR = 4  # pixels per latent pixel and side
 
@@ -30,7 +40,7 @@ FACTOR = 4  # pixels per latent pixel and side
 def read_images(folder):
     """All images of a folder with dataset.json, float32 (N, 3, R, R) in [-1, 1]."""
     path = folder / "dataset.json"
-    if not path.is_file():
+    if not is_file(path):
         raise BadInput(f"{folder} has no dataset.json; build the data first (preprocessing/embedded.py).")
     try:
         names = [check_inside(name, path) for name, _ in read_json(path)["labels"]]
@@ -89,11 +99,12 @@ def main():
     args = parser.parse_args()
     inf = float("inf")
     check_bounds(args, {"steps": (2, inf), "batch_size": (1, inf), "learning_rate": (0, inf), "kl_weight": (0, inf),
-                        "seed": (0, inf)})
+                        "seed": (0, LARGEST_SEED)})
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = read_images(args.data)
+    check_writable(args.out)
     vae = AutoencoderKL(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, latent_channels=4,
                         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
                         mid_block_add_attention=False, sample_size=images.shape[-1], scaling_factor=VAE.SCALE)
@@ -115,7 +126,9 @@ def main():
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 500 == 0:
+        if step % 500 == 0 or step == args.steps - 1:
+            if not loss.isfinite():
+                raise BadInput(f"The loss is {loss.item()} at step {step}; nothing is written. Lower --learning-rate.")
             tqdm.write(f"step {step} loss {loss.item():.4f} kl {kl.item():.2f} "
                        f"PSNR {10 * torch.log10(4 / F.mse_loss(x, y)).item():.2f} dB, {time.time() - start:.0f} s")
     vae.eval()
