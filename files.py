@@ -65,6 +65,7 @@ def run_script(main):
     finally:
         for worker in multiprocessing.active_children():  # loader processes, which ignore SIGTERM; idle or stuck by now
             worker.kill()
+            worker.join(1)
     if said and is_watched():
         end_at_once(said)
     if said:

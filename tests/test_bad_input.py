@@ -724,6 +724,15 @@ def test_a_log_on_a_full_disk(tiny_data, tmp_path):
     assert "Logging error" not in done.stderr and "Traceback" not in done.stderr
 
 
+def test_no_room_for_the_teacher_cache(world, tmp_path):
+    """Found when the files are made: a mapped file that finds no room later on ends the process without a word."""
+    done = script("train.py", *train_arguments(world / "data", tmp_path, "--enc-weights", world / "teacher.pth",
+                                               "--teacher-cache", tmp_path / "cache"), check=False,
+                  before="tests.test_resume.limit_file_size", env={"HASTE_TEST_LARGEST_FILE": "40000"})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(f"error: {tmp_path}/cache/.* could not be written .File too large.*make room", done.stderr)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("name, module", [("train.py", train), ("train_t2i.py", train_t2i), ("generate.py", generate),
                                           ("generate_t2i.py", generate_t2i)])

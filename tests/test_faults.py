@@ -15,6 +15,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 import checkpoints
+import train
 import training
 from checkpoints import saved_steps
 from preemption import EXIT_CODE
@@ -101,6 +102,24 @@ def test_a_signal_saves_and_exits_with_its_code(tiny_data, tmp_path, number):
     assert_same_run(tmp_path / "a", tmp_path / "b", stopped + 2)
 
 
+def test_a_stuck_loader_process_ends_with_the_run(tiny_data, tmp_path):
+    """One that reads ahead and gets no answer, and that ignores SIGTERM as all of them do."""
+    process = SERVER.start("train.py", *long_run(tiny_data, tmp_path, "--num-workers", 1), before="tests.test_faults.stuck_reader")
+    wait_for(lambda: (tmp_path / "run/metrics.csv").is_file() and len(metrics(tmp_path)) > 1)
+    process.send(signal.SIGTERM)
+    assert process.wait(timeout=20) == EXIT_CODE, process.stderr
+    with pytest.raises(ProcessLookupError):  # of its group, which its loader processes belong to
+        os.killpg(process.pid, 0)
+
+
+def stuck_reader():
+    """The loader process stops in its fifth batch, which the steps before do not need."""
+    slow_steps()
+    main, calls, moments = os.getpid(), itertools.count(), train.LatentImages.moments
+    train.LatentImages.moments = lambda self, i: time.sleep(
+        60 if os.getpid() != main and next(calls) > 4 * 8 else 0) or moments(self, i)
+
+
 def test_a_second_signal_exits_at_once(tiny_data, tmp_path):
     """While the first one's checkpoint is being written; a repetition within a second is still the first."""
     arguments = long_run(tiny_data, tmp_path)
@@ -179,16 +198,17 @@ def test_one_of_two_processes_killed(tiny_data, tmp_path, what):
     processes = SERVER.start_all("train.py", *long_run(tiny_data, tmp_path), processes=2,
                                  before="tests.test_faults.busy_elsewhere" if what == "something else" else None)
     wait_for(lambda: (tmp_path / "run/metrics.csv").is_file() and len(metrics(tmp_path)) > 2)
+    time.sleep(1)  # into the fourth step
     processes[1].kill()
     assert processes[0].wait(timeout=20) == 1
     assert processes[0].stderr.endswith(ENDED) and "Traceback" not in processes[0].stderr
 
 
 def busy_elsewhere():
-    """From the sixth step on the first process waits for anything but the others."""
+    """From the fourth step on the first process waits for anything but the others."""
     step, calls = training.update_ema, itertools.count()
     training.update_ema = lambda *arguments: time.sleep(
-        60 if next(calls) > 4 and os.environ["RANK"] == "0" else 0) or step(*arguments)
+        60 if next(calls) > 2 and os.environ["RANK"] == "0" else 0) or step(*arguments)
 
 
 @pytest.mark.parametrize("more, limit, words", [
