@@ -175,6 +175,7 @@ def read_same(accelerator, folder, step, needed):
 
 def begin(accelerator, run, settings, metrics, previews):
     """The first step has found its input good: only from here on is anything of an earlier start changed."""
+    accelerator.wait_for_everyone()  # the others' input too
     if accelerator.is_main_process:
         for folder in (run, run / "checkpoints", run / "previews"):
             remove_temporaries(folder)
@@ -272,7 +273,8 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
                     mine = {name: to_device(value[places], device) for name, value in draws.items()}
                     batch = next(loader)
                     if not begun:
-                        begun = begin(accelerator, run, settings, metrics, previews) or True
+                        begin(accelerator, run, settings, metrics, previews)
+                        begun = True
                     with accelerator.accumulate(wrapped):
                         loss, terms = batch_loss(args, accelerator, loss_fn, wrapped, teacher, batch, mine, y_null)
                         norm = backward_and_step(args, accelerator, loss, model, optimizer, wrapped_optimizer)
