@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 
 from dataset import LatentImages
 from encoders import TEACHERS, Teacher, load_vit
-from evaluations.features import FEATURES
+from evaluations.features import FEATURES, PRESETS
 from files import LARGEST_SEED, MOST_CLASSES, BadInput, check_bounds, run_script
 from loss import SILoss
 from models.sit import SIT_CONFIGS, SiT_models
@@ -51,6 +51,7 @@ def add_training_arguments(parser):
     add("--eval-samples", type=int, default=5000, help="images made for a score (default 5000)")
     add("--eval-ref", help="what they are compared with: npz, statistics file or folder of images")
     add("--eval-features", choices=FEATURES, default="inception", help="features of the scores (default inception)")
+    add("--eval-preset", choices=PRESETS, default="adm", help="how Inception is fed: adm (default), or pytorch-fid for COCO")
     add("--eval-weights", help="weights of that network: a file (default: from the hub, or the embedded one)")
     add("--enc-type", default="dinov2-vit-b", help=f"teacher: {', '.join(TEACHERS)} or none (default dinov2-vit-b)")
     add("--enc-weights", help="the teacher's weights: timm's or torch.hub's file (default: from the hub)")

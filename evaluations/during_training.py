@@ -1,4 +1,6 @@
 """Scores of the EMA's samples while a run goes on (--eval-steps of the training scripts)."""
+import logging
+
 import numpy as np
 import torch
 
@@ -12,6 +14,8 @@ from samplers import euler_sampler, guided
 METRICS = ("fid", "kid")
 SAMPLER_STEPS = 50  # Euler, without guidance: a score to compare steps and runs by, not the one that papers report
 CONDITIONS = 3  # a stream of randomness of its own, beside those of dataset.py
+
+logger = logging.getLogger("haste")
 
 
 def score_names(features):
@@ -39,8 +43,11 @@ class Evaluation:
             if tuple(images.size) != (args.resolution, args.resolution):
                 raise BadInput(f"--eval-ref {args.eval_ref} has images of {size_text(images.size)}, samples have "
                                f"--resolution {args.resolution}; give a reference of that size.")
-        self.extractor = load_extractor(args.eval_features, args.eval_weights, accelerator.device)
+        self.extractor = load_extractor(args.eval_features, args.eval_weights, accelerator.device, args.eval_preset)
         self.reference = load_set(args.eval_ref, self.extractor, METRICS, is_reference=True, batch_size=self.batch_size)
+        if self.reference is not None:
+            logger.info(f"scores: {', '.join(score_names(args.eval_features))}, preset {args.eval_preset}, of n = {self.count} "
+                        f"samples against {args.eval_ref}, n = {self.reference.n or 'unknown'}")
 
     def __call__(self, ema):
         start, stop = shard(self.count)

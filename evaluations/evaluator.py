@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 def evaluate(args):
     """Scores of args.sample against args.reference -> dict for --json on process 0, None on the others."""
-    metrics = args.metrics.split(",") if args.metrics else default_metrics(args.features, args.preset)
+    metrics = [name.strip() for name in (args.metrics or "").split(",") if name.strip()]
+    metrics = metrics or default_metrics(args.features, args.preset)
     check_metrics(metrics, args.features)
     check_pair(args.reference, args.sample, metrics, args.num_samples)
     device = join_processes(args.device)

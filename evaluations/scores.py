@@ -17,6 +17,7 @@ from files import BadInput
 # metric -> fewest images a set may have
 METRICS = {"is": 1, "fid": 2, "sfid": 2, "pr": NEIGHBOURS + 1, "kid": 2}
 INCEPTION_ONLY = ("is", "sfid")
+OF_BOTH = ("pr", "kid")  # need images of both sets
 
 
 def default_metrics(features, preset):
@@ -41,9 +42,15 @@ def check_count(n, metrics, name):
                            f"{METRICS[metric]}; give more images or choose other --metrics.")
 
 
+def possible(metrics, both):
+    """Those of `metrics` that are not n/a whatever the images: without images of `both` sets there is no pair of them."""
+    return [metric for metric in metrics if both or metric not in OF_BOTH]
+
+
 def check_pair(reference, sample, metrics, limit=None):
     """Fail before any work where two sources cannot be compared: too few images, or images of two sizes."""
     opened = [open_images(source) if has_images(source) else None for source in (reference, sample)]
+    metrics = possible(metrics, both=all(opened))
     for images, images_limit in zip(opened, (None, limit), strict=True):
         if images:
             check_count(min(images.n, images_limit or images.n), metrics, images.name)
@@ -71,7 +78,7 @@ def load_set(source, extractor, metrics, is_reference=False, limit=None, batch_s
     stored = read_statistics(source, extractor, required=images is None) if limit is None else None
     if images is None and stored is None:
         raise BadInput(f"{source} holds statistics only; --num-samples needs images (arr_0).")
-    need_pool = bool({"pr", "kid"} & set(metrics)) or ("is" in metrics and not is_reference)
+    need_pool = bool(set(OF_BOTH) & set(metrics)) or ("is" in metrics and not is_reference)
     need_moments = bool({"fid", "sfid"} & set(metrics)) and stored is None
     if images is None or not (need_pool or need_moments):
         known = stored or FeatureSet(str(source), extractor.features, extractor.preset, images.n)
@@ -79,7 +86,7 @@ def load_set(source, extractor, metrics, is_reference=False, limit=None, batch_s
     if limit is not None and limit > images.n:
         raise BadInput(f"{images.name} has {images.n} images, not the {limit} asked for; lower --num-samples.")
     total = limit or images.n
-    check_count(total, metrics, images.name)
+    check_count(total, possible(metrics, both=False), images.name)  # of pairs: in `score`, which knows the other set
     start, stop = shard(total)
     batches = images.batches(start, stop, batch_size)
     found = extract(batches, stop - start, extractor, images.name, keep=need_pool)
@@ -99,9 +106,10 @@ def score(sample, reference, metrics, pr_dtype=torch.float16, device="cpu"):
     if kinds[0] != kinds[1]:
         raise BadInput(f"{sample.name} was measured as {kinds[0]}, {reference.name} as {kinds[1]}; "
                        "both need the same features and preset.")
+    both = sample.pool is not None and reference.pool is not None
     for each in (sample, reference):
         if each.pool is not None:
-            check_count(each.n, metrics, each.name)
+            check_count(each.n, possible(metrics, both), each.name)
     pools = [None if each.pool is None else each.pool.to(device) for each in (reference, sample)]
     names, values = FEATURES[sample.features], {}
     if "is" in metrics:
@@ -111,7 +119,6 @@ def score(sample, reference, metrics, pr_dtype=torch.float16, device="cpu"):
         values[names["distance"]] = distance(sample.mu, sample.sigma, reference.mu, reference.sigma)
     if "sfid" in metrics:
         values["sFID"] = distance(sample.mu_s, sample.sigma_s, reference.mu_s, reference.sigma_s)
-    both = all(pool is not None for pool in pools)
     if "pr" in metrics:
         values["Precision"], values["Recall"] = precision_recall(*pools, pr_dtype) if both else (None, None)
     if "kid" in metrics:

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import torch
 
-from evaluations.extract import FeatureSet
+from evaluations.extract import FeatureSet, rank
 from evaluations.images import npz_keys
 from evaluations.inception import SPATIAL_DIM
 from files import ARRAY_ERRORS, BadInput, atomic_write, first_line
@@ -48,10 +48,13 @@ def read_statistics(source, extractor, required):
     if features != extractor.features or preset not in (None, extractor.preset):
         message = f"The statistics in {source} are of {features} with preset {preset}"
         if required:
-            raise BadInput(f"{message}, not of {extractor.features} with preset {extractor.preset}; "
-                           "make them again from the images with evaluations/stats.py.")
+            raise BadInput(f"{message}, not of {extractor.features} with preset {extractor.preset}; choose the same with "
+                           "--preset (train.py: --eval-preset), or make them again with evaluations/stats.py.")
         logger.warning("%s: not used, the images beside them are", message)
         return None
+    if preset is None and features == "inception" and rank() == 0:
+        logger.warning("%s does not say how Inception was fed; it is taken to be preset %s. ADM's reference files need adm, "
+                       "U-ViT's for COCO pytorch-fid", source, extractor.preset)
     n = stored.pop("n", None)
     for mu, sigma, dim in (("mu", "sigma", extractor.dim), ("mu_s", "sigma_s", SPATIAL_DIM)):
         if (mu in stored) != (sigma in stored):

@@ -183,12 +183,13 @@ def test_five_lines_in_adm_wording(adm):
     assert [float(value) for value in values] == list(adm["scores"].values())
 
 
-def test_coco_protocol(made, monkeypatch, capsys):
+def test_coco_protocol(made, monkeypatch, capsys, caplog):
     """A statistics file as U-ViT's for COCO, mu and sigma alone, which does not say its preset: FID, and nothing else."""
     np.savez(made / "coco.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     call_main(monkeypatch, evaluator, *paths(made, "coco.npz", "sample"), "--preset", "pytorch-fid")
     name, value = capsys.readouterr().out.strip().split(": ")
     assert name == "FID" and float(value) > 0
+    assert "coco.npz does not say how Inception was fed; it is taken to be preset pytorch-fid" in caplog.text
 
 
 def test_two_processes_give_the_scores_of_one(made, adm):
@@ -245,6 +246,16 @@ def test_num_samples_takes_the_first(monkeypatch, made, capsys):
     np.savez(made / "three.npz", arr_0=random_images(7, 1)[:3] // 2)
     call_main(monkeypatch, evaluator, *paths(made, "reference.npz", "three.npz"), "--metrics", "is")
     assert first == capsys.readouterr().out
+
+
+def test_few_images_against_statistics_alone(monkeypatch, bad, capsys):
+    """What needs images of both sets is n/a there, and asks nothing of the images of one. Names may have spaces."""
+    monkeypatch.setattr(scores, "frechet_distance", lambda *statistics: 1.5)
+    argv = [*paths(bad, "statistics.npz", "sample.npz"), "--num-samples", 3]
+    call_main(monkeypatch, evaluator, *argv)
+    assert capsys.readouterr().out.splitlines()[1:] == ["FID: 1.5", "sFID: n/a", "Precision: n/a", "Recall: n/a"]
+    call_main(monkeypatch, evaluator, *argv, "--metrics", "fid, pr,")
+    assert capsys.readouterr().out.splitlines() == ["FID: 1.5", "Precision: n/a", "Recall: n/a"]
 
 
 def test_identical_sets(made):

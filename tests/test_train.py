@@ -14,8 +14,9 @@ import dataset
 import encoders
 import train
 import training
-from evaluations import features
+from evaluations import features, scores
 from evaluations.during_training import Evaluation
+from evaluations.inception import Inception
 from evaluations.scores import load_set, score
 from files import BadInput
 from models.sit import SIT_CONFIGS, SiT_models
@@ -298,7 +299,8 @@ def test_scores_are_those_of_the_samples(monkeypatch, data, scorer, tmp_path):
     found = []
     for size, spans in ((8, [(0, 6)]), (4, [(0, 4), (4, 6)])):
         args = argparse.Namespace(seed=0, batch_size=size, gradient_accumulation_steps=1, resolution=64, eval_samples=6,
-                                  eval_ref=data / "images", eval_features="efficientnet-lite0", eval_weights=scorer)
+                                  eval_ref=data / "images", eval_features="efficientnet-lite0", eval_preset="adm",
+                                  eval_weights=scorer)
         accelerator = training.Accelerator(cpu=True)
         evaluation = Evaluation(args, accelerator, entries, encoders.VAE(ROOT / "assets/vae-emoji"), torch.tensor(CLASSES),
                                 (4, 16, 16))
@@ -308,10 +310,25 @@ def test_scores_are_those_of_the_samples(monkeypatch, data, scorer, tmp_path):
             torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
         with torch.no_grad():
             found.append(torch.cat([batch for span in spans for batch in evaluation.images(model, *span)]))
-            scores = evaluation(model)
-        assert scores == pytest.approx(score(load_set(found[0].numpy(), evaluation.extractor, ("fid", "kid")),
+            measured = evaluation(model)
+        assert measured == pytest.approx(score(load_set(found[0].numpy(), evaluation.extractor, ("fid", "kid")),
                                              evaluation.reference, ("fid", "kid")), rel=1e-4)
     assert found[0].shape == (6, 64, 64, 3) and (found[0].int() - found[1].int()).abs().max() <= 1
+
+
+def test_scores_by_coco_s_protocol(monkeypatch, data, tmp_path):
+    """--eval-preset pytorch-fid takes that preset's statistics, and feeds the samples as they were fed; adm refuses them."""
+    torch.save(Inception().state_dict(), tmp_path / "inception.pth")
+    monkeypatch.setattr(features, "INCEPTION_SHA256", "")
+    monkeypatch.setattr(scores, "frechet_distance", lambda *statistics: 1.5)  # seconds at 2,048 numbers
+    np.savez(tmp_path / "coco.npz", mu=np.zeros(2048), sigma=np.eye(2048), n=30, features="inception", preset="pytorch-fid")
+    arguments = ["--enc-type", "none", "--max-train-steps", 1, "--eval-steps", 1, "--eval-samples", 2, "--vae",
+                 ROOT / "assets/vae-emoji", "--eval-weights", tmp_path / "inception.pth", "--eval-ref"]
+    with pytest.raises(BadInput, match="with preset pytorch-fid, not of .* --eval-preset"):
+        run(monkeypatch, *train_arguments(data, tmp_path / "adm", *arguments, tmp_path / "coco.npz"))
+    run(monkeypatch, *train_arguments(data, tmp_path, *arguments, tmp_path / "coco.npz", "--eval-preset", "pytorch-fid"))
+    assert metrics(tmp_path)[0]["FID"] == "1.5" and metrics(tmp_path)[0]["KID"] == ""
+    assert f"preset pytorch-fid, of n = 2 samples against {tmp_path}/coco.npz, n = 30" in (tmp_path / "run/log.txt").read_text()
 
 
 @pytest.mark.parametrize(("more", "message"), [
