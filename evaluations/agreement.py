@@ -5,6 +5,7 @@
     python evaluations/agreement.py data/emoji-captions/val SAMPLES --vae assets/vae-emoji
 
 DATA/val is a split in the text-to-image layout, SAMPLES a folder or npz of generate_t2i.py: image i is of caption i.
+The words in captions.json are needed for the CLIP score alone.
 Retrieval: share of generated images whose nearest picture of the split (top-1), or one of whose 5 nearest (top-5), by
 the cosine of features about their mean, is the one that their caption belongs to. Guessing gives 1 and 5 in the
 number of pictures; the captions shuffled among the images 100 times show what chance makes of this sample. With --vae
@@ -22,14 +23,14 @@ from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
 
-from dataset import scan
+from dataset import read_texts, scan, scan_numbered
 from encoders import VAE, loading, quiet_transformers
 from evaluations.evaluator import add_network_arguments, extractor_from, run
 from evaluations.extract import gather_rows, join_processes, rank, shard
 from evaluations.features import FEATURES, full_float32, resize
 from evaluations.images import FolderImages, open_images, size_text
 from evaluations.scores import load_set
-from files import BadInput, read_json, run_script
+from files import BadInput, run_script
 
 TOP = (1, 5)
 SHUFFLES = 100
@@ -131,43 +132,54 @@ def clip_scores(clip, images, texts, batch_size):
     return None if scores is None else scores[:, 0]
 
 
-def read_split(folder):
-    """Pictures of a split in the order of their index, and captions.json."""
-    captions = read_json(folder / "captions.json")
+def read_pictures(folder):
+    """The pictures of a folder in the order of their numbers, and these; numbers may be left out."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is no folder; give a split with pictures such as 0.png, and what generate_t2i.py made.")
     files = scan(folder, ".png")
-    if sorted(files) != list(range(len(captions))) or any(str(i) not in captions for i in files):
-        raise BadInput(f"{folder} holds {len(files)} pictures and captions of {len(captions)}; make the split again.")
-    if not all(isinstance(known, list) and all(isinstance(text, str) for text in known) for known in captions.values()):
-        raise BadInput(f'{folder / "captions.json"} is not of the form {{"0": ["caption", ...], ...}}; make it again.')
-    return FolderImages(folder, [folder / files[i] for i in sorted(files)]), captions
-
-
-def read_samples(source):
-    """Generated images, and of which caption each is: by the number in a file's name, or by position in an npz."""
-    if not source.is_dir():
-        images = open_images(source)
-        return images, list(range(images.n))
-    files = scan(source, ".png")
     if not files:
-        raise BadInput(f"{source} holds no .png file; give a folder or npz of generate_t2i.py.")
-    return FolderImages(source, [source / files[i] for i in sorted(files)]), sorted(files)
+        raise BadInput(f"{folder} holds no .png file; give a split with pictures, and what generate_t2i.py made.")
+    numbers = sorted(files)
+    return FolderImages(folder, [folder / files[i] for i in numbers]), numbers
+
+
+def read_samples(source, split):
+    """Generated images and the numbers of their captions: in the names of files; an npz has the split's from the first on."""
+    if source.is_dir():
+        return read_pictures(source)
+    images, numbers = open_images(source), sorted(set().union(*scan_numbered(split)))
+    if images.n > len(numbers):
+        raise BadInput(f"{source} has {images.n} images, {split} only {len(numbers)}; give the split that the images were made "
+                       "for.")
+    return images, numbers[:images.n]
+
+
+def caption_texts(folder, numbers, k):
+    """Caption `k` in words of the pictures `numbers`."""
+    path = folder / "captions.json"
+    captions = read_texts(path, {})
+    if captions is None:
+        raise BadInput(f"{path} does not exist; the CLIP score needs the captions in words, all else goes without --clip.")
+    for i in numbers:
+        if not 0 <= k < len(captions.get(i, ())):
+            raise BadInput(f"--caption-index {k}: image {i} of {folder} has {len(captions.get(i, ()))} captions in words, "
+                           "counted from 0; choose a lower one.")
+    return [captions[i][k] for i in numbers]
 
 
 def evaluate(args):
     """Scores -> dict for --json on process 0, None on the others."""
-    reference, captions = read_split(args.reference)
-    samples, indices = read_samples(args.sample)
-    if indices[-1] >= reference.n:
-        raise BadInput(f"{args.sample} has an image of caption {indices[-1]}, {args.reference} only {reference.n}; give "
-                       "the split that the images were made for.")
+    reference, numbers = read_pictures(args.reference)
+    samples, made = read_samples(args.sample, args.reference)
+    position = {number: i for i, number in enumerate(numbers)}
+    strangers = [number for number in made if number not in position]
+    if strangers:
+        raise BadInput(f"{args.sample} has an image of caption {strangers[0]}, {args.reference} no picture {strangers[0]}.png; "
+                       "give the split that the images were made for.")
     if samples.size != reference.size:
         raise BadInput(f"{args.sample} has images of {size_text(samples.size)}, {args.reference} of "
                        f"{size_text(reference.size)}; compare sets of one size.")
-    texts = [captions[str(i)] for i in indices]
-    lacking = [i for i, known in zip(indices, texts, strict=True) if len(known) <= args.caption_index]
-    if args.clip and lacking:
-        raise BadInput(f"--caption-index {args.caption_index}: image {lacking[0]} of {args.reference} has "
-                       f"{len(captions[str(lacking[0])])} captions, counted from 0; choose a lower one.")
+    texts = caption_texts(args.reference, made, args.caption_index) if args.clip else None
     device = join_processes(args.device)
     extractor = extractor_from(args, device)
     sources = {"samples": samples}
@@ -177,13 +189,12 @@ def evaluate(args):
              for name, source in {"reference": reference, **sources}.items()}
     clip = None
     if args.clip:
-        clip = clip_scores(Clip(args.clip, device), samples, [known[args.caption_index] for known in texts],
-                           args.batch_size)
+        clip = clip_scores(Clip(args.clip, device), samples, texts, args.batch_size)
     if rank():
         return None
     first, place = distinct(reference, args.batch_size)
     candidates = pools["reference"].pool[first]
-    truths = {"samples": place[indices], "VAE reconstructions": place}
+    truths = {"samples": place[[position[number] for number in made]], "VAE reconstructions": place}
     result = {"features": args.features, "n": samples.n, "candidates": len(first), "sample": str(args.sample),
               "reference": str(args.reference), "any_weights": args.any_weights, "retrieval": {}}
     for name in sources:
@@ -211,7 +222,7 @@ def lines(result):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("reference", metavar="DATA/SPLIT", type=Path, help="split with {i}.png and captions.json")
+    add("reference", metavar="DATA/SPLIT", type=Path, help="split with {i}.png, for --clip with captions.json")
     add("sample", metavar="SAMPLES", type=Path, help="folder or npz of generated images")
     add_network_arguments(parser)
     parser.set_defaults(features="efficientnet-lite0")

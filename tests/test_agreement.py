@@ -90,6 +90,22 @@ def test_right_wrong_and_some(made, monkeypatch, capsys):
     assert result["n"] == 3 and top1(result) == 1.0
 
 
+def test_pictures_are_paired_by_their_numbers(made, monkeypatch):
+    """A split may lack numbers, as for training and sampling, and needs captions in words for --clip alone."""
+    folder = made / "gaps"
+    folder.mkdir()
+    numbers = [i for i in range(1, N) if i % 3]
+    for i in numbers:
+        (folder / f"{i}.png").write_bytes((made / f"val/{i}.png").read_bytes())
+    with np.load(made / "right.npz", allow_pickle=False) as file:
+        np.savez(made / "gaps.npz", arr_0=file["arr_0"][numbers[:9]])  # image i is of the i-th caption that is there
+    for sample, n in (("some", 3), ("gaps.npz", 9)):
+        result = run(made, monkeypatch, folder, made / sample)
+        assert (result["n"], result["candidates"], top1(result)) == (n, len(numbers), 1.0)
+    with pytest.raises(BadInput, match="captions.json does not exist"):
+        run(made, monkeypatch, folder, made / "some", "--clip", "/nowhere")
+
+
 def test_clip_score(made, clip_folder, monkeypatch):
     """100 max(cos, 0) by transformers' own processing of image and text; the caption asked for is the one taken."""
     import transformers
@@ -124,7 +140,7 @@ def test_clip_resizes_as_its_processor_does(made, clip_folder):
 
 def test_two_processes_give_the_same(made, clip_folder, monkeypatch, tmp_path):
     """What each process would do, one after the other: their parts make the whole."""
-    images, _ = agreement.read_samples(made / "right.npz")
+    images, _ = agreement.read_samples(made / "right.npz", made / "val")
     clip, texts = Clip(clip_folder, torch.device("cpu")), [f"caption {chr(97 + i)}" for i in range(N)]
     whole, parts = agreement.clip_scores(clip, images, texts, 5), []
     for start, stop in ((0, 11), (11, N)):
@@ -134,14 +150,16 @@ def test_two_processes_give_the_same(made, clip_folder, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("reference, sample, message", [
-    ("val", "nowhere", "nowhere does not exist"), ("nowhere", "right.npz", "captions.json cannot be read"),
-    ("val", "empty", "holds no .png"), ("val", "many.npz", "an image of caption 24, .*val only 24"),
-    ("val", "large.npz", "images of 64x64, .*val of 32x32"), ("holes", "right.npz", "holds 1 pictures and captions of 2")])
+    ("val", "nowhere", "nowhere does not exist"), ("nowhere", "right.npz", "nowhere is no folder"),
+    ("val", "empty", "holds no .png"), ("val", "many.npz", "many.npz has 25 images, .*val only 24"),
+    ("val", "large.npz", "images of 64x64, .*val of 32x32"), ("holes", "some", "image of caption 2, .*holes no picture 2.png"),
+    ("holes", "two.npz", "image of caption 0, .*holes no picture 0.png")])
 def test_sets_that_cannot_be_compared(made, monkeypatch, reference, sample, message):
     (made / "empty").mkdir(exist_ok=True)
     (made / "holes").mkdir(exist_ok=True)
-    (made / "holes/captions.json").write_text('{"0": ["a"], "1": ["b"]}')
+    (made / "holes/0_0.npy").touch()  # a caption without a picture still counts in an npz
     (made / "holes/1.png").write_bytes((made / "val/1.png").read_bytes())
+    np.savez(made / "two.npz", arr_0=np.zeros((2, 32, 32, 3), np.uint8))
     np.savez(made / "many.npz", arr_0=np.zeros((N + 1, 32, 32, 3), np.uint8))
     np.savez(made / "large.npz", arr_0=np.zeros((2, 64, 64, 3), np.uint8))
     with pytest.raises(BadInput, match=message):
