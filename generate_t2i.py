@@ -6,9 +6,12 @@
 All that generate.py's docstring says holds here. Image {i:06d}.png is made from caption --caption-index of image i of
 {data}/val, from its tokens on disk; own texts go through --text-encoder, which must be the one of the data. The
 captions are in captions.txt beside the pictures, a line each in the order of the names, where they are known in words.
+Folders of own texts begin with {model}-{name of the --prompts file} or, with --prompt, {model}-prompts-{hash of the texts}.
 Defaults are the paper's protocol on COCO: SDE, 250 steps, guidance 2.25, one image of each of 40,192 captions.
 """
 import argparse
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +54,13 @@ def read_prompts(args):
     return prompts
 
 
+def prompts_name(args, prompts):
+    """What a folder of own texts is called: as their file or, of texts on the command line, by a hash, so that none mix."""
+    if not args.prompt:
+        return Path(args.prompts).stem
+    return f"prompts-{hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:8]}"
+
+
 class Captions(NamedTuple):
     """What to sample: image number -> its file's number, its caption in words (None: unknown), its tokens (L, C)."""
 
@@ -82,8 +92,9 @@ def main():
     state, vae = setup(args)
     weights, sizes = read_checkpoint(args, vae, MMDIT_CONFIGS, "context_embedder.weight", model="MMDiT",
                                      context_shape=None)
-    prompts = read_prompts(args)
+    prompts, name = read_prompts(args), args.model
     if prompts:  # what is not used must not tell two runs apart
+        name = f"{args.model}-{prompts_name(args, prompts)}"
         args.data_dir, args.caption_index, args.prompt, args.prompts = None, None, prompts, None
         captions = own_texts(args, [" ".join(text.split()) for text in prompts], state.device)
     else:
@@ -99,7 +110,7 @@ def main():
         if state.is_main_process:
             print(f"there are {args.num_fid_samples} captions: one image of each is made")
     model = ready(MMDiT_models[args.model](context_dim=width, **sizes), weights, args, state.device)
-    folder = sample_folder(args, f"{args.model}-prompts" if prompts else args.model)
+    folder = sample_folder(args, name)
 
     def path_of(i):
         return folder / f"{captions.numbers[i]:06d}.png"

@@ -60,7 +60,7 @@ else
     made=samples/$name/MMDiT-T-$ending
     stage agreement python evaluations/agreement.py $captions/val "$made"
     found="$made-grid.png (captions held out from training),
-         ${made/MMDiT-T/MMDiT-T-prompts}-grid.png (assets/prompts-emoji.txt)"
+         ${made/MMDiT-T/MMDiT-T-prompts-emoji}-grid.png (assets/prompts-emoji.txt)"
 fi
 stage curves python evaluations/curves.py exps/$name
 

@@ -1,4 +1,6 @@
 """generate_t2i.py through its command line: file i is caption i, own texts, restarts, refusals."""
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -124,17 +126,35 @@ def test_own_texts(monkeypatch, ckpt, tmp_path):
     monkeypatch.setattr(encoders, "TextEncoder", LengthEncoder, raising=False)
     (tmp_path / "texts").write_text("two  cats\n\na much longer text\n")
     call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path, "--prompts", tmp_path / "texts", "--prompt", "bus"))
-    names, array = pictures(tmp_path, "MMDiT-T-prompts")
+    hashed = next(tmp_path.glob("*.npz")).name.split("-0000005")[0]  # texts of the command line have no other name
+    assert re.fullmatch("MMDiT-T-prompts-[0-9a-f]{8}", hashed)
+    names, array = pictures(tmp_path, hashed)
     texts = ["bus", "two cats", "a much longer text"]
     assert names == ["000000.png", "000001.png", "000002.png"]
-    assert (tmp_path / NAME.format("MMDiT-T-prompts") / "captions.txt").read_text().splitlines() == texts
+    assert (tmp_path / NAME.format(hashed) / "captions.txt").read_text().splitlines() == texts
     for i, text in enumerate(texts):
         tokens = torch.full((6, 16), len(text) / 10)
         assert np.abs(array[i].astype(int) - expected(ckpt, tokens, torch.zeros(6, 16), i)).max() <= 1
-    grid = np.asarray(Image.open(tmp_path / f"{NAME.format('MMDiT-T-prompts')}-grid.png"))
+    grid = np.asarray(Image.open(tmp_path / f"{NAME.format(hashed)}-grid.png"))
     assert grid.shape[1] == 128 and grid.shape[0] > 128  # the texts stand under the pictures
-    with pytest.raises(BadInput, match="other settings"):
-        call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path, "--prompt", "bus"))
+
+
+def test_other_texts_have_another_folder(monkeypatch, ckpt, tmp_path):
+    """Named by the texts or by their file, so that one checkpoint serves prompt after prompt; never two sets in one folder."""
+    monkeypatch.setattr(encoders, "TextEncoder", LengthEncoder, raising=False)
+
+    def sample(*more):
+        call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path, "--num-steps", 2, *more))
+
+    for text in ("bus", "cat", "bus"):
+        sample("--prompt", text)
+    assert len(list(tmp_path.glob("MMDiT-T-prompts-*.npz"))) == 2
+    (tmp_path / "animals.txt").write_text("cat\n")
+    sample("--prompts", tmp_path / "animals.txt")
+    assert pictures(tmp_path, "MMDiT-T-animals")[0] == ["000000.png"]
+    (tmp_path / "animals.txt").write_text("dog\n")
+    with pytest.raises(BadInput, match="MMDiT-T-animals.* holds images of other settings"):
+        sample("--prompts", tmp_path / "animals.txt")
 
 
 def test_without_words_there_is_no_captions_txt(monkeypatch, ckpt, tmp_path, capsys):
