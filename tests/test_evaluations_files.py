@@ -209,6 +209,17 @@ def test_two_processes_give_the_scores_of_one(made, adm):
         assert value == pytest.approx(adm["scores"][name], rel=1e-5)
 
 
+def test_fid_and_sfid_are_of_the_pool_and_of_the_spatial_features(made, adm):
+    """By NumPy's means and the formula for centred data A, B: tr (S1 S2)^(1/2) = sum of singular values of A B^T."""
+    extractor = load_extractor("inception", made / "inception.pth", verify=False)
+    sets = [extractor(images) for images in (random_images(9, 0), random_images(7, 1) // 2)]
+    for name, place in (("FID", 0), ("sFID", 1)):
+        x, y = (each[place].double().numpy() for each in sets)
+        a, b = ((z - z.mean(0)) / np.sqrt(len(z) - 1) for z in (x, y))
+        plain = ((x.mean(0) - y.mean(0)) ** 2).sum() + (a ** 2).sum() + (b ** 2).sum() - 2 * np.linalg.svd(a @ b.T)[1].sum()
+        assert adm["scores"][name] == pytest.approx(plain, rel=1e-4)
+
+
 def test_statistics_file_replaces_the_images(monkeypatch, made, adm, capsys):
     """stats.py's file gives the same FID; with statistics only, precision and recall are n/a."""
     call_main(monkeypatch, stats, *paths(made, "reference.npz", "stats.npz"), "--images", "4")
@@ -219,12 +230,11 @@ def test_statistics_file_replaces_the_images(monkeypatch, made, adm, capsys):
     assert stored["arr_0"].shape == (4, 24, 24, 3) and sum(rows) == 4
     only = {key: stored[key] for key in ("mu", "sigma", "mu_s", "sigma_s")}
     np.savez(made / "only.npz", **only)
-    call_main(monkeypatch, evaluator, *paths(made, "only.npz", "sample.npz"), "--metrics", "is,fid,pr")
+    call_main(monkeypatch, evaluator, *paths(made, "only.npz", "sample.npz"), "--metrics", "is,fid,sfid,pr")
     found = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
     assert found["Precision"] == found["Recall"] == "n/a"
-    for name in ("Inception Score", "FID"):
+    for name in ("Inception Score", "FID", "sFID"):
         assert float(found[name]) == pytest.approx(adm["scores"][name], rel=1e-6)
-
 
     np.savez(made / "other.npz", arr_0=random_images(9, 0), mu=only["mu"] + 1, sigma=only["sigma"])
     extractor = load_extractor("inception", made / "inception.pth", verify=False)
@@ -277,6 +287,10 @@ def test_other_features_keep_their_own_names(monkeypatch, made, capsys, tmp_path
         "FD-EffLite0 (n = 7, reference n = 9)", "KID-EffLite0 (n = 7, reference n = 9)"]
     call_main(monkeypatch, evaluator, *argv, str(tmp_path / "lite0.pth"))                   # fid,kid is the default
     assert capsys.readouterr().out.splitlines() == text
+    monkeypatch.setattr(scores, "precision_recall", lambda x, y, dtype: (torch.finfo(dtype).bits, 0.5))
+    for flag, bits in (([], 16), (["--pr-dtype", "float32"], 32), (["--pr-dtype", "float16"], 16)):
+        call_main(monkeypatch, evaluator, *argv, str(tmp_path / "lite0.pth"), "--metrics", "pr", *flag)
+        assert capsys.readouterr().out.splitlines() == [f"Precision: {bits}", "Recall: 0.5"]
 
 
 @pytest.mark.parametrize(("reference", "sample", "extra", "words"), [

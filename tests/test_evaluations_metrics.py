@@ -4,13 +4,17 @@ import dataclasses
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.special
 import timm
 import torch
 import torch.nn.functional as F
 
 from evaluations import features, metrics
-from evaluations.features import load_extractor, resize_tf1
+from evaluations.extract import FeatureSet
+from evaluations.features import INCEPTION_URL, load_extractor, resize_tf1
 from evaluations.inception import Inception
+from evaluations.scores import score
+from files import BadInput
 from tests.conftest import ROOT
 from tests.golden.fill import inception_state
 
@@ -86,8 +90,19 @@ def test_fid_equals_tensorflow(golden):
 
 def test_inception_score_equals_tensorflow(golden, inception):
     pool = torch.from_numpy(golden["is_pool"]).float()             # 40 rows: the last split of 16 is short
-    score = metrics.inception_score(pool, inception.classifier, split_size=16)
-    assert score == pytest.approx(golden["is_split16"], rel=1e-6)
+    found = metrics.inception_score(pool, inception.classifier, split_size=16)
+    assert found == pytest.approx(golden["is_split16"], rel=1e-6)
+
+
+def test_inception_score_splits_at_5000():
+    """By the formula on rows 0 to 4,999 and on the three after them, which count as much."""
+    generator = np.random.default_rng(8)
+    pool, classifier = generator.normal(size=(5003, 6)), generator.normal(size=(9, 6))
+    p = scipy.special.softmax(pool @ classifier.T, axis=1)
+    plain = np.mean([np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in (p[:5000], p[5000:])])
+    sets = [FeatureSet("made", "inception", "adm", len(pool), torch.from_numpy(pool),
+                       classifier=torch.from_numpy(classifier)) for _ in range(2)]
+    assert score(*sets, ("is",))["Inception Score"] == pytest.approx(plain, rel=1e-9)
 
 
 def test_inception_score_survives_underflow():
@@ -249,16 +264,32 @@ def test_efficientnet_is_fed_as_it_was_trained(efficientnet):
     assert extractor(images)[0].shape == (2, extractor.dim)
 
 
-def test_scoring_leaves_the_random_stream_and_settings_alone(efficientnet):
+def test_scoring_leaves_the_random_stream_and_settings_alone(efficientnet, monkeypatch):
+    """And has its own settings inside: full float32 whatever a training loop around it has set."""
     torch.set_float32_matmul_precision("high")
-    before = torch.get_rng_state(), torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    before, inside = torch.get_rng_state(), []
     extractor = load_extractor("efficientnet-lite0", efficientnet[1], verify=False)
+    extractor.network.conv_stem.register_forward_hook(lambda *_: inside.append(
+        (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu"))))
     with torch.autocast("cpu", torch.bfloat16):
         pool, _ = extractor(np.zeros((1, 8, 8, 3), np.uint8))
     assert pool.dtype == torch.float32 and not pool.requires_grad
-    assert torch.equal(torch.get_rng_state(), before[0]) and torch.backends.cudnn.allow_tf32 == before[1]
+    assert inside == [(False, "highest", False)]
+    assert torch.equal(torch.get_rng_state(), before) and torch.backends.cudnn.allow_tf32
     assert torch.get_float32_matmul_precision() == "high"
     torch.set_float32_matmul_precision("highest")
+
+
+def test_downloads_are_checked(monkeypatch, tmp_path):
+    """torch.hub's hash check, by the end of the file's name, is on; a file of another hash is refused and does not stay."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    torch.save({}, tmp_path / "weights-6726825d.pth")
+    monkeypatch.setattr(features, "INCEPTION_URL", (tmp_path / "weights-6726825d.pth").as_uri())
+    with pytest.raises(BadInput, match="weights-6726825d.pth could not be fetched .invalid hash value"):
+        load_extractor("inception")
+    assert not list((tmp_path / "hub").rglob("*.pth"))
+    assert INCEPTION_URL.endswith(f"-{features.INCEPTION_SHA256[:8]}.pth")
 
 
 def test_torch_fidelity_agrees(weights, inception):
@@ -274,8 +305,8 @@ def test_torch_fidelity_agrees(weights, inception):
     pools = [inception(part)[0] for part in (images[:5], images[5:])]
     fid = metrics.frechet_distance(*moments(pools[0]), *moments(pools[1]))
     assert fid == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
-    score = metrics.inception_score(pools[0], inception.classifier)
-    assert score == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+    found = metrics.inception_score(pools[0], inception.classifier)
+    assert found == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
 
 
 class ListOfTensors(torch.utils.data.Dataset):
