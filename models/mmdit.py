@@ -7,23 +7,7 @@ import functools
 import torch
 from torch import nn
 
-from models.layers import (
-    QK,
-    AdaLNBlock,
-    Alignment,
-    FinalLayer,
-    PatchEmbed,
-    TimestepEmbedder,
-    adaln_zero,
-    attend,
-    check_sizes,
-    compile_blocks,
-    from_config,
-    projector,
-    run_block,
-    sincos_2d,
-    unpatchify,
-)
+from models import layers
 
 # Depth and recipe, as in models/sit.py. MMDiT is the paper's, with the release's early-stop point (the paper's run on
 # COCO stops at 200,000 of 250,000 steps); T is ours, for the embedded data.
@@ -40,8 +24,8 @@ class JointBlock(nn.Module):
 
     def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm, last):
         super().__init__()
-        self.context_block = AdaLNBlock(hidden_size, num_heads, mlp_ratio, qk_norm, pre_only=last)
-        self.x_block = AdaLNBlock(hidden_size, num_heads, mlp_ratio, qk_norm)
+        self.context_block = layers.AdaLNBlock(hidden_size, num_heads, mlp_ratio, qk_norm, pre_only=last)
+        self.x_block = layers.AdaLNBlock(hidden_size, num_heads, mlp_ratio, qk_norm)
 
     def forward(self, context, x, c, fused=True, tapped=False):
         """Text (N, L, D), image (N, T, D), condition (N, D) -> text, image and, if `tapped`, the image tokens' QK.
@@ -53,11 +37,11 @@ class JointBlock(nn.Module):
 
         # Text first; every token sees every token, and padding is text like any other.
         joint = (torch.cat(pair, dim=2) for pair in zip(text_qkv, image_qkv, strict=True))  # (N, H, L + T, d)
-        text, image = attend(*joint, fused).split([context.shape[1], x.shape[1]], dim=2)
+        text, image = layers.attend(*joint, fused).split([context.shape[1], x.shape[1]], dim=2)
 
         x = self.x_block.after(x, image, image_rest)
         context = self.context_block.after(context, text, text_rest) if text_rest else None
-        return context, x, QK(*image_qkv[:2]) if tapped else None
+        return context, x, layers.QK(*image_qkv[:2]) if tapped else None
 
 
 class MMDiT(nn.Module):
@@ -74,28 +58,28 @@ class MMDiT(nn.Module):
                  encoder_depth=8, attn_layers=(4, 5, 6, 7), z_dims=(768,), projector_dim=2048, qk_norm=False,
                  fused_attn=True, grad_checkpointing=False, zero_init=False):
         super().__init__()
-        check_sizes(input_size, patch_size, depth, encoder_depth, attn_layers)
+        layers.check_sizes(input_size, patch_size, depth, encoder_depth, attn_layers)
         hidden_size, num_heads = 32 * depth, depth
         self.patch_size, self.in_channels, self.input_size = patch_size, in_channels, input_size
         self.encoder_depth, self.attn_layers = encoder_depth, tuple(attn_layers)
         self.fused_attn, self.grad_checkpointing = fused_attn, grad_checkpointing
-        self.register_buffer("pos_embed", sincos_2d(hidden_size, input_size // patch_size))
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.register_buffer("pos_embed", layers.sincos_2d(hidden_size, input_size // patch_size))
+        self.x_embedder = layers.PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = layers.TimestepEmbedder(hidden_size)
         self.context_embedder = nn.Linear(context_dim, hidden_size)
         self.joint_blocks = nn.ModuleList(
             JointBlock(hidden_size, num_heads, mlp_ratio, qk_norm, last=i == depth - 1) for i in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
-        self.projectors = nn.ModuleList(projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
+        self.final_layer = layers.FinalLayer(hidden_size, patch_size, in_channels)
+        self.projectors = nn.ModuleList(layers.projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
         if zero_init:
-            adaln_zero([half for block in self.joint_blocks for half in block.children()], self.final_layer)
+            layers.adaln_zero([half for block in self.joint_blocks for half in block.children()], self.final_layer)
 
     @property
     def latent_shape(self):
         return self.in_channels, self.input_size, self.input_size
 
     def compile(self):
-        compile_blocks(self.joint_blocks)
+        layers.compile_blocks(self.joint_blocks)
 
     def forward(self, x, t, y, return_alignment=False):
         """x (N, C, R, R), t (N,), text y (N, L, context_dim), any L -> v (N, C, R, R), and the Alignment if asked."""
@@ -105,14 +89,14 @@ class MMDiT(nn.Module):
         features, attention = [], {}
         for i, block in enumerate(self.joint_blocks):
             tapped = return_alignment and i in self.attn_layers
-            context, tokens, qk = run_block(block, context, tokens, c, self.fused_attn, tapped,
-                                            checkpointing=self.grad_checkpointing)
+            context, tokens, qk = layers.run_block(block, context, tokens, c, self.fused_attn, tapped,
+                                                   checkpointing=self.grad_checkpointing)
             if tapped:
                 attention[i] = qk
             if return_alignment and i + 1 == self.encoder_depth:
                 features = [project(tokens) for project in self.projectors]  # (N, T, z_dim) each
-        v = unpatchify(self.final_layer(tokens, c), self.patch_size)
-        return (v, Alignment(features, attention)) if return_alignment else v
+        v = layers.unpatchify(self.final_layer(tokens, c), self.patch_size)
+        return (v, layers.Alignment(features, attention)) if return_alignment else v
 
 
-MMDiT_models = {name: functools.partial(from_config, MMDiT, config) for name, config in MMDIT_CONFIGS.items()}
+MMDiT_models = {name: functools.partial(layers.from_config, MMDiT, config) for name, config in MMDIT_CONFIGS.items()}

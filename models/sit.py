@@ -3,24 +3,7 @@ import functools
 
 from torch import nn
 
-from models.layers import (
-    QK,
-    AdaLNBlock,
-    Alignment,
-    FinalLayer,
-    LabelEmbedder,
-    PatchEmbed,
-    TimestepEmbedder,
-    adaln_zero,
-    attend,
-    check_sizes,
-    compile_blocks,
-    from_config,
-    projector,
-    run_block,
-    sincos_2d,
-    unpatchify,
-)
+from models import layers
 
 # Size, and the alignment recipe of the paper (Table 16, appendix B): encoder_depth is 1-based, attn_pairs are
 # (student block, teacher block), 0-based. S has no published recipe and takes B's; T is ours, for the embedded data.
@@ -40,13 +23,13 @@ SIT_CONFIGS = {f"SiT-{size}/{patch}": {**config, "patch_size": patch} for size, 
                for patch in ((2,) if size == "T" else (2, 4, 8))}
 
 
-class SiTBlock(AdaLNBlock):
+class SiTBlock(layers.AdaLNBlock):
     """Self-attention on the image tokens."""
 
     def forward(self, x, c, fused=True, tapped=False):
         """Tokens (N, T, D), condition (N, D) -> tokens (N, T, D) and, if `tapped`, the block's QK, else None."""
         (q, k, v), rest = self.before(x, c)
-        return self.after(x, attend(q, k, v, fused), rest), QK(q, k) if tapped else None
+        return self.after(x, layers.attend(q, k, v, fused), rest), layers.QK(q, k) if tapped else None
 
 
 class SiT(nn.Module):
@@ -61,18 +44,18 @@ class SiT(nn.Module):
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, encoder_depth=8, attn_layers=(4, 5, 6, 7),
                  z_dims=(768,), projector_dim=2048, qk_norm=False, fused_attn=True, grad_checkpointing=False):
         super().__init__()
-        check_sizes(input_size, patch_size, depth, encoder_depth, attn_layers)
+        layers.check_sizes(input_size, patch_size, depth, encoder_depth, attn_layers)
         self.patch_size, self.in_channels, self.input_size = patch_size, in_channels, input_size
         self.num_classes, self.encoder_depth, self.attn_layers = num_classes, encoder_depth, tuple(attn_layers)
         self.fused_attn, self.grad_checkpointing = fused_attn, grad_checkpointing
         side = input_size // patch_size
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_row=class_dropout_prob > 0)
-        self.pos_embed = nn.Parameter(sincos_2d(hidden_size, side), requires_grad=False)
+        self.x_embedder = layers.PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = layers.TimestepEmbedder(hidden_size)
+        self.y_embedder = layers.LabelEmbedder(num_classes, hidden_size, null_row=class_dropout_prob > 0)
+        self.pos_embed = nn.Parameter(layers.sincos_2d(hidden_size, side), requires_grad=False)
         self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
-        self.projectors = nn.ModuleList(projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
-        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        self.projectors = nn.ModuleList(layers.projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
+        self.final_layer = layers.FinalLayer(hidden_size, patch_size, in_channels)
         self.init_weights()
 
     @property
@@ -96,10 +79,10 @@ class SiT(nn.Module):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        adaln_zero(self.blocks, self.final_layer)
+        layers.adaln_zero(self.blocks, self.final_layer)
 
     def compile(self):
-        compile_blocks(self.blocks)
+        layers.compile_blocks(self.blocks)
 
     def forward(self, x, t, y, return_alignment=False):
         """x (N, C, R, R), t (N,), y (N,) int -> v (N, C, R, R), with `return_alignment` also the Alignment."""
@@ -108,13 +91,13 @@ class SiT(nn.Module):
         features, attention = [], {}
         for i, block in enumerate(self.blocks):
             tapped = return_alignment and i in self.attn_layers
-            tokens, qk = run_block(block, tokens, c, self.fused_attn, tapped, checkpointing=self.grad_checkpointing)
+            tokens, qk = layers.run_block(block, tokens, c, self.fused_attn, tapped, checkpointing=self.grad_checkpointing)
             if tapped:
                 attention[i] = qk
             if return_alignment and i + 1 == self.encoder_depth:
                 features = [project(tokens) for project in self.projectors]  # (N, T, z_dim) each
-        v = unpatchify(self.final_layer(tokens, c), self.patch_size)
-        return (v, Alignment(features, attention)) if return_alignment else v
+        v = layers.unpatchify(self.final_layer(tokens, c), self.patch_size)
+        return (v, layers.Alignment(features, attention)) if return_alignment else v
 
 
-SiT_models = {name: functools.partial(from_config, SiT, config) for name, config in SIT_CONFIGS.items()}
+SiT_models = {name: functools.partial(layers.from_config, SiT, config) for name, config in SIT_CONFIGS.items()}

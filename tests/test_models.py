@@ -1,4 +1,5 @@
 """Every model of the tables: shapes, counts, gradients, v = 0 at the start; taps that change nothing; MMDiT written out."""
+import difflib
 import functools
 import math
 
@@ -10,6 +11,7 @@ from torch._dynamo.utils import counters
 from models.layers import QK, Alignment
 from models.mmdit import MMDIT_CONFIGS, MMDiT, MMDiT_models
 from models.sit import SIT_CONFIGS, SiT, SiT_models
+from tests.conftest import ROOT
 
 
 def expected_parameters(c, input_size=32, classes=1000, projector_dim=2048, z_dim=768):
@@ -234,6 +236,32 @@ def test_every_parameter_of_mmdit_gets_a_gradient(zero_init, qk_norm):
     v, alignment = model(*text_inputs(), return_alignment=True)
     (v.square().sum() + alignment.features[0].square().sum()).backward()
     assert v.any() and not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_mmdit_starts_as_pytorch_s_layers_do():
+    """Weights and biases of every linear layer and of the patches: uniform within 1 / sqrt(inputs), as the published runs."""
+    model = small_mmdit()
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            bound = module.weight[0].numel() ** -0.5
+            assert 0.97 * bound < module.weight.abs().max() <= bound, name
+            assert module.weight.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.1), name
+            assert module.bias.any() and module.bias.abs().max() <= bound, name
+
+
+def equal_lines(paths):
+    """The longest run of equal lines, blank ones left out, that two files share."""
+    a, b = ([line.strip() for line in (ROOT / path).read_text().splitlines() if line.strip()] for path in paths)
+    block = difflib.SequenceMatcher(None, a, b, autojunk=False).find_longest_match()
+    return a[block.a:block.a + block.size]
+
+
+@pytest.mark.parametrize("paths", [("train.py", "train_t2i.py"), ("generate.py", "generate_t2i.py"),
+                                   ("models/sit.py", "models/mmdit.py")], ids=lambda paths: paths[1])
+def test_classes_and_text_share_code_by_import(paths):
+    """Two copies drift: the published script for text lost its attention loss that way."""
+    shared = equal_lines(paths)
+    assert 0 < len(shared) < 8, shared
 
 
 def test_small_mmdit_of_the_table():

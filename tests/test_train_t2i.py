@@ -1,12 +1,16 @@
 """train_t2i.py through its command line on 16 tiny captioned images: both losses, resume, processes, captions."""
+import functools
 import json
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
+import train
 import train_t2i
+from dataset import CAPTION
 from metrics import COLUMNS
 from tests.conftest import (
     ROOT,
@@ -15,6 +19,7 @@ from tests.conftest import (
     metrics,
     script,
     tiny_run,
+    train_arguments,
     write_tiny_captions,
 )
 
@@ -98,6 +103,49 @@ def test_captions_are_dropped_to_the_empty_context(monkeypatch, tiny_captions, t
                                     probability, "--max-train-steps", 2))
         assert len(seen) == 2 and all(y.shape == (8, 6, 16) for y in seen)
         assert all(bool(caption.any()) != bool(probability) for y in seen for caption in y)
+
+
+def test_zero_init(monkeypatch, tiny_captions, tmp_path):
+    """By the command line, seen before anything is learned: adaLN-zero with the flag, PyTorch's layers without."""
+    for flag in ([], ["--zero-init"]):
+        out = tmp_path / str(len(flag))
+        run(monkeypatch, *arguments(tiny_captions, out, "--enc-type", "none", "--max-train-steps", 1, "--learning-rate", 0, *flag))
+        model = checkpoint(out, 1)["model"]
+        for name in ("joint_blocks.0.context_block.adaLN_modulation.1.weight", "joint_blocks.3.x_block.adaLN_modulation.1.bias",
+                     "final_layer.adaLN_modulation.1.weight", "final_layer.linear.weight"):
+            assert bool(model[name].any()) != bool(flag), name
+        assert model["context_embedder.weight"].any()
+
+
+def test_seed_chooses_the_captions(monkeypatch, tiny_captions, tmp_path):
+    """--seed reaches the data set: the first batch has the captions that it has by itself, others than those of seed 0."""
+    seen, get = [], train_t2i.CaptionedImages.__getitem__
+
+    def spy(self, visit):
+        item = get(self, visit)
+        seen.append((visit, int(item["y"][0, 0])))  # the first token says which caption it is
+        return item
+
+    monkeypatch.setattr(train_t2i.CaptionedImages, "__getitem__", spy)
+    run(monkeypatch, *arguments(tiny_captions, tmp_path, "--enc-type", "none", "--max-train-steps", 3, "--seed", 5))
+    counts = (3, 5, 1, 2) * 4
+    chosen = {seed: [int(np.random.default_rng((seed, CAPTION, visit // 16, visit % 16)).integers(counts[visit % 16]))
+                     for visit, _ in seen] for seed in (0, 5)}
+    assert len(seen) == 24 and [k for _, k in seen] == chosen[5] != chosen[0]
+
+
+@pytest.mark.parametrize("module", [train, train_t2i], ids=["train", "train_t2i"])
+def test_fused_attention_is_a_matter_of_speed(monkeypatch, tiny_data, tiny_captions, tmp_path, module):
+    """The kernel runs in every block by default and in none with --no-fused-attn; losses agree to rounding."""
+    fused, calls, losses = F.scaled_dot_product_attention, [], []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: calls.append(1) or fused(*qkv))
+    for i, (flag, expected) in enumerate((([], True), (["--no-fused-attn"], False))):
+        calls.clear()
+        command = functools.partial(*((train_arguments, tiny_data) if module is train else (arguments, tiny_captions)))
+        call_main(monkeypatch, module, *command(tmp_path / str(i), "--enc-type", "none", "--max-train-steps", 2, *flag))
+        assert (len(calls) > 0) == expected
+        losses.append([float(row["loss"]) for row in metrics(tmp_path / str(i))])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("texts", [True, False])
