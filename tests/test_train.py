@@ -28,6 +28,7 @@ from tests.conftest import (
     fresh_script,
     metrics,
     script,
+    tiny_run,
     train_arguments,
     write_tiny_data,
 )
@@ -269,8 +270,8 @@ def scorer(tmp_path, monkeypatch):
     return tmp_path / "scorer.pth"
 
 
-def scoring(data, scorer, *more):
-    return ["--eval-steps", 2, "--eval-samples", 6, "--eval-ref", data / "images", "--eval-features", "efficientnet-lite0",
+def scoring(reference, scorer, *more):
+    return ["--eval-steps", 2, "--eval-samples", 6, "--eval-ref", reference, "--eval-features", "efficientnet-lite0",
             "--eval-weights", scorer, "--vae", ROOT / "assets/vae-emoji", *more]
 
 
@@ -278,7 +279,7 @@ def test_scores_while_training(monkeypatch, data, scorer, tmp_path):
     """Every --eval-steps steps a row has the scores, and the weights are those of the run without, bit for bit."""
     arguments = ["--enc-type", "none", "--log-every", 3, "--max-train-steps", 5, "--learning-rate", 1e-2]
     run(monkeypatch, *train_arguments(data, tmp_path / "plain", *arguments))
-    run(monkeypatch, *train_arguments(data, tmp_path / "scored", *arguments, *scoring(data, scorer)))
+    run(monkeypatch, *train_arguments(data, tmp_path / "scored", *arguments, *scoring(data / "images", scorer)))
     plain, scored = (checkpoint(tmp_path / name, 5) for name in ("plain", "scored"))
     for part in ("model", "ema"):
         for name, value in plain[part].items():
@@ -314,6 +315,14 @@ def test_scores_are_those_of_the_samples(monkeypatch, data, scorer, tmp_path):
         assert measured == pytest.approx(score(load_set(found[0].numpy(), evaluation.extractor, ("fid", "kid")),
                                              evaluation.reference, ("fid", "kid")), rel=1e-4)
     assert found[0].shape == (6, 64, 64, 3) and (found[0].int() - found[1].int()).abs().max() <= 1
+    streams = [np.random.default_rng((0, 3, i)) for i in (0, 5)]
+    y = torch.tensor([entries.condition(int(rng.integers(8))) for rng in streams])
+    x = torch.from_numpy(np.stack([rng.standard_normal((4, 16, 16), dtype=np.float32) for rng in streams])).double()
+    with torch.no_grad():
+        for step in range(50):  # Euler's method for dx/dt = v from t = 1 to 0
+            x -= model(x.float(), torch.full((2,), 1 - step / 50), y).double() / 50
+    plain = encoders.VAE(ROOT / "assets/vae-emoji").decode(x).permute(0, 2, 3, 1)
+    assert (found[0][[0, 5]].int() - plain.int()).abs().max() <= 1
 
 
 def test_scores_by_coco_s_protocol(monkeypatch, data, tmp_path):
@@ -331,17 +340,31 @@ def test_scores_by_coco_s_protocol(monkeypatch, data, tmp_path):
     assert f"preset pytorch-fid, of n = 2 samples against {tmp_path}/coco.npz, n = 30" in (tmp_path / "run/log.txt").read_text()
 
 
+def test_scores_of_two_processes_are_those_of_one(tiny_captions, data, scorer, tmp_path):
+    """From text, by the command line, five samples and one row: each process makes and measures its part of them."""
+    more = ["--enc-type", "none", "--max-train-steps", 1,
+            *scoring(data / "images", scorer, "--eval-steps", 1, "--eval-samples", 5)]
+    for processes in (1, 2):
+        script("train_t2i.py", *tiny_run("MMDiT-T", tiny_captions, tmp_path / str(processes), *more), processes=processes,
+               before="tests.nano.take_any_scorer")
+    one, two = (metrics(tmp_path / str(processes)) for processes in (1, 2))
+    assert len(one) == len(two) == 1
+    for name in ("FD-EffLite0", "KID-EffLite0"):
+        assert float(two[0][name]) == pytest.approx(float(one[0][name]), rel=1e-3)
+    assert "of n = 5 samples against" in (tmp_path / "2/run/log.txt").read_text()
+
+
 @pytest.mark.parametrize(("more", "message"), [
     (["--eval-samples", 1], "--eval-samples has 1 image, but metric fid needs at least 2"),
     (["--eval-features", "inception"], "the published weights 6726825d0af5f729"),
 ])
 def test_scores_that_cannot_be_made(monkeypatch, data, scorer, tmp_path, more, message):
     with pytest.raises(BadInput, match=message):
-        run(monkeypatch, *train_arguments(data, tmp_path, "--enc-type", "none", *scoring(data, scorer, *more)))
+        run(monkeypatch, *train_arguments(data, tmp_path, "--enc-type", "none", *scoring(data / "images", scorer, *more)))
     assert not list((tmp_path / "run").rglob("*.pt"))
 
 
 def test_scores_need_a_reference_of_their_size(monkeypatch, data, scorer, tmp_path):
     other = write_tiny_data(tmp_path / "other", 8, 32) / "images"
     with pytest.raises(BadInput, match="has images of 32x32, samples have --resolution 64"):
-        run(monkeypatch, *train_arguments(data, tmp_path, "--enc-type", "none", *scoring(data, scorer, "--eval-ref", other)))
+        run(monkeypatch, *train_arguments(data, tmp_path, "--enc-type", "none", *scoring(data / "images", scorer, "--eval-ref", other)))
