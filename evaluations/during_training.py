@@ -46,8 +46,8 @@ class Evaluation:
         self.extractor = load_extractor(args.eval_features, args.eval_weights, accelerator.device, args.eval_preset)
         self.reference = load_set(args.eval_ref, self.extractor, METRICS, is_reference=True, batch_size=self.batch_size)
         if self.reference is not None:
-            logger.info(f"scores: {', '.join(score_names(args.eval_features))}, preset {args.eval_preset}, of n = {self.count} "
-                        f"samples against {args.eval_ref}, n = {self.reference.n or 'unknown'}")
+            logger.info(f"scores: {', '.join(score_names(args.eval_features))} ({args.eval_features}, preset {args.eval_preset}), "
+                        f"of n = {self.count} samples against {args.eval_ref}, n = {self.reference.n or 'unknown'}")
 
     def __call__(self, ema):
         start, stop = shard(self.count)

@@ -43,7 +43,7 @@ def check_count(n, metrics, name):
 
 
 def possible(metrics, both):
-    """Those of `metrics` that are not n/a whatever the images: without images of `both` sets there is no pair of them."""
+    """`metrics`, where not `both` sets have images without those that are n/a then."""
     return [metric for metric in metrics if both or metric not in OF_BOTH]
 
 

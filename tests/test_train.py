@@ -337,7 +337,7 @@ def test_scores_by_coco_s_protocol(monkeypatch, data, tmp_path):
         run(monkeypatch, *train_arguments(data, tmp_path / "adm", *arguments, tmp_path / "coco.npz"))
     run(monkeypatch, *train_arguments(data, tmp_path, *arguments, tmp_path / "coco.npz", "--eval-preset", "pytorch-fid"))
     assert metrics(tmp_path)[0]["FID"] == "1.5" and metrics(tmp_path)[0]["KID"] == ""
-    assert f"preset pytorch-fid, of n = 2 samples against {tmp_path}/coco.npz, n = 30" in (tmp_path / "run/log.txt").read_text()
+    assert f"preset pytorch-fid), of n = 2 samples against {tmp_path}/coco.npz, n = 30" in (tmp_path / "run/log.txt").read_text()
 
 
 def test_scores_of_two_processes_are_those_of_one(tiny_captions, data, scorer, tmp_path):
