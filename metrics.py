@@ -103,10 +103,10 @@ class Metrics:
         self.settle()
         return {"names": list(self.names), "rows": torch.stack(self.pending) if self.pending else torch.zeros(0, len(TERMS))}
 
-    def write(self, evaluation=None):
+    def write(self, measures=()):
         """One row: means over the steps since the last row and all processes, {name: value}; skipped steps are counted.
 
-        `evaluation()` -> {name: score} goes into the same row; its time is not counted as the steps'.
+        What the functions `measures` return, {name: value}, goes into the same row; their time is not counted as the steps'.
         """
         self.settle()
         rows = torch.stack(self.pending)
@@ -114,7 +114,9 @@ class Metrics:
         means = {name: value for name, value in zip(TERMS, rows[finite].mean(dim=0).tolist(), strict=True)
                  if name in self.names}
         seconds = time.time() - self.started
-        values = {**means, "skipped": int((~finite).sum()), **(evaluation() if evaluation else {})}
+        values = {**means, "skipped": int((~finite).sum())}
+        for measure in measures:
+            values |= measure()
         if self.accelerator.is_main_process:
             with writing(self.path), open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, self.columns, lineterminator="\n").writerow(

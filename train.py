@@ -19,16 +19,18 @@ from files import LARGEST_SEED, MOST_CLASSES, BadInput, check_bounds, run_script
 from loss import SILoss
 from models.sit import SIT_CONFIGS, SiT_models
 from training import make_accelerator, train
+from trigger import check_trigger
 
 EARLY_STOP_512 = 300_000  # the paper's switch at 512 px, whatever the model
 INF, BELOW_1 = float("inf"), 1 - 2 ** -53
 BOUNDS = {  # argument of both training scripts -> lowest, highest
     **dict.fromkeys(("batch_size", "max_train_steps", "log_every", "checkpointing_steps", "gradient_accumulation_steps",
-                     "epochs", "attn_heads", "enc_blocks", "eval_samples", "resolution"), (1, INF)),
-    "num_classes": (1, MOST_CLASSES), "seed": (0, LARGEST_SEED),
+                     "epochs", "attn_heads", "enc_blocks", "eval_samples", "resolution", "trigger_every", "trigger_samples",
+                     "trigger_block"), (1, INF)),
+    "num_classes": (1, MOST_CLASSES), "seed": (0, LARGEST_SEED), "trigger_threshold": (-1, 1),
     **dict.fromkeys(("sampling_steps", "eval_steps", "resume_step", "checkpoint_minutes", "keep_checkpoints", "keep_every",
                      "max_skipped_steps", "num_workers", "early_stop_point", "learning_rate", "max_grad_norm",
-                     "adam_weight_decay", "adam_epsilon", "proj_coeff", "attn_coeff"), (0, INF)),
+                     "adam_weight_decay", "adam_epsilon", "proj_coeff", "attn_coeff", "trigger_start"), (0, INF)),
     **dict.fromkeys(("cfg_prob", "ema_decay"), (0, 1)), **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, BELOW_1))}
 
 
@@ -95,6 +97,18 @@ def add_training_arguments(parser):
     add("--qk-norm", action=flag, default=False, help="LayerNorm on q and k (default off)")
     add("--encoder-depth", type=int, help="1-based block whose output is projected (default: the paper's for the model)")
     add("--early-stop-point", type=int, help="first step without alignment (default: the paper's for the model)")
+    add("--early-stop-trigger", choices=["step", "gradient"], default="step", help="gradient: alignment also ends, before that "
+        "step, once its gradient points away from denoising's; see trigger.py (default step)")
+    add("--trigger-start", type=int, default=50_000, help="steps before the gradients are first compared (default 50000)")
+    add("--trigger-every", type=int, default=10_000, help="steps from one comparison to the next (default 10000)")
+    add("--trigger-samples", type=int, default=2048, help="training images of a comparison, over all processes (default 2048)")
+    add("--trigger-timesteps", type=float, nargs="+", default=[0.02, 0.1, 0.5, 0.8], help="default 0.02 0.1 0.5 0.8")
+    add("--trigger-block", type=int, help="1-based block by whose weights the gradients are taken (default: the deepest that "
+        "alignment reaches; the paper's 5 for SiT-B/2)")
+    add("--trigger-threshold", type=float, default=-0.05, help="alignment ends when the mean cosine over the timesteps is "
+        "less (default -0.05)")
+    add("--align-decay", choices=["none", "linear", "cosine"], default="none", help="factor on both coefficients at step s of "
+        "early-stop point E: linear 1 - s/E, cosine (1 + cos(pi s/E))/2 (default none: 1)")
 
 
 def parse_pairs(text):
@@ -128,6 +142,8 @@ def resolve(args, config):
         raise BadInput(f"--encoder-depth {args.encoder_depth} is outside 1 to {config['depth']}, the model's depth.")
     if any(student >= config["depth"] for student, _ in args.attn_layers):
         raise BadInput(f"--attn-layers names a student block past {config['depth'] - 1}, the model's last.")
+    if args.early_stop_trigger == "gradient":
+        check_trigger(args)
 
 
 def load_teacher(args, grid):

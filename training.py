@@ -31,6 +31,7 @@ from processes import leave, watch_others
 from samplers import euler_sampler, guided
 from sharding import is_sharded, load_optimizer, shard, whole, whole_module, whole_state
 from speed import check_compiler, tune
+from trigger import MEAN, alignment_weight, is_probe, probe, trigger_columns
 
 PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_CFG = 16, 50, 4.0
 PATIENCE = datetime.timedelta(hours=2)  # processes wait for previews and the teacher cache, not only for gradients
@@ -55,6 +56,9 @@ def make_accelerator(args):
     if args.batch_size < 1 or args.batch_size % split:
         raise BadInput(f"--batch-size {args.batch_size} is global and must divide by processes x accumulation = {split}; "
                        "change one of them.")
+    if args.early_stop_trigger == "gradient" and args.trigger_samples % accelerator.num_processes:
+        raise BadInput(f"--trigger-samples {args.trigger_samples} must divide by the number of processes = "
+                       f"{accelerator.num_processes}; change it.")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
     logging.raiseExceptions = False  # a full disk costs log.txt its lines, not the run
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
@@ -112,15 +116,8 @@ def is_due(every, step, last):
     return every > 0 and last // every > step // every
 
 
-def phases(step, last, early_stop, aligned):
-    """(first, end, aligned) of what is left from `step` on: Phase I up to `early_stop`, then Phase II."""
-    switch = min(early_stop, last) if aligned else step
-    spans = [(step, switch, True), (max(step, switch), last, False)]
-    return [(first, end, on) for first, end, on in spans if first < end]
-
-
-def batch_loss(args, accelerator, loss_fn, model, teacher, batch, draws, y_null):
-    """Total loss of one micro-batch, and its detached terms. `teacher` is None in Phase II; draws as in step_draws."""
+def batch_inputs(args, accelerator, y_null, teacher, batch, draws):
+    """Latents, condition and the teacher's Alignment (None without a teacher) of one micro-batch; draws as in step_draws."""
     moments, y = (batch[name].to(accelerator.device, non_blocking=True) for name in ("moments", "y"))
     with torch.no_grad():
         x = VAE.latents(moments, draws["posterior"])
@@ -130,12 +127,18 @@ def batch_loss(args, accelerator, loss_fn, model, teacher, batch, draws, y_null)
         if teacher is not None:
             with accelerator.autocast():
                 target = teacher(batch["image"] if "image" in batch else batch["position"])
+    return x, y, target
+
+
+def batch_loss(args, accelerator, loss_fn, model, teacher, batch, draws, y_null, weight=1.0):
+    """Total loss of one micro-batch, and its detached terms. `teacher` is None in Phase II; `weight` is alignment's."""
+    x, y, target = batch_inputs(args, accelerator, y_null, teacher, batch, draws)
     t = sample_t(draws["u"], args.weighting, args.path_type)
     terms = loss_fn(model, x, y, target, t, draws["noise"])
     terms["denoise"] = terms["denoise"].mean()
     loss = terms["denoise"]
     if teacher is not None:
-        loss = loss + args.proj_coeff * terms["feature"] + args.attn_coeff * terms["attention"]
+        loss = loss + weight * args.proj_coeff * terms["feature"] + weight * args.attn_coeff * terms["attention"]
     return loss, {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
 
 
@@ -152,14 +155,14 @@ def backward_and_step(args, accelerator, loss, model, optimizer, wrapped_optimiz
     return norm
 
 
-def save(args, accelerator, run, step, model, ema, optimizer, metrics, settings):
+def save(args, accelerator, run, step, model, ema, optimizer, metrics, settings, fired):
     """Checkpoint of `step`, by the main process, and then the end of those that --keep-checkpoints gives up."""
     pending = metrics.state_dict()  # first, as it raises when a loss or gradient went wrong
     state = {name: whole_state(part.state_dict(), accelerator.is_main_process)
              for name, part in (("model", model), ("ema", ema), ("opt", optimizer))}
     if not accelerator.is_main_process:
         return
-    state |= {"args": settings, "metrics": pending}
+    state |= {"args": settings, "metrics": pending, "trigger_fired": fired}
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler.state_dict()
     logger.info(f"saved {save_checkpoint(run / 'checkpoints', step, state)}")
@@ -204,7 +207,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
                                   eps=args.adam_epsilon, weight_decay=args.adam_weight_decay, fused=True)
 
-    step, pending, opt = 0, None, None
+    step, pending, opt, fired = 0, None, None, None  # fired: the step at which the gradient trigger ended Phase I
     found = read_same(accelerator, run / "checkpoints", args.resume_step, ("model", "ema", "opt", "args", "steps"))
     if found:
         path, state = found
@@ -214,6 +217,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
         if accelerator.scaler is not None and state.get("scaler"):
             accelerator.scaler.load_state_dict(state["scaler"])
         step, pending, opt = state["steps"], state.get("metrics"), state["opt"]
+        fired = state.get("trigger_fired") if args.early_stop_trigger == "gradient" else None
         logger.info(f"continuing from {path}" + "".join(f"; {n} was {old}, is {new}" for n, old, new in changed))
         if {"processes", "gradient_accumulation_steps"} & {name for name, _, _ in changed}:
             logger.info("data, noise and order stay the same; sums over the batch are rounded in another order from here on")
@@ -229,7 +233,8 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
         vae = VAE(args.vae, device)
         vae.check(*model.latent_shape[:2], args.resolution)
         evaluation = Evaluation(args, accelerator, dataset, vae, y_null, model.latent_shape) if scores else None
-    teacher = load_teacher().to(device) if load_teacher and step < args.early_stop_point else None
+    early_stop = args.early_stop_point if fired is None else fired
+    teacher = load_teacher().to(device) if load_teacher and step < early_stop else None
     if args.compile and teacher:
         teacher.compile()
     if args.teacher_cache and teacher:
@@ -240,15 +245,20 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
     if shows:
         previews = Previews(args, accelerator, run / "previews", dataset, vae, y_null)
     metrics = Metrics(run / "metrics.csv", accelerator, step, pending,
-                      score_names(args.eval_features) if scores else (), args.max_skipped_steps)
+                      (score_names(args.eval_features) if scores else []) + trigger_columns(args), args.max_skipped_steps)
     logger.info(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(dataset):,} images, steps {step} to "
                 f"{max_steps}, {accelerator.num_processes} process(es) on {device}, precision "
-                f"{accelerator.mixed_precision}, alignment until step {args.early_stop_point if teacher else 0}")
+                f"{accelerator.mixed_precision}, alignment until step {early_stop if teacher else 0}"
+                + (" or until the gradients point apart" if teacher and args.early_stop_trigger == "gradient" else ""))
 
     y_null, begun, stopped = y_null.to(device), False, False
+    compare = functools.partial(probe, args, accelerator, dataset, loss_fn,
+                                functools.partial(batch_inputs, args, accelerator, y_null))
     preemption = Preemption(accelerator.num_processes, args.checkpoint_minutes, PATIENCE)
     with preemption, tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process, mininterval=1) as bar:
-        for first, end, aligned in phases(step, max_steps, args.early_stop_point, teacher is not None):
+        while step < max_steps and not stopped:  # Phase I, then Phase II
+            aligned = teacher is not None and step < early_stop
+            first, end = step, min(early_stop, max_steps) if aligned else max_steps
             if not aligned and teacher is not None:
                 teacher = None
                 gc.collect()
@@ -268,6 +278,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
                                      pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
             for step in range(first, end):
                 draws, shares = step_draws(seed, step, args.batch_size, model.latent_shape), []
+                weight = alignment_weight(args.align_decay, step, args.early_stop_point) if aligned else 0
                 for micro_step in range(args.gradient_accumulation_steps):
                     places = process_places(args.batch_size, *split, micro_step)
                     mine = {name: to_device(value[places], device) for name, value in draws.items()}
@@ -276,7 +287,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
                         begin(accelerator, run, settings, metrics, previews)
                         begun = True
                     with accelerator.accumulate(wrapped):
-                        loss, terms = batch_loss(args, accelerator, loss_fn, wrapped, teacher, batch, mine, y_null)
+                        loss, terms = batch_loss(args, accelerator, loss_fn, wrapped, teacher, batch, mine, y_null, weight)
                         norm = backward_and_step(args, accelerator, loss, model, optimizer, wrapped_optimizer)
                         shares.append(terms)
                 update_ema(ema, model, args.ema_decay)
@@ -286,19 +297,22 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
                 done, wanted = step + 1, preemption.decide()
                 scored, shown = (every and done % every == 0 for every in (args.eval_steps, args.sampling_steps))
                 sampled = whole_module(ema) if scored or shown else None
-                if done % args.log_every == 0 or scored:
-                    values = metrics.write(functools.partial(evaluation, sampled) if scored else None)
+                probed = aligned and is_probe(args, done)
+                if done % args.log_every == 0 or scored or probed:
+                    values = metrics.write(([functools.partial(evaluation, sampled)] if scored else [])
+                                           + ([functools.partial(compare, done, model, teacher)] if probed else []))
+                    if probed and values[MEAN] < args.trigger_threshold:  # never, where it is not finite
+                        early_stop = fired = done
                     bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
                 if shown and previews:
                     previews.make(sampled, done)
                 if done % args.checkpointing_steps == 0 or done == max_steps or wanted:
-                    save(args, accelerator, run, done, model, ema, optimizer, metrics, settings)
+                    save(args, accelerator, run, done, model, ema, optimizer, metrics, settings, fired)
                     preemption.was_saved()
                 stopped = wanted == STOP and done < max_steps
-                if stopped:
+                if stopped or aligned and done == early_stop:
                     break
-            if stopped:
-                break
+            step = done
         if not begun:  # nothing was left to do
             begin(accelerator, run, settings, metrics, previews)
         if metrics.pending:

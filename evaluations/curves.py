@@ -1,7 +1,7 @@
 """Loss curves of one or more runs as a picture: python evaluations/curves.py RUN_DIR... [--out FILE.png]
 
-Reads metrics.csv of each run and draws its loss terms and the scores of --eval-steps, with the step at which alignment
-stopped.
+Reads metrics.csv of each run and draws its loss terms, the scores of --eval-steps and the mean cosine of the gradient
+trigger, with the step at which alignment stopped.
 """
 import argparse
 import csv
@@ -22,7 +22,7 @@ TITLES = {"denoise": "denoising loss", "feature": "feature loss (-cosine)", "att
 def read_metrics(run):
     """{term: ([step], [value])} of the rows of run/metrics.csv that have the term: losses, then the scores.
 
-    Scores are the columns after `seconds`, under their own names.
+    Scores, and the trigger's cosines, are the columns after `seconds`, under their own names.
     """
     path = run / "metrics.csv"
     if not is_file(path):
@@ -40,6 +40,14 @@ def read_metrics(run):
         raise BadInput(f"{path} is not a metrics.csv of train.py ({first_line(error)}); give another run's folder.") from error
 
 
+def early_stop(settings, metrics):
+    """First step without alignment of a run with these settings and metrics: the trigger's, or the one that was planned."""
+    known = {name: value for name, value in settings.items() if isinstance(value, (int, float))}
+    fired = [step for step, cosine in zip(*metrics.get("cosine", ([], [])), strict=True)
+             if cosine < known.get("trigger_threshold", -1)]
+    return min([known.get("early_stop_point", float("inf")), *fired])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
@@ -47,14 +55,14 @@ def main():
     args = parser.parse_args()
     out = args.out or args.runs[0] / "curves.png"
     found = {run: read_metrics(run) for run in args.runs}
-    terms = list(dict.fromkeys(term for metrics in found.values() for term in metrics))
+    terms = list(dict.fromkeys(term for metrics in found.values() for term in metrics if not term.startswith("cosine_")))
     figure, axes = plt.subplots(1, len(terms), figsize=(4.3 * len(terms), 3.6), constrained_layout=True)
     for run, metrics in found.items():
         settings = read_json(run / "args.json")
         for axis, term in zip(axes, terms, strict=True):
             line, = axis.plot(*metrics.get(term, ([], [])), label=run.name)
-            stop = settings.get("early_stop_point", float("inf"))
-            if metrics["feature"][0] and isinstance(stop, (int, float)) and stop < settings.get("max_train_steps", 0):
+            stop = early_stop(settings, metrics)
+            if metrics["feature"][0] and stop < settings.get("max_train_steps", 0):
                 axis.axvline(stop, color=line.get_color(), linestyle=":", linewidth=1)
             axis.set(title=TITLES.get(term, term), xlabel="step")
             axis.grid(alpha=0.3)

@@ -320,6 +320,7 @@ def file_for_folder(name):
 
 
 NO_TEACHER = ["--enc-type", "none"]
+TRIGGER = ["--early-stop-trigger", "gradient", "--trigger-start", 2]
 WITH_TEACHER = ["--enc-weights", "{w}/teacher.pth", "--exp-name", "other"]
 TEACHER_CACHE = [*WITH_TEACHER, "--teacher-cache", "{w}/cache"]
 GOING_ON = [*NO_TEACHER, "--max-train-steps", 4]
@@ -400,6 +401,17 @@ CASES = {
     "depth": (train, None, ["--encoder-depth", 4], "--encoder-depth 4 is outside 1 to 3"),
     "patch": (train, lambda w: write_tiny_data(w / "odd", 8, 48), ["--data-dir", "{w}/odd", "--resolution", 48, "--model",
               "SiT-S/8", *NO_TEACHER], "patches of 8, of which 12"),
+    "trigger without alignment": (train, None, [*NO_TEACHER, *TRIGGER], "--early-stop-trigger gradient compares the gradient of an"),
+    "trigger after the end": (train, None, [*TRIGGER, "--trigger-start", 700],
+                              "--trigger-start 700 is not before --early-stop-point 700"),
+    "trigger of a block too deep": (train, None, [*TRIGGER, "--trigger-block", 3], "--trigger-block 3 has no gradient of .*1 to 2"),
+    "trigger of block 0": (train, None, [*TRIGGER, "--trigger-block", 0], "--trigger-block is 0; it must be at least 1"),
+    "trigger past noise": (train, None, [*TRIGGER, "--trigger-timesteps", 0.5, 1.5], "--trigger-timesteps 0.5 1.5 must be different"),
+    "trigger at a timestep twice": (train, None, [*TRIGGER, "--trigger-timesteps", 0.5, 0.5], "--trigger-timesteps 0.5 0.5 must be"),
+    "trigger below every cosine": (train, None, [*TRIGGER, "--trigger-threshold", -2], "--trigger-threshold is -2.0; it must be from"),
+    "trigger of no images": (train, None, [*TRIGGER, "--trigger-samples", 0], "--trigger-samples is 0; it must be at least 1"),
+    "unknown trigger": (train, None, ["--early-stop-trigger", "loss"], "--early-stop-trigger: invalid choice: 'loss'"),
+    "unknown decay": (train, None, ["--align-decay", "sine"], "--align-decay: invalid choice: 'sine'"),
     "unknown tracker": (train, None, ["--report-to", "notebook"], "--report-to: invalid choice: 'notebook'"),
     "unknown model": (train, None, ["--model", "SiT-M/2"], "--model: invalid choice: 'SiT-M/2'"),
     "no number": (train, None, ["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),

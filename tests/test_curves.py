@@ -31,6 +31,22 @@ def test_terms_and_scores_of_a_run(monkeypatch, tmp_path):
         assert picture.width > 4 * picture.height  # four panels in a row
 
 
+def test_a_trigger_moves_the_stop(monkeypatch, tmp_path):
+    """To the step of the first cosine below the threshold; of the cosines only the mean has a panel."""
+    rows = """step,loss,denoise,feature,attention,grad_norm,seconds,cosine,cosine_0.1
+5,3,2,-0.5,2.5,1,4,0.1,0.3
+8,3,2,-0.5,2.5,1,4,-0.2,-0.3
+20,1,1,,,1,4,,
+"""
+    run, settings = write_run(tmp_path / "run", rows), {"early_stop_point": 10, "trigger_threshold": -0.05}
+    assert curves.early_stop(settings, curves.read_metrics(run)) == 8
+    assert curves.early_stop({**settings, "trigger_threshold": -0.5}, curves.read_metrics(run)) == 10
+    (run / "args.json").write_text(json.dumps({**settings, "max_train_steps": 20}))
+    call_main(monkeypatch, curves, run)
+    with Image.open(run / "curves.png") as picture:
+        assert 4 * picture.height < picture.width < 5 * picture.height
+
+
 def test_no_run_and_no_rows(monkeypatch, tmp_path):
     with pytest.raises(BadInput, match="metrics.csv does not exist; give the folder of a run"):
         call_main(monkeypatch, curves, tmp_path)
