@@ -6,13 +6,13 @@ set -euo pipefail
 
 task=${1:-classes} form=${2:-full}
 case $task in
-    classes) name=quickstart steps=1200 stop=600 images=72 references=178 ;;
-    captions) name=quickstart-t2i steps=1200 stop=600 images=178 ;;
+    classes) name=quickstart steps=1200 images=72 references=178 ;;
+    captions) name=quickstart-t2i steps=1200 images=178 ;;
     *) echo "error: $task is neither classes nor captions." >&2; exit 1 ;;
 esac
 case $form in
     full) ;;
-    short) name=$name-short steps=40 stop=20 images=9 references=18 ;;
+    short) name=$name-short steps=40 images=9 references=18 ;;
     *) echo "error: QUICKSTART=$form is neither full nor short." >&2; exit 1 ;;
 esac
 ending=$(printf %07d $steps)-size-64-vae-vae-emoji-cfg-3.0-seed-0-ode-high-1.0
@@ -31,17 +31,16 @@ stage() {  # stage NAME COMMAND...: print, run, time
 }
 
 vae=assets/vae-emoji
-training=(--exp-name $name --resolution 64 --vae $vae --enc-type dinov2-vit-s --enc-weights data/emoji/teacher.safetensors
-    --enc-blocks 10 --early-stop-point $stop --max-train-steps $steps --checkpointing-steps $((steps / 2))
-    --sampling-steps $((steps / 2)) --batch-size 32 --learning-rate 1e-3 --ema-decay 0.995 --mixed-precision $precision
-    --num-workers 0 --report-to none)
+training=(--exp-name $name --mixed-precision $precision)  # all else is the preset's: python train.py --preset list
+if [ $form = short ]; then
+    training+=(--max-train-steps $steps --early-stop-point 20 --checkpointing-steps 20 --sampling-steps 20)
+fi
 sampling=(--ckpt "exps/$name/checkpoints/$(printf %07d $steps).pt" --vae $vae --cfg-scale 3 --mode ode --num-steps 30
     --per-proc-batch-size 36)
 
 if [ $task = classes ]; then
     stage data python preprocessing/embedded.py --dest data/emoji --vae $vae
-    stage train python train.py --model SiT-T/2 --num-classes 9 --data-dir data/emoji/train \
-        --teacher-cache data/emoji/teacher-cache "${training[@]}"
+    stage train python train.py --preset embedded "${training[@]}"
     stage sample python generate.py "${sampling[@]}" --sample-dir samples/$name --num-fid-samples $images --labels balanced
     made=samples/$name/SiT-T-2-$ending
     stage scores python evaluations/anchors.py $made.npz --reference-images $references
@@ -51,8 +50,7 @@ else
     captions=data/emoji-captions
     stage data python preprocessing/embedded.py --dest data/emoji
     stage captions python preprocessing/embedded_captions.py --dest $captions --vae $vae
-    stage train python train_t2i.py --model MMDiT-T --data-dir $captions --teacher-cache $captions/teacher-cache \
-        "${training[@]}"
+    stage train python train_t2i.py --preset embedded-t2i "${training[@]}"
     stage sample python generate_t2i.py "${sampling[@]}" --sample-dir samples/$name --num-fid-samples $images \
         --data-dir $captions
     stage prompts python generate_t2i.py "${sampling[@]}" --sample-dir samples/$name --prompts assets/prompts-emoji.txt \

@@ -4,7 +4,8 @@
 
 One process on a CPU or GPU: the same with `python train.py`. The same command again continues from the newest
 checkpoint of {output-dir}/{exp-name}, which also holds log.txt, args.json, metrics.csv and previews/. Data are read
-in the layout of dataset.py; --enc-type none is plain SiT, --attn-coeff 0 is REPA. Defaults are the paper's run.
+in the layout of dataset.py; --enc-type none is plain SiT, --attn-coeff 0 is REPA. Defaults are the paper's run; its
+other runs have names, which --preset list shows.
 """
 import argparse
 import functools
@@ -18,6 +19,7 @@ from evaluations.features import FEATURES, PRESETS
 from files import LARGEST_SEED, MOST_CLASSES, BadInput, check_bounds, run_script
 from loss import SILoss
 from models.sit import SIT_CONFIGS, SiT_models
+from presets import parse_with_preset
 from training import make_accelerator, train
 from trigger import check_trigger
 
@@ -179,7 +181,7 @@ def parse_args():
     add("--model", choices=SIT_CONFIGS, default="SiT-XL/2", help="default SiT-XL/2")
     add("--data-dir", default="../data/imagenet256", help="folder with images/ and vae-sd/")
     add("--num-classes", type=int, default=1000, help="default 1000")
-    return parser.parse_args()
+    return parse_with_preset(parser, "train.py")
 
 
 def main():

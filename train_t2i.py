@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from dataset import CaptionedImages
 from files import run_script
 from models.mmdit import MMDIT_CONFIGS, MMDiT_models
+from presets import parse_with_preset
 from train import add_training_arguments, align_and_train, model_arguments, resolve
 from training import logger, make_accelerator
 
@@ -24,7 +25,7 @@ def parse_args():
     add("--model", choices=MMDIT_CONFIGS, default="MMDiT", help="default MMDiT")
     add("--data-dir", default="../data/coco256_features", help="folder with train/ and empty_context.npy")
     add("--zero-init", action="store_true", help="adaLN-zero: v = 0 at the start (default: PyTorch's, as published)")
-    return parser.parse_args()
+    return parse_with_preset(parser, "train_t2i.py")
 
 
 def main():
