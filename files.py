@@ -8,6 +8,7 @@ import lzma
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import tokenize
@@ -47,6 +48,14 @@ def first_line(error):
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def end_workers():
+    """End loader processes that are idle or stuck when the script is over; they ignore SIGTERM."""
+    for worker in multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader that is still there would raise an error about it
+        worker.kill()
+        worker.join(1)
+
+
 def run_script(main):
     """Call `main()`; a BadInput ends the process with its sentence on stderr and exit status 1, without a traceback.
 
@@ -63,9 +72,7 @@ def run_script(main):
             raise
         said = ENDED if others_ended() else traceback.format_exc()
     finally:
-        for worker in multiprocessing.active_children():  # loader processes, which ignore SIGTERM; idle or stuck by now
-            worker.kill()
-            worker.join(1)
+        end_workers()
     if said and is_watched():
         end_at_once(said)
     if said:
