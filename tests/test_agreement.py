@@ -123,7 +123,7 @@ def test_clip_score(made, clip_folder, monkeypatch):
     assert abs(result["CLIP score"] - expected) < 0.01 and expected > 0
     with pytest.raises(BadInput, match="--caption-index 1: image 4 of .* has 1 captions"):
         run(made, monkeypatch, made / "val", made / "right.npz", "--clip", clip_folder, "--caption-index", 1)
-    with pytest.raises(BadInput, match="CLIP could not be loaded from /nowhere .*local folder"):
+    with pytest.raises(BadInput, match="The CLIP /nowhere could not be loaded .*give --clip a folder"):
         run(made, monkeypatch, made / "val", made / "right.npz", "--clip", "/nowhere")
 
 
