@@ -49,7 +49,7 @@ class VAE:
 
     def __init__(self, source, device="cpu"):
         from diffusers import AutoencoderKL  # seconds to import, and only previews and sampling need it
-        with loading("The VAE", source, "--vae a folder in diffusers' format"):
+        with loading("The VAE", source, "a folder in diffusers' format"):
             vae = AutoencoderKL.from_pretrained(source, use_safetensors=True)
             self.vae = vae.to(device).eval().requires_grad_(False)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent pixel and side

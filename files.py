@@ -166,10 +166,10 @@ def check_inside(name, where):
     return name
 
 
-def read_json(path, kind=dict):
-    """The value in a JSON file. Raises BadInput when it is missing, not JSON or not a `kind`."""
+def read_json(path, kind=dict, data=None):
+    """The value in a JSON file, or in the bytes `data` of it. Raises BadInput when it is missing, not JSON or not a `kind`."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads((Path(path).read_bytes() if data is None else data).decode())
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise BadInput(f"{path} cannot be read as JSON ({reason}); make it again.") from error
@@ -181,6 +181,11 @@ def read_json(path, kind=dict):
 def open_image(file):
     """Pillow's image of a path or an open file, of IMAGE_FORMATS only. Raises IMAGE_ERRORS."""
     return Image.open(file, formats=IMAGE_FORMATS)
+
+
+def write_json(path, value, indent=None):
+    with atomic_write(path, "w") as file:
+        json.dump(value, file, indent=indent)
 
 
 def sha256_of(path):

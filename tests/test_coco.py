@@ -196,9 +196,10 @@ def test_pictures_of_other_kinds(tmp_path):
     assert (read(half) == 255).all()  # what is transparent is white, not the colour behind it
     assert (read(Image.new("L", (20, 30), 7)) == 7).all()
     assert np.abs(read(Image.new("CMYK", (20, 20), (0, 255, 255, 0)), "a.jpg").astype(int) - (255, 0, 0)).max() < 8
-    with pytest.raises(BadInput, match="a.png has more than 8 bits a channel"):
-        read(Image.fromarray(np.zeros((20, 20), np.uint16)))
-    with pytest.raises(BadInput, match="missing.png is no readable image"):
+    assert (read(Image.fromarray(np.full((20, 20), 7 * 256 + 200, np.uint16))) == 7).all()
+    with pytest.raises(BadInput, match="a.tif has more than 16 bits a channel"):
+        read(Image.new("F", (20, 20)), "a.tif")
+    with pytest.raises(BadInput, match="missing.png cannot be read .No such file"):
         coco.centre_square(tmp_path / "missing.png", 16)
 
 

@@ -45,7 +45,7 @@ def test_latents_of_another_vae(tmp_path):
     embedded.build_latents(tmp_path, str(ROOT / "assets/vae-emoji"))
     embedded.build_latents(tmp_path, str(ROOT / "assets/vae-emoji"))
     assert np.load(tmp_path / "val/vae-sd/00000/img-mean-std-00000000.npy").shape == (8, 16, 16)
-    with pytest.raises(BadInput, match="latents of another VAE than stabilityai/sd-vae-ft-mse"):
+    with pytest.raises(BadInput, match=r"train/vae-sd was begun with other settings \(vae\); delete it"):
         embedded.build_latents(tmp_path, "stabilityai/sd-vae-ft-mse")
 
 

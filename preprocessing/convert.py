@@ -1,0 +1,180 @@
+"""Pictures of any source to RGB PNGs of one size, on all cores: {dest}/{idx8[:5]}/img{idx8}.png and dataset.json.
+
+    python preprocessing/dataset_tools.py convert --source=IMAGENET_DIR --dest=DATA/images \
+        --resolution=256x256 --transform=center-crop-dhariwal
+
+The source is a folder with a folder, or a tar, per class; ImageNet's ILSVRC2012_img_train.tar as it is; another tar; a
+zip; any of them may have labels in a dataset.json. --dest is a folder or, where its name ends in .zip, an uncompressed
+zip. Pictures are numbered in the order of their paths. One that is skipped keeps its number, which is then missing. The
+same command goes on after any stop; in a complete folder it makes what is missing.
+"""
+import functools
+import os
+import re
+
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from dataset import digest
+from files import BadInput, check_bounds, first_line
+from preprocessing import destinations, pixels
+from preprocessing.sources import open_source, read
+
+GROUP = 64  # pictures a worker takes at a time, and in a part of a zip
+CORES = getattr(os, "process_cpu_count", os.cpu_count)()
+TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-dhariwal")
+
+
+def make_transform(name, resolution, source):
+    """(RGB image -> RGB square, its side), as --transform and --resolution ask for it; both may be None."""
+    if resolution is None:
+        if name:
+            raise BadInput(f"--transform {name} needs a --resolution; give one, such as 256x256.")
+        side = first_side(source)
+        return functools.partial(pixels.unchanged, side=side), side
+    match = re.fullmatch(r"([1-9]\d*)[x,]([1-9]\d*)", resolution)
+    if not match:
+        raise BadInput(f"--resolution {resolution} is not understood; write it as 256x256.")
+    width, height = int(match[1]), int(match[2])
+    if name == "center-crop-wide" and height < width:
+        return functools.partial(pixels.center_crop_wide, width=width, height=height), width
+    if name == "center-crop-wide" or width != height:
+        raise BadInput(f"--resolution {resolution}: it must be wider than high for center-crop-wide, which adds bars, and "
+                       "square for all else; change it or the --transform.")
+    crop = {"center-crop": pixels.center_crop, "center-crop-dhariwal": pixels.center_crop_dhariwal, None: pixels.stretch}
+    return functools.partial(crop[name], side=width), width
+
+
+def first_side(source):
+    """Side of the first picture that can be read, which sets the size of all where no --resolution does."""
+    for name, piece in zip(source.names, source.pieces, strict=True):
+        try:
+            width, height = pixels.read_rgb(read(piece, name), name).size
+        except BadInput:
+            continue
+        if width != height:
+            raise BadInput(f"{name} is {width}x{height} and no square; convert the pictures with a --resolution first.")
+        return width
+    raise BadInput(f"None of {len(source.names)} pictures can be read, {source.names[0]} being the first; get them again.")
+
+
+def progress(what, total, done=0, disable=False):
+    """A bar with images/s and the time left."""
+    return tqdm(total=total, initial=done, desc=what, unit=" images", mininterval=1, disable=disable)
+
+
+def in_groups(items, size):
+    """Lists of up to `size` items."""
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
+class Task(Dataset):
+    """work(group) for each group, by its place."""
+
+    def __init__(self, work, groups):
+        self.work, self.groups = work, groups
+
+    def __len__(self):
+        return len(self.groups)
+
+    def __getitem__(self, i):
+        return self.work(self.groups[i])
+
+
+def in_processes(work, groups, workers, bar):
+    """[work(group), ...], computed in `workers` processes; `bar` moves on by the length of each group."""
+    workers = min(workers, len(groups)) if workers > 1 else 0
+    loader = DataLoader(Task(work, groups), batch_size=None, num_workers=workers, collate_fn=lambda result: result,
+                        multiprocessing_context="fork" if workers else None)  # which copies no list of a million names
+    results = []
+    try:
+        for group, result in zip(groups, loader, strict=True):
+            results.append(result)
+            bar.update(len(group))
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise BadInput(f"A worker process has ended ({first_line(error)}), perhaps for lack of memory; the same command "
+                       "goes on, with fewer --num-workers if need be.") from error
+    return results
+
+
+def convert_group(source, destination, transform, on_error, parent, places):
+    """Write the pictures at these places of the source -> {place: sentence} of those that could not be used."""
+    failures = {}
+
+    def files():
+        for i in places:
+            if os.getpid() != parent != os.getppid():
+                os._exit(1)  # nothing must be written beside the run that follows a killed one
+            try:
+                yield destinations.image_name(i), convert_picture(source, transform, i)
+            except BadInput as error:
+                if on_error == "stop":
+                    raise
+                failures[i] = str(error)
+
+    destination.write(places[0] // GROUP, files())
+    return failures
+
+
+def convert_picture(source, transform, i):
+    """The bytes of a PNG. Raises BadInput for what cannot be used."""
+    name = source.names[i]
+    image = pixels.read_rgb(read(source.pieces[i], name), name)
+    try:
+        return pixels.png_bytes(transform(image))
+    except ValueError as error:
+        raise BadInput(f"{name} cannot be used: {error}.") from error
+
+
+def check_pictures(where, side, entries):
+    """Read PNGs back, pairs (name, Piece); raises BadInput for one that is not as it must be."""
+    for name, piece in entries:
+        size = pixels.read_rgb(read(piece, f"{where}/{name}"), f"{where}/{name}").size
+        if size != (side, side):
+            raise BadInput(f"{where}/{name} is {size[0]}x{size[1]}, expected {side}x{side}; delete it and run the command "
+                           "again.")
+
+
+def add_arguments(add):
+    add("--source", required=True, help="folder, .zip or .tar of pictures")
+    add("--dest", required=True, help="folder or .zip to write")
+    add("--resolution", help="size of the result, such as 256x256 (default: as it is)")
+    add("--transform", choices=TRANSFORMS, help="crop before the size is changed (default: none)")
+    add("--max-images", type=int, help="take the first N pictures only (default: all)")
+    add("--num-workers", type=int, default=CORES, help="processes (default: one per core)")
+    add("--on-error", choices=("skip", "stop"), default="skip", help="what to do about pictures that cannot be used: "
+        "leave them out and list them in made.json, or end with the first (default skip)")
+
+
+def run(args):
+    check_bounds(args, dict.fromkeys(("max_images", "num_workers"), (1, float("inf"))))
+    source = open_source(args.source, args.max_images)
+    transform, side = make_transform(args.transform, args.resolution, source)
+    destination = destinations.open_destination(args.dest, ".png", args.source)
+    made = destination.begin({"command": "convert", "resolution": args.resolution, "transform": args.transform,
+                              "pictures": digest([source.names, source.labels])}, {"source": args.source})
+    if destination.complete:
+        print(f"{args.dest} is complete; there is nothing to do.")
+        return
+    names = [destinations.image_name(i) for i in range(len(source.names))]
+    have = destination.pieces()
+    todo = [[i for i in places if names[i] not in have] for places in in_groups(range(len(names)), GROUP)]
+    todo = [places for places in todo if places]
+    missing = sum(map(len, todo))
+    destination.check_space(missing, 3 * side ** 2)
+
+    failures = {}
+    work = functools.partial(convert_group, source, destination, transform, args.on_error, os.getpid())
+    with progress("convert", len(names), len(names) - missing) as bar:
+        for failed in in_processes(work, todo, args.num_workers, bar):
+            failures |= failed
+
+    pieces = destination.pieces()
+    labels = {name: source.labels and source.labels[i] for i, name in enumerate(names) if i not in failures}
+    destinations.check_names(destination, pieces, labels)
+    with progress("check", len(pieces)) as bar:
+        work = functools.partial(check_pictures, args.dest, side)
+        in_processes(work, in_groups(sorted(pieces.items()), GROUP), args.num_workers, bar)
+    destinations.finish(destination, made, labels, [failures[i] for i in sorted(failures)])

@@ -1,0 +1,33 @@
+"""ImageNet, or any other pictures in classes, to the layout that training reads: pictures of one size, then latents.
+
+    python preprocessing/dataset_tools.py convert --source=IMAGENET_DIR --dest=DATA/images \
+        --resolution=256x256 --transform=center-crop-dhariwal
+    python preprocessing/dataset_tools.py encode --source=DATA/images --dest=DATA/vae-sd
+    torchrun --nproc_per_node=8 preprocessing/dataset_tools.py encode --source=DATA/images --dest=DATA/vae-sd
+
+Each command can be stopped at any moment; the same command goes on, to the same bytes. --help after a command says more.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
+from files import run_script
+from preprocessing import convert, encode
+
+COMMANDS = {"convert": convert, "encode": encode}  # each a module: docstring, add_arguments(add), run(args)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.__doc__.partition("\n")[0], description=module.__doc__,
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+        module.add_arguments(command.add_argument)
+    args = parser.parse_args()
+    COMMANDS[args.command].run(args)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,202 @@
+"""Pictures to the moments of a VAE's posterior: {dest}/{idx8[:5]}/img-mean-std-{idx8}.npy and dataset.json.
+
+    python preprocessing/dataset_tools.py encode --source=DATA/images --dest=DATA/vae-sd
+    torchrun --nproc_per_node=8 preprocessing/dataset_tools.py encode --source=DATA/images --dest=DATA/vae-sd
+
+Each file is float32 (2 C, R/f, R/f), mean and std, unscaled. The source is what `convert` wrote, a folder or zip, or any
+other source of squares of one size; an index is that of the picture's name, img{idx8}.png, or else its place among the
+paths. --dest is a folder or, where its name ends in .zip, an uncompressed zip. Process p takes the batches p, p +
+processes, ...; a batch that was not written in full is computed again as it was, so that neither a stop nor the number of
+processes changes a byte.
+"""
+import collections
+import functools
+import io
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from dataset import digest
+from encoders import VAE
+from files import BadInput, check_bounds, first_line, weights_key
+from preprocessing import destinations, pixels
+from preprocessing.convert import first_side, in_groups, progress
+from preprocessing.sources import open_source, read
+from training import PATIENCE
+
+BATCH_SIZE = 64
+THREADS = 8  # that read pictures
+WRITERS = 4  # batches written at a time while the next one is encoded
+
+
+# ---- what preprocessing/coco.py uses as well ----
+
+def filled(batch, size):
+    """`batch` with its last item repeated up to `size`: a network can round batches of another shape otherwise."""
+    return batch + [batch[-1]] * (size - len(batch))
+
+
+def ahead(load, groups, threads):
+    """[load(item), ...] of each group, in order; the next group is loaded while the caller works on this one."""
+    with ThreadPoolExecutor(threads) as pool:
+        coming = None
+        for group in [*groups, None]:
+            ready, coming = coming, [pool.submit(load, item) for item in group] if group else None
+            if ready:
+                yield [future.result() for future in ready]
+
+
+def encoded(vae, groups, load, size, threads, spread="std"):
+    """For each group of at most `size` items, [moments (2 C, h, w) or BadInput, ...].
+
+    load(item) -> uint8 (3, R, R), or the BadInput that says why there is no picture.
+    """
+    for loaded in ahead(load, groups, threads):
+        images = [item for item in loaded if not isinstance(item, BadInput)]
+        moments = iter(vae.encode(torch.stack(filled(images, size)), spread).numpy() if images else ())
+        yield [item if isinstance(item, BadInput) else next(moments) for item in loaded]
+
+
+# ---- the command ----
+
+def indices_of(names):
+    """The index of each picture: of its name where all are of the layout's form, else its place."""
+    matches = [re.fullmatch(r"(?:.*/)?img(\d{8})\.png", name) for name in names]
+    indices = [int(match[1]) for match in matches if match]
+    return indices if len(set(indices)) == len(names) else list(range(len(names)))
+
+
+def load_vae(model_url, side):
+    vae = VAE(model_url, PartialState().device)
+    if side % vae.factor:
+        raise BadInput(f"The pictures have {side} pixels a side, no multiple of {vae.factor}, the factor of {model_url}; "
+                       "convert them at another --resolution.")
+    return vae
+
+
+def load_picture(source, side, on_error, i):
+    """uint8 (3, side, side) of picture i, or the BadInput that says what is wrong with it."""
+    name = source.names[i]
+    try:
+        image = pixels.read_rgb(read(source.pieces[i], name), name)
+        if image.size != (side, side):
+            raise BadInput(f"{name} is {image.width}x{image.height}, the first picture {side}x{side}; convert them to one "
+                           "size.")
+    except BadInput as error:
+        if on_error == "stop":
+            raise
+        return error
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def npy_bytes(array):
+    out = io.BytesIO()
+    np.save(out, np.ascontiguousarray(array, np.float32))
+    return out.getvalue()
+
+
+def check_latent(where, entry):
+    """Shape of the moments of an entry (name, Piece), read back; raises BadInput unless they are finite float32."""
+    name, piece = entry
+    try:
+        array = np.lib.format.read_array(io.BytesIO(read(piece, f"{where}/{name}")), allow_pickle=False)
+        if array.dtype != np.float32 or not np.isfinite(array).all():
+            raise ValueError(f"it holds {array.dtype} or numbers that are not finite")
+    except (ValueError, EOFError) as error:
+        raise BadInput(f"{where}/{name} is damaged ({first_line(error)}); delete it and run the command again.") from error
+    return array.shape
+
+
+def encode_groups(vae, groups, load, names, have, destination, batch_size, threads, bar):
+    """Encode {number: places in the source} and write what is missing -> {place: sentence} of what could not be used."""
+    failures, writing = {}, collections.deque()
+    with ThreadPoolExecutor(WRITERS) as pool:
+        results = encoded(vae, groups.values(), load, batch_size, threads)
+        for (number, places), group in zip(groups.items(), results, strict=True):
+            files = []
+            for i, moments in zip(places, group, strict=True):
+                if isinstance(moments, BadInput):
+                    failures[i] = str(moments)
+                elif not np.isfinite(moments).all():
+                    raise BadInput(f"The moments for {names[i]} are not finite; use another --model-url.")
+                elif names[i] not in have:
+                    files.append((names[i], npy_bytes(moments)))
+            if len(writing) == WRITERS:
+                writing.popleft().result()
+            writing.append(pool.submit(destination.write, number, files))
+            bar.update(min(len(places) * PartialState().num_processes, bar.total - bar.n))
+        for future in writing:
+            future.result()
+    return failures
+
+
+def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE, threads=THREADS, on_error="skip"):
+    """The whole command, by all processes together. Raises BadInput for what cannot be done, as the module says."""
+    state = PartialState()
+    source = open_source(source_path, max_images)
+    side = first_side(source)
+    names = [destinations.latent_name(index) for index in indices_of(source.names)]
+    destination = destinations.open_destination(dest, ".npy", source_path)
+    have = destination.pieces()
+    groups = {number: places for number, places in enumerate(in_groups(range(len(names)), batch_size))
+              if number % state.num_processes == state.process_index and any(names[i] not in have for i in places)}
+    vae = load_vae(model_url, side) if groups else None
+    state.wait_for_everyone()  # all have seen what is there
+    if state.is_main_process:
+        settings = {"command": "encode", "vae": weights_key(model_url), "batch_size": batch_size,
+                    "pictures": digest([source.names, source.labels, destinations.origin(source_path)])}
+        made = destination.begin(settings, {"source": str(source_path), "model_url": str(model_url)})
+    state.wait_for_everyone()
+    if destination.complete:
+        state.print(f"{dest} is complete; there is nothing to do.")
+        return
+
+    failures = {}
+    if vae:
+        load = functools.partial(load_picture, source, side, on_error)
+        with progress("encode", len(names), len(have), disable=not state.is_main_process) as bar:
+            failures = encode_groups(vae, groups, load, names, have, destination, batch_size, threads, bar)
+    for failed in gather_object([failures]):  # which also waits for all
+        failures |= failed
+
+    pieces = destination.pieces()
+    labels = {name: source.labels and source.labels[i] for i, name in enumerate(names) if i not in failures}
+    destinations.check_names(destination, pieces, labels)
+    share, shapes = sorted(pieces.items())[state.process_index::state.num_processes], set()
+    with progress("check", len(share), disable=not state.is_main_process) as bar:
+        for found in ahead(functools.partial(check_latent, dest), in_groups(share, BATCH_SIZE), threads):
+            shapes.update(found)
+            bar.update(len(found))
+    shapes = sorted(set(gather_object(list(shapes))))
+    if len(shapes) > 1:
+        raise BadInput(f"{dest} holds moments of shapes {shapes[0]} and {shapes[1]}; delete it and run the command again.")
+    if state.is_main_process:
+        destinations.finish(destination, made, labels, [failures[i] for i in sorted(failures)])
+    state.wait_for_everyone()
+
+
+def add_arguments(add):
+    add("--source", required=True, help="folder or .zip of pictures, as `convert` wrote it")
+    add("--dest", required=True, help="folder or .zip to write")
+    add("--model-url", default="stabilityai/sd-vae-ft-mse",
+        help="VAE: hub name or diffusers folder (default stabilityai/sd-vae-ft-mse)")
+    add("--max-images", type=int, help="take the first N pictures only (default: all)")
+    add("--batch-size", type=int, default=BATCH_SIZE, help=f"pictures at a time and process (default {BATCH_SIZE})")
+    add("--num-workers", type=int, default=THREADS,
+        help=f"threads that read pictures, per process (default {THREADS})")
+    add("--allow-tf32", action="store_true", help="TF32 in the VAE on Ampere and newer: faster, less exact")
+    add("--on-error", choices=("skip", "stop"), default="skip", help="what to do about pictures that cannot be used: "
+        "leave them out and list them in made.json, or end with the first (default skip)")
+
+
+def run(args):
+    check_bounds(args, dict.fromkeys(("max_images", "num_workers", "batch_size"), (1, float("inf"))))
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    torch.backends.cudnn.deterministic = True
+    encode(args.source, args.dest, args.model_url, args.max_images, args.batch_size, args.num_workers, args.on_error)
+    state.destroy_process_group()

@@ -1,0 +1,379 @@
+"""convert and encode by their command lines: what is written, what is skipped, stops and continuations, processes."""
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset import LatentImages
+from encoders import VAE
+from files import BadInput
+from preprocessing import convert, dataset_tools, destinations, encode
+from preprocessing.destinations import image_name, latent_name
+from tests.conftest import ROOT, SERVER, call_main, script
+from tests.test_faults import wait_for
+from tests.test_sources import adm_crop, class_tars, odd_pictures, write_folder, write_tar, write_zip
+
+VAE_FOLDER = ROOT / "assets/vae-emoji"
+SIDE, CLASSES, EACH = 16, 3, 16
+
+
+def picture(i):
+    rng = np.random.default_rng(i)
+    width, height = rng.integers(20, 50, 2)
+    pixels = np.kron(rng.integers(0, 256, (height // 5 + 1, width // 5 + 1, 3)), np.ones((5, 5, 1)))[:height, :width]
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def png(image):
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def content():
+    """{name: bytes}: classes whose order of names is not that of their making."""
+    return {f"{name}/{i:02d}.png": png(picture(100 * label + i)) for label, name in enumerate(("n02", "n01", "n10"))
+            for i in range(EACH)}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("imagenet"), content())
+
+
+def converting(source, dest, *more):
+    return ["convert", f"--source={source}", f"--dest={dest}", f"--resolution={SIDE}x{SIDE}",
+            "--transform=center-crop-dhariwal", *more]
+
+
+def encoding(source, dest, *more):
+    return ["encode", f"--source={source}", f"--dest={dest}", f"--model-url={VAE_FOLDER}", "--batch-size=4", *more]
+
+
+@pytest.fixture(scope="module")
+def made(source, tmp_path_factory):
+    """images/, vae-sd/, images.zip and vae-sd.zip, each by one uninterrupted command; tests must not change them."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in ("", ".zip"):
+            call_main(patch, dataset_tools, *converting(source, folder / f"images{kind}", "--num-workers=1"))
+            call_main(patch, dataset_tools, *encoding(folder / f"images{kind}", folder / f"vae-sd{kind}"))
+    return folder
+
+
+def files(path):
+    """{name: bytes} of a zip's entries, or of everything in a folder."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def moments(data):
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+# ---- what is written ----
+
+def test_training_reads_what_the_published_commands_make(source, made):
+    """Names, order, labels, pixels and moments; the labels are places among the sorted names of the classes."""
+    dataset = LatentImages(made, SIDE, CLASSES)
+    names = sorted(content())
+    assert len(dataset) == len(names) == CLASSES * EACH
+    vae = VAE(str(VAE_FOLDER))
+    for i in (0, 20, 47):
+        item = dataset[i]
+        expected = adm_crop(Image.open(source / names[i]).convert("RGB"), SIDE)
+        assert np.array_equal(item["image"].permute(1, 2, 0), expected)
+        assert item["y"] == i // EACH and names[i].startswith(("n01", "n02", "n10")[i // EACH])
+        posterior = vae.vae.encode(item["image"][None] / 127.5 - 1).latent_dist
+        torch.testing.assert_close(item["moments"], torch.cat([posterior.mean, posterior.std], 1)[0], rtol=1e-4, atol=1e-5)
+    assert json.loads((made / "images/dataset.json").read_text())["labels"][17] == ["00000/img00000017.png", 1]
+    assert json.loads((made / "vae-sd/dataset.json").read_text())["labels"][17] == ["00000/img-mean-std-00000017.npy", 1]
+
+
+@pytest.mark.parametrize("kind", ["images", "vae-sd"])
+def test_a_zip_holds_what_the_folder_does(made, kind):
+    folder, archive = files(made / kind), files(made / f"{kind}.zip")
+    notes = [json.loads(found.pop("made.json")) for found in (folder, archive)]
+    assert folder == archive
+    assert {key for key in notes[0] if notes[0][key] != notes[1][key]} == ({"source"} if kind == "vae-sd" else set())
+    with zipfile.ZipFile(made / f"{kind}.zip") as opened:
+        assert all(info.compress_type == zipfile.ZIP_STORED for info in opened.infolist())
+    assert not list(made.glob("*.parts")) and not list(made.rglob(".*"))
+
+
+def test_the_note_of_how_it_was_made(source, made):
+    note = json.loads((made / "vae-sd/made.json").read_text())
+    assert note["command"] == "encode" and note["count"] == 48 and note["skipped"] == [] and note["batch_size"] == 4
+    assert note["model_url"] == str(VAE_FOLDER) and len(note["vae"]) == len(note["files"]) == 64
+    assert f"torch {torch.__version__.partition('+')[0]}" in note["versions"][0]
+    note = json.loads((made / "images/made.json").read_text())
+    assert (note["source"], note["resolution"], note["transform"]) == (str(source), "16x16", "center-crop-dhariwal")
+
+
+@pytest.mark.parametrize("kind", ["tar of tars", "zip"])
+def test_archives_give_the_same_pictures(made, tmp_path, monkeypatch, kind):
+    path = (write_tar(tmp_path / "s.tar", class_tars(content())) if kind == "tar of tars" else
+            write_zip(tmp_path / "s.zip", content(), zipfile.ZIP_DEFLATED))
+    call_main(monkeypatch, dataset_tools, *converting(path, tmp_path / "dest", "--num-workers=1"))
+    found, expected = files(tmp_path / "dest"), files(made / "images")
+    assert {**found, "made.json": b""} == {**expected, "made.json": b""}
+
+
+def test_batches_equal_single_pictures(made, tmp_path, monkeypatch):
+    call_main(monkeypatch, dataset_tools, *encoding(made / "images", tmp_path / "one", "--batch-size=1"))
+    call_main(monkeypatch, dataset_tools, *encoding(made / "images", tmp_path / "odd", "--batch-size=7", "--num-workers=1"))
+    whole, one, odd = files(made / "vae-sd"), files(tmp_path / "one"), files(tmp_path / "odd")
+    for name in whole:
+        if name.endswith(".npy"):
+            np.testing.assert_allclose(moments(one[name]), moments(whole[name]), rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(moments(odd[name]), moments(whole[name]), rtol=1e-5, atol=1e-5)
+
+
+def test_processes_change_no_byte(source, made, tmp_path):
+    for kind in ("", ".zip"):
+        script("preprocessing/dataset_tools.py", *converting(source, tmp_path / f"images{kind}", "--num-workers=3"),
+               before="tests.test_dataset_tools.small_groups")
+        assert files(tmp_path / f"images{kind}") == files(made / f"images{kind}")
+        done = script("preprocessing/dataset_tools.py", *encoding(made / f"images{kind}", tmp_path / f"vae-sd{kind}"), processes=2)
+        assert files(tmp_path / f"vae-sd{kind}") == files(made / f"vae-sd{kind}")
+        assert "48 files, 3 classes, 0 pictures skipped" in done.stdout
+
+
+def test_other_flags(source, tmp_path, monkeypatch):
+    def run(name, *more):
+        call_main(monkeypatch, dataset_tools, "convert", f"--source={source}", f"--dest={tmp_path / name}", "--num-workers=1",
+                  "--max-images=2", *more)
+        assert len(json.loads((tmp_path / name / "dataset.json").read_text())["labels"]) == 2
+        return np.asarray(Image.open(tmp_path / name / image_name(1)))
+
+    original = Image.open(source / "n01/01.png")
+    assert np.array_equal(run("stretched", "--resolution=12x12"), np.asarray(original.resize((12, 12), Image.LANCZOS)))
+    assert run("square", "--resolution=12,12", "--transform=center-crop").shape == (12, 12, 3)
+    wide = run("wide", "--resolution=12x8", "--transform=center-crop-wide")
+    assert wide.shape == (12, 12, 3) and not wide[:2].any() and wide[2:10].any()
+    call_main(monkeypatch, dataset_tools, "convert", f"--source={tmp_path / 'square'}", f"--dest={tmp_path / 'again'}")
+    assert files(tmp_path / "again")[image_name(1)] == files(tmp_path / "square")[image_name(1)]
+
+
+# ---- pictures that cannot be used ----
+
+def odd_source(tmp_path, kind):
+    pictures = {f"odd/{name}": data for name, (data, _) in odd_pictures().items()} | {"plain/a.png": png(picture(0))}
+    return {"folder": lambda: write_folder(tmp_path / "s", pictures), "zip": lambda: write_zip(tmp_path / "s.zip", pictures),
+            "tar": lambda: write_tar(tmp_path / "s.tar", pictures)}[kind]()
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_odd_pictures(tmp_path, monkeypatch, capsys, kind):
+    """Each is handled or named; the others keep their numbers, and latents pair with them by number."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000_000)
+    path, expected = odd_source(tmp_path, kind), odd_pictures()
+    call_main(monkeypatch, dataset_tools, *converting(path, tmp_path / "images", "--num-workers=1"))
+    told = capsys.readouterr()
+    skipped = json.loads((tmp_path / "images/made.json").read_text())["skipped"]
+    bad = sorted(name for name, (_, outcome) in expected.items() if isinstance(outcome, str))
+    assert [line.partition(" ")[0] for line in skipped] == [f"odd/{name}" for name in bad]
+    for line in skipped:
+        assert line in told.err and expected[line.partition(" ")[0].removeprefix("odd/")][1] in line
+    assert f"{len(expected) + 1 - len(bad)} files, 2 classes, {len(bad)} pictures skipped" in told.out
+    numbers = [i for i, name in enumerate(sorted(expected)) if name not in bad] + [len(expected)]
+    assert json.loads((tmp_path / "images/dataset.json").read_text())["labels"] == [
+        [image_name(i), int(i == len(expected))] for i in numbers]
+    call_main(monkeypatch, dataset_tools, *encoding(tmp_path / "images", tmp_path / "vae-sd"))
+    assert LatentImages(tmp_path, SIDE, 2).latent_names == [latent_name(i) for i in numbers]
+
+
+def test_stop_at_the_first(tmp_path):
+    """One sentence, exit status 1; once the picture is replaced the same command goes on."""
+    folder = write_folder(tmp_path / "s", {**content(), "n01/07.png": b"no picture"})
+    arguments = converting(folder, tmp_path / "images", "--on-error=stop", "--num-workers=2")
+    done = script("preprocessing/dataset_tools.py", *arguments, check=False)
+    assert done.returncode == 1 and not (tmp_path / "images/dataset.json").exists()
+    assert done.stderr.splitlines()[-1].startswith("error: n01/07.png is no readable image (no known kind)")
+    (folder / "n01/07.png").write_bytes(content()["n01/07.png"])
+    assert "48 files" in script("preprocessing/dataset_tools.py", *arguments).stdout
+
+
+def test_encoding_what_cannot_be_used(made, tmp_path, monkeypatch):
+    images = tmp_path / "images"
+    shutil.copytree(made / "images", images)
+    Image.new("RGB", (20, 20)).save(images / image_name(5))
+    (images / image_name(6)).write_bytes(b"")
+    with pytest.raises(BadInput, match="img00000005.png is 20x20, the first picture 16x16"):
+        call_main(monkeypatch, dataset_tools, *encoding(images, tmp_path / "vae-sd", "--on-error=stop"))
+    call_main(monkeypatch, dataset_tools, *encoding(images, tmp_path / "vae-sd"))
+    found, whole = files(tmp_path / "vae-sd"), files(made / "vae-sd")
+    assert sorted(whole.keys() - found.keys()) == [latent_name(5), latent_name(6)]
+    for i in (5, 6):
+        shutil.copy(made / "images" / image_name(i), images / image_name(i))
+    call_main(monkeypatch, dataset_tools, *encoding(images, tmp_path / "vae-sd"))
+    again = files(tmp_path / "vae-sd")
+    assert again.keys() == whole.keys() and again["dataset.json"] == whole["dataset.json"]
+    assert all(again[name] == found[name] for name in found if name.endswith(".npy"))
+    for i in (5, 6):
+        np.testing.assert_allclose(moments(again[latent_name(i)]), moments(whole[latent_name(i)]), rtol=1e-5, atol=1e-5)
+
+
+# ---- stops ----
+
+def small_groups():
+    """Many groups, slowly written, so that there is time to kill at any place."""
+    convert.GROUP = 4
+    fsync, add = os.fsync, destinations.add
+    os.fsync = lambda number: time.sleep(0.002) or fsync(number)
+    destinations.add = lambda *arguments: time.sleep(0.002) or add(*arguments)
+
+
+def progress_of(dest):
+    """Files that are complete; a zip under construction counts as some."""
+    work = dest.with_name(dest.name + ".parts") if dest.suffix == ".zip" else dest
+    return sum(1 for _ in work.rglob("*.*")) if work.exists() else 0
+
+
+@pytest.mark.parametrize("kind", ["images", "images.zip", "vae-sd", "vae-sd.zip"])
+def test_kill_9_and_the_same_command(source, made, tmp_path, kind):
+    """Five kills each at random moments, one of a zip while it is put together: the bytes are those of no kill."""
+    dest, moment, kills = tmp_path / kind, random.Random(kind), 0
+    command = (converting(source, dest, "--num-workers=2") if kind.startswith("images") else
+               encoding(made / kind.replace("vae-sd", "images"), dest))
+    processes = 2 if kind == "vae-sd.zip" else 1
+    while kills < 5:
+        before = progress_of(dest)
+        started = SERVER.start_all("preprocessing/dataset_tools.py", *command, processes=processes,
+                                   before="tests.test_dataset_tools.small_groups")
+        if kills == 4 and dest.suffix == ".zip":
+            wait_for(lambda: list(tmp_path.glob(f".{kind}.*.tmp")))
+        else:
+            wait_for(lambda before=before: progress_of(dest) > before)
+        time.sleep(moment.uniform(0, 0.02))
+        for process in started:
+            process.send(signal.SIGKILL)
+        assert started[0].wait() == -signal.SIGKILL, started[0].stderr
+        assert all(process.wait() for process in started)
+        assert not (dest / "dataset.json").exists() and (dest.suffix != ".zip" or not dest.exists())
+        kills += 1
+    script("preprocessing/dataset_tools.py", *command, processes=processes, before="tests.test_dataset_tools.small_groups")
+    if dest.suffix == ".zip":
+        assert dest.read_bytes() == (made / kind).read_bytes()
+    assert files(dest) == files(made / kind)
+    assert [path.name for path in tmp_path.iterdir()] == [kind]
+
+
+def test_workers_end_with_their_parent(source, tmp_path):
+    started = SERVER.start("preprocessing/dataset_tools.py", *converting(source, tmp_path / "images", "--num-workers=2"),
+                           before="tests.test_dataset_tools.small_groups")
+    wait_for(lambda: progress_of(tmp_path / "images") > 3)
+    started.kill()
+    wait_for(lambda: not group_is_alive(started.pid), seconds=8)
+
+
+def group_is_alive(group):
+    """Whether a process of the group runs; one that ended and was not waited for does not."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, pgrp = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(pgrp) == group and state != "Z":
+            return True
+    return False
+
+
+def test_a_worker_that_is_killed(source, tmp_path, monkeypatch):
+    """As for lack of memory: a sentence, and the same command goes on."""
+    picture = convert.convert_picture
+    monkeypatch.setattr(convert, "convert_picture", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(BadInput, match="A worker process has ended .*the same command goes on, with fewer --num-workers"):
+        call_main(monkeypatch, dataset_tools, *converting(source, tmp_path / "images", "--num-workers=2"))
+    monkeypatch.setattr(convert, "convert_picture", picture)
+    call_main(monkeypatch, dataset_tools, *converting(source, tmp_path / "images", "--num-workers=1"))
+
+
+def test_what_is_there_is_not_made_again(source, made, tmp_path, monkeypatch, capsys):
+    """A complete folder is completed where a file is missing, a complete zip is left alone."""
+    for kind in ("images", "vae-sd"):
+        shutil.copytree(made / kind, tmp_path / kind)
+    for kind, name, command in (("images", image_name(9), converting(source, tmp_path / "images", "--num-workers=1")),
+                                ("vae-sd", latent_name(9), encoding(made / "images", tmp_path / "vae-sd"))):
+        (tmp_path / kind / name).unlink()
+        stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / kind).rglob("*.???")}
+        call_main(monkeypatch, dataset_tools, *command)
+        assert files(tmp_path / kind) == files(made / kind)
+        assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    monkeypatch.setattr(encode, "VAE", None)  # is not needed where nothing is missing
+    call_main(monkeypatch, dataset_tools, *encoding(made / "images", tmp_path / "vae-sd"))
+    before = (made / "vae-sd.zip").stat().st_mtime_ns
+    call_main(monkeypatch, dataset_tools, *encoding(made / "images.zip", made / "vae-sd.zip"))
+    assert "is complete; there is nothing to do" in capsys.readouterr().out
+    assert (made / "vae-sd.zip").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("kind", ["", ".zip"])
+def test_other_settings(source, made, tmp_path, monkeypatch, kind):
+    """Nothing is mixed: not two crops, not two VAEs, not latents of pictures that were made anew."""
+    for name in ("images", "vae-sd"):
+        (shutil.copy if kind else shutil.copytree)(made / f"{name}{kind}", tmp_path / f"{name}{kind}")
+    images, latents = tmp_path / f"images{kind}", tmp_path / f"vae-sd{kind}"
+    for changed, command in (("transform", [*converting(source, images), "--transform=center-crop"]),
+                             ("resolution", [*converting(source, images), "--resolution=32x32"]),
+                             ("pictures", [*converting(source, images), "--max-images=7"]),
+                             ("batch_size", [*encoding(made / f"images{kind}", latents), "--batch-size=5"]),
+                             ("vae", [*encoding(made / f"images{kind}", latents), "--model-url=other/vae"])):
+        with pytest.raises(BadInput, match=rf"was begun with other settings \({changed}\)"):
+            call_main(monkeypatch, dataset_tools, *command)
+    (images.unlink if kind else lambda: shutil.rmtree(images))()
+    call_main(monkeypatch, dataset_tools, *converting(source, images, "--num-workers=1"), "--transform=center-crop")
+    with pytest.raises(BadInput, match=r"was begun with other settings \(pictures\)"):
+        call_main(monkeypatch, dataset_tools, *encoding(images, latents))
+
+
+def test_what_is_not_ours(source, made, tmp_path, monkeypatch):
+    """Nothing that was there is overwritten, and output never becomes input."""
+    write_folder(tmp_path / "full", {"00000/img00000000.png": b""})
+    write_zip(tmp_path / "full.zip", {"a": b""})
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder.zip").mkdir()
+    for name in ("full", "full.zip", "file", "folder.zip"):
+        with pytest.raises(BadInput, match=f"{name} is there already and was not made by this tool"):
+            call_main(monkeypatch, dataset_tools, *converting(source, tmp_path / name))
+    for dest in (source, source / "out", source.parent, source / "n01/x.zip"):
+        with pytest.raises(BadInput, match="lie in each other"):
+            call_main(monkeypatch, dataset_tools, *converting(source, dest))
+
+
+def test_a_file_that_changed_meanwhile(source, made, tmp_path, monkeypatch):
+    """The check at the end reads everything back."""
+    for kind in ("images", "vae-sd"):
+        shutil.copytree(made / kind, tmp_path / kind)
+    images, latents = converting(source, tmp_path / "images", "--num-workers=1"), encoding(made / "images", tmp_path / "vae-sd")
+    path = tmp_path / "images" / image_name(3)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(BadInput, match="images/00000/img00000003.png is no readable image"):
+        call_main(monkeypatch, dataset_tools, *images)
+    Image.new("RGB", (8, 8)).save(path)
+    with pytest.raises(BadInput, match="img00000003.png is 8x8, expected 16x16"):
+        call_main(monkeypatch, dataset_tools, *images)
+    path.write_bytes(whole)
+    Image.new("RGB", (16, 16)).save(tmp_path / "images" / image_name(99))
+    with pytest.raises(BadInput, match="img00000099.png does not belong into"):
+        call_main(monkeypatch, dataset_tools, *images)
+    path, good = tmp_path / "vae-sd" / latent_name(3), np.load(tmp_path / "vae-sd" / latent_name(3))
+    for wrong, words in ((np.where(good == good[0, 0, 0], np.nan, good).astype(np.float32), "not finite"),
+                         (good.astype(np.float64), "it holds float64"), (good[:, :2], "moments of shapes"),
+                         (np.array([{}]), "damaged")):
+        np.save(path, wrong, allow_pickle=True)
+        with pytest.raises(BadInput, match=words):
+            call_main(monkeypatch, dataset_tools, *latents)
