@@ -84,7 +84,6 @@ class Folder:
     def finish(self, made, listing):
         write_json(self.path / MADE, made, indent=1)
         write_json(self.path / LISTING, listing)
-        self.clean()
 
 
 class Zip:

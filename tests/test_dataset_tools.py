@@ -144,9 +144,10 @@ def test_batches_equal_single_pictures(made, tmp_path, monkeypatch):
 def test_processes_change_no_byte(source, made, tmp_path):
     for kind in ("", ".zip"):
         script("preprocessing/dataset_tools.py", *converting(source, tmp_path / f"images{kind}", "--num-workers=3"),
-               before="tests.test_dataset_tools.small_groups")
+               before="tests.test_dataset_tools.slow_groups")
         assert files(tmp_path / f"images{kind}") == files(made / f"images{kind}")
-        done = script("preprocessing/dataset_tools.py", *encoding(made / f"images{kind}", tmp_path / f"vae-sd{kind}"), processes=2)
+        done = script("preprocessing/dataset_tools.py", *encoding(made / f"images{kind}", tmp_path / f"vae-sd{kind}"), processes=2,
+                      before="tests.test_dataset_tools.even_shares")
         assert files(tmp_path / f"vae-sd{kind}") == files(made / f"vae-sd{kind}")
         assert "48 files, 3 classes, 0 pictures skipped" in done.stdout
 
@@ -228,55 +229,90 @@ def test_encoding_what_cannot_be_used(made, tmp_path, monkeypatch):
 
 # ---- stops ----
 
-def small_groups():
+def slow_groups(size=4, seconds=0.005):
     """Many groups, slowly written, so that there is time to kill at any place."""
-    convert.GROUP = 4
+    convert.GROUP = size
     fsync, add = os.fsync, destinations.add
-    os.fsync = lambda number: time.sleep(0.002) or fsync(number)
-    destinations.add = lambda *arguments: time.sleep(0.002) or add(*arguments)
+    os.fsync = lambda number: time.sleep(seconds) or fsync(number)
+    destinations.add = lambda *arguments: time.sleep(seconds / 2) or add(*arguments)
+
+
+def slower_groups():
+    slow_groups(16, 0.05)
+
+
+def even_shares():
+    """Fails unless this process is given half of the twelve batches."""
+    encode_groups = encode.encode_groups
+
+    def checked(vae, groups, *more):
+        assert len(groups) == 6
+        return encode_groups(vae, groups, *more)
+
+    encode.encode_groups = checked
+    slow_groups()
 
 
 def progress_of(dest):
-    """Files that are complete; a zip under construction counts as some."""
+    """Files that have their names; for a zip, its parts."""
     work = dest.with_name(dest.name + ".parts") if dest.suffix == ".zip" else dest
-    return sum(1 for _ in work.rglob("*.*")) if work.exists() else 0
+    return len([path for path in work.rglob("*.???") if not path.name.startswith(".")])
 
 
 @pytest.mark.parametrize("kind", ["images", "images.zip", "vae-sd", "vae-sd.zip"])
 def test_kill_9_and_the_same_command(source, made, tmp_path, kind):
-    """Five kills each at random moments, one of a zip while it is put together: the bytes are those of no kill."""
-    dest, moment, kills = tmp_path / kind, random.Random(kind), 0
+    """Five kills each at random moments, with and without the workers, one of a zip while it is put together: the bytes
+    are those of no kill."""
+    dest, moment, seen = tmp_path / kind, random.Random(kind), [0]
     command = (converting(source, dest, "--num-workers=2") if kind.startswith("images") else
                encoding(made / kind.replace("vae-sd", "images"), dest))
     processes = 2 if kind == "vae-sd.zip" else 1
-    while kills < 5:
-        before = progress_of(dest)
+    while len(seen) < 6:
         started = SERVER.start_all("preprocessing/dataset_tools.py", *command, processes=processes,
-                                   before="tests.test_dataset_tools.small_groups")
-        if kills == 4 and dest.suffix == ".zip":
+                                   before="tests.test_dataset_tools.slow_groups")
+        if len(seen) == 5 and dest.suffix == ".zip":
             wait_for(lambda: list(tmp_path.glob(f".{kind}.*.tmp")))
         else:
-            wait_for(lambda before=before: progress_of(dest) > before)
-        time.sleep(moment.uniform(0, 0.02))
+            wait_for(lambda: progress_of(dest) > seen[-1])
+        time.sleep(moment.uniform(0, 0.01))
         for process in started:
-            process.send(signal.SIGKILL)
+            (os.killpg if len(seen) % 2 else os.kill)(process.pid, signal.SIGKILL)
         assert started[0].wait() == -signal.SIGKILL, started[0].stderr
         assert all(process.wait() for process in started)
+        wait_for(lambda group=started[0].pid: not group_is_alive(group))  # workers end by themselves
+        seen.append(progress_of(dest))
         assert not (dest / "dataset.json").exists() and (dest.suffix != ".zip" or not dest.exists())
-        kills += 1
-    script("preprocessing/dataset_tools.py", *command, processes=processes, before="tests.test_dataset_tools.small_groups")
+    assert 0 < seen[1] < seen[2] < seen[3] < seen[4] <= (12 if dest.suffix == ".zip" else 48), seen
+    script("preprocessing/dataset_tools.py", *command, processes=processes, before="tests.test_dataset_tools.slow_groups")
     if dest.suffix == ".zip":
         assert dest.read_bytes() == (made / kind).read_bytes()
     assert files(dest) == files(made / kind)
     assert [path.name for path in tmp_path.iterdir()] == [kind]
 
 
+def test_a_picture_repaired_before_the_zip_is_complete(source, made, tmp_path, monkeypatch):
+    """Its part is completed, and keeps what it had."""
+    folder, dest = tmp_path / "s", tmp_path / "images.zip"
+    shutil.copytree(source, folder)
+    (folder / "n01/03.png").write_bytes(b"")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(destinations, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        call_main(patch, dataset_tools, *converting(folder, dest, "--num-workers=1"))
+    shutil.copy(source / "n01/03.png", folder / "n01/03.png")
+    call_main(monkeypatch, dataset_tools, *converting(folder, dest, "--num-workers=1"))
+    found, expected = files(dest), files(made / "images.zip")
+    assert list(found) == list(expected) and {**found, "made.json": b""} == {**expected, "made.json": b""}
+
+
 def test_workers_end_with_their_parent(source, tmp_path):
+    """At once: each completes at most the picture that it is at, of sixteen."""
     started = SERVER.start("preprocessing/dataset_tools.py", *converting(source, tmp_path / "images", "--num-workers=2"),
-                           before="tests.test_dataset_tools.small_groups")
-    wait_for(lambda: progress_of(tmp_path / "images") > 3)
+                           before="tests.test_dataset_tools.slower_groups")
+    wait_for(lambda: progress_of(tmp_path / "images") >= 2)
     started.kill()
+    there = progress_of(tmp_path / "images")
     wait_for(lambda: not group_is_alive(started.pid), seconds=8)
+    assert progress_of(tmp_path / "images") <= there + 2
 
 
 def group_is_alive(group):

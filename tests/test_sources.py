@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 import zlib
 
@@ -201,8 +202,11 @@ def test_bombs(tmp_path, monkeypatch):
     piece = find(path)["1.png"]
     with pytest.raises(BadInput, match="1 has more than 1 MiB"):
         read(piece, "1", sources.LARGEST)
+    tracemalloc.start()
     with pytest.raises(BadInput, match="its checksum is wrong"):
         read(piece._replace(size=1000), "1")  # a directory that lies
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
     big = tmp_path / "big.png"
     with open(big, "wb") as file:
         file.truncate(1 << 40)  # of holes
