@@ -178,14 +178,14 @@ def read_json(path, kind=dict, data=None):
     return value
 
 
-def open_image(file):
-    """Pillow's image of a path or an open file, of IMAGE_FORMATS only. Raises IMAGE_ERRORS."""
-    return Image.open(file, formats=IMAGE_FORMATS)
-
-
 def write_json(path, value, indent=None):
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=indent)
+
+
+def open_image(file):
+    """Pillow's image of a path or an open file, of IMAGE_FORMATS only. Raises IMAGE_ERRORS."""
+    return Image.open(file, formats=IMAGE_FORMATS)
 
 
 def sha256_of(path):

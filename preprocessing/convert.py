@@ -21,7 +21,7 @@ from preprocessing import destinations, pixels
 from preprocessing.sources import open_source, read
 
 GROUP = 64  # pictures a worker takes at a time, and in a part of a zip
-CORES = getattr(os, "process_cpu_count", os.cpu_count)()
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-dhariwal")
 
 
@@ -36,6 +36,8 @@ def make_transform(name, resolution, source):
     if not match:
         raise BadInput(f"--resolution {resolution} is not understood; write it as 256x256.")
     width, height = int(match[1]), int(match[2])
+    if width * max(width, height) > pixels.Image.MAX_IMAGE_PIXELS:
+        raise BadInput(f"--resolution {resolution} is more than {pixels.Image.MAX_IMAGE_PIXELS} pixels; choose a smaller one.")
     if name == "center-crop-wide" and height < width:
         return functools.partial(pixels.center_crop_wide, width=width, height=height), width
     if name == "center-crop-wide" or width != height:

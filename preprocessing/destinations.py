@@ -6,21 +6,24 @@ removed, which takes twice the room for that time. What is there already is not 
 its presence means that everything else is there and was checked. made.json says from what and how it was made; it holds
 no time and no count of processes, so that the same work has the same bytes however often it was stopped.
 """
+import collections
 import json
 import shutil
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
 from PIL import features
 
 from dataset import digest
-from files import BadInput, atomic_write, read_json, remove_temporaries, write_json
+from files import BadInput, atomic_write, is_file, read_json, reading, remove_temporaries, write_json
 from preprocessing.sources import LISTING, find, read
 
 MADE = "made.json"
-NAMED = 20  # skipped pictures named on the terminal
+NAMED = 20   # skipped pictures named on the terminal
+WRITERS = 4  # files on their way to the disk at a time: waiting for it takes as long as making a picture
 
 
 def image_name(index):
@@ -54,7 +57,7 @@ class Folder:
 
     def note(self):
         """The note of how this was made, or None."""
-        return read_json(self.path / MADE) if (self.path / MADE).is_file() else None
+        return read_json(self.path / MADE) if is_file(self.path / MADE) else None
 
     def holds_other_things(self):
         if not self.path.is_dir():
@@ -76,10 +79,19 @@ class Folder:
         check_space(self.path, files * size)
 
     def write(self, _group, files):
-        """Write pairs (name, bytes)."""
-        for name, data in files:
-            with atomic_write(self.path / name) as file:
-                file.write(data)
+        """Write pairs (name, bytes), each flushed to the disk while the next ones are made."""
+        with ThreadPoolExecutor(WRITERS) as pool:
+            under_way = collections.deque()
+            for name, data in files:
+                under_way.append(pool.submit(self.write_file, name, data))
+                if len(under_way) > WRITERS:
+                    under_way.popleft().result()
+            for future in under_way:
+                future.result()
+
+    def write_file(self, name, data):
+        with atomic_write(self.path / name) as file:
+            file.write(data)
 
     def finish(self, made, listing):
         write_json(self.path / MADE, made, indent=1)
@@ -125,8 +137,6 @@ class Zip:
     def clean(self):
         if self.complete:
             shutil.rmtree(self.work, ignore_errors=True)
-        else:
-            remove_temporaries(self.work)
         remove_temporaries(self.path.parent, self.path.name)
 
     def check_space(self, files, size):
@@ -165,12 +175,14 @@ def destination_at(path, suffix):
 
 def open_destination(path, suffix, source):
     """Folder, or Zip for a name in .zip. Raises BadInput when it is in the source or holds what was not made here."""
-    path, ours, theirs = Path(path), Path(path).resolve(), Path(source).resolve()
+    ours, theirs = Path(path).resolve(), Path(source).resolve()
     if theirs in (ours, *ours.parents) or (theirs.is_dir() and ours in theirs.parents):
         raise BadInput(f"--dest {path} and --source {source} lie in each other, so that output would become input; name "
                        "another --dest.")
-    destination = destination_at(path, suffix)
-    if destination.holds_other_things():
+    with reading(path):
+        destination = destination_at(path, suffix)
+        foreign = destination.holds_other_things()
+    if foreign:
         raise BadInput(f"{path} is there already and was not made by this tool; name another --dest, or remove it.")
     return destination
 

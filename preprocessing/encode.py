@@ -9,7 +9,6 @@ paths. --dest is a folder or, where its name ends in .zip, an uncompressed zip. 
 processes, ...; a batch that was not written in full is computed again as it was, so that neither a stop nor the number of
 processes changes a byte.
 """
-import collections
 import functools
 import io
 import re
@@ -22,15 +21,17 @@ from accelerate.utils import gather_object
 
 from dataset import digest
 from encoders import VAE
-from files import BadInput, check_bounds, first_line, weights_key
+from evaluations.images import check_batch
+from files import ARRAY_ERRORS, BadInput, check_bounds, first_line, weights_key
 from preprocessing import destinations, pixels
 from preprocessing.convert import first_side, in_groups, progress
 from preprocessing.sources import open_source, read
+from processes import leave, watch_others
+from speed import tune
 from training import PATIENCE
 
 BATCH_SIZE = 64
 THREADS = 8  # that read pictures
-WRITERS = 4  # batches written at a time while the next one is encoded
 
 
 # ---- what preprocessing/coco.py uses as well ----
@@ -106,15 +107,15 @@ def check_latent(where, entry):
         array = np.lib.format.read_array(io.BytesIO(read(piece, f"{where}/{name}")), allow_pickle=False)
         if array.dtype != np.float32 or not np.isfinite(array).all():
             raise ValueError(f"it holds {array.dtype} or numbers that are not finite")
-    except (ValueError, EOFError) as error:
+    except ARRAY_ERRORS as error:
         raise BadInput(f"{where}/{name} is damaged ({first_line(error)}); delete it and run the command again.") from error
     return array.shape
 
 
 def encode_groups(vae, groups, load, names, have, destination, batch_size, threads, bar):
     """Encode {number: places in the source} and write what is missing -> {place: sentence} of what could not be used."""
-    failures, writing = {}, collections.deque()
-    with ThreadPoolExecutor(WRITERS) as pool:
+    failures, written = {}, None
+    with ThreadPoolExecutor(1) as writer:  # one group is written while the next one is encoded
         results = encoded(vae, groups.values(), load, batch_size, threads)
         for (number, places), group in zip(groups.items(), results, strict=True):
             files = []
@@ -125,12 +126,11 @@ def encode_groups(vae, groups, load, names, have, destination, batch_size, threa
                     raise BadInput(f"The moments for {names[i]} are not finite; use another --model-url.")
                 elif names[i] not in have:
                     files.append((names[i], npy_bytes(moments)))
-            if len(writing) == WRITERS:
-                writing.popleft().result()
-            writing.append(pool.submit(destination.write, number, files))
+            if written:
+                written.result()
+            written = writer.submit(destination.write, number, files)
             bar.update(min(len(places) * PartialState().num_processes, bar.total - bar.n))
-        for future in writing:
-            future.result()
+        written.result()
     return failures
 
 
@@ -140,6 +140,8 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     source = open_source(source_path, max_images)
     side = first_side(source)
     names = [destinations.latent_name(index) for index in indices_of(source.names)]
+    batch_size = min(batch_size, len(names))
+    check_batch(source_path, batch_size, (side, side))
     destination = destinations.open_destination(dest, ".npy", source_path)
     have = destination.pieces()
     groups = {number: places for number, places in enumerate(in_groups(range(len(names)), batch_size))
@@ -196,7 +198,8 @@ def add_arguments(add):
 def run(args):
     check_bounds(args, dict.fromkeys(("max_images", "num_workers", "batch_size"), (1, float("inf"))))
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    watch_others()
+    tune(state.num_processes, args.allow_tf32)
     torch.backends.cudnn.deterministic = True
     encode(args.source, args.dest, args.model_url, args.max_images, args.batch_size, args.num_workers, args.on_error)
-    state.destroy_process_group()
+    leave()

@@ -12,9 +12,9 @@ import zlib
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from files import IMAGE_ERRORS, BadInput, first_line
+from files import IMAGE_ERRORS, IMAGE_FORMATS, BadInput, first_line
 
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")  # others, such as EPS, would run programs
+FORMATS = (*IMAGE_FORMATS, "GIF", "WEBP", "BMP", "TIFF", "PPM")  # none that Pillow hands to another program
 DAMAGE = (*IMAGE_ERRORS, EOFError, LookupError, TypeError, OverflowError, MemoryError, struct.error, zlib.error)
 
 

@@ -333,6 +333,10 @@ def test_pictures_of_all_kinds(monkeypatch):
             assert "0x" not in str(error)  # an address would differ from run to run
 
 
+def test_no_format_that_other_programs_read():
+    assert set(pixels.FORMATS) <= {"JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"}
+
+
 def test_transparency_on_a_background():
     clear = saved(Image.new("RGBA", (20, 10), (200, 0, 0, 0)), "PNG")
     assert pixels.read_rgb(clear, "clear", background="white").getpixel((0, 0)) == (255, 255, 255)
