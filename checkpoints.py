@@ -1,12 +1,20 @@
-"""Checkpoints in the published format: {run}/checkpoints/{step:07d}.pt with model, ema, opt, args and steps."""
+"""Checkpoints in the published format: {run}/checkpoints/{step:07d}.pt with model, ema, opt, args and steps.
+
+For use elsewhere the EMA alone is exported to safetensors, with {"steps": N, "args": {...}} as its config:
+    NAME.safetensors                           the config as JSON text in the file's metadata, under "config"
+    NAME/model.safetensors, NAME/config.json   the same in two files
+"""
 import argparse
+import json
 import logging
 import os
 from pathlib import Path
 
+import safetensors
+import safetensors.torch
 import torch
 
-from files import BadInput, Unreadable, atomic_write, load_tensors, writing
+from files import BadInput, Unreadable, atomic_write, first_line, load_tensors, read_json, writing
 
 logger = logging.getLogger("haste")
 
@@ -70,8 +78,9 @@ CONTENTS = {
     "model": (is_state, "named tensors"), "ema": (is_state, "named tensors"), "metrics": (is_metrics, "terms of a loss"),
     "opt": (is_optimizer_state, "an optimizer's state and param_groups"), "steps": (is_whole, "a number of steps"),
     "args": (lambda value: isinstance(value, dict), "settings by name")}
-ARGS = {  # the same of what sampling takes from its args; all may be missing or None
-    "model": (lambda value: isinstance(value, str), "a name"), "resolution": (is_whole, "a number"),
+ARGS = {  # the same of what is used of its args after training; all may be missing or None
+    **dict.fromkeys(("model", "data_dir", "enc_type", "enc_weights"), (lambda value: isinstance(value, str), "a name")),
+    **dict.fromkeys(("resolution", "enc_blocks", "attn_heads"), (is_whole, "a number")),
     "num_classes": (is_whole, "a number"), "qk_norm": (lambda value: isinstance(value, bool), "true or false"),
     "path_type": (lambda value: value in ("linear", "cosine"), "linear or cosine"),
     "context_shape": (lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_whole, value)),
@@ -91,11 +100,13 @@ def check_contents(path, state, needed):
 
 
 def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):
-    """A checkpoint of ours or of the published code, or a plain state dict (as `ema`), with `args` as a dict.
+    """A checkpoint of ours or of the published code, an export, or a plain state dict (as `ema`), with `args` as a dict.
 
     Raises BadInput when one of the keys in `needed` is not there; `verify` as in load_tensors.
     """
-    state = load_tensors(path, mmap=mmap, verify=verify)
+    path = Path(path)
+    exported = path.is_dir() or path.suffix == ".safetensors"
+    state = read_export(path) if exported else load_tensors(path, mmap=mmap, verify=verify)
     if not isinstance(state, dict):
         raise BadInput(f"{path} holds a {type(state).__name__}, not a checkpoint; give a file of train.py.")
     if state and all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -107,6 +118,56 @@ def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):
     state = {**state, "args": vars(args) if isinstance(args, argparse.Namespace) else args}
     check_contents(path, state, {*needed, "args", "metrics"})
     return state
+
+
+def read_export(path):
+    """What save_export wrote to `path`, a folder or file; of a safetensors file without our config the weights alone."""
+    if path.is_dir():
+        return {"ema": load_tensors(path / "model.safetensors"), **read_json(path / "config.json")}
+    weights = load_tensors(path)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {}).get("config", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} has metadata that are no JSON ({first_line(error)}); export the checkpoint again.") from error
+    if not isinstance(config, dict):
+        raise BadInput(f"{path} has a {type(config).__name__} as its config, not a dict; export the checkpoint again.")
+    return {"ema": weights, **config}
+
+
+def save_export(path, state):
+    """Write EMA, args and steps of `state`, from load_checkpoint, in the form that the suffix of `path` says.
+
+    .safetensors: one file; .pt: a checkpoint as train.py's, without what only training needs; anything else: a folder.
+    """
+    path, config = Path(path), {name: state[name] for name in ("steps", "args") if name in state}
+    weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state["ema"].items()}
+    if path.suffix == ".pt":
+        with atomic_write(path) as file:
+            torch.save({"ema": weights, **config}, file)
+    elif path.suffix == ".safetensors":
+        with atomic_write(path) as file:
+            file.write(safetensors.torch.save(weights, {"config": json.dumps(config)}))
+    else:
+        with atomic_write(path / "model.safetensors") as file:
+            file.write(safetensors.torch.save(weights))
+        with atomic_write(path / "config.json", "w") as file:
+            json.dump(config, file, indent=2)
+
+
+def sizes_of(weights):
+    """What the weights of a SiT or MMDiT tell of its sizes, as arguments of the network."""
+    sizes = {"in_channels": weights["x_embedder.proj.weight"].shape[1],
+             "z_dims": [value.shape[0] for name, value in weights.items()
+                        if name.startswith("projectors.") and name.endswith(".4.weight")],
+             "qk_norm": any(name.endswith("q_norm.weight") for name in weights)}
+    if "projectors.0.0.weight" in weights:
+        sizes["projector_dim"] = weights["projectors.0.0.weight"].shape[0]
+    if "y_embedder.embedding_table.weight" in weights:
+        sizes["num_classes"] = weights["y_embedder.embedding_table.weight"].shape[0] - 1  # the last row is no class
+    if "context_embedder.weight" in weights:
+        sizes["context_dim"] = weights["context_embedder.weight"].shape[1]
+    return sizes
 
 
 def load_weights(module, weights, path):

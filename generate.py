@@ -21,7 +21,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoints import load_checkpoint, load_weights
+from checkpoints import load_checkpoint, load_weights, sizes_of
 from encoders import VAE, to_device
 from files import (
     IMAGE_ERRORS,
@@ -37,14 +37,14 @@ from files import (
 )
 from models.sit import SIT_CONFIGS, SiT_models
 from pictures import image_grid
+from pipeline import VAES, sample
 from processes import leave, watch_others
-from samplers import euler_maruyama_sampler, euler_sampler, guided
 from speed import check_compiler, tune
 from training import PATIENCE
 
-VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 GRID_IMAGES = 72
 PNG_WRITERS = 4  # threads
+SAMPLING = ("mode", "num_steps", "cfg_scale", "guidance_low", "guidance_high", "heun", "path_type")
 INF = float("inf")
 BOUNDS = {  # argument of both sampling scripts -> lowest, highest
     **dict.fromkeys(("per_proc_batch_size", "num_steps", "num_fid_samples", "resolution"), (1, INF)),
@@ -58,7 +58,7 @@ def add_sampling_arguments(parser):
     add = parser.add_argument
     add("--global-seed", type=int, default=0, help="image i is made from (seed, i) (default 0)")
     add("--tf32", action=flag, default=True, help="TF32 matrix products on Ampere and newer (default on)")
-    add("--ckpt", required=True, help="checkpoint of train.py or of the published code; its EMA is used")
+    add("--ckpt", required=True, help="checkpoint of train.py or of the published code, whose EMA is used, or an export of it")
     add("--sample-dir", default="samples", help="where the folder and .npz go (default samples)")
     add("--resolution", type=int, help="pixels a side (default: the checkpoint's, else 256)")
     add("--fused-attn", action=flag, default=True, help="fused attention (default on)")
@@ -98,8 +98,8 @@ def read_checkpoint(args, vae, configs, landmark, **published):
                            "of train.py, generate_t2i.py those of train_t2i.py.")
     if args.model not in configs:
         raise BadInput(f"--model {args.model} is not known; use one of {', '.join(configs)}.")
-    widths = [value.shape[0] for name, value in weights.items() if name.startswith("projectors.") and
-              name.endswith(".4.weight")]
+    sizes = sizes_of(weights)
+    widths = sizes["z_dims"]
     if args.projector_embed_dims and args.projector_embed_dims != ",".join(map(str, widths)):
         raise BadInput(f"--projector-embed-dims {args.projector_embed_dims}: {args.ckpt} has projectors to "
                        f"{','.join(map(str, widths)) or 'nothing'}; leave the flag out.")
@@ -116,12 +116,11 @@ def read_checkpoint(args, vae, configs, landmark, **published):
     if args.resolution % (vae.factor * patch):
         raise BadInput(f"--resolution {args.resolution} is no multiple of {vae.factor * patch}, the VAE's factor "
                        f"{vae.factor} times the patch of {args.model}.")
-    channels, side = weights["x_embedder.proj.weight"].shape[1], args.resolution // vae.factor
-    vae.check(channels, side, args.resolution)
-    hidden = [value.shape[0] for name, value in weights.items() if name == "projectors.0.0.weight"]
-    return weights, {"input_size": side, "in_channels": channels, "encoder_depth": args.encoder_depth, "z_dims": widths,
-                     "qk_norm": args.qk_norm, "fused_attn": args.fused_attn,
-                     **({"projector_dim": hidden[0]} if hidden else {})}
+    side = args.resolution // vae.factor
+    vae.check(sizes["in_channels"], side, args.resolution)
+    typed = {"num_classes": args.num_classes} if "num_classes" in sizes else {}
+    return weights, {**sizes, **typed, "input_size": side, "encoder_depth": args.encoder_depth, "qk_norm": args.qk_norm,
+                     "fused_attn": args.fused_attn}
 
 
 def ready(model, weights, args, device):
@@ -187,7 +186,7 @@ def make_images(args, folder, model, vae, condition, path_of):
         written = []
         for start in starts:
             batch = todo[start:start + size]
-            images = sample(args, model, vae, batch + [batch[-1]] * (size - len(batch)), condition)[:len(batch)]
+            images = make_batch(args, model, vae, batch + [batch[-1]] * (size - len(batch)), condition)[:len(batch)]
             for task in written:  # of the batch before, meanwhile; raises what they raised
                 task.result()
             written = [writers.submit(write_png, path_of(i), image) for i, image in zip(batch, images, strict=True)]
@@ -196,32 +195,19 @@ def make_images(args, folder, model, vae, condition, path_of):
     state.wait_for_everyone()
 
 
-def sample(args, model, vae, ids, condition):
+def make_batch(args, model, vae, ids, condition):
     """Images `ids` as uint8 (n, R, R, 3), each from a stream of random numbers of its own."""
     device = PartialState().device
     streams = [np.random.default_rng((args.global_seed, i)) for i in ids]
     conditions = [condition(i, rng) for i, rng in zip(ids, streams, strict=True)]
     y, y_null = (to_device(torch.stack(c), device) for c in zip(*conditions, strict=True))
-    z = np.stack([rng.standard_normal(model.latent_shape, dtype=np.float32) for rng in streams])
-    z = to_device(torch.from_numpy(z), device)
-    velocity = guided(model, y, y_null, args.cfg_scale, args.guidance_low, args.guidance_high)
-    if args.mode == "sde":
-        latents = euler_maruyama_sampler(velocity, z, args.num_steps, args.path_type, noise_of(streams))
-    else:
-        latents = euler_sampler(velocity, z, args.num_steps, args.heun)
-    return vae.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
+    images = sample(model, vae, streams, y, y_null, **{name: getattr(args, name) for name in SAMPLING})
+    return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def write_png(path, image):
     with atomic_write(path) as file:
         Image.fromarray(image).save(file, "PNG")
-
-
-def noise_of(streams):
-    """noise(x) for the SDE sampler: one stream of float64 normals per image."""
-    def noise(x):
-        return to_device(torch.from_numpy(np.stack([rng.standard_normal(x.shape[1:]) for rng in streams])), x.device)
-    return noise
 
 
 def write_npz(path, paths, resolution):
@@ -276,7 +262,7 @@ def main():
     state, vae = setup(args)
     weights, sizes = read_checkpoint(args, vae, SIT_CONFIGS, "y_embedder.embedding_table.weight", model="SiT-XL/2",
                                      num_classes=1000)
-    model = ready(SiT_models[args.model](num_classes=args.num_classes, **sizes), weights, args, state.device)
+    model = ready(SiT_models[args.model](**sizes), weights, args, state.device)
     folder = sample_folder(args, args.model.replace("/", "-"))
 
     def condition(i, rng):

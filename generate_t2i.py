@@ -22,6 +22,7 @@ from dataset import CaptionedImages
 from files import BadInput, atomic_write, run_script
 from generate import add_sampling_arguments, make_images, read_checkpoint, ready, sample_folder, setup, write_outputs
 from models.mmdit import MMDIT_CONFIGS, MMDiT_models
+from pipeline import CLIP
 from processes import leave
 
 
@@ -36,7 +37,7 @@ def parse_args():
     add("--caption-index", type=int, default=0, help="which caption of each image of val (default 0, the first)")
     add("--prompt", action="append", default=[], help="own text instead of the captions of val; repeat for more")
     add("--prompts", help="file of own texts, a line each")
-    add("--text-encoder", default="openai/clip-vit-large-patch14", help="of own texts: hub name or local folder")
+    add("--text-encoder", default=CLIP, help="of own texts: hub name or local folder")
     return parser.parse_args()
 
 
@@ -99,7 +100,7 @@ def main():
         captions = own_texts(args, [" ".join(text.split()) for text in prompts], state.device)
     else:
         args.text_encoder, captions = None, val_captions(args)
-    shape, width = list(captions.empty.shape), weights["context_embedder.weight"].shape[1]
+    shape, width = list(captions.empty.shape), sizes["context_dim"]
     if shape != (args.context_shape or [shape[0], width]):
         raise BadInput(f"{args.ckpt} takes text of {args.context_shape or f'width {width}'}, {args.data_dir or args.text_encoder} "
                        f"gives (tokens, width) = {shape}; use the text encoder and length it was trained with.")
@@ -109,7 +110,7 @@ def main():
         args.num_fid_samples = len(captions.numbers)
         if state.is_main_process:
             print(f"there are {args.num_fid_samples} captions: one image of each is made")
-    model = ready(MMDiT_models[args.model](context_dim=width, **sizes), weights, args, state.device)
+    model = ready(MMDiT_models[args.model](**sizes), weights, args, state.device)
     folder = sample_folder(args, name)
 
     def path_of(i):

@@ -13,8 +13,8 @@ NEVER = 10 ** 9  # REPA aligns from the first step to the last
 REPA = {"attn_coeff": 0.0, "early_stop_point": NEVER}
 EMBEDDED = {
     "resolution": 64, "vae": "assets/vae-emoji", "enc_type": "dinov2-vit-s", "enc_weights": "data/emoji/teacher.safetensors",
-    "enc_blocks": 10, "early_stop_point": 600, "max_train_steps": 1200, "checkpointing_steps": 600, "sampling_steps": 600,
-    "batch_size": 32, "learning_rate": 1e-3, "ema_decay": 0.995, "num_workers": 0, "report_to": "none"}
+    "enc_blocks": 10, "early_stop_point": 600, "max_train_steps": 1200, "checkpointing_steps": 600, "sampling_steps": 300,
+    "log_every": 30, "batch_size": 32, "learning_rate": 1e-3, "ema_decay": 0.995, "num_workers": 0, "report_to": "none"}
 
 # name -> script, arguments, what arXiv 2505.16792 reports of the run
 PRESETS = {

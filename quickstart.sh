@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The whole pipeline on the embedded emoji data: data, training with alignment and its stop, samples, scores, for classes
-# or captions. Run it by `make quickstart` or `make quickstart-t2i`. Every command is printed before it runs, so that each
-# can be repeated or changed by hand. With QUICKSTART=short it takes a few steps only and shows that everything works.
+# The whole pipeline on the embedded emoji data: data, training with alignment and its stop, samples, scores, and a page
+# that shows it all, for classes or captions. Run it by `make quickstart` or `make quickstart-t2i`. Every command is printed
+# before it runs, so that each can be repeated or changed by hand. With QUICKSTART=short it takes a few steps only and
+# shows that everything works.
 set -euo pipefail
 
 task=${1:-classes} form=${2:-full}
@@ -33,7 +34,8 @@ stage() {  # stage NAME COMMAND...: print, run, time
 vae=assets/vae-emoji
 training=(--exp-name $name --mixed-precision $precision)  # all else is the preset's: python train.py --preset list
 if [ $form = short ]; then
-    training+=(--max-train-steps $steps --early-stop-point 20 --checkpointing-steps 20 --sampling-steps 20)
+    training+=(--max-train-steps $steps --early-stop-point 20 --checkpointing-steps 20 --sampling-steps 10
+        --log-every 1)
 fi
 sampling=(--ckpt "exps/$name/checkpoints/$(printf %07d $steps).pt" --vae $vae --cfg-scale 3 --mode ode --num-steps 30
     --per-proc-batch-size 36)
@@ -44,6 +46,7 @@ if [ $task = classes ]; then
     stage sample python generate.py "${sampling[@]}" --sample-dir samples/$name --num-fid-samples $images --labels balanced
     made=samples/$name/SiT-T-2-$ending
     stage scores python evaluations/anchors.py $made.npz --reference-images $references
+    pictures=("$made")
     found="$made-grid.png (a column per class: $(tr -d '[]"' < data/emoji/classes.json)),
          $made-scores.json"
 else
@@ -57,12 +60,15 @@ else
         --text-encoder $captions/text-encoder
     made=samples/$name/MMDiT-T-$ending
     stage agreement python evaluations/agreement.py $captions/val "$made"
+    pictures=("$made" "${made/MMDiT-T/MMDiT-T-prompts-emoji}")
     found="$made-grid.png (captions held out from training),
          ${made/MMDiT-T/MMDiT-T-prompts-emoji}-grid.png (assets/prompts-emoji.txt)"
 fi
 stage curves python evaluations/curves.py exps/$name
+stage report python evaluations/report.py exps/$name --samples "${pictures[@]}"
 
 printf '\n%s\n' "${stages[@]}"
 printf '%-10s %4d s\n' total $SECONDS
-echo "Look at: $found,"
+echo "Look at: exps/$name/report.html in a browser, which shows all of it;"
+echo "         $found,"
 echo "         exps/$name/curves.png, exps/$name/previews/"

@@ -3,9 +3,12 @@ import copy
 import datetime
 import functools
 import gc
+import importlib.metadata
 import json
 import logging
 import math
+import os
+import platform
 import sys
 import time
 from pathlib import Path
@@ -73,6 +76,18 @@ def make_accelerator(args):
         logger.warning("--mixed-precision fp16 needs a GPU: training in float32 on this CPU.")
     tune(accelerator.num_processes, args.allow_tf32)
     return accelerator, run
+
+
+def environment(accelerator):
+    """Versions and machine, for args.json: the newest start's. No run is told from another by them."""
+    device, gpu = accelerator.device, accelerator.device.type == "cuda"
+    packages = ("accelerate", "timm", "diffusers", "transformers", "numpy")
+    return {"device": torch.cuda.get_device_name(device) if gpu else f"CPU, {platform.machine()}",
+            "processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
+            "CPU cores": os.cpu_count(), "threads a process": torch.get_num_threads(),
+            "python": platform.python_version(), "torch": str(torch.__version__),
+            **{name: importlib.metadata.version(name) for name in packages},
+            **({"CUDA": torch.version.cuda} if gpu else {}), "system": platform.platform()}
 
 
 class Previews:
@@ -183,7 +198,7 @@ def begin(accelerator, run, settings, metrics, previews):
         for folder in (run, run / "checkpoints", run / "previews"):
             remove_temporaries(folder)
         with atomic_write(run / "args.json", "w") as file:
-            json.dump(settings, file, indent=2)
+            json.dump({**settings, "environment": environment(accelerator)}, file, indent=2)
         metrics.begin()
     if previews:
         previews.save("truth", previews.truth)

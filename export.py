@@ -1,0 +1,31 @@
+"""Turn a checkpoint into safetensors with its config, or back: the EMA in full precision, without the optimizer.
+
+    python export.py exps/sitxl_haste/checkpoints/0400000.pt sitxl_haste.safetensors    # one file
+    python export.py exps/sitxl_haste/checkpoints/0400000.pt sitxl_haste                # model.safetensors, config.json
+    python export.py sitxl_haste.safetensors sitxl_haste.pt                             # for tools that expect ckpt["ema"]
+
+Takes checkpoints of the HASTE and REPA releases as well. All three forms are a --ckpt of generate.py and generate_t2i.py
+and load in Python by pipeline.py; weights and args are the same in each, bit for bit.
+"""
+import argparse
+from pathlib import Path
+
+from checkpoints import load_checkpoint, save_export
+from files import BadInput, run_script
+from pipeline import load_network
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ckpt", metavar="CKPT", help="checkpoint (.pt), .safetensors or folder of an earlier export")
+    parser.add_argument("out", metavar="OUT", type=Path, help="NAME.safetensors, NAME.pt, or NAME of a folder")
+    args = parser.parse_args()
+    if args.out.exists():
+        raise BadInput(f"{args.out} is there already and is not written over; name another file or folder, or delete it.")
+    network, settings = load_network(args.ckpt)  # only what can be loaded again is worth exporting
+    save_export(args.out, load_checkpoint(args.ckpt))
+    print(f"{args.out}: {settings.get('model', 'EMA')}, {sum(p.numel() for p in network.parameters()):,} parameters")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,136 @@
+"""Images from Python, for SiT and MMDiT, from a checkpoint of training, an export of it, or a published .pt alike.
+
+    from pipeline import load_pipeline
+
+    pipe = load_pipeline("exps/sitxl_haste/checkpoints/0400000.pt")
+    for i, image in enumerate(pipe([207, 360, 88], cfg_scale=4.0, num_steps=50)):
+        image.save(f"{i}.png")
+
+Image i is that of generate.py --labels balanced, or of generate_t2i.py --prompt, with this seed and condition.
+"""
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+
+from checkpoints import load_checkpoint, load_weights, sizes_of
+from encoders import VAE, TextEncoder, to_device
+from files import BadInput
+from models.mmdit import MMDIT_CONFIGS, MMDiT_models
+from models.sit import SIT_CONFIGS, SiT_models
+from samplers import euler_maruyama_sampler, euler_sampler, guided
+
+VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+CLIP = "openai/clip-vit-large-patch14"  # the encoder of the published text-to-image data
+
+
+def taps(args, config):
+    """{encoder_depth, attn_layers}: where alignment taps a network of the row `config`, by the args of its training where
+    they name blocks that it has, else by the row."""
+    depth, pairs = args.get("encoder_depth"), args.get("attn_layers")
+    fits = isinstance(pairs, list) and pairs and all(
+        isinstance(pair, (list, tuple)) and [type(block) for block in pair] == [int, int] and 0 <= pair[0] < config["depth"]
+        and pair[1] >= 0 for pair in pairs)
+    return {"encoder_depth": depth if depth in range(1, config["depth"] + 1) else config["encoder_depth"],
+            "attn_layers": [list(pair) for pair in (pairs if fits else config["attn_pairs"])]}
+
+
+def load_network(path):
+    """(network with the EMA of `path`, in eval mode; args of its training as far as they are known, and its `taps`).
+
+    `path` is whatever load_checkpoint takes. All sizes are read from the weights, so that a file without args will do.
+    Raises BadInput.
+    """
+    state = load_checkpoint(path)
+    weights, args = state["ema"], state["args"]
+    is_text = "context_embedder.weight" in weights
+    landmarks = ("x_embedder.proj.weight", "pos_embed", *(() if is_text else ("y_embedder.embedding_table.weight",)))
+    if not all(name in weights for name in landmarks):
+        raise BadInput(f"{path} holds the weights of neither SiT nor MMDiT; give a checkpoint of train.py or train_t2i.py.")
+    configs, networks = (MMDIT_CONFIGS, MMDiT_models) if is_text else (SIT_CONFIGS, SiT_models)
+    width, _, _, patch = weights["x_embedder.proj.weight"].shape
+    depth = 1 + max((int(name.split(".")[1]) for name in weights if "blocks." in name), default=-1)
+    fitting = [name for name, config in configs.items() if (config["depth"], config["patch_size"]) == (depth, patch)
+               and config.get("hidden_size", width) == width]
+    if not fitting:
+        raise BadInput(f"{path} has {depth} blocks of width {width} and patches of {patch}, which no model here has; add its "
+                       "sizes to the table in models/.")
+    name = args["model"] if args.get("model") in fitting else fitting[0]
+    args = {**args, **taps(args, configs[name])}
+    side = patch * math.isqrt(weights["pos_embed"].shape[1])
+    network = networks[name](input_size=side, **sizes_of(weights), encoder_depth=args["encoder_depth"],
+                             attn_layers=[student for student, _ in args["attn_layers"]])
+    load_weights(network, weights, path)
+    return network.eval().requires_grad_(False), args
+
+
+def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale=1.5, guidance_low=0.0, guidance_high=1.0,
+           heun=False, path_type="linear"):
+    """uint8 (N, 3, R, R): image i from the noise of streams[i], a NumPy generator; y and y_null as samplers.guided."""
+    z = np.stack([rng.standard_normal(network.latent_shape, dtype=np.float32) for rng in streams])
+    z = to_device(torch.from_numpy(z), y.device)
+    velocity = guided(network, y, y_null, cfg_scale, guidance_low, guidance_high)
+    if mode == "sde":
+        return vae.decode(euler_maruyama_sampler(velocity, z, num_steps, path_type, noise_of(streams)))
+    return vae.decode(euler_sampler(velocity, z, num_steps, heun))
+
+
+def noise_of(streams):
+    """noise(x) for the SDE sampler: one stream of float64 normals per image."""
+    def noise(x):
+        return to_device(torch.from_numpy(np.stack([rng.standard_normal(x.shape[1:]) for rng in streams])), x.device)
+    return noise
+
+
+class Pipeline:
+    """A network, its VAE and, for text, its text encoder: conditions -> PIL images. Made by load_pipeline."""
+
+    def __init__(self, network, vae, path_type, encode=None):
+        self.network, self.vae, self.path_type, self.encode = network, vae, path_type, encode
+
+    @torch.no_grad()
+    def __call__(self, conditions, seed=0, batch_size=32, **sampling):
+        """One image per class number or, for a network of text, per string.
+
+        Image i depends on (seed, i) and its condition only. `sampling` is what `sample` takes, under its names and
+        defaults: mode, num_steps, cfg_scale, guidance_low, guidance_high, heun. Raises BadInput for no such class.
+        """
+        pictures = []
+        for start in range(0, len(conditions), batch_size):
+            batch = conditions[start:start + batch_size]
+            streams = [np.random.default_rng((seed, start + i)) for i in range(len(batch))]
+            y, y_null = (c.to(self.vae.device) for c in self.conditions(batch))
+            images = sample(self.network, self.vae, streams, y, y_null, path_type=self.path_type, **sampling)
+            pictures += [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
+        return pictures
+
+    def conditions(self, batch):
+        """(y, y_null) of a list of classes or of strings; each string is encoded alone, as padding must not matter."""
+        if self.encode:
+            y, y_null = torch.cat([self.encode([text]) for text in batch]), self.encode([""])
+            return y, y_null.expand_as(y)
+        y, classes = torch.as_tensor(batch), self.network.num_classes
+        if y.dtype != torch.int64 or y.min() < 0 or y.max() >= classes:
+            raise BadInput(f"{list(batch)} are not all classes of this network; give whole numbers from 0 to {classes - 1}.")
+        return y, torch.full_like(y, self.network.null_label)
+
+
+def load_pipeline(path, vae="ema", text_encoder=CLIP, device=None):
+    """Pipeline of a checkpoint of training, of an export (file or folder) or of a published .pt, EMA weights.
+
+    vae: ema, mse, a hub name or a folder in diffusers' format. text_encoder: hub name or folder, that of the training
+    data, for MMDiT alone. device: default the GPU if there is one. Raises BadInput.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    network, args = load_network(path)
+    vae = VAE(VAES.get(vae, vae), device)
+    channels, side, _ = network.latent_shape
+    vae.check(channels, side, args.get("resolution") or side * vae.factor)
+    encode = None
+    if hasattr(network, "context_embedder"):
+        encode = TextEncoder(text_encoder, device, length=(args.get("context_shape") or [None])[0])
+        if encode.width != network.context_embedder.in_features:
+            raise BadInput(f"{path} takes text of width {network.context_embedder.in_features}, {text_encoder} gives "
+                           f"{encode.width}; give the text encoder that it was trained with.")
+    return Pipeline(network.to(device), vae, args.get("path_type") or "linear", encode)

@@ -1,0 +1,134 @@
+"""export.py and pipeline.py: all forms of a checkpoint hold the same bits, and Python samples what the scripts sample."""
+import argparse
+import itertools
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import export
+import generate
+import generate_t2i
+from checkpoints import load_checkpoint
+from evaluations.images import open_images
+from files import BadInput
+from models.mmdit import MMDiT_models
+from models.sit import SIT_CONFIGS, SiT_models
+from pipeline import load_network, load_pipeline, taps
+from tests.conftest import CLASSES, ROOT, call_main
+from tests.test_generate import make_checkpoint
+from tests.test_generate_t2i import save_checkpoint
+
+VAE = ROOT / "assets/vae-emoji"
+SAMPLING = {"num_steps": 3, "cfg_scale": 2.0, "guidance_high": 0.9}
+FLAGS = ["--vae", VAE, "--num-steps", 3, "--cfg-scale", 2.0, "--guidance-high", 0.9]
+FORMS = ["e.safetensors", "folder", "back.pt"]
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory):
+    """A checkpoint with a Namespace, as published, and what export.py makes of it, each out of the one before."""
+    folder = tmp_path_factory.mktemp("export")
+    paths = [make_checkpoint(folder / "0000005.pt"), *(folder / name for name in FORMS)]
+    with pytest.MonkeyPatch.context() as patch:
+        for source, out in itertools.pairwise(paths):
+            call_main(patch, export, source, out)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    torch.manual_seed(0)
+    model = MMDiT_models["MMDiT-T"](input_size=16, context_dim=32, z_dims=(384,), qk_norm=True)
+    return save_checkpoint(tmp_path_factory.mktemp("text") / "0000005.pt", model, model="MMDiT-T", context_shape=[9, 32],
+                           attn_layers=[[0, 3], [2, 4]], encoder_depth=1, qk_norm=True)
+
+
+def test_every_form_has_the_same_bits(forms):
+    original = load_checkpoint(forms[0], mmap=False)
+    for path in forms[1:]:
+        state = load_checkpoint(path, mmap=False)
+        assert state.keys() == {"ema", "args", "steps"} and state["steps"] == 5
+        assert state["args"] == original["args"] and state["ema"].keys() == original["ema"].keys()
+        assert all(value.dtype == original["ema"][name].dtype and torch.equal(value, original["ema"][name])
+                   for name, value in state["ema"].items()), path
+    assert json.loads((forms[2] / "config.json").read_text())["args"]["model"] == "SiT-T/2"
+    assert isinstance(torch.load(forms[3], weights_only=True)["args"], dict)  # no class is needed to read it
+
+
+@pytest.mark.parametrize("form", range(4))
+def test_python_samples_what_the_script_samples(monkeypatch, forms, tmp_path, form):
+    call_main(monkeypatch, generate, "--ckpt", forms[form], "--sample-dir", tmp_path, "--num-fid-samples", 3, *FLAGS,
+              "--mode", "sde", "--labels", "balanced", "--global-seed", 7)
+    made = open_images(next(tmp_path.glob("*.npz"))).batches(0, 3, 3)
+    images = load_pipeline(forms[form], vae=VAE)([0, 1, 2], seed=7, mode="sde", batch_size=3, **SAMPLING)
+    assert np.array_equal(np.stack(images), next(made)) and np.std(images) > 5
+
+
+def test_text_from_python(monkeypatch, text, clip_folder, tmp_path):
+    call_main(monkeypatch, export, text, tmp_path / "text.safetensors")
+    prompts = ["a bus", "two long cats"]
+    call_main(monkeypatch, generate_t2i, "--ckpt", tmp_path / "text.safetensors", "--sample-dir", tmp_path, *FLAGS, "--mode",
+              "ode", "--text-encoder", clip_folder, *(part for prompt in prompts for part in ("--prompt", prompt)))
+    made = next(open_images(next(tmp_path.glob("*.npz"))).batches(0, 2, 2))
+    for path in (text, tmp_path / "text.safetensors"):
+        pipe = load_pipeline(path, vae=VAE, text_encoder=clip_folder)
+        assert np.array_equal(np.stack(pipe(prompts, **SAMPLING)), made)
+    assert not np.array_equal(np.stack(pipe(prompts[::-1], **SAMPLING)), made)
+    with pytest.raises(BadInput, match="takes text of width 16, .* gives 32; give the text encoder"):
+        narrow = MMDiT_models["MMDiT-T"](input_size=16, context_dim=16, z_dims=())
+        torch.save(narrow.state_dict(), tmp_path / "narrow.pt")
+        load_pipeline(tmp_path / "narrow.pt", vae=VAE, text_encoder=clip_folder)
+
+
+@pytest.mark.parametrize("name, more", [("SiT-T/2", {}), ("SiT-N/2", {"qk_norm": True, "projector_dim": 8})])
+def test_bare_weights_tell_their_network(monkeypatch, tmp_path, name, more):
+    wider = {f"wider {row}": {**config, "hidden_size": 2 * config["hidden_size"]} for row, config in SIT_CONFIGS.items()}
+    monkeypatch.setattr("pipeline.SIT_CONFIGS", {**wider, **SIT_CONFIGS})
+    model = SiT_models[name](input_size=16, num_classes=7, z_dims=(5, 6), **more)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    network, args = load_network(tmp_path / "bare.pt")
+    assert args["encoder_depth"] == model.encoder_depth and network.latent_shape == (4, 16, 16) and network.null_label == 7
+    assert network.attn_layers == model.attn_layers and not network.training
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), model.parameters(), strict=True))
+
+
+def test_taps_are_those_of_the_training(text):
+    network, args = load_network(text)
+    assert (network.attn_layers, network.encoder_depth) == ((0, 2), 1)
+    assert (args["attn_layers"], args["encoder_depth"]) == ([[0, 3], [2, 4]], 1)
+
+
+@pytest.mark.parametrize("pairs", [None, "0:7", [0, 1], [[3, 7]], [[0, 7, 1]], [[0.5, 7]], [[0, -1]]])
+def test_taps_that_do_not_fit_are_those_of_the_model(pairs):
+    config = SIT_CONFIGS["SiT-N/2"]
+    for depth in (None, 0, 4, "2"):
+        assert taps({"attn_layers": pairs, "encoder_depth": depth}, config) == {
+            "encoder_depth": 2, "attn_layers": [[0, 7], [1, 9]]}
+
+
+def test_a_published_namespace_without_our_options(tmp_path):
+    model = SiT_models["SiT-N/2"](input_size=16, num_classes=CLASSES, z_dims=(768,))
+    args = argparse.Namespace(model="SiT-N/2", enc_type="dinov2-vit-b", encoder_depth=3, resolution=256, cfg_prob=0.1)
+    torch.save({"model": model.state_dict(), "ema": model.state_dict(), "opt": {}, "args": args, "steps": 1}, tmp_path / "p.pt")
+    network, known = load_network(tmp_path / "p.pt")
+    assert network.encoder_depth == 3 and known["enc_type"] == "dinov2-vit-b"
+
+
+def test_what_cannot_be_loaded(forms, tmp_path):
+    weights = load_checkpoint(forms[0], mmap=False)["ema"]
+    (tmp_path / "torn.safetensors").write_bytes(safetensors.torch.save(weights, {"config": "{"}))
+    with pytest.raises(BadInput, match="metadata that are no JSON"):
+        load_pipeline(tmp_path / "torn.safetensors", vae=VAE)
+    (tmp_path / "list.safetensors").write_bytes(safetensors.torch.save(weights, {"config": "[]"}))
+    with pytest.raises(BadInput, match="has a list as its config"):
+        load_pipeline(tmp_path / "list.safetensors", vae=VAE)
+    torch.save({name: value for name, value in weights.items() if not name.startswith("blocks.4.")}, tmp_path / "four.pt")
+    with pytest.raises(BadInput, match="has 4 blocks of width 160 and patches of 2, which no model here has"):
+        load_pipeline(tmp_path / "four.pt", vae=VAE)
+    pipe = load_pipeline(forms[1], vae=VAE)
+    for classes in ([0, CLASSES], [-1], [0.5]):
+        with pytest.raises(BadInput, match="give whole numbers from 0 to 3"):
+            pipe(classes, **SAMPLING)
