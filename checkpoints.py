@@ -14,7 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from files import BadInput, Unreadable, atomic_write, first_line, load_tensors, read_json, writing
+from files import BadInput, Unreadable, atomic_write, first_line, load_tensors, read_json, reading, writing
 
 logger = logging.getLogger("haste")
 
@@ -105,7 +105,8 @@ def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):
     Raises BadInput when one of the keys in `needed` is not there; `verify` as in load_tensors.
     """
     path = Path(path)
-    exported = path.is_dir() or path.suffix == ".safetensors"
+    with reading(path):
+        exported = path.suffix == ".safetensors" or path.is_dir()
     state = read_export(path) if exported else load_tensors(path, mmap=mmap, verify=verify)
     if not isinstance(state, dict):
         raise BadInput(f"{path} holds a {type(state).__name__}, not a checkpoint; give a file of train.py.")
@@ -122,9 +123,9 @@ def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):
 
 def read_export(path):
     """What save_export wrote to `path`, a folder or file; of a safetensors file without our config the weights alone."""
+    weights = load_tensors(path / "model.safetensors" if path.is_dir() else path)
     if path.is_dir():
-        return {"ema": load_tensors(path / "model.safetensors"), **read_json(path / "config.json")}
-    weights = load_tensors(path)
+        return {**read_json(path / "config.json"), "ema": weights}
     try:
         with safetensors.safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {}).get("config", "{}"))
@@ -132,7 +133,7 @@ def read_export(path):
         raise BadInput(f"{path} has metadata that are no JSON ({first_line(error)}); export the checkpoint again.") from error
     if not isinstance(config, dict):
         raise BadInput(f"{path} has a {type(config).__name__} as its config, not a dict; export the checkpoint again.")
-    return {"ema": weights, **config}
+    return {**config, "ema": weights}
 
 
 def save_export(path, state):

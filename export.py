@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from checkpoints import load_checkpoint, save_export
-from files import BadInput, run_script
+from files import BadInput, reading, run_script
 from pipeline import load_network
 
 
@@ -20,7 +20,9 @@ def main():
     parser.add_argument("ckpt", metavar="CKPT", help="checkpoint (.pt), .safetensors or folder of an earlier export")
     parser.add_argument("out", metavar="OUT", type=Path, help="NAME.safetensors, NAME.pt, or NAME of a folder")
     args = parser.parse_args()
-    if args.out.exists():
+    with reading(args.out):
+        there = args.out.exists()
+    if there:
         raise BadInput(f"{args.out} is there already and is not written over; name another file or folder, or delete it.")
     network, settings = load_network(args.ckpt)  # only what can be loaded again is worth exporting
     save_export(args.out, load_checkpoint(args.ckpt))

@@ -25,7 +25,7 @@ from checkpoints import check_contents, saved_steps
 from evaluations.curves import TITLES, alignment_stop, read_table
 from evaluations.images import FolderImages, decode
 from evaluations.student import look_inside
-from files import BadInput, atomic_write, check_bounds, read_json, run_script
+from files import BadInput, atomic_write, check_bounds, is_file, read_json, reading, run_script
 from pictures import image_grid
 from train import add_training_arguments
 
@@ -35,6 +35,7 @@ TITLES = {**TITLES, "loss": "total loss", "grad_norm": "gradient norm", "skipped
 LARGEST = 768  # pixels a side of a picture on the page; larger ones are made smaller
 PREVIEWS = 24  # of a run at most, evenly spread
 GRID = 36  # pictures of a samples folder that has no grid beside it
+SAMPLING = ("mode", "num_steps", "heun", "cfg_scale", "guidance_low", "guidance_high", "global_seed", "labels")  # settings shown
 
 
 def picture(image):
@@ -80,30 +81,35 @@ def previews(folder):
     """[[title, picture]] of a run's previews/: the true images first, then at most PREVIEWS steps evenly spread."""
     steps = sorted(path for path in folder.glob("*.png") if path.stem.isdigit())
     chosen = {round(i) for i in np.linspace(0, len(steps) - 1, min(PREVIEWS, len(steps)))}
-    found = [("the data", folder / "truth.png")] if (folder / "truth.png").is_file() else []
+    found = [("the data", folder / "truth.png")] if is_file(folder / "truth.png") else []
     found += [(f"step {int(steps[i].stem):,}", steps[i]) for i in sorted(chosen)]
     return [[title, picture(Image.fromarray(decode(path)))] for title, path in found]
 
 
 def samples(path):
     """{name, settings, picture, scores} of a folder of generate.py, or of a picture."""
-    if not path.exists():
-        raise BadInput(f"--samples {path} does not exist; give a folder of pictures or a picture.")
-    beside = {name: path.with_name(f"{path.name}-{name}") for name in ("grid.png", "scores.json")}
-    settings = read_json(path / "settings.json") if (path / "settings.json").is_file() else {}
-    if path.is_file():
-        grid = decode(path)
-    elif beside["grid.png"].is_file():
-        grid = decode(beside["grid.png"])
+    with reading(path):
+        if not path.exists():
+            raise BadInput(f"--samples {path} does not exist; give a folder of pictures or a picture.")
+    grid, scores = (path.with_name(f"{path.name}-{name}") for name in ("grid.png", "scores.json"))  # beside the folder
+    if is_file(path) or is_file(grid):
+        image = decode(path if is_file(path) else grid)
     else:
         files = FolderImages(path).files[:GRID]
-        grid = image_grid(torch.from_numpy(np.stack([decode(file) for file in files])).permute(0, 3, 1, 2))
-    scores = read_json(beside["scores.json"]).get("scores", {}) if beside["scores.json"].is_file() else {}
-    if not all(isinstance(value, dict) for value in scores.values()):  # evaluator.py's: one set against one reference
-        scores = {"samples": {"": scores}}
-    return {"name": path.name.removesuffix(".png"), "picture": picture(Image.fromarray(grid)), "scores": scores,
-            "settings": {name: value for name, value in settings.items() if name in (
-                "mode", "num_steps", "heun", "cfg_scale", "guidance_low", "guidance_high", "global_seed", "labels")}}
+        image = image_grid(torch.from_numpy(np.stack([decode(file) for file in files])).permute(0, 3, 1, 2))
+    settings = read_json(path / "settings.json") if is_file(path / "settings.json") else {}
+    return {"name": path.name.removesuffix(".png"), "picture": picture(Image.fromarray(image)),
+            "scores": read_scores(scores) if is_file(scores) else {},
+            "settings": {name: settings[name] for name in SAMPLING if name in settings}}
+
+
+def read_scores(path):
+    """{set: {reference: {metric: value}}} of what anchors.py wrote, or evaluator.py, which compares one set with one."""
+    scores = read_json(path).get("scores")
+    if not isinstance(scores, dict) or not scores:
+        raise BadInput(f"{path} has no scores; make it again by anchors.py or evaluator.py --json, or remove it.")
+    nested = all(isinstance(found, dict) and all(isinstance(row, dict) for row in found.values()) for found in scores.values())
+    return scores if nested else {"samples": {"": scores}}
 
 
 def inside(run, count, t, teacher):

@@ -192,6 +192,8 @@ def test_what_is_missing_is_said_on_the_page(monkeypatch, runs, tmp_path, lacks,
 def test_no_images_and_no_samples(monkeypatch, runs, tmp_path):
     call_main(monkeypatch, report, runs[0], "--images", 0, "--out", tmp_path / "page.html")
     assert data_of(tmp_path / "page.html")["runs"][0]["inside"] == {"missing": "Left out (--images 0)."}
+    (tmp_path / "scores.json").write_text('{"scores": {"FID": 3.5}}')
+    assert report.read_scores(tmp_path / "scores.json") == {"samples": {"": {"FID": 3.5}}}
     with pytest.raises(BadInput, match="--samples .*nowhere does not exist"):
         call_main(monkeypatch, report, runs[0], "--samples", tmp_path / "nowhere", "--images", 0)
 

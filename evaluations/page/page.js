@@ -117,7 +117,7 @@ function samples() {
     if (!rows.length) return null;
     const columns = Object.entries(rows[0][1]).flatMap(([reference, found]) => Object.keys(found).map(metric => [reference, metric]));
     return table(["", ...columns.map(([reference, metric]) => reference ? `${metric}, ${reference}` : metric)],
-      rows.map(([name, found]) => [name, ...columns.map(([reference, metric]) => number(found[reference][metric]))]));
+      rows.map(([name, found]) => [name, ...columns.map(([reference, metric]) => number((found[reference] || {})[metric]))]));
   };
   return [h("h2", {id: "samples"}, "Samples"), h("div", {class: "samples"}, data.samples.map((one, i) => h("figure", {class: "card"},
     h("img", {src: one.picture, alt: one.name, click: () => show(list, i)}),
