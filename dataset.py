@@ -1,9 +1,11 @@
-"""Images, latents and conditions on disk in two layouts, and the order in which training sees them.
+"""Images, latents and conditions of a data set, in two layouts.
 
 ImageNet, the layout of REPA and HASTE:
     {data}/images/{idx8[:5]}/img{idx8}.png                 RGB, R x R             + images/dataset.json
     {data}/vae-sd/{idx8[:5]}/img-mean-std-{idx8}.npy       float32 (8, R/f, R/f)  + vae-sd/dataset.json
-dataset.json is {"labels": [[relative path, label], ...]}; in one of the two folders the labels may be null.
+dataset.json is {"labels": [[relative path, label], ...]}; in one of the two folders the labels may be null. Each folder
+may be a zip or packed instead, see storage.py. --hflip reads latents of the mirrored images too, from vae-sd-hflip, under
+the names that vae-sd has.
 
 COCO, the layout of U-ViT:
     {data}/{train,val}/{i}.png         RGB, R x R
@@ -20,85 +22,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
-from files import IMAGE_ERRORS, BadInput, check_inside, first_line, is_file, load_array, open_image, read_json, reading
-
-
-def scan(folder, suffix):
-    """{index in the name: relative path} of all files under `folder` that end in `suffix`."""
-    found, stack = {}, [folder]
-    while stack:
-        with reading(folder), os.scandir(stack.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    stack.append(entry.path)
-                elif entry.name.endswith(suffix) and not entry.name.startswith("."):
-                    name = os.path.relpath(entry.path, folder)
-                    index = index_of(name)
-                    if index in found:
-                        raise BadInput(f"{folder}: {found[index]} and {name} have one index; remove one.")
-                    found[index] = name
-    return found
+from files import BadInput, is_file, load_array, parse_array, read_bytes, read_json, reading
+from listing import check_labels
+from loader import CAPTION, FLIP
+from storage import Packed, decode_image, form_of, open_files
 
 
-def index_of(name):
-    """The number a file name ends in: '00000/img00000012.png' -> 12. Images and latents are paired by it."""
-    match = re.search(r"(\d+)\.\w+$", name)
-    if not match:
-        raise BadInput(f"{name} has no index in its name; expected names such as 00000/img00000012.png.")
-    return int(match[1])
-
-
-def read_labels(folder, num_classes):
-    """{index: label} from `folder`/dataset.json, or None where it says null."""
-    path = folder / "dataset.json"
-    if not is_file(path):
-        raise BadInput(f"{path} does not exist; --data-dir must hold images/ and vae-sd/, each with a dataset.json.")
-    try:
-        entries = read_json(path)["labels"]
-        labels = None if entries is None else {index_of(check_inside(name, path)): label for name, label in entries}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
-    if labels is not None and len(labels) != len(entries):
-        raise BadInput(f"{path} has {len(entries)} entries of {len(labels)} different indices; each image needs its own.")
-    for index, label in (labels or {}).items():
-        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < num_classes:
-            raise BadInput(f"{path}: the label of index {index} is {label}; it must be a number from 0 to "
-                           f"{num_classes - 1} (--num-classes {num_classes}).")
-    return labels
-
-
-def load_image(path, resolution):
-    """uint8 (3, R, R) of a picture of `resolution` pixels a side."""
-    try:
-        with open_image(path) as picture:
-            if picture.mode not in ("RGB", "L", "P") or picture.size != (resolution, resolution):
-                raise BadInput(f"{path} is {picture.mode} of {picture.width}x{picture.height}; expected RGB of "
-                               f"{resolution}x{resolution} (--resolution).")
-            picture.load()
-    except FileNotFoundError as error:
-        raise BadInput(f"{path} is missing; make it again.") from error
-    except IMAGE_ERRORS as error:
-        raise BadInput(f"{path} is no readable image ({first_line(error)}); make it again.") from error
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
-
-
-def load_moments(path, shape):
-    """float32 (2 C, h, w) = `shape`."""
-    array = load_array(path)
+def check_moments(array, shape, name):
+    """`array`, the moments read from `name`, if they are finite float32 of `shape`; else raises BadInput."""
     if array.shape != shape or array.dtype != np.float32 or not np.isfinite(array).all():
-        raise BadInput(f"{path} holds {array.dtype} {array.shape}; expected finite float32 {shape}; make it again.")
-    return torch.from_numpy(array)
+        raise BadInput(f"{name} holds {array.dtype} {array.shape}; expected finite float32 {shape}; make it again.")
+    return array
 
 
-def check_moments(path, resolution):
-    """Shape of the moments in `path`; raises BadInput unless they are square and can belong to images of `resolution`."""
-    shape = load_array(path).shape
+def check_shape(shape, resolution, name):
+    """`shape` of the moments in `name`, if they are square and can belong to images of `resolution`; else raises BadInput."""
     if len(shape) != 3 or shape[0] % 2 or shape[1] != shape[2]:
-        raise BadInput(f"{path} has shape {shape}; expected (2 x channels, side, side), mean and spread.")
+        raise BadInput(f"{name} has shape {shape}; expected (2 x channels, side, side), mean and spread.")
     if resolution % shape[1]:
-        raise BadInput(f"{path} has {shape[1]} latent pixels a side, of which --resolution {resolution} is no multiple; "
+        raise BadInput(f"{name} has {shape[1]} latent pixels a side, of which --resolution {resolution} is no multiple; "
                        "encode the data at this resolution or change it.")
     return shape
 
@@ -122,74 +66,132 @@ class LatentImages(Dataset):
     """Moments, label and, while `images` is on, the picture of each entry, in the order of the index in the names.
 
     Pairing, labels, the latents' file sizes and the first entry are checked here, everything else when it is read.
-    images=False from the start needs no images/ folder.
+    images=False from the start needs no images/. With `hflip` each visit shows the image or its mirror image, drawn from
+    (seed, epoch, position), the latter by the latent that was made of it. num_classes=None: labels have no upper limit.
     """
 
     texts = None  # previews write nothing under the pictures
 
-    def __init__(self, data_dir, resolution, num_classes, images=True):
-        self.resolution, self.images = resolution, images
-        self.image_dir, self.latent_dir = Path(data_dir) / "images", Path(data_dir) / "vae-sd"
-        labels = read_labels(self.latent_dir, num_classes)
-        image_labels = read_labels(self.image_dir, num_classes) if images or labels is None else None
-        labels = image_labels if labels is None else labels
-        if not labels:
+    def __init__(self, data_dir, resolution, num_classes, images=True, seed=0, hflip=False):
+        self.resolution, self.images, self.seed, self.pictures, self.mirrored = resolution, images, seed, None, None
+        self.latents = open_files(data_dir, "vae-sd", ".npy")
+        named = check_labels(self.latents, num_classes)
+        if images or named.labels is None:
+            pictures = open_files(data_dir, "images", ".png")
+            named = self.same_labels(data_dir, named, check_labels(pictures, num_classes))
+        if named.labels is None or not named.labels.size:
             raise BadInput(f"{data_dir} has no labels in either dataset.json; class-conditional training needs them.")
-        for index, label in labels.items():
-            if image_labels is not None and image_labels.get(index, label) != label:
-                raise BadInput(f"{data_dir}: index {index} has label {image_labels[index]} in images/dataset.json and "
-                               f"{label} in vae-sd/dataset.json; make the data again.")
-        self.indices = sorted(labels)
-        self.labels = [labels[index] for index in self.indices]
-        self.latent_names = self.paired(self.latent_dir, ".npy")
-        self.image_names = self.paired(self.image_dir, ".png") if images else []
-        self.moments_shape = check_moments(self.latent_dir / self.latent_names[0], resolution)
-        with reading(self.latent_dir):  # another size is another shape or a truncated file
-            check_bytes("latent", self.latent_dir, ((name, (self.latent_dir / name).stat().st_size)
-                                                    for name in self.latent_names))
+        self.indices, self.labels = named.labelled, named.labels
+        self.check_paired(self.latents, ".npy")
+        self.moments_shape = self.shape_of(self.latents)
         self.moments(0)
         if images:
+            self.pictures = pictures
+            self.check_paired(self.pictures, ".png")
             self.image(0)
+        if hflip:
+            if not form_of(data_dir, "vae-sd-hflip")[1].exists():
+                raise BadInput(f"--hflip needs latents of the mirrored images, and {data_dir} has no vae-sd-hflip; make them "
+                               "with preprocessing/dataset_tools.py encode --hflip.")
+            self.mirrored = open_files(data_dir, "vae-sd-hflip", ".npy", labels=False)
+            self.check_paired(self.mirrored, ".npy")
+            if (shape := self.shape_of(self.mirrored)) != self.moments_shape:
+                raise BadInput(f"{self.mirrored.path} holds latents of shape {shape}, {self.latents.path} of "
+                               f"{self.moments_shape}; make the former again from the same images by the same VAE.")
 
-    def paired(self, folder, suffix):
-        """Relative paths of the files under `folder` in the order of self.indices, exactly one for each."""
-        found = scan(folder, suffix)
-        for index in self.indices:
-            if index not in found:
-                raise BadInput(f"{folder} has no {suffix} file of index {index:08d}, which dataset.json names; make "
-                               "it again.")
-        if len(found) > len(self.indices):
-            extra = min(set(found) - set(self.indices))
-            raise BadInput(f"{folder / found[extra]} has no label or partner under its index; make it again or "
-                           "remove it.")
-        return [found[index] for index in self.indices]
+    @staticmethod
+    def same_labels(data_dir, latents, images):
+        """Of these two listings the one with labels; raises BadInput when neither has any or one entry has two."""
+        if latents.labels is not None and images.labels is not None:
+            common, a, b = np.intersect1d(latents.labelled, images.labelled, assume_unique=True, return_indices=True)
+            for k in np.flatnonzero(latents.labels[a] != images.labels[b])[:1]:
+                raise BadInput(f"{data_dir}: index {common[k]} has label {images.labels[b][k]} in images/dataset.json and "
+                               f"{latents.labels[a][k]} in vae-sd/dataset.json; make the data again.")
+        return images if latents.labels is None else latents
+
+    def check_paired(self, files, suffix):
+        """Raise BadInput unless `files` has exactly one of each of self.indices."""
+        found = files.listing.index
+        if (missing := np.setdiff1d(self.indices, found, assume_unique=True)).size:
+            raise BadInput(f"{files.path} has no {suffix} file of index {missing[0]:08d}, which dataset.json names; make "
+                           "it again.")
+        if (extra := np.setdiff1d(found, self.indices, assume_unique=True)).size:
+            raise BadInput(f"{files.name(int(np.searchsorted(found, extra[0])))} has no label or partner under its index; "
+                           "make it again or remove it.")
+
+    def shape_of(self, files):
+        """The shape of moments, by the first of `files`."""
+        shape = files.shape if isinstance(files, Packed) else parse_array(files.read(0), files.name(0)).shape
+        return check_shape(shape, self.resolution, files.name(0))
+
+    def read(self, files, i, row):
+        """Entry i of `files` into `row`: moments float32 (2 C, h, w) or a picture uint8 (3, R, R)."""
+        if isinstance(files, Packed):
+            if (files.shape, files.dtype) != (row.shape, row.dtype):
+                raise BadInput(f"{files.path} holds rows of {files.dtype} {files.shape}; expected {row.dtype} {row.shape} "
+                               "(--resolution); pack the data again or change it.")
+            files.fill(i, row)
+        elif files is self.pictures:
+            row[...] = decode_image(files.read(i), files.name(i), self.resolution)
+        else:
+            row[...] = check_moments(parse_array(files.read(i), files.name(i)), row.shape, files.name(i))
+        if row.dtype == np.float32 and not np.isfinite(row).all():
+            check_moments(row, row.shape, files.name(i))
 
     def __len__(self):
         return len(self.indices)
 
     def image(self, i):
         """uint8 (3, R, R)."""
-        return load_image(self.image_dir / self.image_names[i], self.resolution)
+        row = np.empty((3, self.resolution, self.resolution), np.uint8)
+        self.read(self.pictures, i, row)
+        return torch.from_numpy(row)
 
     def moments(self, i):
         """float32 (2 C, h, w): mean, std."""
-        return load_moments(self.latent_dir / self.latent_names[i], self.moments_shape)
+        row = np.empty(self.moments_shape, np.float32)
+        self.read(self.latents, i, row)
+        return torch.from_numpy(row)
 
     def condition(self, i):
         """The label, int."""
-        return self.labels[i]
+        return int(self.labels[i])
+
+    @property
+    def decodes(self):
+        """Whether a batch asks for work beyond reading: see load_batches."""
+        return self.images and not isinstance(self.pictures, Packed)
+
+    def shows_mirrored(self, visit):
+        """Whether this visit is to the mirror image."""
+        return self.mirrored is not None and np.random.default_rng(
+            (self.seed, FLIP, *divmod(visit, len(self)))).random() < 0.5
+
+    def batch(self, visits):
+        """What __getitem__ gives, of several visits: each value has one more dimension, read in place."""
+        positions = np.array(visits) % len(self)
+        moments = np.empty((len(visits), *self.moments_shape), np.float32)
+        images = np.empty((len(visits), 3, self.resolution, self.resolution), np.uint8) if self.images else None
+        for n, (visit, i) in enumerate(zip(visits, positions.tolist(), strict=True)):
+            mirrored = self.shows_mirrored(visit)
+            self.read(self.mirrored if mirrored else self.latents, i, moments[n])
+            if self.images:
+                self.read(self.pictures, i, images[n])
+                if mirrored:
+                    images[n] = images[n, :, :, ::-1]
+        items = {"position": positions, "moments": moments, "y": self.labels[positions]}
+        items |= {"image": images} if self.images else {}
+        return {name: torch.from_numpy(value) for name, value in items.items()}
 
     def __getitem__(self, visit):
-        i = visit % len(self)
-        item = {"position": i, "moments": self.moments(i), "y": self.condition(i)}
-        return item | {"image": self.image(i)} if self.images else item
+        return {name: value[0] for name, value in self.batch([visit]).items()}
 
     def fingerprint(self, files=False):
         """Text that names this data set wherever it lies: indices, labels; with `files` images' names and sizes too."""
-        entries = [self.indices, self.labels]
+        entries = [self.indices.tolist(), self.labels.tolist()]
         if files:
-            with reading(self.image_dir):
-                entries += [self.image_names, [(self.image_dir / name).stat().st_size for name in self.image_names]]
+            names, sizes = (self.pictures.listing.names, self.pictures.sizes()) if self.pictures else (self.indices[:0],) * 2
+            entries += [[os.fsdecode(name) for name in names.tolist()], sizes.tolist()]
         return digest(entries)
 
 
@@ -240,6 +242,8 @@ class CaptionedImages(Dataset):
     start needs no pictures; latents=False, which is enough to sample, no moments either.
     """
 
+    decodes = True  # a caption is a file of its own: its captions keep a process busy
+
     def __init__(self, data_dir, split, resolution, seed=0, images=True, latents=True):
         self.resolution, self.seed, self.images, self.folder = resolution, seed, images, Path(data_dir) / split
         pictures, moments, captions = scan_numbered(self.folder)
@@ -264,7 +268,8 @@ class CaptionedImages(Dataset):
         self.empty_context = self.tokens(empty)
         self.condition(0)
         if latents:
-            self.moments_shape = check_moments(self.folder / f"{self.indices[0]}.npy", resolution)
+            first = self.folder / f"{self.indices[0]}.npy"
+            self.moments_shape = check_shape(load_array(first).shape, resolution, first)
             check_bytes("moments", self.folder, ((f"{i}.npy", moments[i]) for i in self.indices))
             self.moments(0)
         if images:
@@ -275,11 +280,13 @@ class CaptionedImages(Dataset):
 
     def image(self, i):
         """uint8 (3, R, R)."""
-        return load_image(self.folder / f"{self.indices[i]}.png", self.resolution)
+        path = self.folder / f"{self.indices[i]}.png"
+        return torch.from_numpy(decode_image(read_bytes(path), path, self.resolution).copy())
 
     def moments(self, i):
         """float32 (2 C, h, w): mean, std, the log variance of the file being clamped as in Stable Diffusion's VAE."""
-        mean, logvar = load_moments(self.folder / f"{self.indices[i]}.npy", self.moments_shape).chunk(2)
+        path = self.folder / f"{self.indices[i]}.npy"
+        mean, logvar = torch.from_numpy(check_moments(load_array(path), self.moments_shape, path)).chunk(2)
         return torch.cat([mean, (logvar.clamp(-30, 20) / 2).exp()])
 
     def tokens(self, path):
@@ -311,57 +318,3 @@ class CaptionedImages(Dataset):
             with reading(self.folder):
                 entries.append([(self.folder / f"{i}.png").stat().st_size for i in self.indices])
         return digest(entries)
-
-
-class StepBatches(Sampler):
-    """Micro-batches of one process for steps `first` .. `last` - 1: a function of (seed, step, place) alone.
-
-    Global sample g = step * batch_size + place is entry g % n of epoch g // n, and each epoch is a permutation made
-    from (seed, epoch). What a batch lists are visits, epoch * n + position in the data set: whatever a data set draws
-    anew in each epoch is then a function of (seed, epoch, position), too. Place p belongs to micro-batch (p // micro) // processes of process (p // micro) % processes,
-    with micro = batch_size / (processes * accumulation).
-    """
-
-    def __init__(self, n, batch_size, seed, first, last, process=0, processes=1, accumulation=1):
-        self.n, self.batch_size, self.seed, self.steps = n, batch_size, seed, range(first, last)
-        self.accumulation = accumulation
-        self.places = [process_places(batch_size, process, processes, accumulation, a) for a in range(accumulation)]
-
-    def __len__(self):
-        return len(self.steps) * self.accumulation
-
-    def __iter__(self):
-        epoch, order = None, None
-        for step in self.steps:
-            for places in self.places:
-                batch = []
-                for g in range(step * self.batch_size + places.start, step * self.batch_size + places.stop):
-                    if g // self.n != epoch:
-                        epoch = g // self.n
-                        order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(self.n)
-                    batch.append(epoch * self.n + int(order[g % self.n]))
-                yield batch
-
-
-# Streams of randomness under one seed: data order by epoch, captions by epoch and image, all other draws by step.
-ORDER, DRAWS, CAPTION = 0, 1, 2
-
-
-def process_places(batch_size, process, processes, accumulation, micro_step):
-    """The slice of the global batch that is one process's micro-batch."""
-    micro = batch_size // (processes * accumulation)
-    start = (micro_step * processes + process) * micro
-    return slice(start, start + micro)
-
-
-def step_draws(seed, step, batch_size, latent_shape):
-    """All random numbers of one step, for the whole global batch, so that no process or worker count changes them.
-
-    u, drop: uniform (B,), for the timestep and the condition drop; noise, posterior: standard normal (B, C, h, w).
-    """
-    rng = np.random.default_rng((seed, DRAWS, step))
-    shape = (batch_size, *latent_shape)
-    return {"u": torch.from_numpy(rng.random(batch_size, dtype=np.float32)),
-            "drop": torch.from_numpy(rng.random(batch_size, dtype=np.float32)),
-            "noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
-            "posterior": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))}

@@ -2,9 +2,12 @@
 import argparse
 import contextlib
 import errno
+import functools
 import hashlib
+import io
 import json
 import lzma
+import math
 import multiprocessing
 import os
 import pickle
@@ -15,7 +18,7 @@ import tokenize
 import traceback
 import zipfile
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import safetensors
@@ -160,8 +163,8 @@ def remove_temporaries(folder, begin=""):
 
 def check_inside(name, where):
     """`name`, a relative path out of the file `where`; raises BadInput when it would lead out of its folder."""
-    parts = PurePosixPath(name.replace("\\", "/"))
-    if parts.is_absolute() or ".." in parts.parts:
+    plain = name.replace("\\", "/")
+    if plain.startswith("/") or ".." in plain.split("/"):
         raise BadInput(f"{where} names {name}, which lies outside its folder; only relative paths below it are read.")
     return name
 
@@ -237,13 +240,56 @@ def load_tensors(path, mmap=False, verify=False):
         raise Unreadable(f"{damaged} ({first_line(error)}); get it again.") from error
 
 
+@functools.lru_cache(maxsize=64)
+def _parse_header(header):
+    file = io.BytesIO(header)
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version} of the format")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("Python objects, which are not read")
+    return shape, fortran, dtype
+
+
+def array_header(data):
+    """(shape, whether in Fortran's order, dtype, bytes before the numbers) of a `.npy` file that begins with `data`.
+
+    Raises ValueError. Files of one kind begin alike, so that the header is parsed once, not a million times.
+    """
+    short = data[6:7] == b"\1"
+    length = 10 + int.from_bytes(data[8:10], "little") if short else 12 + int.from_bytes(data[8:12], "little")
+    try:
+        return *_parse_header(bytes(data[:length])), length
+    except ARRAY_ERRORS as error:
+        raise ValueError(first_line(error)) from error
+
+
+def parse_array(data, name):
+    """The array in the bytes of a `.npy` file, in their memory. Raises BadInput, calling the file `name`."""
+    try:
+        shape, fortran, dtype, start = array_header(data)
+        count = math.prod(shape)
+        if count * dtype.itemsize > len(data) - start:  # compared before memory is taken for what the header claims
+            raise ValueError(f"{count * dtype.itemsize} bytes of numbers expected, {len(data) - start} there")
+        return np.frombuffer(data, dtype, count, start).reshape(shape, order="F" if fortran else "C")
+    except ValueError as error:
+        raise BadInput(f"{name} is no readable .npy file ({first_line(error)}); make it again with the "
+                       "preprocessing.") from error
+
+
 def load_array(path):
     """The array of a `.npy` file. Raises BadInput when it is missing, truncated or holds Python objects."""
+    return parse_array(read_bytes(path), path).copy()
+
+
+def read_bytes(path):
+    """What a file of the data holds."""
     try:
-        # Mapped first: a header that claims more than the file holds is refused before memory is taken for it.
-        return np.array(np.lib.format.open_memmap(path, mode="r"))
-    except FileNotFoundError as error:
-        raise BadInput(f"{path} is missing; make it again with the preprocessing.") from error
-    except ARRAY_ERRORS as error:
-        raise BadInput(f"{path} is no readable .npy file ({first_line(error)}); make it again with the "
-                       "preprocessing.") from error
+        with open(path, "rb", buffering=0) as file:
+            return file.readall()
+    except OSError as error:
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        reason = "is missing" if missing else f"cannot be read ({error.strerror or error})"
+        raise BadInput(f"{path} {reason}; make it again with the preprocessing.") from error

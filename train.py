@@ -181,6 +181,8 @@ def parse_args():
     add("--model", choices=SIT_CONFIGS, default="SiT-XL/2", help="default SiT-XL/2")
     add("--data-dir", default="../data/imagenet256", help="folder with images/ and vae-sd/")
     add("--num-classes", type=int, default=1000, help="default 1000")
+    add("--hflip", action="store_true", help="show every image as it is or mirrored, at random; needs DATA/vae-sd-hflip (default "
+        "off, as published)")
     return parse_with_preset(parser, "train.py")
 
 
@@ -188,8 +190,11 @@ def main():
     args = parse_args()
     config = SIT_CONFIGS[args.model]
     resolve(args, config)
+    if args.hflip and args.teacher_cache:
+        raise BadInput("--hflip shows images that --teacher-cache has no outputs of; give one of them.")
     accelerator, run = make_accelerator(args)
-    dataset = LatentImages(args.data_dir, args.resolution, args.num_classes, images=args.enc_type != "none")
+    dataset = LatentImages(args.data_dir, args.resolution, args.num_classes, images=args.enc_type != "none",
+                           seed=args.seed, hflip=args.hflip)
     sizes = model_arguments(args, config, dataset.moments_shape)
     set_seed(args.seed)
     model = SiT_models[args.model](num_classes=args.num_classes, **sizes)

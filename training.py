@@ -18,18 +18,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from PIL import Image
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoints import check_same_run, load_weights, prune_checkpoints, read_newest, save_checkpoint
-from dataset import StepBatches, process_places, step_draws
 from encoders import VAE, CachedTeacher, to_device
 from evaluations.during_training import Evaluation, score_names
 from files import BadInput, atomic_write, check_writable, is_file, read_json, remove_temporaries, writing
+from loader import StepBatches, load_batches, process_places, step_draws
 from loss import sample_t
 from metrics import Metrics, start_trackers
 from pictures import image_grid
-from preemption import EXIT_CODE, STOP, Preemption, ignore_signals, listen
+from preemption import EXIT_CODE, STOP, Preemption, listen
 from processes import leave, watch_others
 from samplers import euler_sampler, guided
 from sharding import is_sharded, load_optimizer, shard, whole, whole_module, whole_state
@@ -289,8 +288,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
             dataset.images = aligned and not isinstance(teacher, CachedTeacher)
             split = (accelerator.process_index, accelerator.num_processes, args.gradient_accumulation_steps)
             batches = StepBatches(len(dataset), args.batch_size, seed, first, end, *split)
-            loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers,
-                                     pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
+            loader = load_batches(dataset, batches, args.num_workers, pin=device.type == "cuda")
             for step in range(first, end):
                 draws, shares = step_draws(seed, step, args.batch_size, model.latent_shape), []
                 weight = alignment_weight(args.align_decay, step, args.early_stop_point) if aligned else 0

@@ -11,9 +11,9 @@ import torch
 from accelerate.utils import broadcast
 from torch.utils.data import default_collate
 
-from dataset import StepBatches, process_places, step_draws
 from encoders import to_device
 from files import BadInput
+from loader import StepBatches, process_places, step_draws
 from sharding import is_sharded, whole
 
 MEAN = "cosine"  # the column that decides; those of the single timesteps are cosine_0.02 and so on

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import published
 from benchmarks.measure import added_memory, alternate, machine, spread, table
-from dataset import step_draws
 from encoders import TEACHERS, Teacher
 from files import check_bounds
+from loader import step_draws
 from loss import SILoss
 from models.sit import SIT_CONFIGS, SiT_models
 from speed import tune

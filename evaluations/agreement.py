@@ -23,7 +23,7 @@ from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
 
-from dataset import read_texts, scan, scan_numbered
+from dataset import read_texts, scan_numbered
 from encoders import VAE, loading, quiet_transformers
 from evaluations.evaluator import add_network_arguments, extractor_from, run
 from evaluations.extract import gather_rows, join_processes, rank, shard
@@ -31,6 +31,7 @@ from evaluations.features import FEATURES, full_float32, resize
 from evaluations.images import FolderImages, open_images, size_text
 from evaluations.scores import load_set
 from files import BadInput, run_script
+from listing import scan
 
 TOP = (1, 5)
 SHUFFLES = 100

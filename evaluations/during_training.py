@@ -13,7 +13,7 @@ from samplers import euler_sampler, guided
 
 METRICS = ("fid", "kid")
 SAMPLER_STEPS = 50  # Euler, without guidance: a score to compare steps and runs by, not the one that papers report
-CONDITIONS = 3  # a stream of randomness of its own, beside those of dataset.py
+CONDITIONS = 3  # a stream of randomness of its own, beside those of loader.py
 
 logger = logging.getLogger("haste")
 

@@ -4,6 +4,7 @@
         --resolution=256x256 --transform=center-crop-dhariwal
     python preprocessing/dataset_tools.py encode --source=DATA/images --dest=DATA/vae-sd
     torchrun --nproc_per_node=8 preprocessing/dataset_tools.py encode --source=DATA/images --dest=DATA/vae-sd
+    python preprocessing/dataset_tools.py pack --source=DATA --dest=PACKED
 
 Each command can be stopped at any moment; the same command goes on, to the same bytes. --help after a command says more.
 """
@@ -13,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
 from files import run_script
-from preprocessing import convert, encode
+from preprocessing import convert, encode, pack
 
-COMMANDS = {"convert": convert, "encode": encode}  # each a module: docstring, add_arguments(add), run(args)
+COMMANDS = {"convert": convert, "encode": encode, "pack": pack}  # each a module: docstring, add_arguments(add), run(args)
 
 
 def main():

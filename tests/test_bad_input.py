@@ -29,12 +29,12 @@ import generate_t2i
 import train
 import train_t2i
 from checkpoints import load_checkpoint
-from dataset import load_image
 from evaluations import agreement, anchors, curves, evaluator, probe, report, statistics_file, stats
 from evaluations.images import decode, open_images
 from files import BadInput, load_tensors, run_script
 from models.mmdit import MMDiT_models
-from preprocessing import coco, convert, dataset_tools, embedded, embedded_captions, encode, train_vae
+from preprocessing import coco, convert, dataset_tools, embedded, embedded_captions, encode, pack, train_vae
+from storage import decode_image
 from tests.conftest import (
     CLASSES,
     ROOT,
@@ -48,6 +48,7 @@ from tests.conftest import (
 )
 from tests.nano import teacher_state
 from tests.test_generate import make_checkpoint
+from tests.test_storage import packed_into, write_mirrored, write_zips
 
 VAE = ROOT / "assets/vae-emoji"
 IMAGE, LATENT = "data/images/00000/img00000003.png", "data/vae-sd/00000/img-mean-std-00000003.npy"
@@ -111,6 +112,7 @@ def base(module, w):
         anchors: [w / "samples.npz", "--data", w / "data", "--vae", VAE],
         embedded: ["--dest", w / "emoji", "--wheels", w / "wheels", "--vae", VAE],
         train_vae: ["--data", w / "data/images", "--out", w / "vae"],
+        pack: ["pack", "--source", w / "data", "--dest", w / "packed", "--resolution", 64, "--rows", 3],
         train_t2i: tiny_run("MMDiT-T", w / "data", w / "out", "--enc-weights", w / "teacher.pth"),
         generate_t2i: ["--data-dir", w / "data", *sampling(w)],
         agreement: [w / "data/val", w / "samples.npz"],
@@ -122,7 +124,7 @@ def base(module, w):
     }[module]
 
 
-COMMANDS = {convert: dataset_tools, encode: dataset_tools}  # module -> the script that it is a command of
+COMMANDS = {convert: dataset_tools, encode: dataset_tools, pack: dataset_tools}  # module -> the script that it is a command of
 TEXT = (train_t2i, generate_t2i, agreement, coco, embedded_captions)
 
 
@@ -298,6 +300,36 @@ def zip_field(name, offset, value):
     return damage
 
 
+def zipped(change=None, method=zipfile.ZIP_STORED):
+    """The data set in zips, after `change`, if given, to the folder."""
+    def damage(w):
+        if change:
+            change(w)
+        write_zips(w / "data", w / "zips", method)
+        shutil.rmtree(w / "data")
+        (w / "zips").rename(w / "data")
+    return damage
+
+
+def packed(change=None):
+    """The data set packed, in files of 3 rows, and then changed."""
+    def damage(w):
+        packed_into(w / "data", w / "packed", "--rows", 3)
+        shutil.rmtree(w / "data")
+        (w / "packed").rename(w / "data")
+        if change:
+            change(w)
+    return damage
+
+
+def overwrite(name, place, content):
+    def damage(w):
+        data = bytearray((w / name).read_bytes())
+        data[place:place + len(content)] = content
+        (w / name).write_bytes(data)
+    return damage
+
+
 def other_config(name, **values):
     """Other values in a config.json; of the VAE, a copy of it."""
     def damage(w):
@@ -321,6 +353,23 @@ def cache_without_arrays(w):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
         call_main(patch, train, *arguments)
     next((w / "cache").glob("*/features0.npy")).unlink()
+
+
+def flipped_in_zip(w):
+    """One bit of one number of a latent, which stays finite."""
+    content = (w / LATENT).read_bytes()
+    zipped()(w)
+    place = (w / "data/vae-sd.zip").read_bytes().index(content) + 200
+    overwrite("data/vae-sd.zip", place, bytes([content[200] ^ 1]))(w)
+
+
+def mirrored(w):
+    write_mirrored(w / "data")
+
+
+def mirrored_of_another_size(w):
+    for i in range(8):
+        put(f"data/vae-sd-hflip/00000/img-mean-std-{i:08d}.npy", np.ones((8, 8, 8), np.float32))(w)
 
 
 def file_for_folder(name):
@@ -385,6 +434,44 @@ CASES = {
     "latent with a damaged brace": (train, blank(LATENT, b"}"), WITH_TEACHER, "00000003.npy is no readable .npy file"),
     "latent with a damaged parenthesis": (train, blank(LATENT, b")"), WITH_TEACHER, "00000003.npy is no readable .npy file"),
     "latent with nan in a run that exists": (train, with_nan, GOING_ON, "img-mean-std-00000003.npy holds .*finite float32"),
+    # -- the same in zips, packed and mirrored
+    "torn zip of images": (train, lambda w: [zipped()(w), cut("data/images.zip")(w)], WITH_TEACHER, "images.zip is no readable zip"),
+    "no zip of latents": (train, lambda w: [zipped()(w), put("data/vae-sd.zip", b"hello")(w)], [], "vae-sd.zip is no readable zip"),
+    "zip without labels": (train, zipped(remove(LABELS)), WITH_TEACHER, "images.zip/dataset.json does not exist"),
+    "zip with torn labels": (train, zipped(put(LABELS, "[")), WITH_TEACHER, "images.zip/dataset.json cannot be read as JSON"),
+    "zip without an image": (train, zipped(remove(IMAGE)), WITH_TEACHER, "images.zip has no .png file of index 00000003"),
+    "zip with one more": (train, zipped(copy(IMAGE, "data/images/00000/img00000099.png")), WITH_TEACHER,
+                          "images.zip/00000/img00000099.png has no label"),
+    "zip with an index twice": (train, zipped(copy(IMAGE, "data/images/00000/copy3.png")), WITH_TEACHER, "have one index; remove one"),
+    "label out of range in a zip": (train, zipped(), ["--num-classes", 3], "vae-sd.zip/dataset.json: the label of index 3 is 3"),
+    "truncated latent in a zip": (train, zipped(cut(LATENT)), [], "vae-sd.zip/00000/img-mean-std-00000003.npy has 4160 bytes"),
+    "latent with nan in a zip": (train, zipped(with_nan), WITH_TEACHER, "vae-sd.zip/00000/img-mean-std-00000003.npy holds"),
+    "torn image in a zip": (train, zipped(cut(IMAGE)), WITH_TEACHER, "images.zip/00000/img00000003.png is no readable image"),
+    "zip damaged inside": (train, lambda w: [zipped()(w), overwrite("data/vae-sd.zip", 20_000, bytes(9000))(w)], WITH_TEACHER,
+                           r"vae-sd.zip/.*npy is damaged \(wrong checksum\); make it again"),
+    "one bit of a zip": (train, flipped_in_zip, WITH_TEACHER, r"00000003.npy is damaged \(wrong checksum\)"),
+    "bzip2": (train, zipped(method=zipfile.ZIP_BZIP2), [], "is encrypted or packed in another way than stored or deflated"),
+    "encrypted zip": (train, lambda w: [zipped()(w), zip_field("data/vae-sd.zip", 6, 1)(w)], [], "vae-sd.zip is no readable zip .*encrypted"),
+    "packed not to its end": (train, packed(remove("data/vae-sd/dataset.json")), [], "vae-sd is not packed to its end"),
+    "packed without a file": (train, packed(remove("data/vae-sd/00001.npy")), [], "has 5 rows in 2 files for 8 entries"),
+    "packed of other rows": (train, packed(put("data/vae-sd/00001.npy", np.zeros((3, 8, 8, 8), np.float32))), [], "of different shapes"),
+    "packed file torn": (train, packed(cut("data/images/00001.npy")), WITH_TEACHER, "00001.npy is damaged .36992 bytes expected"),
+    "packed file of objects": (train, packed(put("data/vae-sd/00001.npy", np.array([{}] * 3))), [], "00001.npy is damaged .Python objects"),
+    "packed with nan": (train, packed(overwrite("data/vae-sd/00001.npy", 200, b"\0\0\xc0\x7f")), WITH_TEACHER,
+                        "vae-sd/00001.npy, row 0 .00000/img-mean-std-00000003.npy., holds float32"),
+    "packed with a torn index": (train, packed(cut("data/vae-sd/index.npy")), [], "vae-sd/index.npy is damaged"),
+    "packed with another index": (train, packed(put("data/vae-sd/index.npy", np.arange(8))), [], r"int64 \(n, 2\) with ascending"),
+    "packed with fewer labels": (train, packed(put(LABELS, {"labels": []})), WITH_TEACHER, "names other entries than index.npy"),
+    "packed at another resolution": (train, packed(), [*WITH_TEACHER, "--resolution", 128],
+                                     r"rows of uint8 \(3, 64, 64\); expected uint8 \(3, 128, 128\) \(--resolution\)"),
+    "images for latents": (train, packed(lambda w: [remove("data/vae-sd")(w), (w / "data/images").rename(w / "data/vae-sd")]), NO_TEACHER,
+                           r"shape \(3, 64, 64\); expected \(2 x channels"),
+    "no mirrored latents": (train, None, ["--hflip"], "--hflip needs latents of the mirrored images, .*encode --hflip"),
+    "mirrored latents of some": (train, lambda w: [mirrored(w), remove("data/vae-sd-hflip/00000/img-mean-std-00000003.npy")(w)],
+                                 ["--hflip", *NO_TEACHER], "vae-sd-hflip has no .npy file of index 00000003"),
+    "mirrored latents of another size": (train, mirrored_of_another_size, ["--hflip", *NO_TEACHER],
+                                         r"vae-sd-hflip holds latents of shape \(8, 8, 8\), .*vae-sd of \(8, 16, 16\)"),
+    "mirrored and cached": (train, mirrored, ["--hflip", "--teacher-cache", "{w}/cache"], "--hflip shows images that --teacher-cache"),
     # -- flags of training
     "batch of no multiple": (train, None, ["--batch-size", 9, "--gradient-accumulation-steps", 2], "--batch-size 9 is global and"),
     "no batch": (train, None, ["--batch-size", 0], "--batch-size is 0; it must be at least 1"),
@@ -616,6 +703,16 @@ CASES = {
     "no square": (encode, put("odd/1.png", Image.new("RGB", (40, 32))), ["--source", "{w}/odd"], "1.png is 40x32 and no square"),
     "no batch to encode": (encode, None, ["--batch-size", 0], "--batch-size is 0"),
     "unreadable picture to encode": (encode, cut(IMAGE), ["--on-error", "stop"], "img00000003.png is no readable image"),
+    "nothing to pack": (pack, remove("data"), [], "vae-sd/dataset.json does not exist"),
+    "torn image to pack": (pack, cut(IMAGE), [], "img00000003.png is no readable image"),
+    "torn latent to pack": (pack, with_nan, [], "img-mean-std-00000003.npy holds"),
+    "packed into itself": (pack, None, ["--dest", "{w}/data"], "data is the source itself; name another"),
+    "packed over something": (pack, put("packed/vae-sd/mine.json", [1]), [], "vae-sd holds something that is not packed"),
+    "packed over other rows": (pack, lambda w: packed_into(w / "data", w / "packed"), [], r"begun from other data \(rows\)"),
+    "packed over other data": (pack, lambda w: [packed_into(w / "data", w / "packed", "--rows", 3), label(LABELS, 1, 1)(w),
+                               label(LATENT_LABELS, 1, 1)(w)], [], r"begun from other data \(data\); delete it or name another"),
+    "no rows to a file": (pack, None, ["--rows", 0], "--rows is 0"),
+    "packed into a file": (pack, file_for_folder("block"), ["--dest", "{w}/block"], "block.* could not be written"),
     # -- text: data, flags, sampling, scores, preparation
     "no text data": (train_t2i, remove("data/train"), [], "train does not exist; --data-dir must hold train/, val/"),
     "empty text data": (train_t2i, without_files, [], "train holds no images"),
@@ -721,7 +818,7 @@ def test_bad_input(monkeypatch, request, tmp_path, name):
 
 
 def test_there_are_sixty_over_all_scripts():
-    assert len(CASES) >= 60 and len({module for module, *_ in CASES.values()}) == 18
+    assert len(CASES) >= 60 and len({module for module, *_ in CASES.values()}) == 19
 
 
 @pytest.mark.parametrize("name", ["code to sample", "no number", "truncated image", "torn npz"])
@@ -785,7 +882,7 @@ def test_formats_that_pillow_hands_to_other_programs(monkeypatch, tmp_path):
     (tmp_path / "bin/gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     picture.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n")
-    for read in (lambda: load_image(picture, 64), lambda: decode(picture), lambda: coco.centre_square(picture, 32)):
+    for read in (lambda: decode_image(picture.read_bytes(), picture, 64), lambda: decode(picture), lambda: coco.centre_square(picture, 32)):
         with pytest.raises(BadInput, match="img00000003.png (is no readable image|cannot be decoded)"):
             read()
     assert not generate.is_finished(picture, 64) and not ran.exists()

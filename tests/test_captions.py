@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dataset import CaptionedImages, LatentImages, StepBatches
+from dataset import CaptionedImages, LatentImages
 from encoders import VAE
+from loader import StepBatches
 from pictures import MAX_LINES, image_grid, wrap
 from tests.conftest import CLASSES, write_tiny_captions
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import LatentImages, StepBatches, process_places, step_draws
+from dataset import LatentImages
 from encoders import VAE
+from loader import StepBatches, process_places, step_draws
 from tests.conftest import CLASSES
 
 
@@ -27,7 +28,7 @@ def test_reads_what_was_written(tiny_data):
 def test_no_image_is_opened_in_phase_two(tiny_data, monkeypatch):
     dataset = LatentImages(tiny_data, 64, CLASSES)
     dataset.images = False
-    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("an image was opened"))
+    monkeypatch.setattr("dataset.decode_image", lambda *_: pytest.fail("an image was decoded"))
     assert "image" not in dataset[0]
 
 

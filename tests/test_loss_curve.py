@@ -11,8 +11,9 @@ from accelerate.utils import set_seed
 
 import train
 from benchmarks import published
-from dataset import LatentImages, StepBatches, step_draws
+from dataset import LatentImages
 from encoders import Teacher, load_vit
+from loader import StepBatches, step_draws
 from models.sit import SIT_CONFIGS, SiT_models
 from tests.conftest import CLASSES, ROOT, call_main, checkpoint, script, train_arguments
 

@@ -117,3 +117,13 @@ def test_cache_gives_what_the_teacher_gives(tiny_data, tmp_path):
         teacher.vit.norm.weight.mul_(2)
     CachedTeacher(tmp_path, teacher, dataset, accelerator)
     assert len(list(tmp_path.iterdir())) == 2  # other weights, other key
+
+
+def test_features_alone_take_their_own_room(tiny_data, tmp_path):
+    """Without attention to align: 2 bytes for each number of each token, and nothing for queries and keys."""
+    dataset = LatentImages(tiny_data, 64, CLASSES)
+    cached = CachedTeacher(tmp_path, Teacher(small_vit(), 8, ()), dataset, Accelerator(cpu=True))
+    assert [path.name for path in cached.folder.glob("*.npy")] == ["features0.npy"]
+    assert (cached.folder / "features0.npy").stat().st_size - 128 == 64 * 64 * 96 * 2
+    out = cached(torch.tensor([3]))
+    assert out.features[0].shape == (1, 64, 96) and out.attention == {}

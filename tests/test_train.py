@@ -55,8 +55,8 @@ def test_both_phases(monkeypatch, tiny_data, teacher_file, tmp_path):
         teachers.append(weakref.ref(vit))
         return vit
 
-    load_image, images = dataset.load_image, []
-    monkeypatch.setattr(dataset, "load_image", lambda *args: images.append(1) or load_image(*args))
+    decode_image, images = dataset.decode_image, []
+    monkeypatch.setattr(dataset, "decode_image", lambda *args: images.append(1) or decode_image(*args))
     monkeypatch.setattr(train, "load_vit", load)
     monkeypatch.setattr(training, "update_ema", lambda *args: freed.append(teachers[0]() is None) or update_ema(*args))
     run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, "--early-stop-point", 4,

@@ -10,7 +10,7 @@ from PIL import Image
 
 import train
 import train_t2i
-from dataset import CAPTION
+from loader import CAPTION
 from metrics import COLUMNS
 from tests.conftest import (
     ROOT,

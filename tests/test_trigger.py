@@ -210,12 +210,12 @@ def test_two_processes_decide_as_one(tiny_data, teacher_file, tmp_path):
 
 
 def test_with_a_cache_no_image_is_read(monkeypatch, tiny_data, teacher_file, tmp_path):
-    read, load = [], dataset.LatentImages.image
+    read, decode = [], dataset.decode_image
     more = ["--enc-weights", teacher_file, "--teacher-cache", tmp_path / "cache", "--max-train-steps", 3]
     run(monkeypatch, *train_arguments(tiny_data, tmp_path / "a", *more))
-    monkeypatch.setattr(dataset.LatentImages, "image", lambda self, i: read.append(i) or load(self, i))
+    monkeypatch.setattr(dataset, "decode_image", lambda *args: read.append(1) or decode(*args))
     run(monkeypatch, *train_arguments(tiny_data, tmp_path / "b", *more, *TRIGGER))
-    assert read == [0] and metrics(tmp_path / "b")[-1]["cosine"]  # the first, to check the folder
+    assert read == [1] and metrics(tmp_path / "b")[-1]["cosine"]  # the first, to check the folder
 
 
 def test_samples_divide_by_the_processes(tiny_data, teacher_file, tmp_path):

@@ -1,0 +1,99 @@
+"""A data set of made-up entries in ImageNet's layout, in every form that train.py reads, to measure loaders with.
+
+    python benchmarks/synthetic.py DEST --n 50000
+    python benchmarks/synthetic.py DEST --n 1281167 --resolution 8 --forms folder
+
+writes DEST/folder (images/ and vae-sd/), DEST/zip (images.zip and vae-sd.zip, stored) and DEST/packed, of the same
+entries. Contents repeat after --distinct pictures and latents, names and labels do not. At 256 px a picture is a PNG of
+about 95 kB: smooth colours under grain, which deflate and the decoder find as hard as a photograph.
+"""
+import argparse
+import io
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees benchmarks/ only
+from files import BadInput, check_bounds, run_script
+from preprocessing import pack
+
+FACTOR, CLASSES, FORMS = 8, 1000, ("folder", "zip", "packed")
+
+
+def make_png(resolution, rng):
+    colours = Image.fromarray(rng.integers(0, 256, (17, 17, 3), np.uint8)).resize((resolution, resolution), Image.BICUBIC)
+    pixels = np.clip(np.asarray(colours) + rng.normal(0, 1.2, (resolution, resolution, 3)), 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def make_latent(resolution, rng):
+    side = resolution // FACTOR
+    file = io.BytesIO()
+    np.save(file, np.concatenate([rng.normal(0, 5, (4, side, side)), np.full((4, side, side), 0.1)]).astype(np.float32))
+    return file.getvalue()
+
+
+def entries(kind, args):
+    """(relative path, bytes) of each entry of one kind, and dataset.json."""
+    rng, make = np.random.default_rng(0), make_png if kind == "images" else make_latent
+    contents, labels = [make(args.resolution, rng) for _ in range(args.distinct)], []
+    for i in tqdm(range(args.n), desc=kind, mininterval=2):
+        idx8 = f"{i:08d}"
+        name = f"{idx8[:5]}/img{idx8}.png" if kind == "images" else f"{idx8[:5]}/img-mean-std-{idx8}.npy"
+        labels.append([name, i % CLASSES])
+        yield name, contents[i % args.distinct]
+    yield "dataset.json", json.dumps({"labels": labels}).encode()
+
+
+def write_folder(dest, kind, args):
+    seen = set()
+    for name, content in entries(kind, args):
+        path = dest / kind / name
+        if path.parent not in seen:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            seen.add(path.parent)
+        path.write_bytes(content)
+
+
+def write_zip(dest, kind, args):
+    dest.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(dest / f"{kind}.zip", "w", zipfile.ZIP_STORED) as archive:
+        for name, content in entries(kind, args):
+            archive.writestr(name, content)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dest", type=Path, help="folder to write")
+    parser.add_argument("--n", type=int, default=50_000, help="entries (default 50000)")
+    parser.add_argument("--resolution", type=int, default=256, help=f"image side, a multiple of {FACTOR} (default 256)")
+    parser.add_argument("--distinct", type=int, default=64, help="different contents (default 64)")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS,
+                        help="packed is made of the folder or the zip, whichever is there (default all)")
+    args = parser.parse_args()
+    check_bounds(args, {"n": (1, 10 ** 8), "resolution": (FACTOR, 1 << 14), "distinct": (1, 1 << 16)})
+    if args.resolution % FACTOR:
+        raise BadInput(f"--resolution {args.resolution} is no multiple of {FACTOR}, the latents' factor; choose one.")
+    for form, write in (("folder", write_folder), ("zip", write_zip)):
+        if form in args.forms:
+            for kind in ("images", "vae-sd"):
+                write(args.dest / form, kind, args)
+    if "packed" in args.forms:
+        source = next((args.dest / form for form in ("folder", "zip") if (args.dest / form).is_dir()), None)
+        if source is None:
+            raise BadInput(f"{args.dest} has no folder or zip to pack; give --forms folder packed.")
+        options = argparse.ArgumentParser()
+        pack.add_arguments(options.add_argument)
+        pack.run(options.parse_args(["--source", str(source), "--dest", str(args.dest / "packed"), "--resolution",
+                                      str(args.resolution)]))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,172 @@
+"""What a data set holds of one kind - images, latents: numbers, names and labels, and an index of them beside the data.
+
+Entries are known by the number that their names end in. The tables are NumPy arrays, which loader processes share: no
+reference counts lie inside, so that reading one copies no page of memory.
+"""
+import contextlib
+import json
+import logging
+import os
+import re
+import struct
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from files import ARRAY_ERRORS, BadInput, atomic_write, check_inside, is_file, read_json, reading
+
+INDEX_FROM = 20_000        # entries; fewer are listed anew at each start, which takes no time
+SETTLED = 2.0              # seconds: what changed this recently could change again under the same time stamp
+ZIP_ERRORS = (*ARRAY_ERRORS, struct.error)
+LAST_LABEL = 1 << 62
+NO_LABELS = np.empty(0, np.int64)
+
+logger = logging.getLogger("haste")
+
+
+class Listing(NamedTuple):
+    """What there is of one kind, in the order of the index. `labels` is None where dataset.json says null."""
+    index: np.ndarray      # int64 (n,)
+    names: np.ndarray      # bytes (n,), relative paths
+    where: np.ndarray      # int64 (n, k), what the form needs to find an entry
+    labelled: np.ndarray   # int64 (m,), the numbers that dataset.json names, ascending
+    labels: np.ndarray     # int64 (m,)
+
+
+def index_of(name):
+    """The number a file name ends in: '00000/img00000012.png' -> 12. Images and latents are paired by it."""
+    match = re.search(r"(\d+)\.\w+$", name)
+    if not match or len(match[1]) > 18:  # as many digits as int64 holds
+        raise BadInput(f"{name} has no index in its name; expected names such as 00000/img00000012.png.")
+    return int(match[1])
+
+
+def parse_labels(content, path):
+    """What dataset.json holds, read from `path` -> (numbers, labels, names) in the order of the numbers; labels None for null."""
+    try:
+        entries = content["labels"]
+        names = [check_inside(name, path) for name, _ in entries or ()]
+        labels = [label for _, label in entries or ()]
+        numbers = np.array([index_of(name) for name in names], np.int64)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
+    if (different := len(np.unique(numbers))) < len(numbers):
+        raise BadInput(f"{path} has {len(numbers)} entries of {different} different indices; each image needs its own.")
+    for name, label in zip(names, labels, strict=True):
+        if not isinstance(label, int) or isinstance(label, bool) or abs(label) >= LAST_LABEL:
+            raise BadInput(f"{path}: the label of index {index_of(name)} is {label}; it must be a whole number from 0 on.")
+    order = np.argsort(numbers)
+    return numbers[order], None if entries is None else np.array(labels, np.int64)[order], [names[i] for i in order]
+
+
+def arranged(path, names, where):
+    """(index, names, where) in the order of the index. names: bytes (n,), where: (n, k).
+
+    Raises BadInput where two entries have one index.
+    """
+    index = np.array([index_of(os.fsdecode(name)) for name in names.tolist()], np.int64)
+    order = np.argsort(index, kind="stable")
+    index, names = index[order], names[order]
+    if (twice := np.flatnonzero(np.diff(index) == 0)).size:
+        one, other = map(os.fsdecode, names[twice[0]:twice[0] + 2])
+        raise BadInput(f"{path}: {one} and {other} have one index; remove one.")
+    return index, names, where[order]
+
+
+def check_equal_sizes(path, names, sizes):
+    """Raise BadInput unless all files, of latents, are as large as the first: another size is another shape or a cut file."""
+    if (odd := np.flatnonzero(sizes != sizes[:1])).size:
+        raise BadInput(f"{path}/{os.fsdecode(names[odd[0]])} has {sizes[odd[0]]} bytes, the first latent {sizes[0]}: its "
+                       "shape is another or it is truncated; make it again.")
+
+
+def labels_of(path):
+    """parse_labels of the file `path`."""
+    if not is_file(path):
+        raise missing_labels(path)
+    return parse_labels(read_json(path), path)
+
+
+def check_labels(files, num_classes):
+    """The Listing of `files`; raises BadInput for a label outside 0 .. num_classes - 1 (None: without that limit)."""
+    listing = files.listing
+    if listing.labels is not None:
+        for k in np.flatnonzero((listing.labels < 0) | (listing.labels >= (num_classes or LAST_LABEL)))[:1]:
+            limits = f"a number from 0 to {num_classes - 1} (--num-classes {num_classes})" if num_classes else "0 or more"
+            raise BadInput(f"{files.path}/dataset.json: the label of index {listing.labelled[k]} is {listing.labels[k]}; it "
+                           f"must be {limits}.")
+    return listing
+
+
+def missing_labels(path):
+    return BadInput(f"{path} does not exist; --data-dir must hold images/ and vae-sd/, or zips of these names, each with "
+                    "a dataset.json.")
+
+
+def walk(folder, suffix, sizes=False):
+    """Below `folder`: {path of each folder: its stamp}, names (n,) of files, where (n, 1) their sizes if asked, else (n, 0).
+
+    Names are bytes, relative and end in `suffix`; hidden files are left aside.
+    """
+    stamps, names, where, stack = {}, [np.empty(0, "S1")], [], [""]
+    while stack:
+        below, found = stack.pop(), []
+        stamps |= stamps_of(os.path.join(folder, below))
+        with reading(folder), os.scandir(os.path.join(folder, below)) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    stack.append(f"{below}{entry.name}/")
+                elif entry.name.endswith(suffix) and not entry.name.startswith("."):
+                    found.append(os.fsencode(below + entry.name))
+                    if sizes:
+                        where.append(entry.stat().st_size)
+        if found:
+            names.append(np.array(found))
+    names = np.concatenate(names)
+    return stamps, names, np.array(where, np.int64).reshape(len(names), -1 if where else 0)
+
+
+def scan(folder, suffix):
+    """{index in the name: relative path} of all files below `folder` that end in `suffix`."""
+    index, names, _ = arranged(folder, *walk(folder, suffix)[1:])
+    return dict(zip(index.tolist(), map(os.fsdecode, names.tolist()), strict=True))
+
+
+def stamps_of(*paths):
+    """{path: what changes when the file or folder does}, of those that exist."""
+    found = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            found[str(path)] = [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return found
+
+
+def indexed(cache, key, make):
+    """The Listing of make() -> (stamps, Listing), or, as long as all stamps are the same, the one in the file `cache`.
+
+    It is kept there from INDEX_FROM entries on, if the file can be written. `key`: plain values that tell listings apart.
+    """
+    try:
+        with np.load(cache, allow_pickle=False) as file:
+            known = json.loads(file["known"].tobytes())
+            paths = [os.path.join(cache.parent, name) for name in known["stamps"]]
+            if known["key"] == key and [*stamps_of(*paths).values()] == [*known["stamps"].values()]:
+                return Listing(*(file.get(name) for name in Listing._fields))
+    except (*ZIP_ERRORS, KeyError, TypeError, AttributeError):
+        pass  # there is none, or a damaged one
+    started = time.time()
+    stamps, listing = make()
+    changed = max(times[-1] for times in stamps.values()) / 1e9
+    if len(listing.index) < INDEX_FROM or changed > started - SETTLED:
+        return listing
+    stamps = {os.path.relpath(path, cache.parent): times for path, times in stamps.items()}
+    known = np.frombuffer(json.dumps({"key": key, "stamps": stamps}).encode(), np.uint8)
+    arrays = {name: value for name, value in listing._asdict().items() if value is not None}
+    try:
+        with atomic_write(cache) as file:
+            np.savez(file, known=known, **arrays)
+    except BadInput as error:
+        logger.info(f"{error} Until then the data are listed anew at each start.")
+    return listing

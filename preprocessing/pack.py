@@ -1,0 +1,128 @@
+"""Data in ImageNet's layout, in a folder or zips, to the packed form that train.py reads fastest.
+
+    python preprocessing/dataset_tools.py pack --source DATA --dest PACKED
+
+writes PACKED/images/, PACKED/vae-sd/ and, where DATA has it, PACKED/vae-sd-hflip/, each with
+    00000.npy, 00001.npy, ...   rows in the order of the index: pictures uint8 (n, 3, R, R), moments float32 (n, 2 C, h, w)
+    index.npy                   int64 (N, 2): the number in each file's name, and the file's size in bytes
+    made.json                   of which data, and how many rows a file has
+    dataset.json                names and labels, as ever; written last: its presence means that the folder is complete
+Pictures become pixels, so that training decodes nothing: 252 GB for ImageNet at 256 px, as much as PNGs without
+compression, beside 42 GB of latents. --latents-only leaves them out: put the source's images or images.zip, or a link to
+it, beside PACKED/vae-sd. Every picture and latent is read and checked on the way. Each file appears whole or not at
+all: after any stop the same command writes only what is missing, and the bytes are the same.
+"""
+import math
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dataset import LatentImages, digest
+from files import BadInput, atomic_write, check_bounds, load_array, read_json, remove_temporaries, write_json, writing
+from preprocessing.destinations import check_space
+from storage import form_of
+
+ROWS = 10_000      # of a file, at least: 2 GB of pixels at 256 px
+FILES = 128        # of a kind, at most: each stays open while a run reads
+
+
+def write_shard(path, entries, read, row, done, stop):
+    """The rows that read(i, row) gives for `entries`, one after another; `done` is told of each, `stop` ends it unfinished."""
+    with atomic_write(path) as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(row.dtype), "fortran_order": False,
+                                                    "shape": (len(entries), *row.shape)})
+        for i in entries:
+            if stop.is_set():
+                raise BadInput(f"{path} is left for the next start, as another file could not be made.")
+            read(i, row)
+            file.write(row)
+            done()
+
+
+def begin(folder, made, table, parts):
+    """Make `folder` ready to be written or gone on with: made.json, index.npy. Raises BadInput when something else is there.
+
+    A file of rows whose entries have changed in size since it was written goes.
+    """
+    if folder.is_dir() and any(not path.match(".*.tmp") for path in folder.iterdir()):
+        if not (folder / "made.json").is_file():
+            raise BadInput(f"{folder} holds something that is not packed; name another --dest.")
+        if (old := read_json(folder / "made.json")) != made:
+            changed = ", ".join(key for key in made if old.get(key) != made[key])
+            raise BadInput(f"{folder} was begun from other data ({changed}); delete it or name another --dest.")
+        remove_temporaries(folder)
+    else:
+        write_json(folder / "made.json", made)
+    known = load_array(folder / "index.npy") if (folder / "index.npy").is_file() else None
+    if known is not None and known.shape == table.shape:
+        if np.array_equal(known, table):
+            return
+        for path, entries in parts.items():
+            if (known[entries.start:entries.stop] != table[entries.start:entries.stop]).any():
+                path.unlink(missing_ok=True)
+    (folder / "dataset.json").unlink(missing_ok=True)
+    with atomic_write(folder / "index.npy") as file:  # from now on the folder is known as packed, though not to its end
+        np.save(file, table)
+
+
+def pack_kind(data, files, folder, row, args):
+    """Write or complete one kind of `data`: those `files`, each as an array like `row`, into `folder`."""
+    names, sizes = [os.fsdecode(name) for name in files.listing.names.tolist()], files.sizes()
+    rows = args.rows or max(ROWS, math.ceil(len(data) / FILES))
+    parts = {folder / f"{start // rows:05d}.npy": range(start, min(start + rows, len(data)))
+             for start in range(0, len(data), rows)}
+    begin(folder, {"data": data.fingerprint(), "names": digest(names), "rows": rows, "row": list(row.shape)},
+          np.stack([data.indices, sizes], axis=1), parts)
+    missing = {path: entries for path, entries in parts.items() if not path.is_file()}
+    check_space(folder, row.nbytes * sum(map(len, missing.values())))
+    stop, lock = threading.Event(), threading.Lock()
+    with tqdm(total=len(data), initial=len(data) - sum(map(len, missing.values())), desc=folder.name, unit=" entries",
+              mininterval=1) as bar, \
+            ThreadPoolExecutor(args.num_workers) as threads:
+        def done():
+            with lock:
+                bar.update()
+
+        def write(path):
+            write_shard(path, missing[path], lambda i, row: data.read(files, i, row), np.empty_like(row), done, stop)
+
+        try:
+            for future in as_completed([threads.submit(write, path) for path in missing]):
+                future.result()
+        finally:
+            stop.set()
+    write_json(folder / "dataset.json", {"labels": [[name, label] for name, label in
+                                                    zip(names, data.labels.tolist(), strict=True)]})
+
+
+def add_arguments(add):
+    add("--source", type=Path, required=True, help="folder with images and vae-sd, as folders or zips")
+    add("--dest", type=Path, required=True, help="folder to write")
+    add("--resolution", type=int, default=256, help="image side in pixels (default 256)")
+    add("--latents-only", action="store_true", help="leave the images out")
+    add("--rows", type=int, help=f"entries a file (default {ROWS}, and more where that would make over {FILES} files)")
+    add("--num-workers", type=int, default=os.cpu_count(), help="threads (default: one per core)")
+
+
+def run(args):
+    check_bounds(args, dict.fromkeys(("resolution", "rows", "num_workers"), (1, float("inf"))))
+    if args.source.resolve() == args.dest.resolve():
+        raise BadInput(f"--dest {args.dest} is the source itself; name another.")
+    hflip = form_of(args.source, "vae-sd-hflip")[1].exists()
+    data = LatentImages(args.source, args.resolution, None, images=not args.latents_only, hflip=hflip)
+    moments, pixels = (np.empty(shape, dtype) for shape, dtype in (
+        (data.moments_shape, np.float32), ((3, args.resolution, args.resolution), np.uint8)))
+    with writing(args.dest):
+        args.dest.mkdir(parents=True, exist_ok=True)
+    for files, kind, row in ((data.latents, "vae-sd", moments), (data.mirrored, "vae-sd-hflip", moments),
+                             (data.pictures, "images", pixels)):
+        if files is not None:
+            pack_kind(data, files, args.dest / kind, row, args)
+    packed = LatentImages(args.dest, args.resolution, None, images=not args.latents_only, hflip=hflip)
+    if packed.fingerprint(files=True) != data.fingerprint(files=True):
+        raise BadInput(f"{args.source} has changed while it was packed; delete {args.dest} and pack it again.")
+    print(f"{args.dest}: {len(packed)} entries")

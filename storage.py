@@ -1,0 +1,273 @@
+"""The files of one kind - images, latents - in whichever form they lie.
+
+    {data}/{kind}/...        files at any depth                                                         Folder
+    {data}/{kind}.zip        the same in a zip, stored or deflated; read when there is no such folder   Zip
+    {data}/{kind}/           rows of plain .npy files, by preprocessing/dataset_tools.py pack           Packed
+        index.npy            int64 (n, 2): the number in each file's name, ascending, and the file's size in bytes
+        00000.npy, ...       (rows, ...): row r of all of them one after another is the entry index.npy[r]
+Each holds dataset.json, {"labels": [[relative path, label], ...]} or {"labels": null}.
+"""
+import bisect
+import io
+import itertools
+import os
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from files import (
+    ARRAY_ERRORS,
+    IMAGE_ERRORS,
+    BadInput,
+    array_header,
+    check_inside,
+    first_line,
+    is_file,
+    open_image,
+    read_bytes,
+    read_json,
+    reading,
+)
+from listing import (
+    NO_LABELS,
+    ZIP_ERRORS,
+    Listing,
+    arranged,
+    check_equal_sizes,
+    indexed,
+    labels_of,
+    missing_labels,
+    parse_labels,
+    stamps_of,
+    walk,
+)
+
+try:
+    import imagecodecs
+except ImportError:  # data are read all the same, by Pillow
+    imagecodecs = None
+
+LARGEST = 1 << 28  # bytes that a member of a zip may unpack to
+
+
+def damaged(name, reason):
+    return BadInput(f"{name} is damaged ({reason}); make it again.")
+
+
+class Folder:
+    """One file per entry."""
+
+    def __init__(self, path, listing):
+        self.path, self.listing = path, listing
+
+    @staticmethod
+    def list(path, suffix, labels):
+        """({path: stamp} of what changes when an entry does, Listing)."""
+        stamps = stamps_of(path / "dataset.json")
+        numbers, values, _ = labels_of(path / "dataset.json") if labels else (NO_LABELS, None, ())
+        found, names, where = walk(path, suffix, sizes=suffix == ".npy")
+        index, names, where = arranged(path, names, where)
+        if suffix == ".npy" and len(names):
+            check_equal_sizes(path, names, where[:, 0])
+        return stamps | found, Listing(index, names, where, numbers, values)
+
+    def name(self, i):
+        """Entry i, for a message."""
+        return f"{self.path}/{os.fsdecode(self.listing.names[i])}"
+
+    def read(self, i):
+        """The bytes of entry i."""
+        return read_bytes(self.name(i))
+
+    def sizes(self):
+        """int64 (n,): the files' sizes in bytes, asked for anew."""
+        with reading(self.path):
+            return np.array([os.stat(self.name(i)).st_size for i in range(len(self.listing.index))], np.int64)
+
+
+class Zip:
+    """One member of a zip per entry, found by its place in the archive: any process and any thread may read."""
+
+    OFFSET, PACKED, METHOD, CRC, SIZE = range(5)  # columns of Listing.where
+
+    def __init__(self, path, listing):
+        self.path, self.listing, self.file = path, listing, None
+
+    def __getstate__(self):
+        return {**self.__dict__, "file": None}  # a loader process that is not forked opens the zip by itself
+
+    @staticmethod
+    def list(path, suffix, labels):
+        stamps, numbers, values, names, where = stamps_of(path), NO_LABELS, None, [], []
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if labels:
+                    if "dataset.json" not in archive.NameToInfo:
+                        raise missing_labels(path / "dataset.json")
+                    content = read_json(path / "dataset.json", data=archive.read("dataset.json"))
+                    numbers, values, _ = parse_labels(content, path / "dataset.json")
+                for member in archive.filelist:
+                    if not member.filename.endswith(suffix) or member.filename.rpartition("/")[2].startswith("."):
+                        continue
+                    name = check_inside(member.filename, path)
+                    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
+                        raise BadInput(f"{path}/{name} is encrypted or packed in another way than stored or deflated; "
+                                       "write the zip again.")
+                    if member.file_size > LARGEST:
+                        raise BadInput(f"{path}/{name} claims {member.file_size} bytes, more than any image or latent "
+                                       "has; write the zip again.")
+                    names.append(name.encode())
+                    where.append((member.header_offset, member.compress_size, member.compress_type, member.CRC,
+                                  member.file_size))
+        except ZIP_ERRORS as error:
+            raise BadInput(f"{path} is no readable zip ({first_line(error)}); write it again.") from error
+        index, names, where = arranged(path, np.array(names, "S"), np.array(where, np.int64).reshape(-1, 5))
+        if suffix == ".npy":
+            check_equal_sizes(path, names, where[:, Zip.SIZE])
+        return stamps, Listing(index, names, where, numbers, values)
+
+    name = Folder.name
+
+    def read(self, i):
+        offset, packed, method, crc, size = self.listing.where[i].tolist()
+        if self.file is None:
+            self.file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - open as long as the data set
+        try:
+            # A local header is 30 bytes, the name and extra fields, whose length only it tells: 64 is more than usual.
+            data = memoryview(os.pread(self.file.fileno(), 94 + len(self.listing.names[i]) + packed, offset))
+            signature, *lengths = struct.unpack_from("<4s22xHH", data)
+            start = 30 + sum(lengths)
+            data = data[start:start + packed]
+            if len(data) < packed:
+                data = memoryview(os.pread(self.file.fileno(), packed, offset + start))
+            if method == zipfile.ZIP_DEFLATED:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+        except ZIP_ERRORS as error:
+            raise damaged(self.name(i), first_line(error)) from error
+        if signature != b"PK\3\4" or len(data) != size or zlib.crc32(data) != crc:
+            raise damaged(self.name(i), "wrong checksum")
+        return data
+
+    def sizes(self):
+        return self.listing.where[:, self.SIZE]
+
+
+class Packed:
+    """Rows of .npy files: `dtype` and `shape` are those of a row."""
+
+    def __init__(self, path, listing):
+        self.path, self.listing, self.files = path, listing, {}
+        self.shards = sorted(file for file in path.glob("*.npy") if file.name != "index.npy")
+        heads = [self._head(file) for file in self.shards]
+        shapes, dtypes, self.offsets = zip(*heads, strict=True) if heads else ([(0,)], [np.dtype("V1")], ())
+        self.starts = [0, *itertools.accumulate(shape[0] for shape in shapes)]
+        self.shape, self.dtype, rows = shapes[0][1:], dtypes[0], self.starts[-1]
+        if rows != len(listing.index) or {shape[1:] for shape in shapes} != {self.shape} or set(dtypes) != {self.dtype}:
+            raise BadInput(f"{path} has {rows} rows in {len(self.shards)} files for {len(listing.index)} entries, or of "
+                           "different shapes; pack the data again.")
+
+    def __getstate__(self):
+        return {**self.__dict__, "files": {}}
+
+    @staticmethod
+    def _head(path):
+        """(shape, dtype, bytes before the rows)."""
+        try:
+            with open(path, "rb") as file:
+                shape, fortran, dtype, offset = array_header(file.read(1 << 16))
+                expected = offset + dtype.itemsize * int(np.prod(shape, dtype=object))
+                if fortran or not shape or os.fstat(file.fileno()).st_size != expected:
+                    raise ValueError(f"{expected} bytes expected")
+        except (OSError, ValueError) as error:
+            raise damaged(path, first_line(error)) from error
+        return shape, dtype, offset
+
+    @staticmethod
+    def list(path, suffix, labels):
+        stamps = stamps_of(path, path / "index.npy", path / "dataset.json")
+        try:
+            table = np.load(path / "index.npy", allow_pickle=False)
+        except ARRAY_ERRORS as error:
+            raise damaged(path / "index.npy", first_line(error)) from error
+        if table.ndim != 2 or table.shape[1] != 2 or table.dtype != np.int64 or (np.diff(table[:, 0]) <= 0).any():
+            raise damaged(path / "index.npy", "int64 (n, 2) with ascending numbers expected")
+        if not is_file(path / "dataset.json"):
+            raise BadInput(f"{path} is not packed to its end, having no dataset.json; run the command that packs it again.")
+        numbers, values, names = labels_of(path / "dataset.json")
+        if not np.array_equal(numbers, table[:, 0]):
+            raise BadInput(f"{path}/dataset.json names other entries than index.npy; pack the data again.")
+        names = np.array([os.fsencode(name) for name in names], "S")
+        return stamps, Listing(numbers, names, table[:, 1:].copy(), numbers, values)
+
+    def name(self, i):
+        shard = bisect.bisect_right(self.starts, i) - 1
+        return f"{self.shards[shard]}, row {i - self.starts[shard]} ({os.fsdecode(self.listing.names[i])}),"
+
+    def fill(self, i, row):
+        """Read entry i into the contiguous array `row`."""
+        shard = bisect.bisect_right(self.starts, i) - 1
+        place = self.offsets[shard] + (i - self.starts[shard]) * row.nbytes
+        try:
+            if shard not in self.files:
+                self.files[shard] = open(self.shards[shard], "rb", buffering=0)  # noqa: SIM115 - open as long as the data set
+            read = os.preadv(self.files[shard].fileno(), [row.reshape(-1).view(np.uint8)], place)
+        except OSError as error:
+            raise damaged(self.name(i), first_line(error)) from error
+        if read != row.nbytes:
+            raise damaged(self.name(i), "cut short while in use")
+
+    def sizes(self):
+        return self.listing.where[:, 0]
+
+
+def form_of(data_dir, kind):
+    """(Folder, Zip or Packed, its path)."""
+    folder, archive = Path(data_dir) / kind, Path(data_dir) / f"{kind}.zip"
+    with reading(folder):
+        if not folder.is_dir() and archive.is_file():
+            return Zip, archive
+        return (Packed if (folder / "index.npy").is_file() else Folder), folder
+
+
+def open_files(data_dir, kind, suffix, labels=True):
+    """The files of one kind. Raises BadInput where there are none, or where some are not as they should be.
+
+    Without `labels` no dataset.json is needed. Many entries are not listed again as long as nothing has changed:
+    {data}/.index-{kind} holds the listing, and the time stamps of every folder (of the zip; of what a packed form lists),
+    which differ as soon as a file comes, goes or is replaced. A file that is written over in place changes no folder:
+    what it holds is checked when it is read, here as everywhere.
+    """
+    form, path = form_of(data_dir, kind)
+    key = {"form": form.__name__, "suffix": suffix, "labels": labels}
+    return form(path, indexed(Path(data_dir) / f".index-{kind}", key, lambda: form.list(path, suffix, labels)))
+
+
+def decode_image(data, name, resolution):
+    """The bytes of a picture of `resolution` pixels a side -> uint8 (3, R, R). Raises BadInput, calling the picture `name`.
+
+    A plain RGB PNG goes to imagecodecs, whose libpng takes two thirds of Pillow's time (benchmarks/README.md) and refuses
+    every damaged file, of which Pillow shows some; all else goes to Pillow.
+    """
+    if imagecodecs is not None and data[12:26] == struct.pack(">4sIIBB", b"IHDR", resolution, resolution, 8, 2):
+        try:
+            pixels = imagecodecs.png_decode(data)
+        except imagecodecs.PngError as error:
+            raise unreadable(name, error) from error
+        if pixels.shape == (resolution, resolution, 3):  # not where one colour is marked as transparent
+            return pixels.transpose(2, 0, 1)
+    try:
+        with open_image(io.BytesIO(data)) as picture:
+            if picture.mode not in ("RGB", "L", "P") or picture.size != (resolution, resolution):
+                raise BadInput(f"{name} is {picture.mode} of {picture.width}x{picture.height}; expected RGB of "
+                               f"{resolution}x{resolution} (--resolution).")
+            picture.load()
+            return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+    except IMAGE_ERRORS as error:
+        raise unreadable(name, error) from error
+
+
+def unreadable(name, error):
+    return BadInput(f"{name} is no readable image ({first_line(error)}); make it again.")

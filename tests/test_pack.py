@@ -1,0 +1,156 @@
+"""pack: the same bytes whenever it was killed, what it refuses, and a run that goes on from the folder to packed data."""
+import os
+import random
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train
+from dataset import LatentImages
+from files import BadInput
+from preprocessing import dataset_tools
+from preprocessing import pack as pack_module
+from tests.conftest import CLASSES, SERVER, call_main, write_tiny_data
+from tests.test_resume import assert_same_run
+from tests.test_storage import packed_into, write_mirrored
+from tests.test_train import train_arguments
+
+KILLS = 8
+
+
+def slow_rows():
+    """Called by the script before it starts: an entry takes long enough to be killed in."""
+    read = LatentImages.read
+
+    def slowly(*args):
+        time.sleep(0.004)
+        read(*args)
+    LatentImages.read = slowly
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_mirrored(write_tiny_data(tmp_path_factory.mktemp("source") / "data", count=40))
+
+
+@pytest.fixture(scope="module")
+def packed(source, tmp_path_factory):
+    """From one uninterrupted call; tests must not change it."""
+    return packed_into(source, tmp_path_factory.mktemp("packed") / "packed", "--rows", 3)
+
+
+def test_rows_are_plain_arrays(source, packed):
+    """Read by nothing but NumPy: the entries in the order of their numbers, at most --rows a file."""
+    files = sorted(path for path in (packed / "vae-sd").glob("*.npy") if path.name != "index.npy")
+    parts = [np.load(path, mmap_mode="r", allow_pickle=False) for path in files]
+    assert [len(part) for part in parts] == [3] * 13 + [1] and parts[0].dtype == np.float32
+    expected = [np.load(path) for path in sorted((source / "vae-sd").rglob("*.npy"))]
+    assert np.array_equal(np.concatenate(parts), expected)
+    table = np.load(packed / "images/index.npy", allow_pickle=False)
+    sizes = [path.stat().st_size for path in sorted((source / "images").rglob("*.png"))]
+    assert np.array_equal(table, np.stack([np.arange(40), sizes], axis=1))
+    pixels = np.load(packed / "images/00002.npy", allow_pickle=False)
+    assert pixels.dtype == np.uint8 and pixels.shape == (3, 3, 64, 64)
+
+
+def test_killed_at_any_moment(source, packed, tmp_path):
+    """kill -9 after each of some files: the same command goes on, keeps what was whole, and ends with the same bytes."""
+    rng, dest, kills, killed_inside = random.Random(0), tmp_path / "dest", 0, 0
+    arguments = ["pack", "--source", source, "--dest", dest, "--resolution", 64, "--rows", 3, "--num-workers", 2]
+    while kills < KILLS:
+        before = {path: path.stat().st_mtime_ns for path in dest.rglob("*.npy")}
+        process = SERVER.start("preprocessing/dataset_tools.py", *arguments, before="tests.test_pack.slow_rows")
+        goal, deadline = len(before) + rng.randint(1, 4), time.monotonic() + 60
+        while len(list(dest.rglob("*.npy"))) < goal and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.01))
+        assert process.kill() == -signal.SIGKILL, process.stderr
+        kills += 1
+        killed_inside += bool(list(dest.rglob(".*.tmp")))
+        assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+    assert killed_inside >= KILLS // 2  # files half-written, under names of no meaning
+    assert SERVER.start("preprocessing/dataset_tools.py", *arguments).wait() == 0
+    assert contents(dest) == contents(packed)
+    stamps = {path: path.stat().st_mtime_ns for path in dest.rglob("*.npy")}
+    packed_into(source, dest, "--rows", 3)  # is done: nothing is written again
+    assert contents(dest) == contents(packed) and all(path.stat().st_mtime_ns == old for path, old in stamps.items())
+
+
+def test_killed_before_the_end_is_named(packed, tmp_path):
+    """A folder without its last file is no data set yet."""
+    shutil.copytree(packed, tmp_path / "packed")
+    (tmp_path / "packed/vae-sd/dataset.json").unlink()
+    with pytest.raises(BadInput, match="vae-sd is not packed to its end, having no dataset.json; run the command"):
+        LatentImages(tmp_path / "packed", 64, CLASSES)
+
+
+def test_images_come_later(source, packed, tmp_path):
+    """--latents-only first, the images by the whole command: all in all the same."""
+    dest = packed_into(source, tmp_path / "dest", "--rows", 3, "--latents-only")
+    assert not (dest / "images").exists()
+    stamps = {path: path.stat().st_mtime_ns for path in dest.rglob("*.npy")}
+    packed_into(source, dest, "--rows", 3)
+    assert contents(dest) == contents(packed) and all(path.stat().st_mtime_ns == old for path, old in stamps.items())
+
+
+def test_files_of_a_large_set_stay_few(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_module, "ROWS", 2)
+    monkeypatch.setattr(pack_module, "FILES", 5)
+    assert len(list(packed_into(source, tmp_path / "dest").glob("images/0*.npy"))) == 5
+
+
+def test_a_bad_entry_ends_it_without_harm(source, packed, tmp_path):
+    """By its name; what is whole stays, nothing is half there, and a better file is all that the same command needs."""
+    copy = shutil.copytree(source, tmp_path / "copy")
+    path = copy / "images/00000/img00000020.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(BadInput, match="img00000020.png is no readable image"):
+        packed_into(copy, tmp_path / "dest", "--rows", 3)
+    there, expected = contents(tmp_path / "dest"), contents(packed)
+    assert not (tmp_path / "dest/images/dataset.json").exists() and not any(name.suffix == ".tmp" for name in there)
+    assert all(content == expected[name] for name, content in there.items() if str(name.parent) != "images" or name.stem < "1")
+    path.write_bytes(whole)
+    packed_into(copy, tmp_path / "dest", "--rows", 3)
+    assert contents(tmp_path / "dest") == expected
+
+
+def test_an_image_replaced_after_it_was_packed(source, packed, tmp_path):
+    """Its file of rows is made again, no other."""
+    copy, dest = shutil.copytree(source, tmp_path / "copy"), shutil.copytree(packed, tmp_path / "dest")
+    stamps = {path: path.stat().st_mtime_ns for path in dest.rglob("0*.npy")}
+    Image.new("RGB", (64, 64), "red").save(copy / "images/00000/img00000020.png")
+    packed_into(copy, dest, "--rows", 3)
+    assert (LatentImages(dest, 64, CLASSES).image(20)[0] == 255).all()
+    assert [path.name for path, old in stamps.items() if path.stat().st_mtime_ns != old] == ["00006.npy"]
+
+
+def test_no_room(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("", (), {"free": 10 ** 5}))
+    with pytest.raises(BadInput, match="0.0 GB are needed in .*vae-sd, which has 0.0 GB free; make room, or name another --dest"):
+        packed_into(source, tmp_path / "dest")
+
+
+def test_a_run_goes_on_from_the_folder_to_packed_data(monkeypatch, source, packed, teacher_file, tmp_path):
+    """And mirrored: bit for bit what it would have been in the folder, across the early stop."""
+    more = ["--enc-weights", teacher_file, "--early-stop-point", 4, "--hflip", "--num-workers", 2]
+    for part, data, steps in (("whole", source, 6), ("parts", source, 3), ("parts", packed, 6)):
+        call_main(monkeypatch, train, *train_arguments(data, tmp_path / part, *more, "--max-train-steps", steps))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 6)
+    call_main(monkeypatch, train, *train_arguments(source, tmp_path / "plain", *more[:4], "--max-train-steps", 6))
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "whole", tmp_path / "plain", 6)
+
+
+def test_help_names_every_command(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        call_main(monkeypatch, dataset_tools, "--help")
+    assert end.value.code == 0 and "pack" in capsys.readouterr().out

@@ -1,0 +1,354 @@
+"""Folder, zip and packed hold one data set: the same items, name and order of it; the index; mirrored latents; the loader."""
+import hashlib
+import itertools
+import json
+import logging
+import os
+import pickle
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import listing
+import storage
+from benchmarks import synthetic
+from benchmarks.data import Published
+from dataset import LatentImages
+from files import BadInput
+from loader import StepBatches, load_batches
+from preprocessing import dataset_tools
+from storage import decode_image
+from tests.conftest import CLASSES, call_main, write_tiny_data
+
+KINDS = {"images": ".png", "vae-sd": ".npy", "vae-sd-hflip": ".npy"}
+
+
+def write_zips(source, dest, method=zipfile.ZIP_STORED, extra=b""):
+    """A zip of each kind that `source` has, its members in no order."""
+    dest.mkdir(parents=True, exist_ok=True)
+    for kind in KINDS:
+        if (source / kind).is_dir():
+            with zipfile.ZipFile(dest / f"{kind}.zip", "w") as archive:
+                for path in sorted((source / kind).rglob("*.*"), reverse=True):
+                    member = zipfile.ZipInfo(path.relative_to(source / kind).as_posix())
+                    member.compress_type, member.extra = method, extra
+                    archive.writestr(member, path.read_bytes())
+    return dest
+
+
+def write_mirrored(folder):
+    """vae-sd-hflip: what the VAE would have made of the mirrored images; here all numbers are one higher."""
+    for path in (folder / "vae-sd").rglob("*.npy"):
+        to = folder / "vae-sd-hflip" / path.relative_to(folder / "vae-sd")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        np.save(to, np.load(path) + 1)
+    return folder
+
+
+def packed_into(source, dest, *more):
+    with pytest.MonkeyPatch.context() as patch:
+        call_main(patch, dataset_tools, "pack", "--source", source, "--dest", dest, "--resolution", 64, "--num-workers", 2, *more)
+    return dest
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory):
+    """{form: folder} of one data set of 24 entries, with gaps in the numbers; tests must not change it."""
+    world = tmp_path_factory.mktemp("forms")
+    folder = write_tiny_data(world / "folder", count=26)
+    for kind in ("images", "vae-sd"):
+        path = folder / kind / "dataset.json"
+        labels = [entry for entry in json.loads(path.read_text())["labels"] if not entry[0].endswith(("03.png", "03.npy", "25.png",
+                                                                                                     "25.npy"))]
+        path.write_text(json.dumps({"labels": labels[::-1]}))
+        for number in (3, 25):
+            next((folder / kind).rglob(f"*{number:08d}{KINDS[kind]}")).unlink()
+    write_mirrored(folder)
+    mixed = packed_into(folder, world / "mixed", "--latents-only")
+    shutil.copy(write_zips(folder, world / "zip") / "images.zip", mixed)
+    extra = b"\x99\x99\xff\0" + bytes(255)  # a field of no meaning, longer than the reader expects
+    return {"folder": folder, "zip": world / "zip", "deflated": write_zips(folder, world / "deflated", zipfile.ZIP_DEFLATED),
+            "extra": write_zips(folder, world / "extra", extra=extra), "packed": packed_into(folder, world / "packed", "--rows", 7),
+            "packed zip": packed_into(world / "zip", world / "packed zip"), "mixed": mixed}
+
+
+NAMES = ("folder", "zip", "deflated", "extra", "packed", "packed zip", "mixed")
+
+
+@pytest.mark.parametrize("form", NAMES)
+def test_every_form_is_the_same_data_set(forms, form):
+    """Against the files themselves, paired and labelled by a loop over dataset.json."""
+    data, folder = LatentImages(forms[form], 64, CLASSES), forms["folder"]
+    entries = sorted((name, label) for name, label in json.loads((folder / "images/dataset.json").read_text())["labels"])
+    assert len(data) == len(entries) == 24 and data.decodes == (not form.startswith("packed"))
+    for i, (name, label) in enumerate(entries):
+        with Image.open(folder / "images" / name) as picture:
+            image = np.asarray(picture)
+        moments = np.load(folder / "vae-sd" / name.replace("img", "img-mean-std-").replace(".png", ".npy"))
+        for item in (data[i], {name: value[1] for name, value in data.batch([0, i + 24]).items()}):
+            assert np.array_equal(item["image"].permute(1, 2, 0), image) and np.array_equal(item["moments"], moments)
+            assert (int(item["y"]), int(item["position"])) == (label, i)
+        assert torch.equal(data.image(i), data[i]["image"]) and torch.equal(data.moments(i), data[i]["moments"])
+        assert data.condition(i) == label
+    plain = LatentImages(folder, 64, CLASSES)
+    assert data.fingerprint() == plain.fingerprint() and data.fingerprint(files=True) == plain.fingerprint(files=True)
+    without = LatentImages(forms[form], 64, CLASSES, images=False)
+    assert without.fingerprint() == plain.fingerprint() and "image" not in without[3] and not without.decodes
+
+
+def test_the_name_of_a_data_set_is_the_one_it_always_had(tiny_data):
+    """Checkpoints hold it: the hash of the numbers and labels as JSON."""
+    text = json.dumps([list(range(64)), [i % CLASSES for i in range(64)]])
+    assert LatentImages(tiny_data, 64, CLASSES).fingerprint() == hashlib.sha256(text.encode()).hexdigest()
+
+
+def batches_of(data, workers, first=0):
+    return list(load_batches(data, StepBatches(len(data), 8, 0, first, 9), workers, pin=False))
+
+
+def assert_same_batches(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+@pytest.mark.parametrize("form", ["folder", "zip", "packed"])
+def test_workers_and_forms_change_nothing(forms, form):
+    """By processes, by threads or by neither, with mirroring: the batches of the folder read one by one."""
+    expected = batches_of(LatentImages(forms["folder"], 64, CLASSES, hflip=True), 0)
+    assert [len(batch["y"]) for batch in expected] == [8] * 9 and {int(p) for b in expected[:3] for p in b["position"]} == {*range(24)}
+    data = LatentImages(forms[form], 64, CLASSES, hflip=True)
+    for workers in (0, 2):
+        assert_same_batches(batches_of(data, workers), expected)
+    assert_same_batches(batches_of(data, 1, first=5), expected[5:])
+    data.images = False
+    for workers in (0, 2):
+        assert_same_batches(batches_of(data, workers), [{name: batch[name] for name in batch if name != "image"}
+                                                        for batch in expected])
+
+
+@pytest.mark.parametrize("form", NAMES)
+def test_mirrored_latents_come_with_mirrored_images(forms, form):
+    """Which of the two is shown depends on seed, epoch and image; half of the visits show either."""
+    plain, data = (LatentImages(forms[form], 64, CLASSES, seed=5, hflip=hflip) for hflip in (False, True))
+    shown = []
+    for visit in range(24 * 20):
+        item, expected = data[visit], plain[visit]
+        mirrored = not torch.equal(item["moments"], expected["moments"])
+        assert torch.equal(item["moments"], expected["moments"] + mirrored)
+        assert torch.equal(item["image"], expected["image"].flip(-1) if mirrored else expected["image"])
+        assert item["y"] == expected["y"]
+        shown.append(mirrored)
+    assert 0.4 < np.mean(shown) < 0.6
+    assert len({tuple(shown[24 * epoch:24 * epoch + 24]) for epoch in range(20)}) == 20
+    other = LatentImages(forms[form], 64, CLASSES, seed=6, hflip=True)
+    assert [other.shows_mirrored(visit) for visit in range(48)] != shown[:48]
+    assert data.fingerprint() == plain.fingerprint()
+    assert torch.equal(data.moments(3), plain.moments(3)) and torch.equal(data.image(3), plain.image(3))  # of previews
+
+
+def test_tables_hold_no_python_objects(forms):
+    """Each would cost every loader process the pages that its reference count lies on."""
+    for form in ("folder", "zip", "packed"):
+        data = LatentImages(forms[form], 64, CLASSES, hflip=True)
+        for owner in (data, *(part for files in (data.latents, data.pictures, data.mirrored) for part in (files, files.listing))):
+            for name, value in owner._asdict().items() if isinstance(owner, tuple) else vars(owner).items():
+                assert not isinstance(value, (list, dict)) or len(value) < 24, (form, name)
+                assert not isinstance(value, np.ndarray) or not value.dtype.hasobject, (form, name)
+
+
+def test_a_loader_process_that_is_not_forked(forms):
+    for form in ("folder", "zip", "packed"):
+        data = LatentImages(forms[form], 64, CLASSES, hflip=True)
+        assert_same_batches([pickle.loads(pickle.dumps(data)).batch([1, 30])], [data.batch([1, 30])])
+
+
+def test_an_error_in_a_thread_is_the_sentence(data):
+    """At the batch it belongs to, and what is being read ahead ends."""
+    dataset = LatentImages(data, 64, CLASSES, images=False)
+    path = data / "vae-sd/00000/img-mean-std-00000003.npy"
+    np.save(path, np.load(path) * np.nan)
+    with pytest.raises(BadInput, match="00000003.npy holds float32 .*expected finite float32"):
+        batches_of(dataset, 2)
+
+
+def test_batches_that_nobody_wants(forms):
+    """A run that stops leaves its loader half-way."""
+    data = LatentImages(forms["packed"], 64, CLASSES)
+    loader = load_batches(data, itertools.repeat([0, 1]), 2, pin=False)
+    next(loader)
+    loader.close()
+
+
+# ---- pictures ----
+
+def test_decoders_agree(tmp_path, monkeypatch):
+    """What imagecodecs gives is what Pillow gives; pictures of other kinds go to Pillow."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8))
+    kinds = {"rgb": image, "grey": image.convert("L"), "palette": image.convert("P")}
+    for name, picture in kinds.items():
+        picture.save(tmp_path / f"{name}.png")
+    image.save(tmp_path / "marked.png", transparency=image.getpixel((0, 0)))
+    image.save(tmp_path / "profile.png", icc_profile=b"x" * 500, compress_level=0)
+    for path in tmp_path.iterdir():
+        expected = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
+        assert np.array_equal(decode_image(path.read_bytes(), path, 64), expected), path
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "imagecodecs", None)
+            assert np.array_equal(decode_image(path.read_bytes(), path, 64), expected), path
+
+
+def test_a_plain_png_does_not_go_to_pillow(tiny_data, monkeypatch):
+    pytest.importorskip("imagecodecs")
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("Pillow was asked"))
+    LatentImages(tiny_data, 64, CLASSES)
+
+
+# ---- the index ----
+
+@pytest.fixture
+def indexed(monkeypatch):
+    """Data sets of any size are indexed, however new they are. Returns the kinds listed so far."""
+    made, index = [], listing.indexed
+    monkeypatch.setattr(listing, "INDEX_FROM", 1)
+    monkeypatch.setattr(listing, "SETTLED", -1e9)
+    monkeypatch.setattr(storage, "indexed", lambda cache, key, make: index(
+        cache, key, lambda: made.append(cache.name.removeprefix(".index-")) or make()))
+    return made
+
+
+def touch(path):
+    """A new time stamp, as any rewriting gives."""
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10 ** 9))
+
+
+@pytest.mark.parametrize("form", NAMES)
+def test_listed_once(forms, form, indexed, tmp_path):
+    folder = shutil.copytree(forms[form], tmp_path / "data")
+    first = LatentImages(folder, 64, CLASSES, hflip=True)
+    assert sorted(indexed) == sorted(KINDS)
+    again = LatentImages(folder, 64, CLASSES, hflip=True)
+    assert sorted(indexed) == sorted(KINDS)
+    assert_same_batches([again.batch(range(24))], [first.batch(range(24))])
+    assert again.fingerprint(files=True) == first.fingerprint(files=True)
+    moved = LatentImages(folder.rename(tmp_path / "moved"), 64, CLASSES, hflip=True)
+    assert sorted(indexed) == sorted(KINDS)
+    assert torch.equal(moved.image(3), LatentImages(forms["folder"], 64, CLASSES).image(3))
+
+
+def new_entry(folder):
+    for kind, name in (("images", "00007/img00007000.png"), ("vae-sd", "00007/img-mean-std-00007000.npy")):
+        (folder / kind / "00007").mkdir()
+        shutil.copy(next((folder / kind).rglob(f"*0{KINDS[kind]}")), folder / kind / name)
+        path = folder / kind / "dataset.json"
+        path.write_text(json.dumps({"labels": [*json.loads(path.read_text())["labels"], [name, 1]]}))
+
+
+def replaced_latent(folder):
+    path = folder / "vae-sd/00000/img-mean-std-00000002.npy"
+    content = path.read_bytes()
+    path.with_name("new").write_bytes(content[:-4])
+    path.with_name("new").replace(path)
+
+
+def removed_image(folder):
+    (folder / "images/00000/img00000002.png").unlink()
+
+
+def relabelled(folder):
+    path = folder / "images/dataset.json"
+    path.write_text(path.read_text().replace("2]", "1]"))
+
+
+CHANGES = {"an entry more": (new_entry, None), "a latent replaced": (replaced_latent, "img-mean-std-00000002.npy has 8316 bytes"),
+           "an image less": (removed_image, "images has no .png file of index 00000002"),
+           "a label": (relabelled, "has label 1 in images/dataset.json and 2 in")}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_any_change_is_seen(tmp_path, indexed, name):
+    """Whatever was known of the data before."""
+    change, words = CHANGES[name]
+    folder = write_tiny_data(tmp_path / "data", count=8)
+    assert len(LatentImages(folder, 64, CLASSES)) == 8
+    change(folder)
+    if words:
+        with pytest.raises(BadInput, match=words):
+            LatentImages(folder, 64, CLASSES)
+    else:
+        assert len(LatentImages(folder, 64, CLASSES)) == 9
+    assert len(indexed) > 2
+
+
+def test_changed_zips_and_packed_data_are_seen(forms, indexed, tmp_path):
+    for form, path in (("zip", "images.zip"), ("packed", "images/dataset.json"), ("packed", "images/index.npy")):
+        folder = tmp_path / f"{form}{path[-4:]}"
+        shutil.copytree(forms[form], folder)
+        LatentImages(folder, 64, CLASSES)
+        del indexed[:]
+        touch(folder / path)
+        LatentImages(folder, 64, CLASSES)
+        assert indexed == ["images"]
+    shutil.rmtree(folder / "images")
+    shutil.copytree(forms["folder"] / "images", folder / "images")
+    assert LatentImages(folder, 64, CLASSES).decodes and indexed == ["images"] * 2
+
+
+def test_a_file_written_over_in_place_is_found_when_it_is_read(tmp_path, indexed):
+    folder = write_tiny_data(tmp_path / "data", count=8)
+    LatentImages(folder, 64, CLASSES)
+    path = folder / "vae-sd/00000/img-mean-std-00000003.npy"
+    os.truncate(path, 4000)
+    data = LatentImages(folder, 64, CLASSES)
+    with pytest.raises(BadInput, match="00000003.npy is no readable .npy file .8192 bytes of numbers expected, 3872 there"):
+        data[3]
+
+
+@pytest.mark.parametrize("content", [b"", b"no index", b"PK\3\4 torn"])
+def test_a_damaged_index_is_made_again(tmp_path, indexed, content):
+    folder = write_tiny_data(tmp_path / "data", count=8)
+    LatentImages(folder, 64, CLASSES)
+    whole = (folder / ".index-images").read_bytes()
+    for torn in (content, whole[:len(whole) // 2], whole[:-30]):
+        (folder / ".index-images").write_bytes(torn)
+        assert len(LatentImages(folder, 64, CLASSES)) == 8
+        assert (folder / ".index-images").read_bytes() == whole
+    assert indexed.count("images") == 4 and indexed.count("vae-sd") == 1
+
+
+def test_a_folder_that_takes_no_files(tmp_path, indexed, caplog):
+    """As on a read-only disk: the data are listed at each start, and the log says why."""
+    folder = write_tiny_data(tmp_path / "data", count=8)
+    for kind in ("images", "vae-sd"):
+        (folder / f".index-{kind}/in the way").mkdir(parents=True)
+    with caplog.at_level(logging.INFO, logger="haste"):
+        for _ in range(2):
+            assert len(LatentImages(folder, 64, CLASSES)) == 8
+    assert len(indexed) == 4 and "index-images could not be written" in caplog.text and "listed anew" in caplog.text
+
+
+def test_small_and_new_data_are_not_indexed(tmp_path, monkeypatch):
+    folder = write_tiny_data(tmp_path / "data", count=8)
+    LatentImages(folder, 64, CLASSES)
+    monkeypatch.setattr(listing, "INDEX_FROM", 1)
+    LatentImages(folder, 64, CLASSES)  # written a moment ago: what changes within a stamp's grain would not be seen
+    assert not list(folder.glob(".index*"))
+
+
+# ---- made-up data of the benchmarks ----
+
+def test_synthetic_data(tmp_path, monkeypatch):
+    """Three forms of one data set, and the published loader's restatement reads from it what ours does."""
+    call_main(monkeypatch, synthetic, tmp_path, "--n", 12, "--resolution", 32, "--distinct", 5)
+    published = Published(tmp_path / "folder")
+    for form in synthetic.FORMS:
+        ours = LatentImages(tmp_path / form, 32, synthetic.CLASSES)
+        assert len(ours) == len(published) == 12
+        for i in range(12):
+            assert all(torch.equal(torch.as_tensor(a), b) for a, b in zip(
+                (ours[i]["image"], ours[i]["moments"], ours[i]["y"]), published[i], strict=True))
