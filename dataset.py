@@ -57,6 +57,11 @@ def check_bytes(what, folder, files):
                            "truncated; make it again.")
 
 
+def some_moments(data):
+    """Numbers of the first, middle and last moments of a data set."""
+    return [data.moments(i).flatten().tolist() for i in (0, len(data) // 2, len(data) - 1)]
+
+
 def digest(entries):
     """A name for a data set: the hash of plain values that describe it."""
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
@@ -187,8 +192,9 @@ class LatentImages(Dataset):
         return {name: value[0] for name, value in self.batch([visit]).items()}
 
     def fingerprint(self, files=False):
-        """Text that names this data set wherever it lies: indices, labels; with `files` images' names and sizes too."""
-        entries = [self.indices.tolist(), self.labels.tolist()]
+        """Text that names this data set wherever it lies and in whatever form: indices, labels and three of the latents, which
+        another VAE or another crop would have made differently; with `files` images' names and sizes too."""
+        entries = [self.indices.tolist(), self.labels.tolist(), some_moments(self)]
         if files:
             names, sizes = (self.pictures.listing.names, self.pictures.sizes()) if self.pictures else (self.indices[:0],) * 2
             entries += [[os.fsdecode(name) for name in names.tolist()], sizes.tolist()]
@@ -312,8 +318,8 @@ class CaptionedImages(Dataset):
         return item | {"image": self.image(i)} if self.images else item
 
     def fingerprint(self, files=False):
-        """Text that names this data set wherever it lies: indices, captions; with `files` sizes of the images too."""
-        entries = [self.indices, self.counts, self.context_shape]
+        """The same of indices, number of captions, shape of the text and three of the latents; with `files` sizes of images."""
+        entries = [self.indices, self.counts, self.context_shape, some_moments(self)]
         if files:
             with reading(self.folder):
                 entries.append([(self.folder / f"{i}.png").stat().st_size for i in self.indices])

@@ -30,7 +30,8 @@ class Ring:
         self.group = dist.new_group(backend="gloo", timeout=FOREVER)
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self.over, self.lost = threading.Event(), threading.Event()  # one of them is set at the end
-        threading.Thread(target=self._listen, daemon=True).start()
+        self.thread = threading.Thread(target=self._listen, daemon=True)
+        self.thread.start()
 
     def _listen(self):
         word = torch.tensor([ILL])
@@ -65,6 +66,7 @@ def leave():
         dist.barrier(group=_ring.group)
         _ring.tell(WELL)
         _ring.over.wait()
+        _ring.thread.join()  # it must not be the one that takes the group apart: Python may be gone by then
         _ring = None
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -100,9 +100,10 @@ def test_every_form_is_the_same_data_set(forms, form):
     assert without.fingerprint() == plain.fingerprint() and "image" not in without[3] and not without.decodes
 
 
-def test_the_name_of_a_data_set_is_the_one_it_always_had(tiny_data):
-    """Checkpoints hold it: the hash of the numbers and labels as JSON."""
-    text = json.dumps([list(range(64)), [i % CLASSES for i in range(64)]])
+def test_the_name_of_a_data_set_is_written_out(tiny_data):
+    """Checkpoints hold it: the hash of numbers, labels and three of the moments as JSON."""
+    moments = [np.load(tiny_data / f"vae-sd/00000/img-mean-std-{i:08d}.npy").flatten().tolist() for i in (0, 32, 63)]
+    text = json.dumps([list(range(64)), [i % CLASSES for i in range(64)], moments])
     assert LatentImages(tiny_data, 64, CLASSES).fingerprint() == hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -232,6 +232,16 @@ def test_a_published_checkpoint_is_continued(monkeypatch, tiny_data, teacher_fil
         assert torch.equal(value, checkpoint(tmp_path, 5)["model"][name]), name
 
 
+def test_other_latents_under_the_same_names_are_other_data(monkeypatch, data, tmp_path):
+    """As another VAE makes them."""
+    arguments = train_arguments(data, tmp_path, "--enc-type", "none", "--max-train-steps")
+    run(monkeypatch, *arguments, 1)
+    for path in (data / "vae-sd").rglob("*.npy"):
+        np.save(path, -3 * np.load(path))
+    with pytest.raises(BadInput, match="belongs to another run: data was"):
+        run(monkeypatch, *arguments, 2)
+
+
 def test_another_run_is_refused_before_its_first_checkpoint(monkeypatch, tiny_data, tmp_path):
     run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 1))
     (tmp_path / "run/checkpoints/0000001.pt").unlink()
