@@ -2,10 +2,10 @@
 
     python benchmarks/preprocessing.py [--images 512] [--rounds 3]
 
-The source is a folder of synthetic JPEGs of 500 x 375 pixels and about 100 KB, ImageNet's usual size; they are converted to
-256 px by center-crop-dhariwal, and to 64 px for the embedded VAE. Each row is a whole command but for the imports: list,
-work, flush every file to the disk, check. Variants take turns, so compare within one run; on a busy machine the CPU time,
-of all processes and for each picture, says more.
+The source is a folder of synthetic JPEGs of 500 x 375 pixels, ImageNet's usual size, and 77 KB. They are converted to 256 px
+by center-crop-dhariwal, and to 64 px for the embedded VAE. Each row is a whole command but for the imports: list, work,
+flush every file to the disk, check. Variants take turns, so compare within one run; on a busy machine the CPU time, of all
+processes and for each picture, says more.
 """
 import argparse
 import contextlib
