@@ -79,8 +79,8 @@ def load_vae(model_url, side):
     return vae
 
 
-def load_picture(source, side, on_error, i):
-    """uint8 (3, side, side) of picture i, or the BadInput that says what is wrong with it."""
+def load_picture(source, side, on_error, hflip, i):
+    """uint8 (3, side, side) of picture i, mirrored if asked, or the BadInput that says what is wrong with it."""
     name = source.names[i]
     try:
         image = pixels.read_rgb(read(source.pieces[i], name), name)
@@ -91,7 +91,8 @@ def load_picture(source, side, on_error, i):
         if on_error == "stop":
             raise
         return error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return (picture.flip(-1) if hflip else picture).contiguous()
 
 
 def npy_bytes(array):
@@ -134,7 +135,8 @@ def encode_groups(vae, groups, load, names, have, destination, batch_size, threa
     return failures
 
 
-def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE, threads=THREADS, on_error="skip"):
+def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE, threads=THREADS, on_error="skip",
+           hflip=False):
     """The whole command, by all processes together. Raises BadInput for what cannot be done, as the module says."""
     state = PartialState()
     source = open_source(source_path, max_images)
@@ -149,7 +151,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     vae = load_vae(model_url, side) if groups else None
     state.wait_for_everyone()  # all have seen what is there
     if state.is_main_process:
-        settings = {"command": "encode", "vae": weights_key(model_url), "batch_size": batch_size,
+        settings = {"command": "encode", "vae": weights_key(model_url), "batch_size": batch_size, "hflip": hflip,
                     "pictures": digest([source.names, source.labels, destinations.origin(source_path)])}
         made = destination.begin(settings, {"source": str(source_path), "model_url": str(model_url)})
     state.wait_for_everyone()
@@ -159,7 +161,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
 
     failures = {}
     if vae:
-        load = functools.partial(load_picture, source, side, on_error)
+        load = functools.partial(load_picture, source, side, on_error, hflip)
         with progress("encode", len(names), len(have), disable=not state.is_main_process) as bar:
             failures = encode_groups(vae, groups, load, names, have, destination, batch_size, threads, bar)
     for failed in gather_object([failures]):  # which also waits for all
@@ -190,6 +192,8 @@ def add_arguments(add):
     add("--batch-size", type=int, default=BATCH_SIZE, help=f"pictures at a time and process (default {BATCH_SIZE})")
     add("--num-workers", type=int, default=THREADS,
         help=f"threads that read pictures, per process (default {THREADS})")
+    add("--hflip", action="store_true", help="encode the mirror images, for train.py --hflip: --dest=DATA/vae-sd-hflip, beside "
+        "the latents of the pictures as they are")
     add("--allow-tf32", action="store_true", help="TF32 in the VAE on Ampere and newer: faster, less exact")
     add("--on-error", choices=("skip", "stop"), default="skip", help="what to do about pictures that cannot be used: "
         "leave them out and list them in made.json, or end with the first (default skip)")
@@ -201,5 +205,6 @@ def run(args):
     watch_others()
     tune(state.num_processes, args.allow_tf32)
     torch.backends.cudnn.deterministic = True
-    encode(args.source, args.dest, args.model_url, args.max_images, args.batch_size, args.num_workers, args.on_error)
+    encode(args.source, args.dest, args.model_url, args.max_images, args.batch_size, args.num_workers, args.on_error,
+           args.hflip)
     leave()

@@ -141,6 +141,24 @@ def test_batches_equal_single_pictures(made, tmp_path, monkeypatch):
             np.testing.assert_allclose(moments(odd[name]), moments(whole[name]), rtol=1e-5, atol=1e-5)
 
 
+def test_mirrored_pictures_have_latents_of_their_own(made, tmp_path, monkeypatch):
+    """encode --hflip: what the VAE makes of the mirror image, under the same names, which train.py --hflip reads."""
+    for kind in ("images", "vae-sd"):
+        (tmp_path / kind).symlink_to(made / kind)
+    call_main(monkeypatch, dataset_tools, *encoding(made / "images", tmp_path / "vae-sd-hflip", "--hflip"))
+    assert files(tmp_path / "vae-sd-hflip").keys() == files(made / "vae-sd").keys()
+    data, vae = LatentImages(tmp_path, SIDE, CLASSES, hflip=True), VAE(str(VAE_FOLDER))
+    for i in (0, 20):
+        mirrored = data.image(i).flip(-1)
+        expected = vae.encode(mirrored[None])[0]
+        visit = next(visit for visit in range(i, 10 ** 4, len(data)) if data.shows_mirrored(visit))
+        torch.testing.assert_close(data[visit]["moments"], expected, rtol=1e-5, atol=1e-4)
+        assert torch.equal(data[visit]["image"], mirrored)
+        assert (expected - data.moments(i).flip(-1)).abs().max() > 1e-3  # and not the latent mirrored
+    with pytest.raises(BadInput, match=r"begun with other settings \(hflip\)"):
+        call_main(monkeypatch, dataset_tools, *encoding(made / "images", tmp_path / "vae-sd-hflip"))
+
+
 def test_processes_change_no_byte(source, made, tmp_path):
     for kind in ("", ".zip"):
         script("preprocessing/dataset_tools.py", *converting(source, tmp_path / f"images{kind}", "--num-workers=3"),

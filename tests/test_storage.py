@@ -209,6 +209,21 @@ def test_a_plain_png_does_not_go_to_pillow(tiny_data, monkeypatch):
     LatentImages(tiny_data, 64, CLASSES)
 
 
+@pytest.mark.parametrize("names", [
+    ["00000/img00000012.png", "00001/img00001003.png"], ["1.png", "22.png"], ["12.png", "a2.png"], ["x12y3.png", "x12y4.png"], [],
+    ["a/x1.png", "a/xx.png"], ["1.png", "1png."], ["1.npy", "1.n.y"], ["\u00e91.png", "\u00e92.png"], ["0" * 17 + "1.png", "0" * 17 + "2.png"],
+    ["0" * 18 + "1.png", "0" * 18 + "2.png"]])
+def test_numbers_of_many_names(names):
+    """Read column by column or not: those of index_of, or its sentence."""
+    def result(function):
+        try:
+            return list(function())
+        except BadInput as error:
+            return str(error)
+    expected = result(lambda: [listing.index_of(name) for name in names])
+    assert result(lambda: listing.indices_of(np.array([name.encode() for name in names], "S"))) == expected
+
+
 # ---- the index ----
 
 @pytest.fixture
