@@ -6,6 +6,7 @@ fused; four numbers a step are read back from the device.
 """
 import torch
 
+from encoders import VAE
 from loss import feature_loss, interpolant, mean_flat
 from models.layers import QK, unpatchify
 
@@ -34,8 +35,7 @@ def attention_loss(student, teacher, heads=12):
 def training_step(args, accelerator, model, ema, optimizer, teacher, pairs, batch, draws, y_null, aligned):
     """One step on `batch`; `teacher` taps all its blocks. Phase II (not `aligned`) does all of it but the two losses."""
     with torch.no_grad():
-        mean, std = batch["moments"].chunk(2, dim=1)
-        x = (mean + std * draws["posterior"]) * 0.18215
+        x = VAE.latents(batch["moments"], draws["posterior"])
         y = torch.where(draws["drop"] < args.cfg_prob, y_null, batch["y"])
         with accelerator.autocast():
             target = teacher(batch["image"])
@@ -50,7 +50,8 @@ def training_step(args, accelerator, model, ema, optimizer, teacher, pairs, batc
         attention = attention_loss([logits[s] for s, _ in pairs], [maps[t] for _, t in pairs])
         loss = denoise + args.proj_coeff * feature + args.attn_coeff * attention
     accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    accelerator.unscale_gradients(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():

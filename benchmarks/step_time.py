@@ -18,6 +18,7 @@ from pathlib import Path
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -108,14 +109,11 @@ class Run:
         loss_fn, teacher, aligned = SILoss(attn_pairs=self.pairs), self.teachers.get(variant), phase == 1
         if variant == "published":
             unfused = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0)
-
-            def work():
-                for group in unfused.param_groups:  # one state for both, so that memory is not counted twice
-                    unfused.state = optimizer.state
-                    group["foreach"] = None
-                published.training_step(self.args, self.accelerator, model, ema, self.accelerator.prepare(unfused), teacher,
-                                        self.pairs, self.batch, self.draws, self.y_null, aligned)
-            return work
+            unfused.state = optimizer.state  # one for both, so that memory is not counted twice
+            # Not by prepare(): the accelerator would unscale fp16's gradients once for each optimizer of these weights.
+            unfused = AcceleratedOptimizer(unfused, scaler=self.accelerator.scaler)
+            return lambda: published.training_step(self.args, self.accelerator, model, ema, unfused, teacher, self.pairs,
+                                                   self.batch, self.draws, self.y_null, aligned)
 
         def work():
             model.projectors.requires_grad_(aligned)
