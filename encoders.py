@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from files import ARRAY_ERRORS, BadInput, atomic_write, first_line, is_file, load_tensors, writing
+from files import ARRAY_ERRORS, BadInput, atomic_write, first_line, is_file, is_folder, load_tensors, writing
 from models.layers import QK, Alignment, compile_blocks
 from modify_dinov2.taps import tap_attention
 
@@ -30,10 +30,11 @@ def to_device(tensor, device):
 @contextlib.contextmanager
 def loading(what, source, remedy):
     """Turn whatever a library raises while it loads `source`, a folder or hub name, into BadInput."""
+    is_here = is_folder(source)
     try:
         yield
     except Exception as error:  # of any kind for a damaged folder: from the files' own parsers, from arithmetic on sizes
-        where = "" if os.path.isdir(source) else "no folder here, and not to be had from the hub: "
+        where = "" if is_here else "no folder here, and not to be had from the hub: "
         raise BadInput(f"{what} {source} could not be loaded ({where}{first_line(error)}); give {remedy}, or a hub name "
                        "with the network up.") from error
 

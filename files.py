@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import stat
 import sys
 import tempfile
 import tokenize
@@ -122,8 +123,21 @@ def reading(path):
 
 def is_file(path):
     """Whether `path` is a file. Raises BadInput where that cannot be told."""
+    return stat.S_ISREG(mode_of(path))
+
+
+def is_folder(path):
+    """Whether `path` is a folder. Raises BadInput where that cannot be told."""
+    return stat.S_ISDIR(mode_of(path))
+
+
+def mode_of(path):
+    """st_mode, 0 where nothing is; pathlib's own tests take what may not be looked at for absent from Python 3.14 on."""
     with reading(path):
-        return Path(path).is_file()
+        try:
+            return os.stat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return 0
 
 
 def check_writable(folder):
