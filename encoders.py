@@ -10,16 +10,18 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from files import ARRAY_ERRORS, BadInput, atomic_write, first_line, is_file, is_folder, load_tensors, writing
+from files import ARRAY_ERRORS, BadInput, atomic_write, first_line, is_file, is_folder, load_tensors, locked, writing
 from models.layers import QK, Alignment, compile_blocks
 from modify_dinov2.taps import tap_attention
 
 # --enc-type -> (timm's name, width of its tokens)
 TEACHERS = {f"dinov2{reg}-vit-{size[0]}": (f"vit_{size}_patch14{'_reg4' if reg else ''}_dinov2", width)
             for size, width in (("small", 384), ("base", 768), ("large", 1024), ("giant", 1536)) for reg in ("", "reg")}
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # --mixed-precision -> dtype; "no" has none
 
 
 def to_device(tensor, device):
@@ -167,9 +169,10 @@ class Teacher:
     Images are resized to patch * `grid` pixels, so that the teacher has `grid` x `grid` tokens as the student does.
     `attn_blocks` (0-based) are the blocks whose q and k are handed out. `num_blocks` keeps only the first blocks; the
     features are the final norm of the last one kept. Without `features` no block after the last tapped one runs.
+    `precision` is that of its products, "no" (float32), "fp16" or "bf16"; None: that of the autocast around it.
     """
 
-    def __init__(self, vit, grid, attn_blocks=(), num_blocks=None, features=True):
+    def __init__(self, vit, grid, attn_blocks=(), num_blocks=None, features=True, precision=None):
         num_blocks = num_blocks or len(vit.blocks)
         if num_blocks > len(vit.blocks) or any(not 0 <= block < num_blocks for block in attn_blocks):
             raise BadInput(f"The teacher has {len(vit.blocks)} blocks, of which {num_blocks} are to be used and "
@@ -179,7 +182,7 @@ class Teacher:
         vit.blocks = vit.blocks[:num_blocks]
         self.input_size = grid * vit.patch_embed.patch_size[0]
         vit.set_input_size((self.input_size, self.input_size))  # resamples the position table, bicubic, antialiased
-        self.vit, self.features, self.num_blocks = vit, features, num_blocks
+        self.vit, self.features, self.num_blocks, self.precision = vit, features, num_blocks, precision
         self.attn_blocks, self.attention = sorted(attn_blocks), tap_attention(vit, attn_blocks)
         self.mean = torch.tensor(IMAGENET_DEFAULT_MEAN).view(1, 3, 1, 1)
         self.std = torch.tensor(IMAGENET_DEFAULT_STD).view(1, 3, 1, 1)
@@ -192,11 +195,18 @@ class Teacher:
         """In place; of a tapped block the MLP alone, as compiled code passes hooks over."""
         compile_blocks(block.mlp if i in self.attn_blocks else block for i, block in enumerate(self.vit.blocks))
 
+    def autocast(self, device_type):
+        """What the blocks run under."""
+        if self.precision is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device_type, AUTOCAST.get(self.precision), enabled=self.precision != "no")
+
     @torch.no_grad()
     def __call__(self, images):
         x = (images.to(self.mean.device, non_blocking=True).float() / 255 - self.mean) / self.std
         x = F.interpolate(x, size=self.input_size, mode="bicubic", align_corners=False)
-        tokens = self.vit.forward_features(x)[:, self.vit.num_prefix_tokens:]  # (N, T, C), after the final norm
+        with self.autocast(x.device.type):
+            tokens = self.vit.forward_features(x)[:, self.vit.num_prefix_tokens:]  # (N, T, C), after the final norm
         attention = dict(self.attention)
         self.attention.clear()  # the hooks' dict must not keep this batch alive
         return Alignment([tokens] if self.features else [], attention)
@@ -214,17 +224,19 @@ class CachedTeacher:
     """The teacher's outputs for a whole data set, float16, memory-mapped: dataset positions (N,) -> Alignment.
 
     The outputs of an image never change while images are not augmented, so they are computed once, by all processes
-    together, into `folder`/{key}, where the key is made of the teacher's weights and the data's fingerprint.
+    together, into `folder`/{key}, where the key is made of the teacher's weights and precision and of the data's fingerprint.
+    A run that finds another one at it waits for what that makes.
     """
 
     def __init__(self, folder, teacher, dataset, accelerator, batch_size=32):
         self.device = accelerator.device
-        parts = (teacher.key(), accelerator.mixed_precision, dataset.fingerprint(files=True))
+        parts = (teacher.key(), teacher.precision or accelerator.mixed_precision, dataset.fingerprint(files=True))
         key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
         self.folder = Path(folder) / key
-        if not is_file(self.folder / "complete.json"):
-            with writing(self.folder):
-                self._build(Path(folder), teacher, dataset, accelerator, batch_size)
+        if not self._is_complete():
+            with writing(self.folder), locked(self.folder.with_suffix(".lock"), accelerator.is_main_process):
+                if not self._is_complete():  # by another run, meanwhile
+                    self._build(Path(folder), teacher, dataset, accelerator, batch_size)
         names = ["features0"] * teacher.features + [f"block{block}" for block in teacher.attn_blocks]
         try:
             self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
@@ -233,6 +245,10 @@ class CachedTeacher:
         except ARRAY_ERRORS as error:
             raise BadInput(f"The teacher cache {self.folder} is damaged ({first_line(error)}); delete it, and it is computed "
                            "again.") from error
+
+    def _is_complete(self):
+        """The same on all processes."""
+        return broadcast_object_list([is_file(self.folder / "complete.json")])[0]
 
     def _build(self, folder, teacher, dataset, accelerator, batch_size):
         if accelerator.is_main_process:

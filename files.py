@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import io
@@ -175,6 +176,19 @@ def remove_temporaries(folder, begin=""):
                 leftover.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def locked(path, wanted=True):
+    """Hold the file `path` as a lock, if `wanted`, waiting for whoever holds it; it is free when its holder is gone."""
+    if not wanted:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def check_inside(name, where):
     """`name`, a relative path out of the file `where`; raises BadInput when it would lead out of its folder."""
     plain = name.replace("\\", "/")
@@ -251,6 +265,8 @@ def load_tensors(path, mmap=False, verify=False):
                          "save it again as a plain state dict.") from error
     except (RuntimeError, EOFError, KeyError, ValueError, OSError, AttributeError, TypeError, IndexError, MemoryError,
             zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk's fault, not the file's
+            raise BadInput(f"{path} cannot be read now ({first_line(error)}); mend that and try again.") from error
         raise Unreadable(f"{damaged} ({first_line(error)}); get it again.") from error
 
 

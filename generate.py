@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import load_checkpoint, load_weights, sizes_of
-from encoders import VAE, to_device
+from encoders import AUTOCAST, VAE, to_device
 from files import (
     IMAGE_ERRORS,
     MOST_CLASSES,
@@ -129,8 +129,7 @@ def ready(model, weights, args, device):
     if args.compile:
         model.compile()
     if args.mixed_precision != "no":
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-        model.forward = torch.autocast(device.type, dtype)(model.forward)
+        model.forward = torch.autocast(device.type, AUTOCAST[args.mixed_precision])(model.forward)
     return model.to(device).eval()
 
 

@@ -45,17 +45,17 @@ def rows_of(path):
 class Metrics:
     """Loss terms of each step, kept on the device until `write` puts their means into metrics.csv and the tracker.
 
-    `state` is what a checkpoint of `start_step` has from state_dict(): the terms of the last steps, that no row has yet. With
-    them a run that was stopped anywhere writes the rows of one that was not. `scores` names more columns, for what `write`
+    `state` is what a checkpoint of `start_step` has from state_dict(): the terms of the last steps, that no row has yet, for
+    which `seconds` were taken. With them a run that was stopped anywhere writes the rows of one that was not. `scores` names more columns, for what `write`
     is given.
     """
 
-    def __init__(self, path, accelerator, start_step, state=None, scores=(), max_skipped=None):
+    def __init__(self, path, accelerator, start_step, state=None, scores=(), max_skipped=None, seconds=0.0):
         self.path, self.accelerator, self.columns = path, accelerator, [*COLUMNS, *scores]
         self.step, self.unseen = start_step, []
         self.names, self.pending = (state["names"], list(state["rows"])) if state else (TERMS, [])
-        self.max_skipped, self.in_a_row = max_skipped, 0
-        self.started = time.time()
+        self.max_skipped, self.in_a_row = max_skipped, (state or {}).get("in_a_row", 0)
+        self.started = time.time() - seconds
 
     def begin(self):
         """Write the file without the rows past the checkpoint that the run continues from: they are made again."""
@@ -101,7 +101,12 @@ class Metrics:
     def state_dict(self):
         """For a checkpoint: the terms that no row has yet, (n, len(TERMS)). Every process calls it; raises as settle does."""
         self.settle()
-        return {"names": list(self.names), "rows": torch.stack(self.pending) if self.pending else torch.zeros(0, len(TERMS))}
+        rows = torch.stack(self.pending) if self.pending else torch.zeros(0, len(TERMS))
+        return {"names": list(self.names), "rows": rows, "in_a_row": self.in_a_row}
+
+    def seconds(self):
+        """Since the last row."""
+        return time.time() - self.started
 
     def write(self, measures=()):
         """One row: means over the steps since the last row and all processes, {name: value}; skipped steps are counted.
@@ -113,7 +118,7 @@ class Metrics:
         finite = rows.isfinite().all(dim=1)
         means = {name: value for name, value in zip(TERMS, rows[finite].mean(dim=0).tolist(), strict=True)
                  if name in self.names}
-        seconds = time.time() - self.started
+        seconds = self.seconds()
         values = {**means, "skipped": int((~finite).sum())}
         for measure in measures:
             values |= measure()

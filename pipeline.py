@@ -71,6 +71,8 @@ def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale
     z = np.stack([rng.standard_normal(network.latent_shape, dtype=np.float32) for rng in streams])
     z = to_device(torch.from_numpy(z), y.device)
     velocity = guided(network, y, y_null, cfg_scale, guidance_low, guidance_high)
+    if mode not in ("ode", "sde"):
+        raise BadInput(f"mode {mode!r} is not known; use 'ode' or 'sde'.")
     if mode == "sde":
         return vae.decode(euler_maruyama_sampler(velocity, z, num_steps, path_type, noise_of(streams)))
     return vae.decode(euler_sampler(velocity, z, num_steps, heun))
@@ -96,6 +98,8 @@ class Pipeline:
         Image i depends on (seed, i) and its condition only. `sampling` is what `sample` takes, under its names and
         defaults: mode, num_steps, cfg_scale, guidance_low, guidance_high, heun. Raises BadInput for no such class.
         """
+        if isinstance(conditions, (str, int)):
+            raise BadInput(f"{conditions!r} is one condition; give a list, such as [{conditions!r}].")
         pictures = []
         for start in range(0, len(conditions), batch_size):
             batch = conditions[start:start + batch_size]
@@ -110,7 +114,10 @@ class Pipeline:
         if self.encode:
             y, y_null = torch.cat([self.encode([text]) for text in batch]), self.encode([""])
             return y, y_null.expand_as(y)
-        y, classes = torch.as_tensor(batch), self.network.num_classes
+        classes = self.network.num_classes
+        if any(isinstance(one, str) for one in batch):
+            raise BadInput(f"{list(batch)} are texts; this network knows classes: give whole numbers from 0 to {classes - 1}.")
+        y = torch.as_tensor(batch)
         if y.dtype != torch.int64 or y.min() < 0 or y.max() >= classes:
             raise BadInput(f"{list(batch)} are not all classes of this network; give whole numbers from 0 to {classes - 1}.")
         return y, torch.full_like(y, self.network.null_label)

@@ -7,6 +7,7 @@ SIGTERM and SIGUSR1 mean, from `listen` on,
         names only when complete
     after it        nothing: the run is over, and its exit status is its own
 """
+import logging
 import os
 import signal
 import threading
@@ -20,6 +21,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SECOND_AFTER = 1.0  # a cluster and a launcher may both pass one signal on; what comes this soon is the same request
 SAVE, STOP = 1, 2
 BEFORE, STEPS, AFTER = range(3)
+STOPPED_EARLY = "stopped by a signal before the first step; the same command continues"
+
+logger = logging.getLogger("haste")
 
 
 def ignore_signals(_worker=None):
@@ -45,7 +49,8 @@ class Listener:
             if number not in SIGNALS or self.phase == AFTER:
                 continue
             if self.phase == BEFORE:
-                os.write(2, b"stopped by a signal before the first step; the same command starts again\n")
+                logger.info(STOPPED_EARLY)
+                os.write(2, f"{STOPPED_EARLY}\n".encode())
                 os._exit(EXIT_CODE)
             if self.heard is None:
                 self.heard, self.first = signal.Signals(number), time.monotonic()

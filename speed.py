@@ -1,5 +1,8 @@
-"""Settings that make the same numbers come sooner: kernels, threads, the compiler."""
+"""Settings that make the same numbers come sooner, or in less memory: kernels, threads, the compiler, the allocator."""
+import ctypes
 import os
+import sys
+from pathlib import Path
 
 import torch
 
@@ -18,6 +21,14 @@ def tune(processes, tf32):
         torch.set_num_threads(max(1, torch.get_num_threads() // here))
 
 
+def fast_bf16():
+    """Whether products in bfloat16 are faster here than in float32: by the GPU, or by instructions of the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = Path("/proc/cpuinfo")
+    return cpu.is_file() and any(name in cpu.read_text() for name in ("avx512_bf16", "amx_bf16"))
+
+
 def check_compiler(device):
     """Raise BadInput where torch.compile cannot work: it needs a C++ compiler and, on a GPU, Triton."""
     try:
@@ -25,3 +36,11 @@ def check_compiler(device):
     except RuntimeError as error:
         raise BadInput(f"--compile does not work here ({first_line(error)}); install a C++ compiler such as g++, or leave "
                        "the flag out.") from error
+
+
+def give_back_memory():
+    """Hand what has been freed back to the machine: glibc keeps it, and a run would seem to grow with each preview and score."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in every C library
+        if trim:
+            trim(0)

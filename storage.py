@@ -51,6 +51,7 @@ except ImportError:  # data are read all the same, by Pillow
     imagecodecs = None
 
 LARGEST = 1 << 28  # bytes that a member of a zip may unpack to
+LARGEST_LISTING = 1 << 31  # and its dataset.json
 
 
 def damaged(name, reason):
@@ -88,6 +89,14 @@ class Folder:
             return np.array([os.stat(self.name(i)).st_size for i in range(len(self.listing.index))], np.int64)
 
 
+def read_member(archive, name):
+    """The bytes of `name`, a listing or note in a ZipFile, unless it claims far more than those have."""
+    size = archive.getinfo(name).file_size
+    if size > LARGEST_LISTING:
+        raise BadInput(f"{archive.filename}/{name} claims {size} bytes, more than any listing has; write the zip again.")
+    return archive.read(name)
+
+
 class Zip:
     """One member of a zip per entry, found by its place in the archive: any process and any thread may read."""
 
@@ -107,7 +116,7 @@ class Zip:
                 if labels:
                     if "dataset.json" not in archive.NameToInfo:
                         raise missing_labels(path / "dataset.json")
-                    content = read_json(path / "dataset.json", data=archive.read("dataset.json"))
+                    content = read_json(path / "dataset.json", data=read_member(archive, "dataset.json"))
                     numbers, values, _ = parse_labels(content, path / "dataset.json")
                 for member in archive.filelist:
                     if not member.filename.endswith(suffix) or member.filename.rpartition("/")[2].startswith("."):

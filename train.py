@@ -61,6 +61,7 @@ def add_training_arguments(parser):
     add("--enc-weights", help="the teacher's weights: timm's or torch.hub's file (default: from the hub)")
     add("--enc-blocks", type=int, help="use only the teacher's first N blocks; features are those of the last one used, "
         "after the final norm (default all)")
+    add("--enc-precision", choices=["no", "fp16", "bf16"], help="of the teacher alone (default: that of --mixed-precision)")
     add("--teacher-cache", help="folder that keeps the teacher's outputs for the whole data set, computed once, for "
         "data sets small enough (default: none)")
     add("--proj-coeff", type=float, default=0.5, help="weight of the feature loss (default 0.5)")
@@ -88,7 +89,7 @@ def add_training_arguments(parser):
         "finite; such a step changes no weight (default 0, for gradients under fp16's scaler 20)")
     add("--ema-decay", type=float, default=0.9999, help="of the weights' average, per step (default 0.9999)")
     add("--seed", type=int, default=0, help="of weights, data order and noise (default 0)")
-    add("--num-workers", type=int, default=4, help="loader processes per process (default 4)")
+    add("--num-workers", type=int, default=4, help="loader processes per process, threads where nothing is decoded (default 4)")
     add("--path-type", choices=["linear", "cosine"], default="linear", help="interpolant (default linear)")
     add("--prediction", choices=["v"], default="v", help="what the network predicts: the velocity")
     add("--weighting", choices=["uniform", "lognormal"], default="uniform", help="of t (default uniform)")
@@ -151,7 +152,8 @@ def resolve(args, config):
 def load_teacher(args, grid):
     """The Teacher that args ask for, with `grid` tokens a side."""
     blocks = [teacher for _, teacher in args.attn_layers] if args.attn_coeff else []
-    return Teacher(load_vit(args.enc_type, args.enc_weights), grid, blocks, args.enc_blocks, features=args.proj_coeff > 0)
+    return Teacher(load_vit(args.enc_type, args.enc_weights), grid, blocks, args.enc_blocks, features=args.proj_coeff > 0,
+                   precision=args.enc_precision)
 
 
 def model_arguments(args, config, moments_shape):
@@ -179,7 +181,7 @@ def parse_args():
     add_training_arguments(parser)
     add = parser.add_argument
     add("--model", choices=SIT_CONFIGS, default="SiT-XL/2", help="default SiT-XL/2")
-    add("--data-dir", default="../data/imagenet256", help="folder with images/ and vae-sd/")
+    add("--data-dir", default="../data/imagenet256", help="folder with images/ and vae-sd/, zips of them or what `dataset_tools.py pack` made")
     add("--num-classes", type=int, default=1000, help="default 1000")
     add("--hflip", action="store_true", help="show every image as it is or mirrored, at random; needs DATA/vae-sd-hflip (default "
         "off, as published)")

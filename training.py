@@ -32,7 +32,7 @@ from preemption import EXIT_CODE, STOP, Preemption, listen
 from processes import leave, watch_others
 from samplers import euler_sampler, guided
 from sharding import is_sharded, load_optimizer, shard, whole, whole_module, whole_state
-from speed import check_compiler, tune
+from speed import check_compiler, give_back_memory, tune
 from trigger import MEAN, alignment_weight, is_probe, probe, trigger_columns
 
 PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_CFG = 16, 50, 4.0
@@ -58,6 +58,8 @@ def make_accelerator(args):
     if args.batch_size < 1 or args.batch_size % split:
         raise BadInput(f"--batch-size {args.batch_size} is global and must divide by processes x accumulation = {split}; "
                        "change one of them.")
+    if args.enc_precision == "fp16" and not torch.cuda.is_available():
+        raise BadInput("--enc-precision fp16 needs a GPU; use bf16 or no.")
     if args.early_stop_trigger == "gradient" and args.trigger_samples % accelerator.num_processes:
         raise BadInput(f"--trigger-samples {args.trigger_samples} must divide by the number of processes = "
                        f"{accelerator.num_processes}; change it.")
@@ -69,6 +71,7 @@ def make_accelerator(args):
             run.mkdir(parents=True, exist_ok=True)
             logger.handlers = [logging.FileHandler(run / "log.txt")]
         logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logger.info("started")  # the last line tells how the newest start has ended
         for folder in ["checkpoints"] + ["previews"] * bool(args.sampling_steps):  # rather than after the first steps
             check_writable(run / folder)
     if precision != args.mixed_precision:
@@ -171,12 +174,12 @@ def backward_and_step(args, accelerator, loss, model, optimizer, wrapped_optimiz
 
 def save(args, accelerator, run, step, model, ema, optimizer, metrics, settings, fired):
     """Checkpoint of `step`, by the main process, and then the end of those that --keep-checkpoints gives up."""
-    pending = metrics.state_dict()  # first, as it raises when a loss or gradient went wrong
+    seconds, pending = metrics.seconds(), metrics.state_dict()  # first, as it raises when a loss or gradient went wrong
     state = {name: whole_state(part.state_dict(), accelerator.is_main_process)
              for name, part in (("model", model), ("ema", ema), ("opt", optimizer))}
     if not accelerator.is_main_process:
         return
-    state |= {"args": settings, "metrics": pending, "trigger_fired": fired}
+    state |= {"args": settings, "metrics": pending, "seconds": seconds, "trigger_fired": fired}
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler.state_dict()
     logger.info(f"saved {save_checkpoint(run / 'checkpoints', step, state)}")
@@ -221,7 +224,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
                                   eps=args.adam_epsilon, weight_decay=args.adam_weight_decay, fused=True)
 
-    step, pending, opt, fired = 0, None, None, None  # fired: the step at which the gradient trigger ended Phase I
+    step, pending, seconds, opt, fired = 0, None, 0.0, None, None  # fired: the step at which the gradient trigger ended Phase I
     found = read_same(accelerator, run / "checkpoints", args.resume_step, ("model", "ema", "opt", "args", "steps"))
     if found:
         path, state = found
@@ -230,7 +233,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
         load_weights(ema, state["ema"], path)
         if accelerator.scaler is not None and state.get("scaler"):
             accelerator.scaler.load_state_dict(state["scaler"])
-        step, pending, opt = state["steps"], state.get("metrics"), state["opt"]
+        step, pending, seconds, opt = state["steps"], state.get("metrics"), state.get("seconds", 0.0), state["opt"]
         fired = state.get("trigger_fired") if args.early_stop_trigger == "gradient" else None
         logger.info(f"continuing from {path}" + "".join(f"; {n} was {old}, is {new}" for n, old, new in changed))
         if {"processes", "gradient_accumulation_steps"} & {name for name, _, _ in changed}:
@@ -259,7 +262,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
     if shows:
         previews = Previews(args, accelerator, run / "previews", dataset, vae, y_null)
     metrics = Metrics(run / "metrics.csv", accelerator, step, pending,
-                      (score_names(args.eval_features) if scores else []) + trigger_columns(args), args.max_skipped_steps)
+                      (score_names(args.eval_features) if scores else []) + trigger_columns(args), args.max_skipped_steps, seconds)
     logger.info(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(dataset):,} images, steps {step} to "
                 f"{max_steps}, {accelerator.num_processes} process(es) on {device}, precision "
                 f"{accelerator.mixed_precision}, alignment until step {early_stop if teacher else 0}"
@@ -314,14 +317,20 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
                 if done % args.log_every == 0 or scored or probed:
                     values = metrics.write(([functools.partial(evaluation, sampled)] if scored else [])
                                            + ([functools.partial(compare, done, model, teacher)] if probed else []))
-                    if probed and values[MEAN] < args.trigger_threshold:  # never, where it is not finite
+                    if probed and not math.isfinite(values[MEAN]):
+                        logger.warning(f"step {done}: the gradients' cosine is not finite; alignment goes on")
+                    if probed and values[MEAN] < args.trigger_threshold:
                         early_stop = fired = done
                     bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
                 if shown and previews:
                     previews.make(sampled, done)
-                if done % args.checkpointing_steps == 0 or done == max_steps or wanted:
+                saved = done % args.checkpointing_steps == 0 or done == max_steps or wanted
+                if saved:
                     save(args, accelerator, run, done, model, ema, optimizer, metrics, settings, fired)
                     preemption.was_saved()
+                if scored or shown or saved:
+                    sampled = None
+                    give_back_memory()
                 stopped = wanted == STOP and done < max_steps
                 if stopped or aligned and done == early_stop:
                     break

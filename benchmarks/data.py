@@ -6,8 +6,8 @@
     python benchmarks/data.py DATA --resolution 8 --start
 
 Published: what the released loader does, in our words - lists of names, Pillow, np.load, a DataLoader that shuffles. It
-reads the image in both phases; "latent only" is the same without its images, which the release has not. The loader of
-training.py comes in Phase I (image and latent) and Phase II (latent), a form at a time: all files are read once, so that
+reads the image in both phases; "latent only" is the same without its images, which the release has not. That of
+loader.py comes in Phase I (image and latent) and Phase II (latent), a form at a time: all files are read once, so that
 they come from memory if they fit, then everything is timed in turn, --rounds times, and the medians are printed. With
 --start each row is a process of its own: seconds to the first entry, without and with the index; MiB that this adds at its
 peak, and keeps; and MiB that a loader process forked from it shares with no other after some visits to entries, which

@@ -1,4 +1,4 @@
-"""CPU time to decode a PNG of 256 px, for every decoder that is installed: why dataset.py reads by the one it does.
+"""CPU time to decode a PNG of 256 px, for every decoder that is installed: why storage.py reads by the one it does.
 
     python benchmarks/decoders.py [--resolution 256]
 

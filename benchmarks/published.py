@@ -5,10 +5,35 @@ maps' softmax is kept for the backward pass; the average of the weights is a loo
 fused; four numbers a step are read back from the device.
 """
 import torch
+from torch import nn
 
 from encoders import VAE
 from loss import feature_loss, interpolant, mean_flat
 from models.layers import QK, unpatchify
+
+
+class PlainAttention(nn.Module):
+    """Attention of torch.hub's DINOv2 where there is no xFormers, as on a CPU; `logits` (N, H, T, T) are kept."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention, self.logits = attention, None
+
+    def forward(self, x, **_):
+        n, t, _ = x.shape
+        q, k, v = self.attention.qkv(x).reshape(n, t, 3, self.attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        self.logits = QK(q, k).logits()
+        return self.attention.proj((self.logits.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
+
+
+def teacher_maps(teacher, target):
+    """{block: logits (N, H, T, T) of the patch tokens} of all blocks, after a forward pass."""
+    if target.attention:
+        return {block: qk.logits() for block, qk in target.attention.items()}
+    skip, maps = teacher.vit.num_prefix_tokens, {}
+    for i, block in enumerate(teacher.vit.blocks):
+        maps[i], block.attn.logits = block.attn.logits[:, :, skip:, skip:], None
+    return maps
 
 
 def forward(model, x, t, y):
@@ -33,13 +58,13 @@ def attention_loss(student, teacher, heads=12):
 
 
 def training_step(args, accelerator, model, ema, optimizer, teacher, pairs, batch, draws, y_null, aligned):
-    """One step on `batch`; `teacher` taps all its blocks. Phase II (not `aligned`) does all of it but the two losses."""
+    """One step on `batch`; `teacher` taps all its blocks, or has PlainAttention in them. Phase II (not `aligned`) does all of it but the two losses."""
     with torch.no_grad():
         x = VAE.latents(batch["moments"], draws["posterior"])
         y = torch.where(draws["drop"] < args.cfg_prob, y_null, batch["y"])
         with accelerator.autocast():
             target = teacher(batch["image"])
-            maps = {block: qk.logits() for block, qk in target.attention.items()}
+            maps = teacher_maps(teacher, target)
     alpha, sigma, d_alpha, d_sigma = (a[:, None, None, None] for a in interpolant(draws["u"], args.path_type))
     with accelerator.autocast():
         v, features, logits = forward(model, alpha * x + sigma * draws["noise"], draws["u"], y)

@@ -113,9 +113,7 @@ def main():
     args = parser.parse_args()
     if args.restart_every <= WARM_UP:
         parser.error(f"--restart-every must be more than {WARM_UP}, the steps of each process that are not compared")
-    # The allocator gives back at once what is freed, so that what is seen is what is held.
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "",
-                   "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as folder:
         folder, moved, behind = Path(folder), [], set()
         out, environment["TMPDIR"] = folder / "out", str(folder / "tmp")

@@ -1,10 +1,10 @@
-"""Time, peak memory and model FLOPs of a training step: the published recipe, ours, ours compiled, and plain SiT.
+"""Time, peak memory and model FLOPs of a training step: the published recipe, ours, ours otherwise, and plain SiT.
 
     python benchmarks/step_time.py --model SiT-B/2 --batch-size 8 --mixed-precision no
     python benchmarks/step_time.py --model SiT-XL/2 --batch-size 32 64 --mixed-precision bf16 fp16
 
 All variants run in one process, in turns. Weights are random, data are in memory: what is measured is the step. `plain` is
-SiT without teacher, taps and projector: the floor. Memory is weights, average, optimizer state and teacher, and what the
+SiT without teacher, taps and projector: the floor. `bf16-teacher` is ours with --enc-precision bf16. Memory is weights, average, optimizer state and teacher, and what the
 step adds to them at its highest. FLOPs are the products of forward, backward and teacher; on a GPU they give the MFU.
 """
 import argparse
@@ -34,7 +34,7 @@ from speed import tune
 from training import backward_and_step, batch_loss, update_ema
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, bf16 and fp16, by the makers' data sheets
-VARIANTS = ("published", "ours", "compiled", "plain")
+VARIANTS = ("published", "ours", "bf16-teacher", "compiled", "plain")
 
 
 def parse_args():
@@ -69,12 +69,17 @@ class Run:
         self.width = name[1]
         vit = timm.create_model(name[0], pretrained=False, num_classes=0).eval().requires_grad_(False)
         grid = self.sizes["input_size"] // config["patch_size"]
-        self.teachers = {"ours": Teacher(vit, grid, [block for _, block in self.pairs]).to(self.device)}
-        if "published" in options.variants:
-            self.teachers["published"] = Teacher(copy.deepcopy(vit), grid, range(len(vit.blocks))).to(self.device)
-        if "compiled" in options.variants:
-            self.teachers["compiled"] = Teacher(copy.deepcopy(vit), grid, self.teachers["ours"].attn_blocks).to(self.device)
+        tapped = [block for _, block in self.pairs]
+        self.teachers = {name: Teacher(copy.deepcopy(vit), grid, tapped, precision="bf16" if "bf16" in name else None)
+                         for name in ("ours", "bf16-teacher", "compiled") if name in ("ours", *options.variants)}
+        if "compiled" in self.teachers:
             self.teachers["compiled"].compile()
+        if "published" in options.variants:
+            on_gpu = self.device.type == "cuda"
+            self.teachers["published"] = Teacher(vit, grid, range(len(vit.blocks)) if on_gpu else ())
+            for block in [] if on_gpu else vit.blocks:
+                block.attn = published.PlainAttention(block.attn)
+        self.teachers = {name: teacher.to(self.device) for name, teacher in self.teachers.items()}
         shape = (4, self.sizes["input_size"], self.sizes["input_size"])
         draws = step_draws(0, 0, batch_size, shape)
         self.draws = {key: value.to(self.device) for key, value in draws.items()}
@@ -88,8 +93,8 @@ class Run:
         self.parts = {}
 
     def model(self, variant):
-        """(model, average, optimizer, prepared model, prepared optimizer), made once; published and ours share them."""
-        key = "ours" if variant == "published" else variant
+        """(model, average, optimizer, prepared model, prepared optimizer), made once; shared but by compiled and plain."""
+        key = "ours" if variant in ("published", "bf16-teacher") else variant
         if key not in self.parts:
             torch.manual_seed(0)
             model = SiT_models[self.name](z_dims=() if key == "plain" else (self.width,), **self.sizes).to(self.device)
@@ -136,7 +141,7 @@ class Run:
 def measure(options, batch_size, precision):
     run = Run(options, batch_size, precision)
     wanted = {(variant, phase): run.step(variant, phase) for variant in options.variants for phase in options.phases
-              if (variant, phase) != ("plain", 1) or options.phases == [1]}
+              if (variant, phase) not in (("plain", 1), ("bf16-teacher", 2)) or options.phases == [phase]}
     seconds = alternate(wanted, options.rounds, run.device)
     rows, floor = [], next((statistics.median(s) for (v, _), s in seconds.items() if v == "plain"), None)
     for (variant, phase), work in wanted.items():

@@ -78,7 +78,9 @@ def main():
     for run, metrics in found.items():
         stop = alignment_stop(metrics, read_json(run / "args.json"))
         for axis, term in zip(axes, terms, strict=True):
-            line, = axis.plot(*metrics.get(term, ([], [])), label=run.name)
+            steps, values = metrics.get(term, ([], []))
+            switched_off = term in TITLES and not any(values)  # 0 in metrics.csv
+            line, = axis.plot([], [], label=run.name) if switched_off else axis.plot(steps, values, label=run.name)
             if stop is not None:
                 axis.axvline(stop, color=line.get_color(), linestyle=":", linewidth=1)
             axis.set(title=TITLES.get(term, term), xlabel="step")

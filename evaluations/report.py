@@ -51,11 +51,12 @@ def picture(image):
 def curves(table):
     """{steps, hours, columns: {name: [[step, value], ...]}} of a table of curves.py; hours are the sum of its seconds.
 
-    Left out are a trigger's cosines at single times, beside their mean, and skipped steps where there are none.
+    Left out are a trigger's cosines at single times, beside their mean, skipped steps where there are none, and a loss that was
+    switched off, which metrics.csv has as 0.
     """
     steps, seconds = table["seconds"]
     columns = {name: values for name, values in table.items() if values[0] and name != "seconds"
-               and not name.startswith("cosine_") and not (name == "skipped" and not any(values[1]))}
+               and not name.startswith("cosine_") and not (name in ("skipped", "feature", "attention") and not any(values[1]))}
     durations = [1000 * taken / (step - before) for step, before, taken in zip(steps, [0, *steps[:-1]], seconds, strict=True)]
     columns["step_time"] = (steps, durations)
     finite = {name: [[x, y] for x, y in zip(*values, strict=True) if np.isfinite(y)] for name, values in columns.items()}
@@ -95,8 +96,9 @@ def samples(path):
     if is_file(path) or is_file(grid):
         image = decode(path if is_file(path) else grid)
     else:
-        files = FolderImages(path).files[:GRID]
-        image = image_grid(torch.from_numpy(np.stack([decode(file) for file in files])).permute(0, 3, 1, 2))
+        images = FolderImages(path)
+        pixels = np.stack([decode(file, images.size) for file in images.files[:GRID]])
+        image = image_grid(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     settings = read_json(path / "settings.json") if is_file(path / "settings.json") else {}
     return {"name": path.name.removesuffix(".png"), "picture": picture(Image.fromarray(image)),
             "scores": read_scores(scores) if is_file(scores) else {},

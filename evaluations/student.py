@@ -12,7 +12,7 @@ from loss import attention_loss, feature_loss, interpolant
 from models.layers import QK
 from pipeline import load_network
 
-NOISE = 4  # a stream of randomness of its own, beside those of dataset.py and during_training.py
+NOISE = 5  # a stream of randomness of its own, beside those of dataset.py and during_training.py
 MAP_SIDE = 16  # attention maps are averaged down to at most so many tokens a side
 
 

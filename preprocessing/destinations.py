@@ -20,6 +20,7 @@ from PIL import features
 from dataset import digest
 from files import BadInput, atomic_write, is_file, read_json, reading, remove_temporaries, write_json
 from preprocessing.sources import LISTING, find, read
+from storage import read_member
 
 MADE = "made.json"
 NAMED = 20   # skipped pictures named on the terminal
@@ -120,7 +121,7 @@ class Zip:
         """The note in the complete zip; None while it is not."""
         try:
             with zipfile.ZipFile(self.path) as archive:
-                return read_json(self.path / MADE, data=archive.read(MADE))
+                return read_json(self.path / MADE, data=read_member(archive, MADE))
         except (OSError, KeyError, zipfile.BadZipFile):
             return None
 

@@ -88,7 +88,7 @@ def fit_centre(image, width, height):
 
 
 def png_bytes(image):
-    """PNG without compression, as the published tool writes it: fast to write and to read."""
+    """PNG without compression, as the published tool writes it: fast to write and to read. Pixels alone, no colour profile."""
     out = io.BytesIO()
-    image.save(out, "PNG", compress_level=0)
+    Image.fromarray(np.asarray(image)).save(out, "PNG", compress_level=0)
     return out.getvalue()

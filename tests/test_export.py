@@ -132,3 +132,10 @@ def test_what_cannot_be_loaded(forms, tmp_path):
     for classes in ([0, CLASSES], [-1], [0.5]):
         with pytest.raises(BadInput, match="give whole numbers from 0 to 3"):
             pipe(classes, **SAMPLING)
+    for one in ("cat", 2):
+        with pytest.raises(BadInput, match=r"is one condition; give a list, such as \["):
+            pipe(one, **SAMPLING)
+    with pytest.raises(BadInput, match="are texts; this network knows classes: give whole numbers from 0 to 3"):
+        pipe(["cat"], **SAMPLING)
+    with pytest.raises(BadInput, match="mode 'SDE' is not known; use 'ode' or 'sde'"):
+        pipe([1], **{**SAMPLING, "mode": "SDE"})

@@ -18,7 +18,7 @@ import checkpoints
 import train
 import training
 from checkpoints import saved_steps
-from preemption import EXIT_CODE
+from preemption import EXIT_CODE, STOPPED_EARLY
 from tests.conftest import CLASSES, CPU, ROOT, SERVER, checkpoint, metrics, script, tiny_run, train_arguments
 from tests.test_generate import arguments as generate_arguments
 from tests.test_generate import make_checkpoint, pictures
@@ -181,7 +181,7 @@ def test_a_signal_before_the_first_step(tiny_data, tmp_path, number):
     time.sleep(0.2)
     process.send(number)
     assert process.wait(timeout=2) == EXIT_CODE, process.stderr
-    assert "stopped by a signal before the first step; the same command starts again" in process.stderr
+    assert STOPPED_EARLY in process.stderr
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "log.txt"]
 
 

@@ -109,6 +109,13 @@ def test_stop_is_where_the_losses_of_alignment_end():
     assert alignment_stop(table_of([], [50]), {"early_stop_point": 20, "enc_type": "none"}) is None
 
 
+def test_a_loss_that_was_switched_off_is_no_curve():
+    """metrics.csv has it as 0, which beside another run's entropy would look like a perfect match."""
+    steps = [10, 20]
+    table = {"seconds": (steps, [1, 1]), "denoise": (steps, [1.0, 0.9]), "feature": (steps, [-0.5, 0.0]), "attention": (steps, [0, 0])}
+    assert report.curves(table)["columns"].keys() == {"denoise", "feature", "step_time"}
+
+
 def test_speed_and_hours():
     found = report.curves({"denoise": ([10, 20, 40, 50], [3, 2, float("nan"), 1]), "seconds": ([10, 20, 40, 50], [9, 1, 3, 0.5]),
                            "skipped": ([10], [0]), "scores": ([], [])})

@@ -1,16 +1,19 @@
 """A run may stop anywhere, by itself or by force: the same command continues it, and nothing but time is lost."""
+import errno
 import os
 import resource
 import shutil
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import loss
 import train
 import training
 from checkpoints import prune_checkpoints, read_newest, save_checkpoint, saved_steps
 from files import BadInput, atomic_write
+from metrics import Metrics
 from tests.conftest import call_main, checkpoint, metrics, script, train_arguments
 
 
@@ -237,6 +240,33 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(monkeyp
     assert (tmp_path / "run/checkpoints/0000006.pt.damaged").is_file()
     for part in ("model", "ema", "opt"):
         assert_same_state(whole[part], checkpoint(tmp_path, 6)[part])
+
+
+def test_a_disk_that_fails_for_a_while_makes_no_checkpoint_a_damaged_one(monkeypatch, tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {part: {"weight": torch.ones(3)} for part in ("model", "ema")})
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(BadInput, match="0000002.pt cannot be read now .*Input/output error.*; mend that and try again"):
+        read_newest(tmp_path, 0, ("model",))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000001.pt", "0000002.pt"]
+
+
+def test_what_metrics_keep_for_the_first_row_after_a_restart(tmp_path):
+    """The seconds of the steps that no row has yet, and how many were skipped in a row."""
+    broken = {"loss": torch.tensor(float("nan")), "denoise": torch.tensor(float("nan")), "grad_norm": torch.tensor(1.0)}
+    first = Metrics(tmp_path / "metrics.csv", Accelerator(cpu=True), 0, max_skipped=2)
+    for _ in range(2):
+        first.add(broken)
+    state = first.state_dict()
+    second = Metrics(tmp_path / "metrics.csv", Accelerator(cpu=True), 2, state, max_skipped=2, seconds=1000.0)
+    second.begin()
+    assert 1000 <= second.seconds() < 1100
+    second.add(broken)
+    with pytest.raises(BadInput, match="in 3 step"):
+        second.write()
 
 
 def test_a_damaged_checkpoint_is_none_of_those_to_keep(monkeypatch, tiny_data, tmp_path):

@@ -368,3 +368,10 @@ def test_synthetic_data(tmp_path, monkeypatch):
         for i in range(12):
             assert all(torch.equal(torch.as_tensor(a), b) for a, b in zip(
                 (ours[i]["image"], ours[i]["moments"], ours[i]["y"]), published[i], strict=True))
+
+
+def test_a_listing_that_unpacks_to_too_much(monkeypatch, tiny_data, tmp_path):
+    write_zips(tiny_data, tmp_path, zipfile.ZIP_DEFLATED)
+    monkeypatch.setattr(storage, "LARGEST_LISTING", 100)
+    with pytest.raises(BadInput, match=r"vae-sd.zip/dataset.json claims \d+ bytes, more than any listing has"):
+        LatentImages(tmp_path, 64, CLASSES)

@@ -1,4 +1,7 @@
 """The teacher: golden numbers, taps against attention written by hand, weights from files, the cache."""
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import timm
@@ -62,6 +65,23 @@ def test_stops_after_the_last_needed_block():
         Teacher(small_vit(), 4, (5,))
 
 
+def test_precision_of_the_teacher_alone():
+    """By default that of the autocast around it; asked for, its own, whatever is around."""
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    plain = Teacher(small_vit(), 4, (2,))(images)
+    for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
+        teacher = Teacher(small_vit(), 4, (2,), precision=precision)
+        for around in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=around):
+                out = teacher(images)
+                ambient = Teacher(small_vit(), 4, (2,))(images)
+            assert out.attention[2].q.dtype == dtype
+            assert ambient.attention[2].q.dtype == (torch.bfloat16 if around else torch.float32)
+            same = torch.equal(out.features[0].float(), plain.features[0])
+            assert same == (precision == "no")
+            torch.testing.assert_close(out.features[0].float(), plain.features[0], atol=0.1, rtol=0.1)
+
+
 def test_every_teacher_exists_in_timm():
     assert len(set(TEACHERS) - {"dinov2-vit-n"}) == 8  # n is the tests' own
     assert TEACHERS["dinov2-vit-b"] == ("vit_base_patch14_dinov2", 768)
@@ -98,6 +118,26 @@ def test_registers_from_torch_hub(tmp_path):
     assert torch.equal(loaded["reg_token"], state["register_tokens"])
 
 
+def test_a_cache_that_another_run_is_making_is_waited_for(tiny_data, tmp_path):
+    """Not deleted under its hands, nor made twice."""
+    dataset, accelerator = LatentImages(tiny_data, 64, CLASSES), Accelerator(cpu=True)
+    calls, vits = [], [small_vit(), small_vit()]
+
+    def slowly(*_):
+        calls.append(1)
+        time.sleep(0.05)
+
+    def make(vit):
+        teacher = Teacher(vit, 8, ())
+        teacher.vit.norm.register_forward_hook(slowly)
+        return CachedTeacher(tmp_path, teacher, dataset, accelerator, batch_size=16)(torch.arange(64)).features[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = [pool.submit(make, vit) for vit in vits]
+        assert torch.equal(first.result(), second.result()) and first.result().any(dim=(1, 2)).all()
+    assert len(calls) == 1 + 64 // 16
+
+
 def test_cache_gives_what_the_teacher_gives(tiny_data, tmp_path):
     dataset = LatentImages(tiny_data, 64, CLASSES)
     teacher, accelerator = Teacher(small_vit(), 8, (1, 3)), Accelerator(cpu=True)
@@ -116,7 +156,7 @@ def test_cache_gives_what_the_teacher_gives(tiny_data, tmp_path):
     with torch.no_grad():
         teacher.vit.norm.weight.mul_(2)
     CachedTeacher(tmp_path, teacher, dataset, accelerator)
-    assert len(list(tmp_path.iterdir())) == 2  # other weights, other key
+    assert len(list(tmp_path.glob("*/complete.json"))) == 2  # other weights, other key
 
 
 def test_features_alone_take_their_own_room(tiny_data, tmp_path):

@@ -8,7 +8,11 @@ const view = {axis: "step", zoom: null, smooth: 0, log: false, hidden: new Set()
 const panels = [];
 let toolbar;
 
-function points(run, column) { // [[x, y]] on the axis chosen, smoothed by an average that forgets
+function position(x) { // on the axis chosen: a step is a whole number
+  return view.axis === "step" ? x.toLocaleString("en") : number(x);
+}
+
+function points(run, column) { // [[x, y]] on the axis chosen
   const found = run.columns[column] || [];
   if (view.axis === "step") return found;
   const place = new Map(run.steps.map((step, i) => [step, i]));
@@ -161,7 +165,7 @@ function makePanel(column) {
     svg.append(s("line", {class: "hair", x1: pixel, x2: pixel, y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom}));
     const rows = panel.series.map(({run, i, line}) => {
       const nearest = line.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
-      return h("div", {}, swatch(i), `${data.runs.length > 1 ? `${run.name} ` : ""}${number(nearest[1])} at ${number(nearest[0])}`);
+      return h("div", {}, swatch(i), `${data.runs.length > 1 ? `${run.name} ` : ""}${number(nearest[1])} at ${position(nearest[0])}`);
     });
     tip.replaceChildren(...rows);
     tip.hidden = !rows.length;
