@@ -20,7 +20,7 @@ from files import LARGEST_SEED, MOST_CLASSES, BadInput, check_bounds, run_script
 from loss import SILoss
 from models.sit import SIT_CONFIGS, SiT_models
 from presets import parse_with_preset
-from training import make_accelerator, train
+from training import make_accelerator, needs_images, train
 from trigger import check_trigger
 
 EARLY_STOP_512 = 300_000  # the paper's switch at 512 px, whatever the model
@@ -195,8 +195,9 @@ def main():
     if args.hflip and args.teacher_cache:
         raise BadInput("--hflip shows images that --teacher-cache has no outputs of; give one of them.")
     accelerator, run = make_accelerator(args)
-    dataset = LatentImages(args.data_dir, args.resolution, args.num_classes, images=args.enc_type != "none",
-                           seed=args.seed, hflip=args.hflip)
+    with accelerator.local_main_process_first():  # it lists the files and keeps the index, which the others read
+        dataset = LatentImages(args.data_dir, args.resolution, args.num_classes, images=needs_images(args, run),
+                               seed=args.seed, hflip=args.hflip)
     sizes = model_arguments(args, config, dataset.moments_shape)
     set_seed(args.seed)
     model = SiT_models[args.model](num_classes=args.num_classes, **sizes)

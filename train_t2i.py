@@ -15,7 +15,7 @@ from files import run_script
 from models.mmdit import MMDIT_CONFIGS, MMDiT_models
 from presets import parse_with_preset
 from train import add_training_arguments, align_and_train, model_arguments, resolve
-from training import logger, make_accelerator
+from training import logger, make_accelerator, needs_images
 
 
 def parse_args():
@@ -33,7 +33,7 @@ def main():
     config = MMDIT_CONFIGS[args.model]
     resolve(args, config)
     accelerator, run = make_accelerator(args)
-    dataset = CaptionedImages(args.data_dir, "train", args.resolution, args.seed, images=args.enc_type != "none")
+    dataset = CaptionedImages(args.data_dir, "train", args.resolution, args.seed, images=needs_images(args, run))
     if dataset.texts is None:
         logger.info(f"{dataset.folder} has no captions.json: previews are without captions")
     args.context_shape = list(dataset.context_shape)  # kept in the checkpoint, for sampling from own texts

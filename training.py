@@ -20,7 +20,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broad
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoints import check_same_run, load_weights, prune_checkpoints, read_newest, save_checkpoint
+from checkpoints import check_same_run, load_weights, prune_checkpoints, read_newest, save_checkpoint, saved_steps
 from encoders import VAE, CachedTeacher, to_device
 from evaluations.during_training import Evaluation, score_names
 from files import BadInput, atomic_write, check_writable, is_file, read_json, remove_temporaries, writing
@@ -193,6 +193,12 @@ def read_same(accelerator, folder, step, needed):
     return found if accelerator.is_main_process or chosen is None else read_newest(folder, chosen, needed)
 
 
+def needs_images(args, run):
+    """Whether alignment is ahead, by the name of the checkpoint to go on from: Phase II needs no images."""
+    newest = args.resume_step or max(saved_steps(run / "checkpoints"), default=0)
+    return args.enc_type != "none" and newest < args.early_stop_point
+
+
 def begin(accelerator, run, settings, metrics, previews):
     """The first step has found its input good: only from here on is anything of an earlier start changed."""
     accelerator.wait_for_everyone()  # the others' input too
@@ -251,6 +257,8 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
         vae.check(*model.latent_shape[:2], args.resolution)
         evaluation = Evaluation(args, accelerator, dataset, vae, y_null, model.latent_shape) if scores else None
     early_stop = args.early_stop_point if fired is None else fired
+    if load_teacher and step < early_stop and not dataset.images:  # the checkpoint that was to be read was damaged
+        raise BadInput(f"{run} goes on from step {step} with alignment, for which images are read; give the same command again.")
     teacher = load_teacher().to(device) if load_teacher and step < early_stop else None
     if args.compile and teacher:
         teacher.compile()

@@ -242,6 +242,22 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(monkeyp
         assert_same_state(whole[part], checkpoint(tmp_path, 6)[part])
 
 
+def test_phase_two_goes_on_without_images(monkeypatch, tiny_data, teacher_file, tmp_path):
+    """As long as its checkpoint is there: if Phase I has to be gone back to, images are asked for."""
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    steps = [*train_arguments(data, tmp_path), "--enc-weights", teacher_file, "--early-stop-point", 2, "--checkpointing-steps", 1]
+    run(monkeypatch, *steps, "--max-train-steps", 3)
+    shutil.rmtree(data / "images")
+    run(monkeypatch, *steps, "--max-train-steps", 4)
+    assert saved_steps(tmp_path / "run/checkpoints").keys() == {1, 2, 3, 4}
+    for step in (2, 3, 4):
+        os.truncate(tmp_path / f"run/checkpoints/{step:07d}.pt", 1000)
+    with pytest.raises(BadInput, match="goes on from step 1 with alignment, for which images are read; give the same"):
+        run(monkeypatch, *steps, "--max-train-steps", 4)
+    with pytest.raises(BadInput, match="images/dataset.json does not exist"):
+        run(monkeypatch, *steps, "--max-train-steps", 4)
+
+
 def test_a_disk_that_fails_for_a_while_makes_no_checkpoint_a_damaged_one(monkeypatch, tmp_path):
     for step in (1, 2):
         save_checkpoint(tmp_path, step, {part: {"weight": torch.ones(3)} for part in ("model", "ema")})
