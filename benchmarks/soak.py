@@ -6,8 +6,8 @@ Trains a nano SiT on 64 made-up images with everything on that takes or keeps so
 the steps, loader processes, previews every 50 steps, scores every 100, checkpoints every 50 of which two are kept, a
 row of metrics every 10 steps and tensorboard. Every --restart-every steps the run ends and the same command continues it in
 a new process. While it runs, this script reads from /proc its memory (anonymous pages: what it holds, without the files it
-has mapped), open files and loader processes, prints a row for every 100 steps, and says in the end how far memory
-has moved after the warm-up of each process, and what was left behind. Linux only.
+has mapped), open files and loader processes, prints a row for every 100 steps, and says in the end how far the
+memory between previews and scores, the lower quartile, has moved after the warm-up of each process, and what was left behind. Linux only.
 """
 import argparse
 import csv
@@ -88,22 +88,28 @@ def last_step(out):
         return 0
 
 
-def watch(process, out, start):
-    """[(step, what look() finds)] twice a second until the process ends."""
+def watch(process, out, start, end):
+    """[(step, what look() finds)] twice a second, until the run of steps `start` to `end` is at its end."""
     seen = []
     while process.poll() is None:
         found, step = look(process.pid), last_step(out)
-        if found and step > start:
+        if found and start < step < end:  # at the end it gives back what it has
             seen.append((step, found))
         time.sleep(0.5)
     return seen
 
 
+def between(memory):
+    """What is held between previews and scores: the lower quartile."""
+    return statistics.quantiles(memory, n=4)[0] if len(memory) > 1 else memory[0]
+
+
 def rows(seen):
-    """Medians of `seen` for every ROW steps: (steps, *those of NAMES)."""
+    """For every ROW steps of `seen`: (steps, MiB between(), highest MiB, medians of the rest of NAMES)."""
     for end in sorted({-(-step // ROW) * ROW for step, _ in seen}):
         part = [found for step, found in seen if end - ROW < step <= end]
-        yield end, *(statistics.median(found[name] for found in part) for name in NAMES)
+        memory = [found["MiB"] for found in part]
+        yield end, between(memory), max(memory), *(statistics.median(found[name] for found in part) for name in NAMES[1:])
 
 
 def main():
@@ -120,18 +126,18 @@ def main():
         (folder / "tmp").mkdir()
         write_data(folder / "data")
         prepare(folder)
-        print(f"| steps | {' | '.join(NAMES)} |\n|{'---|' * (1 + len(NAMES))}", flush=True)
+        print(f"| steps | MiB | highest MiB | {' | '.join(NAMES[1:])} |\n|{'---|' * (2 + len(NAMES))}", flush=True)
         for start in range(0, args.steps, args.restart_every):
             end = min(start + args.restart_every, args.steps)
             process = subprocess.Popen(command(folder, out, args.steps, end), env=environment, cwd=ROOT,
                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-            seen = watch(process, out, start)
+            seen = watch(process, out, start, end)
             if process.wait():
                 sys.exit(process.stderr.read())
             for row in rows(seen):
-                print("| {} | {:.1f} | {:.0f} | {:.0f} | {:.1f} |".format(*row), flush=True)
+                print("| {} | {:.1f} | {:.1f} | {:.0f} | {:.0f} | {:.1f} |".format(*row), flush=True)
             late = [found["MiB"] for step, found in seen if step > start + WARM_UP]
-            moved.append(100 * (statistics.median(late[-len(late) // 4:]) / statistics.median(late[:len(late) // 4]) - 1))
+            moved.append(100 * (between(late[-len(late) // 4:]) / between(late[:len(late) // 4]) - 1))
             behind |= {f"process {pid}" for pid in os.listdir("/proc") if pid.isdigit() and session(pid) == process.pid}
             behind |= {str(path.relative_to(folder)) for path in [*folder.glob("tmp/*"), *out.rglob("*.tmp")]
                        if not path.name.startswith("torchinductor")}  # PyTorch's own cache, made by importing it
