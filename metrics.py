@@ -45,9 +45,9 @@ def rows_of(path):
 class Metrics:
     """Loss terms of each step, kept on the device until `write` puts their means into metrics.csv and the tracker.
 
-    `state` is what a checkpoint of `start_step` has from state_dict(): the terms of the last steps, that no row has yet, for
-    which `seconds` were taken. With them a run that was stopped anywhere writes the rows of one that was not. `scores` names more columns, for what `write`
-    is given.
+    `state` is what a checkpoint of `start_step` has from state_dict(): the terms of the last steps, that no row has yet,
+    which took `seconds`. With them a run that was stopped anywhere writes the rows of one that was not. `scores` names
+    more columns, for what `write` is given.
     """
 
     def __init__(self, path, accelerator, start_step, state=None, scores=(), max_skipped=None, seconds=0.0):

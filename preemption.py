@@ -49,8 +49,10 @@ class Listener:
             if number not in SIGNALS or self.phase == AFTER:
                 continue
             if self.phase == BEFORE:
-                logger.info(STOPPED_EARLY)
-                os.write(2, f"{STOPPED_EARLY}\n".encode())
+                if logger.isEnabledFor(logging.INFO) and logger.handlers:  # into log.txt and, by the root's handler, to stderr
+                    logger.info(STOPPED_EARLY)
+                else:
+                    os.write(2, f"{STOPPED_EARLY}\n".encode())
                 os._exit(EXIT_CODE)
             if self.heard is None:
                 self.heard, self.first = signal.Signals(number), time.monotonic()

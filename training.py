@@ -174,7 +174,8 @@ def backward_and_step(args, accelerator, loss, model, optimizer, wrapped_optimiz
 
 def save(args, accelerator, run, step, model, ema, optimizer, metrics, settings, fired):
     """Checkpoint of `step`, by the main process, and then the end of those that --keep-checkpoints gives up."""
-    seconds, pending = metrics.seconds(), metrics.state_dict()  # first, as it raises when a loss or gradient went wrong
+    pending = metrics.state_dict()  # first, as it raises when a loss or gradient went wrong
+    seconds = metrics.seconds()
     state = {name: whole_state(part.state_dict(), accelerator.is_main_process)
              for name, part in (("model", model), ("ema", ema), ("opt", optimizer))}
     if not accelerator.is_main_process:
@@ -258,7 +259,8 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
         evaluation = Evaluation(args, accelerator, dataset, vae, y_null, model.latent_shape) if scores else None
     early_stop = args.early_stop_point if fired is None else fired
     if load_teacher and step < early_stop and not dataset.images:  # the checkpoint that was to be read was damaged
-        raise BadInput(f"{run} goes on from step {step} with alignment, for which images are read; give the same command again.")
+        raise BadInput(f"{run} goes on from step {step} with alignment, for which images are read; give the same command "
+                       "again.")
     teacher = load_teacher().to(device) if load_teacher and step < early_stop else None
     if args.compile and teacher:
         teacher.compile()

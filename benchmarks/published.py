@@ -58,7 +58,10 @@ def attention_loss(student, teacher, heads=12):
 
 
 def training_step(args, accelerator, model, ema, optimizer, teacher, pairs, batch, draws, y_null, aligned):
-    """One step on `batch`; `teacher` taps all its blocks, or has PlainAttention in them. Phase II (not `aligned`) does all of it but the two losses."""
+    """One step on `batch`; `teacher` taps all its blocks, or has PlainAttention in them.
+
+    Phase II (not `aligned`) does all of it but the two losses.
+    """
     with torch.no_grad():
         x = VAE.latents(batch["moments"], draws["posterior"])
         y = torch.where(draws["drop"] < args.cfg_prob, y_null, batch["y"])

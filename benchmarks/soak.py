@@ -6,8 +6,9 @@ Trains a nano SiT on 64 made-up images with everything on that takes or keeps so
 the steps, loader processes, previews every 50 steps, scores every 100, checkpoints every 50 of which two are kept, a
 row of metrics every 10 steps and tensorboard. Every --restart-every steps the run ends and the same command continues it in
 a new process. While it runs, this script reads from /proc its memory (anonymous pages: what it holds, without the files it
-has mapped), open files and loader processes, prints a row for every 100 steps, and says in the end how far the
-memory between previews and scores, the lower quartile, has moved after the warm-up of each process, and what was left behind. Linux only.
+has mapped), open files and loader processes, prints a row for every 100 steps, and says in the end how far the memory
+between previews and scores, the lower quartile, has moved after the warm-up of each process, and what was left behind.
+Linux only.
 """
 import argparse
 import csv

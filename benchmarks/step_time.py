@@ -3,9 +3,10 @@
     python benchmarks/step_time.py --model SiT-B/2 --batch-size 8 --mixed-precision no
     python benchmarks/step_time.py --model SiT-XL/2 --batch-size 32 64 --mixed-precision bf16 fp16
 
-All variants run in one process, in turns. Weights are random, data are in memory: what is measured is the step. `plain` is
-SiT without teacher, taps and projector: the floor. `bf16-teacher` is ours with --enc-precision bf16. Memory is weights, average, optimizer state and teacher, and what the
-step adds to them at its highest. FLOPs are the products of forward, backward and teacher; on a GPU they give the MFU.
+All variants run in one process, in turns. Weights are random, data are in memory: what is measured is the step. `plain`
+is SiT without teacher, taps and projector: the floor. `bf16-teacher` is ours with --enc-precision bf16. Memory is weights,
+average, optimizer state and teacher, and what the step adds to them at its highest. FLOPs are the products of forward,
+backward and teacher; on a GPU they give the MFU.
 """
 import argparse
 import copy

@@ -119,7 +119,7 @@ def evaluate(args):
     if not all(1 <= block <= depth for block in args.blocks):
         raise BadInput(f"--blocks names {max(args.blocks)}, the network has blocks 1 to {depth}; choose among these.")
     given = {name: getattr(args, name) for name in ("enc_type", "enc_weights", "enc_blocks", "resolution")}
-    if args.enc_type:  # another teacher: the run's weights and blocks are not its
+    if args.enc_type not in (None, trained.get("enc_type")):  # another teacher: the run's weights and blocks are not its
         trained = {**trained, "enc_weights": None, "enc_blocks": None}
     trained = {**trained, **{name: value for name, value in given.items() if value is not None}}
     if args.val_data and hasattr(network, "context_embedder"):
