@@ -18,7 +18,7 @@ case $form in
 esac
 ending=$(printf %07d $steps)-size-64-vae-vae-emoji-cfg-3.0-seed-0-ode-high-1.0
 precision=no
-python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && precision=bf16
+python -c 'import sys, speed; sys.exit(not speed.fast_bf16())' && precision=bf16
 
 echo "To repeat a command by hand: export PATH=$(dirname "$(command -v python)"):\$PATH"
 stages=()

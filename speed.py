@@ -15,7 +15,7 @@ def tune(processes, tf32):
     With OMP_NUM_THREADS the number of threads is the user's (torchrun sets it to 1 when it is not set).
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    torch.set_flush_denormal(True)  # denormals of small gradients cost a CPU most of its speed
+    torch.set_flush_denormal(True)  # some CPUs are slow with denormals; benchmarks/README.md has one that is not
     if "OMP_NUM_THREADS" not in os.environ:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
         torch.set_num_threads(max(1, torch.get_num_threads() // here))

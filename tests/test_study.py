@@ -1,0 +1,61 @@
+"""benchmarks/study.py: what is compared with what."""
+import pytest
+
+from benchmarks import study
+from files import BadInput
+from tests.conftest import call_main
+
+
+def test_differences_are_of_the_same_seed():
+    """Not of the same place in a list: a seed that one of the two lacks takes no part."""
+    score = study.SCORES[0]
+    values = {"vanilla": {score: {4: {0: 10.0, 2: 30.0}}}, "HASTE, no stop": {score: {4: {0: 9.0, 1: 20.0, 2: 27.0}}}}
+    assert study.difference(values, "HASTE, no stop", "vanilla", score, 4) == [-1.0, -3.0]
+    assert study.difference(values, "HASTE, no stop", "vanilla", score, 8) == []
+    table = study.differences(values, ["HASTE, no stop"], "vanilla", [4])
+    assert "| HASTE, no stop | -2.000 (-3.000 to -1.000) | - | - |" in table
+
+
+def test_spread_has_four_digits():
+    assert study.mean_and_spread([1234.56]) == "1235"
+    assert study.mean_and_spread([0.0123, 0.011]) == "0.01165 (0.01100 to 0.01230)"
+    assert study.mean_and_spread([]) == "-"
+
+
+def test_runs_of_other_settings_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "run_all", lambda args: None)
+    monkeypatch.setattr(study, "report", lambda *args: None)
+    with pytest.raises(BadInput, match="holds no study; leave --report out"):
+        call_main(monkeypatch, study, "--out", tmp_path, "--report")
+    call_main(monkeypatch, study, "--out", tmp_path, "--steps", 8)
+    call_main(monkeypatch, study, "--out", tmp_path, "--report")  # takes the settings of what is there
+    with pytest.raises(BadInput, match="holds runs with --samples 178, not 50; use another --out"):
+        call_main(monkeypatch, study, "--out", tmp_path, "--steps", 8, "--samples", 50)
+    with pytest.raises(BadInput, match="--every 3 does not divide --steps 8"):
+        call_main(monkeypatch, study, "--out", tmp_path, "--steps", 8, "--every", 3)
+    with pytest.raises(BadInput, match="--steps 10 is no multiple of 4"):
+        call_main(monkeypatch, study, "--out", tmp_path, "--steps", 10)
+
+
+@pytest.mark.parametrize("minutes", [0, 60])
+def test_no_run_without_time_or_without_its_phase_one(monkeypatch, tmp_path, minutes):
+    monkeypatch.setattr(study, "settings_of", lambda args: "")
+    monkeypatch.setattr(study, "report", lambda *args: None)
+    begun, clock = [], iter(range(0, 10 ** 6, 600))  # ten minutes from one look at the clock to the next
+
+    def train(args, seed, name):
+        begun.append(name)
+        path = study.folder_of(args, seed, name) / f"checkpoints/{args.steps:07d}.pt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        return 600
+    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(study.time, "time", lambda: next(clock))
+    call_main(monkeypatch, study, "--out", tmp_path, "--steps", 8, "--jobs", 1, "--seeds", 0, "--minutes", minutes)
+    in_an_hour = ["vanilla", "HASTE, no stop", "HASTE, stop at 2", "HASTE, stop at 4", "HASTE, stop at 6"]
+    assert begun == (in_an_hour if minutes else [])
+
+
+def test_variants_share_phase_one_only_with_the_run_without_a_stop():
+    shared = {name: steps for name, (_, steps) in study.variants(1200).items() if steps}
+    assert shared == {"HASTE, stop at 300": 300, "HASTE, stop at 600": 600, "HASTE, stop at 900": 900}
