@@ -50,7 +50,7 @@ try:
 except ImportError:  # data are read all the same, by Pillow
     imagecodecs = None
 
-LARGEST = 1 << 28  # bytes that a member of a zip may unpack to
+LARGEST = 1 << 28  # bytes of one picture or latent, unpacked: more is not read
 LARGEST_LISTING = 1 << 31  # and its dataset.json
 
 

@@ -89,7 +89,8 @@ def add_training_arguments(parser):
         "finite; such a step changes no weight (default 0, for gradients under fp16's scaler 20)")
     add("--ema-decay", type=float, default=0.9999, help="of the weights' average, per step (default 0.9999)")
     add("--seed", type=int, default=0, help="of weights, data order and noise (default 0)")
-    add("--num-workers", type=int, default=4, help="loader processes per process, threads where nothing is decoded (default 4)")
+    add("--num-workers", type=int, default=4, help="loader processes per process, threads where nothing is decoded (default "
+        "4)")
     add("--path-type", choices=["linear", "cosine"], default="linear", help="interpolant (default linear)")
     add("--prediction", choices=["v"], default="v", help="what the network predicts: the velocity")
     add("--weighting", choices=["uniform", "lognormal"], default="uniform", help="of t (default uniform)")
@@ -181,7 +182,8 @@ def parse_args():
     add_training_arguments(parser)
     add = parser.add_argument
     add("--model", choices=SIT_CONFIGS, default="SiT-XL/2", help="default SiT-XL/2")
-    add("--data-dir", default="../data/imagenet256", help="folder with images/ and vae-sd/, zips of them or what `dataset_tools.py pack` made")
+    add("--data-dir", default="../data/imagenet256", help="folder with images/ and vae-sd/, zips of them, or what "
+        "`dataset_tools.py pack` made")
     add("--num-classes", type=int, default=1000, help="default 1000")
     add("--hflip", action="store_true", help="show every image as it is or mirrored, at random; needs DATA/vae-sd-hflip (default "
         "off, as published)")

@@ -231,7 +231,8 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
                                   eps=args.adam_epsilon, weight_decay=args.adam_weight_decay, fused=True)
 
-    step, pending, seconds, opt, fired = 0, None, 0.0, None, None  # fired: the step at which the gradient trigger ended Phase I
+    step, pending, seconds, opt = 0, None, 0.0, None
+    fired = None  # the step at which the gradient trigger ended Phase I
     found = read_same(accelerator, run / "checkpoints", args.resume_step, ("model", "ema", "opt", "args", "steps"))
     if found:
         path, state = found
@@ -271,8 +272,8 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
     start_trackers(accelerator, args)
     if shows:
         previews = Previews(args, accelerator, run / "previews", dataset, vae, y_null)
-    metrics = Metrics(run / "metrics.csv", accelerator, step, pending,
-                      (score_names(args.eval_features) if scores else []) + trigger_columns(args), args.max_skipped_steps, seconds)
+    columns = (score_names(args.eval_features) if scores else []) + trigger_columns(args)
+    metrics = Metrics(run / "metrics.csv", accelerator, step, pending, columns, args.max_skipped_steps, seconds)
     logger.info(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(dataset):,} images, steps {step} to "
                 f"{max_steps}, {accelerator.num_processes} process(es) on {device}, precision "
                 f"{accelerator.mixed_precision}, alignment until step {early_stop if teacher else 0}"

@@ -1,5 +1,4 @@
 """What the benchmarks share: variants timed in turns, peak memory, and the machine in words."""
-import ctypes
 import datetime
 import os
 import platform
@@ -10,6 +9,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from speed import give_back_memory
 
 
 def machine(device="cpu"):
@@ -58,7 +59,7 @@ def added_memory(work, device="cpu"):
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed must not pass for what is used
+    give_back_memory()  # what was freed must not pass for what is used
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = status("VmRSS")
     work()

@@ -24,6 +24,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def train(args, seed, name):
                "--checkpointing-steps", args.steps // 4, "--sampling-steps", 0, "--mixed-precision", args.mixed_precision,
                "--eval-steps", args.every, "--eval-samples", args.samples, "--eval-ref", args.data / "val/images",
                "--eval-features", "efficientnet-lite0", *flags]
-    command = [str(part) for part in command]
+    command = [*map(str, command)]
     print(f"+ {shlex.join(command[1:])}", flush=True)
     threads = max(1, torch.get_num_threads() // args.jobs)
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT,
@@ -146,7 +147,7 @@ def train(args, seed, name):
 
 def run_all(args):
     """Every variant of every seed that fits into the time."""
-    end, failed, a_step = time.time() + 60 * args.minutes, [], [0.0]  # the slowest run's seconds a step
+    end, stop, a_step = time.time() + 60 * args.minutes, threading.Event(), [0.0]  # the slowest run's seconds a step
     shares = {name: shared for name, (_, shared) in variants(args.steps).items()}
     chains = [["vanilla"], ["HASTE, no stop", *(name for name, shared in shares.items() if shared)], ["features only (REPA)"],
               ["attention only"], ["HASTE, gradient trigger"]]
@@ -157,7 +158,7 @@ def run_all(args):
                 continue
             steps = args.steps - shares[name]
             has_source = not shares[name] or is_done(args, seed, "HASTE, no stop")
-            if failed or not has_source or time.time() + a_step[0] * steps > end:
+            if stop.is_set() or not has_source or time.time() + a_step[0] * steps > end:
                 continue
             took = train(args, seed, name) / steps
             a_step[0] = max(a_step[0], took)
@@ -168,7 +169,7 @@ def run_all(args):
             for task in concurrent.futures.as_completed(tasks):
                 task.result()
         except BaseException:  # Ctrl-C too
-            failed.append(True)
+            stop.set()
             raise
 
 

@@ -19,6 +19,11 @@ from files import BadInput, atomic_write, first_line, is_file, read_json, readin
 TITLES = {"denoise": "denoising loss", "feature": "feature loss (-cosine)", "attention": "attention loss (nats)"}
 
 
+def is_switched_off(name, values):
+    """Whether a run never had this loss of alignment, which metrics.csv then has as 0."""
+    return name in ("feature", "attention") and not any(values)
+
+
 def read_table(run):
     """{column: ([step], [value])} of run/metrics.csv: all columns but the step, each with the rows that have it."""
     path = run / "metrics.csv"
@@ -79,8 +84,7 @@ def main():
         stop = alignment_stop(metrics, read_json(run / "args.json"))
         for axis, term in zip(axes, terms, strict=True):
             steps, values = metrics.get(term, ([], []))
-            switched_off = term in TITLES and not any(values)  # 0 in metrics.csv
-            line, = axis.plot([], [], label=run.name) if switched_off else axis.plot(steps, values, label=run.name)
+            line, = axis.plot(*(([], []) if is_switched_off(term, values) else (steps, values)), label=run.name)
             if stop is not None:
                 axis.axvline(stop, color=line.get_color(), linestyle=":", linewidth=1)
             axis.set(title=TITLES.get(term, term), xlabel="step")

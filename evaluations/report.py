@@ -22,7 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
 from checkpoints import check_contents, saved_steps
-from evaluations.curves import TITLES, alignment_stop, read_table
+from evaluations.curves import TITLES, alignment_stop, is_switched_off, read_table
 from evaluations.images import FolderImages, decode
 from evaluations.student import look_inside
 from files import BadInput, atomic_write, check_bounds, is_file, read_json, reading, run_script
@@ -56,7 +56,8 @@ def curves(table):
     """
     steps, seconds = table["seconds"]
     columns = {name: values for name, values in table.items() if values[0] and name != "seconds"
-               and not name.startswith("cosine_") and not (name in ("skipped", "feature", "attention") and not any(values[1]))}
+               and not name.startswith("cosine_") and not (name == "skipped" and not any(values[1]))
+               and not is_switched_off(name, values[1])}
     durations = [1000 * taken / (step - before) for step, before, taken in zip(steps, [0, *steps[:-1]], seconds, strict=True)]
     columns["step_time"] = (steps, durations)
     finite = {name: [[x, y] for x, y in zip(*values, strict=True) if np.isfinite(y)] for name, values in columns.items()}

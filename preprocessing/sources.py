@@ -16,11 +16,10 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from files import BadInput, check_inside, first_line, read_json
+from storage import LARGEST, LARGEST_LISTING
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 LISTING = "dataset.json"
-LARGEST = 1 << 28          # bytes of one picture's file, unpacked: more is not read
-LARGEST_LISTING = 1 << 31
 ZIP_HEADER = 30            # bytes before an entry's name, whose length and that of an extra field end them
 
 

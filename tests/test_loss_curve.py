@@ -48,14 +48,17 @@ def test_curve_of_two_processes(monkeypatch, tiny_data, teacher_file, tmp_path, 
     torch.testing.assert_close(found, golden, rtol=1e-6, atol=0)
 
 
-def test_curve_of_the_published_step(tiny_data, teacher_file, golden):
-    """The benchmark's restatement does the same as the product, by longer ways."""
+@pytest.mark.parametrize("plain", [False, True])
+def test_curve_of_the_published_step(tiny_data, teacher_file, golden, plain):
+    """The benchmark's restatement does the same as the product, by longer ways; its teacher's attention is plain on a CPU."""
     config = SIT_CONFIGS["SiT-N/2"]
     data = LatentImages(tiny_data, 64, CLASSES)
     set_seed(0)
     model = SiT_models["SiT-N/2"](input_size=16, num_classes=CLASSES, z_dims=(48,))
     ema, y_null = copy.deepcopy(model), torch.tensor(CLASSES)
-    teacher = Teacher(load_vit("dinov2-vit-n", teacher_file), 8, range(10), 10)
+    teacher = Teacher(load_vit("dinov2-vit-n", teacher_file), 8, () if plain else range(10), 10)
+    for block in teacher.vit.blocks if plain else []:
+        block.attn = published.PlainAttention(block.attn)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0)
     args = argparse.Namespace(path_type="linear", cfg_prob=0.1, proj_coeff=0.5, attn_coeff=0.5, max_grad_norm=1.0,
                               ema_decay=0.9999)
