@@ -84,7 +84,9 @@ def main():
         stop = alignment_stop(metrics, read_json(run / "args.json"))
         for axis, term in zip(axes, terms, strict=True):
             steps, values = metrics.get(term, ([], []))
-            line, = axis.plot(*(([], []) if is_switched_off(term, values) else (steps, values)), label=run.name)
+            if is_switched_off(term, values):
+                steps, values = [], []
+            line, = axis.plot(steps, values, label=run.name)
             if stop is not None:
                 axis.axvline(stop, color=line.get_color(), linestyle=":", linewidth=1)
             axis.set(title=TITLES.get(term, term), xlabel="step")

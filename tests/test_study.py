@@ -1,4 +1,6 @@
 """benchmarks/study.py: what is compared with what."""
+from argparse import Namespace
+
 import pytest
 
 from benchmarks import study
@@ -59,3 +61,22 @@ def test_no_run_without_time_or_without_its_phase_one(monkeypatch, tmp_path, min
 def test_variants_share_phase_one_only_with_the_run_without_a_stop():
     shared = {name: steps for name, (_, steps) in study.variants(1200).items() if steps}
     assert shared == {"HASTE, stop at 300": 300, "HASTE, stop at 600": 600, "HASTE, stop at 900": 900}
+
+
+def test_phase_one_scores_of_a_stop_are_those_of_the_run_without(monkeypatch, tmp_path):
+    """The run with a stop at 4 holds no checkpoint of step 2: its held-out loss there is that of the run it went on from."""
+    monkeypatch.setattr(study, "LatentImages", lambda *args, **kwargs: None)
+    monkeypatch.setattr(study, "held_out_loss", lambda path, data: len(path.parts[-3]) + int(path.stem) / 10)
+    args = Namespace(out=tmp_path, data=tmp_path, steps=8, seeds=[0, 1])
+    for seed in args.seeds:
+        for name, steps in (("HASTE, no stop", (2, 4, 6, 8)), ("HASTE, stop at 4", (4, 6, 8))):
+            folder = study.folder_of(args, seed, name)
+            (folder / "checkpoints").mkdir(parents=True)
+            (folder / "metrics.csv").write_text("step,FD-EffLite0\n2,30\n")
+            for step in steps:
+                (folder / f"checkpoints/{step:07d}.pt").touch()
+    values, _ = study.collect(args)
+    alone, stopped = (values[name]["held-out loss"] for name in ("HASTE, no stop", "HASTE, stop at 4"))
+    assert sorted(stopped) == [2, 4, 6, 8] and stopped[2] == alone[2] == {0: 20.2, 1: 20.2}
+    assert stopped[6] != alone[6]
+    assert values["HASTE, stop at 4"]["FD-EffLite0"] == {2: {0: 30.0, 1: 30.0}}
