@@ -118,8 +118,9 @@ def reading(path):
     try:
         yield
     except OSError as error:
-        raise BadInput(f"{error.filename or path} cannot be read ({error.strerror or error}); give another path, or make "
-                       "this one readable.") from error
+        name = os.fsdecode(error.filename or path)
+        raise BadInput(f"{name} cannot be read ({error.strerror or error}); give another path, or make this one "
+                       "readable.") from error
 
 
 def is_file(path):
@@ -191,8 +192,7 @@ def locked(path, wanted=True):
 
 def check_inside(name, where):
     """`name`, a relative path out of the file `where`; raises BadInput when it would lead out of its folder."""
-    plain = name.replace("\\", "/")
-    if plain.startswith("/") or ".." in plain.split("/"):
+    if name.startswith(("/", "\\")) or (".." in name and ".." in name.replace("\\", "/").split("/")):
         raise BadInput(f"{where} names {name}, which lies outside its folder; only relative paths below it are read.")
     return name
 

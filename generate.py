@@ -79,11 +79,12 @@ def add_sampling_arguments(parser):
     add("--projector-embed-dims", help="teacher widths of the projectors, such as 768 (default: read from the checkpoint)")
 
 
-def read_checkpoint(args, vae, configs, landmark, **published):
-    """(EMA weights, arguments of the model) of --ckpt, for models of the table `configs`.
+def read_checkpoint(args, device, configs, landmark, **published):
+    """(EMA weights, arguments of the model) of --ckpt, for models of the table `configs`, and the VAE on `device`.
 
     `args` that were not typed are filled in from the checkpoint's or, where it says nothing, from `published`. Latent
-    size and channels follow from --resolution and the weights; `landmark` is a weight that only these models have.
+    size and channels follow from --resolution and the weights; `landmark` is a weight that only these models have. What is
+    wrong with --ckpt or a flag is said before the VAE is looked for.
     """
     checkpoint = load_checkpoint(args.ckpt)
     published = {"resolution": 256, "qk_norm": False, "path_type": "linear", **published}
@@ -113,6 +114,7 @@ def read_checkpoint(args, vae, configs, landmark, **published):
     patch, args.encoder_depth = config["patch_size"], args.encoder_depth or config["encoder_depth"]
     if not 1 <= args.encoder_depth <= config["depth"]:
         raise BadInput(f"--encoder-depth {args.encoder_depth} is outside 1 to {config['depth']}, the model's depth.")
+    vae = VAE(VAES.get(args.vae, args.vae), device)
     if args.resolution % (vae.factor * patch):
         raise BadInput(f"--resolution {args.resolution} is no multiple of {vae.factor * patch}, the VAE's factor "
                        f"{vae.factor} times the patch of {args.model}.")
@@ -120,7 +122,7 @@ def read_checkpoint(args, vae, configs, landmark, **published):
     vae.check(sizes["in_channels"], side, args.resolution)
     typed = {"num_classes": args.num_classes} if "num_classes" in sizes else {}
     return weights, {**sizes, **typed, "input_size": side, "encoder_depth": args.encoder_depth, "qk_norm": args.qk_norm,
-                     "fused_attn": args.fused_attn}
+                     "fused_attn": args.fused_attn}, vae
 
 
 def ready(model, weights, args, device):
@@ -232,7 +234,7 @@ def write_outputs(args, folder, path_of, columns=None, texts=None):
 
 
 def setup(args):
-    """Process state, VAE and switches shared by both sampling scripts."""
+    """The process state, with the switches that both sampling scripts share."""
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     watch_others()
     torch.set_grad_enabled(False)
@@ -241,7 +243,7 @@ def setup(args):
         raise BadInput("--mixed-precision fp16 needs a GPU; use bf16 or no.")
     if args.compile:
         check_compiler(state.device)
-    return state, VAE(VAES.get(args.vae, args.vae), state.device)
+    return state
 
 
 def parse_args():
@@ -258,9 +260,9 @@ def parse_args():
 
 def main():
     args = parse_args()
-    state, vae = setup(args)
-    weights, sizes = read_checkpoint(args, vae, SIT_CONFIGS, "y_embedder.embedding_table.weight", model="SiT-XL/2",
-                                     num_classes=1000)
+    state = setup(args)
+    weights, sizes, vae = read_checkpoint(args, state.device, SIT_CONFIGS, "y_embedder.embedding_table.weight",
+                                          model="SiT-XL/2", num_classes=1000)
     model = ready(SiT_models[args.model](**sizes), weights, args, state.device)
     folder = sample_folder(args, args.model.replace("/", "-"))
 

@@ -90,9 +90,9 @@ def val_captions(args):
 
 def main():
     args = parse_args()
-    state, vae = setup(args)
-    weights, sizes = read_checkpoint(args, vae, MMDIT_CONFIGS, "context_embedder.weight", model="MMDiT",
-                                     context_shape=None)
+    state = setup(args)
+    weights, sizes, vae = read_checkpoint(args, state.device, MMDIT_CONFIGS, "context_embedder.weight", model="MMDiT",
+                                          context_shape=None)
     prompts, name = read_prompts(args), args.model
     if prompts:  # what is not used must not tell two runs apart
         name = f"{args.model}-{prompts_name(args, prompts)}"

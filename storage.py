@@ -10,6 +10,7 @@ Each holds dataset.json, {"labels": [[relative path, label], ...]} or {"labels":
 import bisect
 import io
 import itertools
+import operator
 import os
 import struct
 import zipfile
@@ -37,6 +38,7 @@ from listing import (
     Listing,
     arranged,
     check_equal_sizes,
+    encoded,
     indexed,
     labels_of,
     missing_labels,
@@ -110,7 +112,7 @@ class Zip:
 
     @staticmethod
     def list(path, suffix, labels):
-        stamps, numbers, values, names, where = stamps_of(path), NO_LABELS, None, [], []
+        stamps, numbers, values = stamps_of(path), NO_LABELS, None
         try:
             with zipfile.ZipFile(path) as archive:
                 if labels:
@@ -118,22 +120,21 @@ class Zip:
                         raise missing_labels(path / "dataset.json")
                     content = read_json(path / "dataset.json", data=read_member(archive, "dataset.json"))
                     numbers, values, _ = parse_labels(content, path / "dataset.json")
-                for member in archive.filelist:
-                    if not member.filename.endswith(suffix) or member.filename.rpartition("/")[2].startswith("."):
-                        continue
-                    name = check_inside(member.filename, path)
-                    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
-                        raise BadInput(f"{path}/{name} is encrypted or packed in another way than stored or deflated; "
-                                       "write the zip again.")
-                    if member.file_size > LARGEST:
-                        raise BadInput(f"{path}/{name} claims {member.file_size} bytes, more than any image or latent "
-                                       "has; write the zip again.")
-                    names.append(name.encode())
-                    where.append((member.header_offset, member.compress_size, member.compress_type, member.CRC,
-                                  member.file_size))
+                members = [member for member in archive.filelist if member.filename.endswith(suffix)
+                           and not member.filename.rpartition("/")[2].startswith(".")]
+                names = encoded([check_inside(member.filename, path) for member in members])
+                columns = ("header_offset", "compress_size", "compress_type", "CRC", "file_size", "flag_bits")
+                where = np.fromiter(map(operator.attrgetter(*columns), members), np.dtype((np.int64, len(columns))), len(members))
         except ZIP_ERRORS as error:
             raise BadInput(f"{path} is no readable zip ({first_line(error)}); write it again.") from error
-        index, names, where = arranged(path, np.array(names, "S"), np.array(where, np.int64).reshape(-1, 5))
+        is_known = np.isin(where[:, Zip.METHOD], (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)) & (where[:, -1] & 1 == 0)
+        for k in np.flatnonzero(~is_known)[:1]:
+            raise BadInput(f"{path}/{os.fsdecode(names[k])} is encrypted or packed in another way than stored or deflated; "
+                           "write the zip again.")
+        for k in np.flatnonzero(where[:, Zip.SIZE] > LARGEST)[:1]:
+            raise BadInput(f"{path}/{os.fsdecode(names[k])} claims {where[k, Zip.SIZE]} bytes, more than any image or latent "
+                           "has; write the zip again.")
+        index, names, where = arranged(path, names, where[:, :-1])
         if suffix == ".npy":
             check_equal_sizes(path, names, where[:, Zip.SIZE])
         return stamps, Listing(index, names, where, numbers, values)
@@ -208,7 +209,6 @@ class Packed:
         numbers, values, names = labels_of(path / "dataset.json")
         if not np.array_equal(numbers, table[:, 0]):
             raise BadInput(f"{path}/dataset.json names other entries than index.npy; pack the data again.")
-        names = np.array([os.fsencode(name) for name in names], "S")
         return stamps, Listing(numbers, names, table[:, 1:].copy(), numbers, values)
 
     def name(self, i):

@@ -565,6 +565,7 @@ CASES = {
     "output that is read-only": (train, None, [*NO_TEACHER, "--output-dir", "/proc/runs"], "could not be written .*can be written to"),
     # -- sampling
     "no checkpoint": (generate, None, ["--ckpt", "/no/file.pt"], "/no/file.pt does not exist"),
+    "no checkpoint and no VAE": (generate, None, ["--ckpt", "/no/file.pt", "--vae", "/no/vae"], "/no/file.pt does not exist"),
     "a folder for a checkpoint": (generate, None, ["--ckpt", "{w}/out"], "does not exist; give the path of a weight or"),
     "torn checkpoint to sample": (generate, cut(CKPT), [], "0000005.pt is damaged"),
     "code to sample": (generate, put(CKPT, {"ema": Planted()}), [], "holds code, which is not run"),

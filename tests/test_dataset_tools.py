@@ -1,4 +1,5 @@
 """convert and encode by their command lines: what is written, what is skipped, stops and continuations, processes."""
+import contextlib
 import io
 import json
 import os
@@ -322,6 +323,41 @@ def test_kill_9_and_the_same_command(source, made, tmp_path, kind):
         assert dest.read_bytes() == (made / kind).read_bytes()
     assert files(dest) == files(made / kind)
     assert [path.name for path in tmp_path.iterdir()] == [kind]
+
+
+@pytest.mark.parametrize("kind", ["images", "images.zip", "vae-sd", "vae-sd.zip"])
+def test_killed_at_any_moment(source, made, tmp_path, kind):
+    """Ten kills each, at moments drawn from the whole time that the command takes, from its start to its last check: the
+    same command goes on, and in the end the bytes are those of no kill."""
+    dest, rng, most, progress = tmp_path / kind, random.Random(kind), 12 if kind.endswith(".zip") else 48, []
+    command = (converting(source, dest, "--num-workers=2") if kind.startswith("images") else
+               encoding(made / kind.replace("vae-sd", "images"), dest))
+    seconds, there = None, 0
+    while len(progress) < 10 or not any(0 < n < most for n in progress):
+        processes = SERVER.start_all("preprocessing/dataset_tools.py", *command, processes=2 if kind == "vae-sd" else 1,
+                                     before="tests.test_dataset_tools.slow_groups")
+        started = time.monotonic()
+        if seconds and there < most:  # the first, and what has little left to do, is left to its end
+            time.sleep(rng.uniform(0, seconds))
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):  # it has no group in its first millisecond
+                    if len(progress) % 2:
+                        os.killpg(process.pid, signal.SIGKILL)
+                process.send(signal.SIGKILL)
+        status = processes[0].wait()
+        for process in processes:
+            process.wait()
+            wait_for(lambda group=process.pid: not group_is_alive(group))
+        if status == -signal.SIGKILL:
+            there = progress_of(dest)
+            progress.append(there)
+            continue
+        assert status == 0, processes[0].stderr
+        seconds, there = seconds or time.monotonic() - started, 0
+        assert files(dest) == files(made / kind) and [path.name for path in tmp_path.iterdir()] == [kind]
+        (os.unlink if dest.suffix else shutil.rmtree)(dest)
+    script("preprocessing/dataset_tools.py", *command)
+    assert files(dest) == files(made / kind) and [path.name for path in tmp_path.iterdir()] == [kind]
 
 
 def test_a_picture_repaired_before_the_zip_is_complete(source, made, tmp_path, monkeypatch):

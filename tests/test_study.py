@@ -54,7 +54,7 @@ def test_no_run_without_time_or_without_its_phase_one(monkeypatch, tmp_path, min
     monkeypatch.setattr(study, "train", train)
     monkeypatch.setattr(study.time, "time", lambda: next(clock))
     call_main(monkeypatch, study, "--out", tmp_path, "--steps", 8, "--jobs", 1, "--seeds", 0, "--minutes", minutes)
-    in_an_hour = ["vanilla", "HASTE, no stop", "HASTE, stop at 2", "HASTE, stop at 4", "HASTE, stop at 6"]
+    in_an_hour = ["HASTE, no stop", "HASTE, stop at 2", "HASTE, stop at 4", "HASTE, stop at 6"]
     assert begun == (in_an_hour if minutes else [])
 
 
@@ -80,3 +80,15 @@ def test_phase_one_scores_of_a_stop_are_those_of_the_run_without(monkeypatch, tm
     assert sorted(stopped) == [2, 4, 6, 8] and stopped[2] == alone[2] == {0: 20.2, 1: 20.2}
     assert stopped[6] != alone[6]
     assert values["HASTE, stop at 4"]["FD-EffLite0"] == {2: {0: 30.0, 1: 30.0}}
+
+
+def test_all_that_a_run_reads_is_of_the_folder_that_was_named(monkeypatch, tmp_path):
+    commands, ended = [], Namespace(returncode=0)
+    monkeypatch.setattr(study.subprocess, "run", lambda command, **kwargs: commands.append(command) or ended)
+    args = Namespace(data=tmp_path / "data", out=tmp_path / "out", model="SiT-T/2", steps=8, every=2, samples=4, jobs=1,
+                     mixed_precision="no")
+    study.train(args, 0, "vanilla")
+    given = dict(zip(commands[0], commands[0][1:], strict=False))
+    read = ("--data-dir", "--enc-weights", "--teacher-cache", "--eval-ref", "--eval-weights")
+    assert [given[flag] for flag in read] == [str(args.data / path) for path in (
+        "train", "teacher.safetensors", "teacher-cache", "val/images", "efficientnet-lite0.pth")]
