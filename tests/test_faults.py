@@ -338,9 +338,10 @@ def fsdp_on_a_cpu():
     training.Accelerator = accelerator
 
 
-def test_fsdp_trains_and_checkpoints_to_the_same_file(tiny_data, teacher_file, tmp_path):
+@pytest.mark.parametrize("compiled", [[], ["--compile"]], ids=["eager", "compiled"])
+def test_fsdp_trains_and_checkpoints_to_the_same_file(tiny_data, teacher_file, tmp_path, compiled):
     """The losses of one process; 6 = 3 + 3 steps; and one process continues from the file of two."""
-    more = ["--enc-weights", teacher_file, "--early-stop-point", 4, "--checkpointing-steps", 3]
+    more = ["--enc-weights", teacher_file, "--early-stop-point", 4, "--checkpointing-steps", 3, *compiled]
     arguments = train_arguments(tiny_data, tmp_path / "fsdp", *more)
     script("train.py", *train_arguments(tiny_data, tmp_path / "plain", *more))
     for stop in (3, 6):

@@ -1,0 +1,97 @@
+"""Who should write the PNGs of a batch while the device goes on: the sampling loop itself, threads, or processes?
+
+    python benchmarks/png.py [--batch-size 32] [--writers 4] [--rounds 5]
+
+Each way writes batches as generate.py does, to disk. `alone`: images/s when nothing else runs. `held up`: milliseconds a
+batch that the loop cannot go on, to hand the pictures over. `loop`: small products that the loop makes in the meantime, as
+it would start kernels, against how many it makes when nobody writes; 1.00 is undisturbed. On a CPU the writers take time on
+the cores that the loop needs, however they are made.
+"""
+import argparse
+import io
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees benchmarks/ only
+from benchmarks.measure import machine, table
+from benchmarks.synthetic import make_png
+from files import open_image
+from generate import write_png
+
+SECONDS = 3  # of each count of products
+
+
+def products(seconds, keep_busy=lambda: None):
+    """Small products a second, keep_busy() being called between them."""
+    a, count, end = torch.ones(64, 64), 0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for _ in range(50):
+            a = (a @ a).clamp(max=1)
+        count += 50
+        keep_busy()
+    return count / seconds
+
+
+def measure(pool, write):
+    """(images/s alone, milliseconds held up, products a second meanwhile) for a `pool`, whose batch write() hands over."""
+    begin, tasks = time.perf_counter(), write(pool)
+    held_up = time.perf_counter() - begin
+    for task in tasks:
+        task.result()
+    alone = len(tasks) / (time.perf_counter() - begin)
+
+    def keep_busy():
+        if all(task.done() for task in tasks):
+            tasks[:] = write(pool)
+    return alone, 1000 * held_up, products(SECONDS, keep_busy)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures of a batch (default 32)")
+    parser.add_argument("--resolution", type=int, default=256, help="default 256")
+    parser.add_argument("--writers", type=int, default=4, help="threads or processes (default 4)")
+    parser.add_argument("--rounds", type=int, default=5, help="timings of each (default 5)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    images = [np.asarray(open_image(io.BytesIO(make_png(args.resolution, rng)))) for _ in range(args.batch_size)]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{i:06d}.png" for i in range(args.batch_size)]
+
+        def inline():
+            begin = time.perf_counter()
+            for path, image in zip(paths, images, strict=True):
+                write_png(path, image)
+            return time.perf_counter() - begin
+
+        def submit(pool):
+            return [pool.submit(write_png, path, image) for path, image in zip(paths, images, strict=True)]
+
+        found = {way: [] for way in ("the loop itself", "threads", "processes")}
+        with ThreadPoolExecutor(args.writers) as threads, ProcessPoolExecutor(args.writers) as processes:
+            pools = {"threads": threads, "processes": processes}
+            for pool in pools.values():
+                measure(pool, submit)
+            for _ in range(args.rounds):
+                free, seconds = products(SECONDS), inline()
+                found["the loop itself"].append((args.batch_size / seconds, 1000 * seconds, 0))
+                for way, pool in pools.items():
+                    alone, held_up, meanwhile = measure(pool, submit)
+                    found[way].append((alone, held_up, meanwhile / free))
+    print(machine())
+    print()
+    print(table(["writers", "images/s alone", "ms held up, a batch", "loop"],
+                [[way, *(f"{statistics.median(values):.{digits}f}" for values, digits in
+                         zip(zip(*rows, strict=True), (0, 1, 2), strict=True))] for way, rows in found.items()]))
+
+
+if __name__ == "__main__":
+    main()
