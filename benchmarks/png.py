@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +28,19 @@ from generate import write_png
 SECONDS = 3  # of each count of products
 
 
-def products(seconds, keep_busy=lambda: None):
-    """Small products a second, keep_busy() being called between them."""
-    a, count, end = torch.ones(64, 64), 0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
+class AtOnce(Executor):
+    """The loop itself: what is handed over is done before it goes on."""
+
+    def submit(self, work, *arguments):
+        done = Future()
+        done.set_result(work(*arguments))
+        return done
+
+
+def products(keep_busy=lambda: None):
+    """Small products a second, over SECONDS, keep_busy() being called between them."""
+    a, count, begin = torch.ones(64, 64), 0, time.perf_counter()
+    while (seconds := time.perf_counter() - begin) < SECONDS:
         for _ in range(50):
             a = (a @ a).clamp(max=1)
         count += 50
@@ -50,7 +59,7 @@ def measure(pool, write):
     def keep_busy():
         if all(task.done() for task in tasks):
             tasks[:] = write(pool)
-    return alone, 1000 * held_up, products(SECONDS, keep_busy)
+    return alone, 1000 * held_up, products(keep_busy)
 
 
 def main():
@@ -66,31 +75,23 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{i:06d}.png" for i in range(args.batch_size)]
 
-        def inline():
-            begin = time.perf_counter()
-            for path, image in zip(paths, images, strict=True):
-                write_png(path, image)
-            return time.perf_counter() - begin
-
         def submit(pool):
             return [pool.submit(write_png, path, image) for path, image in zip(paths, images, strict=True)]
 
-        found = {way: [] for way in ("the loop itself", "threads", "processes")}
         with ThreadPoolExecutor(args.writers) as threads, ProcessPoolExecutor(args.writers) as processes:
-            pools = {"threads": threads, "processes": processes}
-            for pool in pools.values():
-                measure(pool, submit)
-            for _ in range(args.rounds):
-                free, seconds = products(SECONDS), inline()
-                found["the loop itself"].append((args.batch_size / seconds, 1000 * seconds, 0))
+            pools = {"the loop itself": AtOnce(), "threads": threads, "processes": processes}
+            found = {way: [] for way in pools}
+            for turn in range(args.rounds + 1):  # the first does not count
+                free = products()
                 for way, pool in pools.items():
                     alone, held_up, meanwhile = measure(pool, submit)
-                    found[way].append((alone, held_up, meanwhile / free))
+                    if turn:
+                        found[way].append((alone, held_up, meanwhile / free))
     print(machine())
     print()
     print(table(["writers", "images/s alone", "ms held up, a batch", "loop"],
                 [[way, *(f"{statistics.median(values):.{digits}f}" for values, digits in
-                         zip(zip(*rows, strict=True), (0, 1, 2), strict=True))] for way, rows in found.items()]))
+                         zip(zip(*rows, strict=True), (0, 1, 3), strict=True))] for way, rows in found.items()]))
 
 
 if __name__ == "__main__":

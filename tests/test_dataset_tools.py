@@ -61,6 +61,13 @@ def encoding(source, dest, *more):
     return ["encode", f"--source={source}", f"--dest={dest}", f"--model-url={VAE_FOLDER}", "--batch-size=4", *more]
 
 
+def making(kind, source, made, dest):
+    """The command that makes what `made` holds as `kind`, images or latents, a folder or a zip, at `dest`."""
+    if kind.startswith("images"):
+        return converting(source, dest, "--num-workers=2")
+    return encoding(made / kind.replace("vae-sd", "images"), dest)
+
+
 @pytest.fixture(scope="module")
 def made(source, tmp_path_factory):
     """images/, vae-sd/, images.zip and vae-sd.zip, each by one uninterrupted command; tests must not change them."""
@@ -297,8 +304,7 @@ def test_kill_9_and_the_same_command(source, made, tmp_path, kind):
     """Five kills each at random moments, with and without the workers, one of a zip while it is put together: the bytes
     are those of no kill."""
     dest, moment, seen = tmp_path / kind, random.Random(kind), [0]
-    command = (converting(source, dest, "--num-workers=2") if kind.startswith("images") else
-               encoding(made / kind.replace("vae-sd", "images"), dest))
+    command = making(kind, source, made, dest)
     processes = 2 if kind == "vae-sd.zip" else 1
     while len(seen) < 6:
         putting_together = len(seen) == 5 and dest.suffix == ".zip"
@@ -330,8 +336,7 @@ def test_killed_at_any_moment(source, made, tmp_path, kind):
     """Ten kills each, at moments drawn from the whole time that the command takes, from its start to its last check: the
     same command goes on, and in the end the bytes are those of no kill."""
     dest, rng, most, progress = tmp_path / kind, random.Random(kind), 12 if kind.endswith(".zip") else 48, []
-    command = (converting(source, dest, "--num-workers=2") if kind.startswith("images") else
-               encoding(made / kind.replace("vae-sd", "images"), dest))
+    command = making(kind, source, made, dest)
     seconds, there = None, 0
     while len(progress) < 10 or not any(0 < n < most for n in progress):
         processes = SERVER.start_all("preprocessing/dataset_tools.py", *command, processes=2 if kind == "vae-sd" else 1,
@@ -340,8 +345,8 @@ def test_killed_at_any_moment(source, made, tmp_path, kind):
         if seconds and there < most:  # the first, and what has little left to do, is left to its end
             time.sleep(rng.uniform(0, seconds))
             for process in processes:
-                with contextlib.suppress(ProcessLookupError):  # it has no group in its first millisecond
-                    if len(progress) % 2:
+                if len(progress) % 2:
+                    with contextlib.suppress(ProcessLookupError):  # it has no group in its first millisecond
                         os.killpg(process.pid, signal.SIGKILL)
                 process.send(signal.SIGKILL)
         status = processes[0].wait()
