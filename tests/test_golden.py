@@ -109,7 +109,8 @@ def test_gradients():
 def toy(x, t, y):
     """v(x, t, c) = tanh(x) (1 - t / 2) + 0.3 sin(c) + 0.1, c = the label or the mean of the text tokens.
 
-    The golden run added the two terms without x first: in float32 the order shows at 1e-8.
+    The golden run added the two terms without x first: in float32 the order shows at 1e-8. So does the CPU, by the last bit
+    of tanh: on another kind than the golden run's, samples agree to 3e-8 instead of 1e-10.
     """
     c = y.float() if y.dim() == 1 else y.mean(dim=(1, 2))
     t, c = t[:, None, None, None], c[:, None, None, None].to(x.dtype)
@@ -126,11 +127,11 @@ def sample(seed, sampler, cfg_scale=1.0, low=0.0, high=1.0, text=False, **kwargs
 
 
 def test_euler_interval():
-    close(sample(4, euler_sampler, 1.65, 0.1, 0.72, num_steps=25), golden("euler_cfg_interval")["x"], 1e-10)
+    close(sample(4, euler_sampler, 1.65, 0.1, 0.72, num_steps=25), golden("euler_cfg_interval")["x"], 1e-7)
 
 
 def test_heun():
-    close(sample(5, euler_sampler, 4.0, num_steps=12, heun=True), golden("heun_cfg")["x"], 1e-10)
+    close(sample(5, euler_sampler, 4.0, num_steps=12, heun=True), golden("heun_cfg")["x"], 1e-7)
 
 
 @pytest.mark.parametrize("name, seed, arguments", [
@@ -139,7 +140,7 @@ def test_heun():
     ("sde_t2i", 9, {"cfg_scale": 2.25, "text": True, "num_steps": 25}),
 ])
 def test_euler_maruyama(name, seed, arguments):
-    close(sample(seed, euler_maruyama_sampler, **arguments), golden(name)["x"], 1e-8)
+    close(sample(seed, euler_maruyama_sampler, **arguments), golden(name)["x"], 1e-7)
 
 
 @pytest.mark.parametrize("name", ["SiT-B/2", "SiT-L/2", "SiT-XL/2", "SiT-XL/4", "MMDiT"])
