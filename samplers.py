@@ -22,7 +22,7 @@ def guided(model, y, y_null, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0)
         # float64, as the samplers count; a plain number stays on the CPU: deciding by it must not wait for the device
         t = torch.as_tensor(t, dtype=torch.float64)
         inside = (guidance_low <= t) & (t <= guidance_high) & (cfg_scale > 1)
-        times = t.to(x.device, x.dtype).expand(len(x))
+        times = t.to(x.device, x.dtype) if t.dim() else torch.full((len(x),), t.item(), dtype=x.dtype, device=x.device)
         if not inside.any():
             return model(x, times, y).double()
         v, v_null = model(torch.cat([x, x]), torch.cat([times, times]), both).double().chunk(2)
@@ -57,8 +57,8 @@ def score_from_velocity(v, x, t, path_type="linear"):
 
     s = (r v - x) / var with r = alpha / d_alpha and var = sigma^2 - r d_sigma sigma.
     """
-    t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-    t = t.reshape(-1, *[1] * (x.dim() - 1)) if t.dim() else t
+    t = torch.as_tensor(t, dtype=x.dtype)
+    t = t.to(x.device).reshape(-1, *[1] * (x.dim() - 1)) if t.dim() else t  # a scalar need not go to the device
     alpha, sigma, d_alpha, d_sigma = interpolant(t, path_type)
     r = alpha / d_alpha
     return (r * v - x) / (sigma ** 2 - r * d_sigma * sigma)
