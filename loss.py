@@ -95,7 +95,7 @@ class AttentionCrossEntropy(torch.autograd.Function):
                     total -= torch.dot(p.flatten(), log_q.flatten())
                     if wanted:
                         difference = log_q.exp_().sub_(p)
-                        dq[tile] = scale * difference @ keys
+                        dq[tile] = (difference @ keys).mul_(scale)
                         keys_gradient += difference.mT @ queries
                 if wanted:
                     dk[m:m + step] = keys_gradient

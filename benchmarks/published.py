@@ -1,15 +1,22 @@
 """What the published code does in a step and in a sampler's call, restated to be measured against; not for use.
 
 q k^T is formed in every block of student and teacher, in both phases and when sampling; the projector always runs; the
-maps' softmax is kept for the backward pass; the average of the weights is a loop over parameters; the optimizer is not
-fused; four numbers a step are read back from the device.
+maps' softmax is kept for the backward pass; tokens keep the transposed layout of the patch convolution's result; the
+average of the weights is a loop over parameters; the optimizer is not fused; four numbers a step are read back from the
+device.
 """
 import torch
 from torch import nn
 
 from encoders import VAE
 from loss import feature_loss, interpolant, mean_flat
-from models.layers import QK, unpatchify
+from models.layers import QK, modulate, unpatchify
+
+
+def heads(attention, x):
+    """Tokens (N, T, D) -> q, k, v, (N, H, T, d) each."""
+    n, t, _ = x.shape
+    return attention.qkv(x).reshape(n, t, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
 
 
 class PlainAttention(nn.Module):
@@ -20,8 +27,7 @@ class PlainAttention(nn.Module):
         self.attention, self.logits = attention, None
 
     def forward(self, x, **_):
-        n, t, _ = x.shape
-        q, k, v = self.attention.qkv(x).reshape(n, t, 3, self.attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = heads(self.attention, x)
         self.logits = QK(q, k).logits()
         return self.attention.proj((self.logits.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
 
@@ -38,11 +44,12 @@ def teacher_maps(teacher, target):
 
 def forward(model, x, t, y):
     """(v, projected features, logits (N, H, T, T) of every block) of a SiT."""
-    tokens = model.x_embedder(x) + model.pos_embed
+    tokens = model.x_embedder.proj(x).flatten(2).transpose(1, 2) + model.pos_embed
     c = model.t_embedder(t) + model.y_embedder(y)
     logits, features = [], []
     for i, block in enumerate(model.blocks):
-        (q, k, v), rest = block.before(tokens, c)
+        shift, scale, *rest = block.adaLN_modulation(c).chunk(6, dim=1)
+        q, k, v = heads(block.attn, modulate(block.norm1(tokens), shift, scale))
         logits.append(QK(q, k).logits())
         tokens = block.after(tokens, torch.nn.functional.scaled_dot_product_attention(q, k, v), rest)
         if i + 1 == model.encoder_depth:

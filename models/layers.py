@@ -37,7 +37,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
+        # Elementwise results take the layout of what enters them: all blocks' residuals would stay transposed, and be slow.
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 def unpatchify(tokens, patch_size):
@@ -110,8 +111,7 @@ class Attention(nn.Module):
 
     def split(self, x):
         """(N, T, D) -> q, k, v, (N, H, T, d) each."""
-        n, t, _ = x.shape
-        q, k, v = self.qkv(x).reshape(n, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=2))
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
 
     def merge(self, heads):

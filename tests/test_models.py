@@ -81,6 +81,17 @@ def nano_models():
     return models
 
 
+@pytest.mark.parametrize("kind", [0, 1], ids=["SiT", "MMDiT"])
+def test_tokens_lie_row_by_row(kind):
+    """From the first block to the last: all elementwise work and each norm is slower over transposed tokens."""
+    model, y = nano_models()[kind]
+    seen = []
+    for block in model.blocks if kind == 0 else model.joint_blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[kind].is_contiguous()))
+    model(torch.randn(2, 4, 8, 8), torch.rand(2), y)
+    assert seen == [True, True]
+
+
 def outputs_and_gradients(model, y):
     """Everything that a training step of either phase asks of the model."""
     x, t = torch.linspace(-2, 2, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8), torch.tensor([0.2, 0.7])
