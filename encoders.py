@@ -17,11 +17,11 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from files import ARRAY_ERRORS, BadInput, atomic_write, first_line, is_file, is_folder, load_tensors, locked, writing
 from models.layers import QK, Alignment, compile_blocks
 from modify_dinov2.taps import tap_attention
+from speed import AUTOCAST
 
 # --enc-type -> (timm's name, width of its tokens)
 TEACHERS = {f"dinov2{reg}-vit-{size[0]}": (f"vit_{size}_patch14{'_reg4' if reg else ''}_dinov2", width)
             for size, width in (("small", 384), ("base", 768), ("large", 1024), ("giant", 1536)) for reg in ("", "reg")}
-AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # --mixed-precision -> dtype; "no" has none
 
 
 def to_device(tensor, device):
@@ -201,7 +201,7 @@ class Teacher:
             return contextlib.nullcontext()
         return torch.autocast(device_type, AUTOCAST.get(self.precision), enabled=self.precision != "no")
 
-    @torch.no_grad()
+    @torch.no_grad()  # not inference_mode, whose results no loss could keep for its backward pass
     def __call__(self, images):
         x = (images.to(self.mean.device, non_blocking=True).float() / 255 - self.mean) / self.std
         x = F.interpolate(x, size=self.input_size, mode="bicubic", align_corners=False)

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import load_checkpoint, load_weights, sizes_of
-from encoders import AUTOCAST, VAE, to_device
+from encoders import VAE, to_device
 from files import (
     IMAGE_ERRORS,
     MOST_CLASSES,
@@ -39,7 +39,7 @@ from models.sit import SIT_CONFIGS, SiT_models
 from pictures import image_grid
 from pipeline import VAES, sample
 from processes import leave, watch_others
-from speed import check_compiler, tune
+from speed import AUTOCAST, cast_weights, check_compiler, tune
 from training import PATIENCE
 
 GRID_IMAGES = 72
@@ -131,6 +131,7 @@ def ready(model, weights, args, device):
     if args.compile:
         model.compile()
     if args.mixed_precision != "no":
+        cast_weights(model, args.mixed_precision)
         model.forward = torch.autocast(device.type, AUTOCAST[args.mixed_precision])(model.forward)
     return model.to(device).eval()
 

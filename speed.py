@@ -8,9 +8,12 @@ import torch
 
 from files import BadInput, first_line
 
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # --mixed-precision -> dtype; "no" has none
+
 
 def tune(processes, tf32):
-    """For this process, one of `processes`: TF32 products on GPUs if asked for, no denormals, its share of the cores.
+    """For this process, one of `processes`: TF32 products on GPUs if asked for, no denormals, its share of the cores and,
+    where tensors are in the machine's memory, what they have freed kept for the next ones.
 
     With OMP_NUM_THREADS the number of threads is the user's (torchrun sets it to 1 when it is not set).
     """
@@ -19,6 +22,8 @@ def tune(processes, tf32):
     if "OMP_NUM_THREADS" not in os.environ:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
         torch.set_num_threads(max(1, torch.get_num_threads() // here))
+    if not torch.cuda.is_available():
+        keep_freed_memory()
 
 
 def fast_bf16():
@@ -27,6 +32,17 @@ def fast_bf16():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = Path("/proc/cpuinfo")
     return cpu.is_file() and any(name in cpu.read_text() for name in ("avx512_bf16", "amx_bf16"))
+
+
+def cast_weights(network, precision):
+    """Give the linear layers and convolutions of a frozen `network` the dtype in which autocast would use them.
+
+    It would cast them anew in each call, as it keeps copies of trained weights alone. The numbers are the same.
+    """
+    if precision in AUTOCAST:
+        for module in network.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                module.to(AUTOCAST[precision])
 
 
 def check_compiler(device):
@@ -38,9 +54,21 @@ def check_compiler(device):
                        "the flag out.") from error
 
 
+def from_c_library(name):
+    """A function of glibc, which other C libraries do not have: they get one that does nothing."""
+    return getattr(ctypes.CDLL(None), name, lambda *_: None) if sys.platform == "linux" else lambda *_: None
+
+
+def keep_freed_memory(most=-1):
+    """Let glibc keep up to `most` bytes that have been freed (-1: all; the default grows to 64 MiB), until give_back_memory.
+
+    A step frees what the next one needs again, and each page that comes back is filled with zeros first.
+    """
+    mallopt = from_c_library("mallopt")
+    mallopt(-1, most)  # M_TRIM_THRESHOLD
+    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, its highest, to which the default grows: larger pieces always go back
+
+
 def give_back_memory():
     """Hand what has been freed back to the machine: glibc keeps it, and a run would seem to grow with each preview and score."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in every C library
-        if trim:
-            trim(0)
+    from_c_library("malloc_trim")(0)

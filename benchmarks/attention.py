@@ -3,7 +3,8 @@
     python benchmarks/attention.py
 
 `plain` is autograd through both maps; `identity` is L = logsumexp S - q . (P k) / sqrt(d), its cross term one fused attention
-call with the student's keys as values; `tiles of N` is loss.attention_loss with loss.TILE = N logits. Forward and backward.
+call with the student's keys as values; `tiles of N` is loss.attention_loss with loss.TILE = N logits. Forward and backward:
+median (lowest to highest).
 """
 import argparse
 import statistics
@@ -59,7 +60,8 @@ def main():
 
         works = {name: (lambda form=form, step=step: step(form)) for name, form in forms.items()}
         for name, seconds in alternate(works, args.rounds, device).items():
-            rows[name].append(f"{1000 * statistics.median(seconds):.1f} ms, {added_memory(works[name], device) / 2 ** 20:.0f} MiB")
+            low, middle, high = (1000 * f(seconds) for f in (min, statistics.median, max))
+            rows[name].append(f"{middle:.1f} ({low:.1f} to {high:.1f}) ms, {added_memory(works[name], device) / 2 ** 20:.0f} MiB")
     print()
     print(table(["form", *(f"N {n}, H {h}, T {t}, d {d}" for n, h, t, d in SHAPES)], rows.values()))
 

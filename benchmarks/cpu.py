@@ -1,4 +1,4 @@
-"""What training on a CPU gains from its settings: bfloat16, flushed denormals, threads shared out between processes.
+"""What training on a CPU gains from its settings: bfloat16, flushed denormals, memory kept, threads shared out.
 
     python benchmarks/cpu.py        # after preprocessing/embedded.py; 2 minutes a round
 
@@ -23,14 +23,18 @@ from benchmarks.measure import alternate, machine, spread, table
 from files import BadInput, check_bounds, run_script
 
 EVERY = 10  # steps of a row of metrics.csv
-KEEP_DENORMALS = "import torch; torch.set_flush_denormal = lambda on: None; import train, files; files.run_script(train.main)"
+WITHOUT = "import torch, speed; {} = lambda *_: None; import train, files; files.run_script(train.main)"
 CORES = 1 << (len(os.sched_getaffinity(0)).bit_length() - 1)  # a power of two, which the batch divides by
 
 
 def settings():
     """{name: (start of the command, flags, OMP_NUM_THREADS or None)}."""
     one, all_cores = [sys.executable, "train.py"], ["torchrun", "--standalone", f"--nproc_per_node={CORES}", "train.py"]
-    return {"float32": (one, [], None), "float32, denormals kept": ([sys.executable, "-c", KEEP_DENORMALS], [], None),
+    def without(what):
+        return [sys.executable, "-c", WITHOUT.format(what)], [], None
+
+    return {"float32": (one, [], None), "float32, denormals kept": without("torch.set_flush_denormal"),
+            "float32, freed memory not kept": without("speed.keep_freed_memory"),
             "bf16": (one, ["--mixed-precision", "bf16"], None), "float32, one thread": (one, [], 1),
             f"float32, {CORES} processes of one thread": (all_cores, [], 1),
             f"float32, {CORES} processes of {CORES} threads": (all_cores, [], CORES)}

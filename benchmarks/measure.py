@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from speed import give_back_memory
+from speed import give_back_memory, keep_freed_memory
 
 
 def machine(device="cpu"):
@@ -24,20 +24,29 @@ def machine(device="cpu"):
     return f"`python {' '.join(sys.argv)}`, {datetime.date.today()}; {name}; torch {torch.__version__}"
 
 
-def alternate(variants, rounds, device="cpu"):
-    """{name: function} -> {name: seconds of each of `rounds` calls}: one call of each in turn, after one that does not count.
+def alternate(variants, rounds, device="cpu", untuned=()):
+    """{name: function} -> {name: seconds of a call in each of `rounds` turns}, after a turn that does not count.
 
-    In turns, so that what else the machine does meets all of them: compare within one run.
+    In turns, so that what else the machine does meets all of them: compare within one run. On a GPU a turn is several calls,
+    waited for together: what makes the host wait inside a call, or hurry, then counts as it does in training. On a CPU those
+    in `untuned` run with the C library's own ways with freed memory, which speed.py changes for the others; at each change
+    one more call goes untimed.
     """
-    seconds = {name: [] for name in variants}
+    on_gpu = torch.device(device).type == "cuda"
+    seconds, calls, before = {name: [] for name in variants}, 5 if on_gpu else 1, None
     for turn in range(rounds + 1):
         for name, work in variants.items():
+            if not on_gpu and untuned and (name in untuned) != before:
+                before = name in untuned
+                keep_freed_memory(64 << 20 if before else -1)
+                work()
             synchronize(device)
             begin = time.perf_counter()
-            work()
+            for _ in range(calls):
+                work()
             synchronize(device)
             if turn:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append((time.perf_counter() - begin) / calls)
     return seconds
 
 

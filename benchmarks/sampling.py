@@ -17,7 +17,7 @@ from benchmarks import published
 from benchmarks.measure import alternate, machine, table
 from models.sit import SIT_CONFIGS, SiT_models
 from samplers import euler_maruyama_sampler, euler_sampler, guided
-from speed import tune
+from speed import cast_weights, tune
 
 VARIANTS = ("published", "ours", "bf16", "compiled", "compiled bf16")
 
@@ -47,6 +47,7 @@ def networks(args, device):
         if "compiled" in variant:
             model.compile()
         if "bf16" in variant:
+            cast_weights(model, "bf16")
             model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
         if variant == "published":
             return lambda x, t, y: published.forward(model, x, t, y)[0]
@@ -78,7 +79,7 @@ def main():
             return euler_sampler(velocity, z, args.num_steps, heun=mode == "heun")
 
         works = {variant: (lambda variant=variant, sample=sample: sample(variant)) for variant in args.variants}
-        seconds = {variant: statistics.median(s) for variant, s in alternate(works, args.rounds, device).items()}
+        seconds = {variant: statistics.median(s) for variant, s in alternate(works, args.rounds, device, ["published"]).items()}
         for variant, median in seconds.items():
             calls.clear()
             works[variant]()

@@ -3,10 +3,11 @@
     python benchmarks/step_time.py --model SiT-B/2 --batch-size 8 --mixed-precision no
     python benchmarks/step_time.py --model SiT-XL/2 --batch-size 32 64 --mixed-precision bf16 fp16
 
-All variants run in one process, in turns. Weights are random, data are in memory: what is measured is the step. `plain`
-is SiT without teacher, taps and projector: the floor. `bf16-teacher` is ours with --enc-precision bf16. Memory is weights,
-average, optimizer state and teacher, and what the step adds to them at its highest. FLOPs are the products of forward,
-backward and teacher; on a GPU they give the MFU.
+All variants run in one process, in turns, `published` without what speed.tune does to memory. Weights are random, data are
+in memory: what is measured is the step. `plain` is SiT without teacher, taps and projector: the floor. `bf16-teacher` is
+ours with --enc-precision bf16. Memory is weights, average, optimizer state and teacher, and what the step adds to them at
+its highest. FLOPs are the products of forward, backward and teacher; on a GPU those of ours give the MFU of all variants
+but plain.
 """
 import argparse
 import copy
@@ -20,7 +21,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,11 +32,15 @@ from files import check_bounds
 from loader import step_draws
 from loss import SILoss
 from models.sit import SIT_CONFIGS, SiT_models
-from speed import tune
+from speed import cast_weights, tune
 from training import backward_and_step, batch_loss, update_ema
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, bf16 and fp16, by the makers' data sheets
 VARIANTS = ("published", "ours", "bf16-teacher", "compiled", "plain")
+CPU_ATTENTION = {  # of which PyTorch's counter knows the GPU's kernels alone
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)}
 
 
 def parse_args():
@@ -73,8 +78,10 @@ class Run:
         tapped = [block for _, block in self.pairs]
         self.teachers = {name: Teacher(copy.deepcopy(vit), grid, tapped, precision="bf16" if "bf16" in name else None)
                          for name in ("ours", "bf16-teacher", "compiled") if name in ("ours", *options.variants)}
-        if "compiled" in self.teachers:
-            self.teachers["compiled"].compile()
+        for name, teacher in self.teachers.items():
+            cast_weights(teacher.vit, teacher.precision or precision)
+            if name == "compiled":
+                teacher.compile()
         if "published" in options.variants:
             on_gpu = self.device.type == "cuda"
             self.teachers["published"] = Teacher(vit, grid, range(len(vit.blocks)) if on_gpu else ())
@@ -94,8 +101,17 @@ class Run:
         self.parts = {}
 
     def model(self, variant):
-        """(model, average, optimizer, prepared model, prepared optimizer), made once; shared but by compiled and plain."""
-        key = "ours" if variant in ("published", "bf16-teacher") else variant
+        """(model, average, optimizer, prepared model, prepared optimizer), made once; shared but by compiled and plain, and
+        published has an optimizer of its own."""
+        if variant == "published":
+            if variant not in self.parts:
+                model, ema, _, wrapped, _ = self.model("ours")
+                unfused = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0)
+                # Not by prepare(): the accelerator would unscale fp16's gradients once for each optimizer of these weights.
+                self.parts[variant] = (model, ema, unfused, wrapped,
+                                       AcceleratedOptimizer(unfused, scaler=self.accelerator.scaler))
+            return self.parts[variant]
+        key = "ours" if variant == "bf16-teacher" else variant
         if key not in self.parts:
             torch.manual_seed(0)
             model = SiT_models[self.name](z_dims=() if key == "plain" else (self.width,), **self.sizes).to(self.device)
@@ -114,12 +130,11 @@ class Run:
         model, ema, optimizer, wrapped, wrapped_optimizer = self.model(variant)
         loss_fn, teacher, aligned = SILoss(attn_pairs=self.pairs), self.teachers.get(variant), phase == 1
         if variant == "published":
-            unfused = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0)
-            unfused.state = optimizer.state  # one for both, so that memory is not counted twice
-            # Not by prepare(): the accelerator would unscale fp16's gradients once for each optimizer of these weights.
-            unfused = AcceleratedOptimizer(unfused, scaler=self.accelerator.scaler)
-            return lambda: published.training_step(self.args, self.accelerator, model, ema, unfused, teacher, self.pairs,
-                                                   self.batch, self.draws, self.y_null, aligned)
+            def work():
+                model.projectors.requires_grad_(True)
+                published.training_step(self.args, self.accelerator, model, ema, wrapped_optimizer, teacher, self.pairs,
+                                        self.batch, self.draws, self.y_null, aligned)
+            return work
 
         def work():
             model.projectors.requires_grad_(aligned)
@@ -139,25 +154,31 @@ class Run:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def flops(work):
+    """Of the products in one call."""
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        work()
+    return counter.get_total_flops()
+
+
 def measure(options, batch_size, precision):
     run = Run(options, batch_size, precision)
     wanted = {(variant, phase): run.step(variant, phase) for variant in options.variants for phase in options.phases
               if (variant, phase) not in (("plain", 1), ("bf16-teacher", 2)) or options.phases == [phase]}
-    seconds = alternate(wanted, options.rounds, run.device)
+    seconds = alternate(wanted, options.rounds, run.device, [key for key in wanted if key[0] == "published"])
     rows, floor = [], next((statistics.median(s) for (v, _), s in seconds.items() if v == "plain"), None)
     for (variant, phase), work in wanted.items():
         gc.collect()
         memory = (added_memory(work, run.device) + run.held(variant, phase)) / 2 ** 30
-        with FlopCounterMode(display=False) as counter:
-            run.step("ours" if variant == "compiled" else variant, phase)()  # compiled products are not seen
+        done = flops(run.step("ours" if variant == "compiled" else variant, phase))  # compiled products are not seen
+        needed = flops(run.step("ours", phase)) if variant == "published" else done
         median, base = statistics.median(seconds[variant, phase]), variant != "plain" and seconds.get(("published", phase))
-        flops = counter.get_total_flops()
         peak = next((peak for gpu, peak in PEAK_FLOPS.items()
                      if run.device.type == "cuda" and gpu in torch.cuda.get_device_name()), None)
         rows.append([variant, "-" if variant == "plain" else phase, spread(seconds[variant, phase]),
                      f"{statistics.median(base) / median:.2f}" if base else "-",
-                     f"{median / floor:.3f}" if floor else "-", f"{memory:.2f}", f"{flops / 1e12:.2f}",
-                     f"{100 * flops / median / peak:.1f} %" if peak and precision != "no" else "-"])
+                     f"{median / floor:.3f}" if floor else "-", f"{memory:.2f}", f"{done / 1e12:.2f}",
+                     f"{100 * needed / median / peak:.1f} %" if peak and precision != "no" else "-"])
     print(f"\n{options.model}, {options.resolution} px, batch {batch_size}, precision {precision}"
           + (", no attention loss" if options.no_attention else "")
           + (", gradient checkpointing" if options.grad_checkpointing else "") + "\n")

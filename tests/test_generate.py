@@ -8,8 +8,9 @@ from PIL import Image
 
 import generate
 from checkpoints import load_checkpoint
+from encoders import VAE
 from files import BadInput
-from models.sit import SiT_models
+from models.sit import SIT_CONFIGS, SiT_models
 from tests.conftest import CLASSES, ROOT, call_main, script
 
 NAME = "SiT-T-2-0000005-size-64-vae-vae-emoji-cfg-2.0-seed-0-{mode}-high-0.9"
@@ -90,6 +91,33 @@ def test_every_flag_changes_the_pictures(monkeypatch, ckpt, tmp_path, flag):
     assert not np.array_equal(*found)
     if "bf16" in flag:  # rounding, not another picture
         assert np.abs(found[0].astype(int) - found[1]).mean() < 3
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_compiled_networks_make_the_same_pictures(monkeypatch, ckpt, tmp_path, precision):
+    """Up to rounding. Graphs as PyTorch runs them, without the minute that making C++ takes."""
+    make, compiled = torch.nn.Module.compile, []
+
+    def compile_block(block, **options):
+        compiled.append(block)
+        make(block, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_block)
+    monkeypatch.setattr(generate, "check_compiler", lambda device: None)
+    for name, more in (("plain", ()), ("compiled", ("--compile",))):
+        call_main(monkeypatch, generate, *arguments(ckpt, tmp_path / name, "--mixed-precision", precision, *more))
+    assert len(compiled) == SIT_CONFIGS["SiT-T/2"]["depth"]
+    difference = np.abs(pictures(tmp_path / "plain").astype(int) - pictures(tmp_path / "compiled"))
+    assert difference.max() <= (1 if precision == "no" else 16)
+
+
+def test_latents_are_decoded_in_chunks():
+    vae, sizes = VAE(ROOT / "assets/vae-emoji"), []
+    vae.vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    latents = torch.randn(5, 4, 16, 16, dtype=torch.float64)
+    whole, parts = vae.decode(latents), vae.decode(latents, chunk=2)
+    assert sizes == [5, 2, 2, 1] and whole.shape == (5, 3, 64, 64)
+    assert (whole.int() - parts.int()).abs().max() <= 1
 
 
 def test_a_restart_may_spell_things_in_another_way(monkeypatch, ckpt, tmp_path):

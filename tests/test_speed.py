@@ -1,4 +1,6 @@
 """What speed.py sets."""
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -6,7 +8,9 @@ import pytest
 import torch
 
 from benchmarks.soak import held
-from speed import fast_bf16, give_back_memory
+from speed import cast_weights, fast_bf16, give_back_memory, tune
+from tests.conftest import ROOT
+from tests.test_models import nano_models
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -23,9 +27,63 @@ def test_what_is_freed_goes_back_to_the_machine():
     assert last.sum() == 12_000
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_a_step_finds_the_memory_of_the_one_before():
+    """In a process of its own, as the setting is for good: page faults of making 160 MB anew, in pieces of 20 MB."""
+    code = """if True:
+        import resource, sys, torch, speed
+        if "tuned" in sys.argv:
+            speed.tune(1, tf32=False)
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            pieces = [torch.ones(5_000_000) for _ in range(8)]
+            del pieces
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    faults = [int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, check=True, capture_output=True, text=True,
+                                 env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).stdout) for how in ("tuned", "plain")]
+    assert faults[0] < 0.1 * faults[1]
+
+
 def test_bf16_is_told_by_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for text, known in (("flags : fpu avx512f avx512_bf16", True), ("flags : fpu avx512f", False)):
         monkeypatch.setattr(Path, "read_text", lambda _, text=text: text)
         monkeypatch.setattr(Path, "is_file", lambda _: True)
         assert fast_bf16() == known
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["SiT", "MMDiT"])
+def test_cast_weights_give_what_autocast_gives(kind):
+    model, y = nano_models()[kind]
+    x, t = torch.randn(2, 4, 8, 8), torch.rand(2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(x, t, y)
+        cast_weights(model, "no")
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        cast_weights(model, "bf16")
+        assert {m.weight.dtype for m in model.modules() if isinstance(m, torch.nn.Linear)} == {torch.bfloat16}
+        assert torch.equal(model(x, t, y), expected)
+
+
+def test_processes_share_the_cores(monkeypatch):
+    """Those of this machine, unless the user says how many threads."""
+    asked = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    for environment, expected in (({}, 1), ({"LOCAL_WORLD_SIZE": "2"}, 4), ({"OMP_NUM_THREADS": "3"}, None)):
+        for name in ("LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        asked.clear()
+        tune(16, tf32=False)
+        assert asked == ([] if expected is None else [expected])
+
+
+def test_denormals_are_flushed():
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this CPU has no such mode")
+    small = torch.full((64,), 1e-38)
+    assert (0.1 * small).all()
+    tune(1, tf32=False)
+    assert not (0.1 * small).any()
