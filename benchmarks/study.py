@@ -60,7 +60,7 @@ def parse_args():
     add("--out", type=whole_path, default=ROOT / "exps/study", help="runs and results (default exps/study)")
     add("--model", choices=SIT_CONFIGS, default="SiT-T/2", help="default SiT-T/2")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
-    add("--steps", type=int, default=720, help="of each run, a multiple of 4 (default 720)")
+    add("--steps", type=int, default=640, help="of each run, a multiple of 4 (default 640)")
     add("--every", type=int, help="steps between scores (default: a quarter of --steps)")
     add("--samples", type=int, default=178, help="images of a score (default 178, as many as are held out)")
     add("--minutes", type=float, default=90, help="time budget (default 90)")
