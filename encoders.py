@@ -17,7 +17,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from files import ARRAY_ERRORS, BadInput, atomic_write, first_line, is_file, is_folder, load_tensors, locked, writing
 from models.layers import QK, Alignment, compile_blocks
 from modify_dinov2.taps import tap_attention
-from speed import AUTOCAST
+from speed import AUTOCAST, cast_weights
 
 # --enc-type -> (timm's name, width of its tokens)
 TEACHERS = {f"dinov2{reg}-vit-{size[0]}": (f"vit_{size}_patch14{'_reg4' if reg else ''}_dinov2", width)
@@ -195,6 +195,10 @@ class Teacher:
         """In place; of a tapped block the MLP alone, as compiled code passes hooks over."""
         compile_blocks(block.mlp if i in self.attn_blocks else block for i, block in enumerate(self.vit.blocks))
 
+    def cast(self, around):
+        """Cast weights once instead of in each call; `around` is the precision of the autocast around the calls."""
+        cast_weights(self.vit, self.precision or around)
+
     def autocast(self, device_type):
         """What the blocks run under."""
         if self.precision is None:
@@ -251,10 +255,12 @@ class CachedTeacher:
         return broadcast_object_list([is_file(self.folder / "complete.json")])[0]
 
     def _build(self, folder, teacher, dataset, accelerator, batch_size):
+        teacher.cast(accelerator.mixed_precision)  # not before: the key is made of the weights
         if accelerator.is_main_process:
             shutil.rmtree(self.folder, ignore_errors=True)  # left half-written by a run that was stopped
             self.folder.mkdir(parents=True)
-            first = self._flatten(teacher(dataset.image(0)[None]))
+            with accelerator.autocast():
+                first = self._flatten(teacher(dataset.image(0)[None]))
             size = len(dataset) * sum(2 * value.numel() for value in first.values())
             free = shutil.disk_usage(folder).free
             if size > free:

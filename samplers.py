@@ -19,7 +19,8 @@ def guided(model, y, y_null, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0)
     both = torch.cat([y, y_null])
 
     def velocity(x, t):
-        # float64, as the samplers count; a plain number stays on the CPU: deciding by it must not wait for the device
+        # float64, as the samplers count; a plain number stays on the CPU, and is filled in rather than copied: neither
+        # deciding by it nor handing it on waits for the device
         t = torch.as_tensor(t, dtype=torch.float64)
         inside = (guidance_low <= t) & (t <= guidance_high) & (cfg_scale > 1)
         times = t.to(x.device, x.dtype) if t.dim() else torch.full((len(x),), t.item(), dtype=x.dtype, device=x.device)

@@ -13,7 +13,7 @@ AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # --mixed-precision 
 
 def tune(processes, tf32):
     """For this process, one of `processes`: TF32 products on GPUs if asked for, no denormals, its share of the cores and,
-    where tensors are in the machine's memory, what they have freed kept for the next ones.
+    without a GPU, freed memory kept for the next step.
 
     With OMP_NUM_THREADS the number of threads is the user's (torchrun sets it to 1 when it is not set).
     """
@@ -35,9 +35,10 @@ def fast_bf16():
 
 
 def cast_weights(network, precision):
-    """Give the linear layers and convolutions of a frozen `network` the dtype in which autocast would use them.
+    """Give the linear layers and convolutions of a `network` that is not trained the dtype in which autocast uses them.
 
-    It would cast them anew in each call, as it keeps copies of trained weights alone. The numbers are the same.
+    Autocast would cast them anew in each call: what it keeps lives no longer than its context, and is of weights that
+    require gradients. The numbers are the same.
     """
     if precision in AUTOCAST:
         for module in network.modules():
@@ -55,18 +56,22 @@ def check_compiler(device):
 
 
 def from_c_library(name):
-    """A function of glibc, which other C libraries do not have: they get one that does nothing."""
-    return getattr(ctypes.CDLL(None), name, lambda *_: None) if sys.platform == "linux" else lambda *_: None
+    """glibc's function `name`; elsewhere one that does nothing."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return getattr(library, name, lambda *_: None)
+
+
+GLIBC_KEEPS = 64 << 20  # bytes of freed memory, by itself, once pieces of 32 MiB have been freed
 
 
 def keep_freed_memory(most=-1):
-    """Let glibc keep up to `most` bytes that have been freed (-1: all; the default grows to 64 MiB), until give_back_memory.
+    """Let glibc keep up to `most` bytes that have been freed, or all (-1), until give_back_memory.
 
     A step frees what the next one needs again, and each page that comes back is filled with zeros first.
     """
     mallopt = from_c_library("mallopt")
     mallopt(-1, most)  # M_TRIM_THRESHOLD
-    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, its highest, to which the default grows: larger pieces always go back
+    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, its highest: larger pieces that do not fit what is kept are mapped, and go back
 
 
 def give_back_memory():

@@ -32,7 +32,7 @@ from preemption import EXIT_CODE, STOP, Preemption, listen
 from processes import leave, watch_others
 from samplers import euler_sampler, guided
 from sharding import is_sharded, load_optimizer, shard, whole, whole_module, whole_state
-from speed import cast_weights, check_compiler, give_back_memory, tune
+from speed import check_compiler, give_back_memory, tune
 from trigger import MEAN, alignment_weight, is_probe, probe, trigger_columns
 
 PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_CFG = 16, 50, 4.0
@@ -270,7 +270,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
         teacher = CachedTeacher(args.teacher_cache, teacher, dataset, accelerator)
         logger.info(f"teacher outputs in {teacher.folder} ({time.time() - started:.0f} s)")
     elif teacher:
-        cast_weights(teacher.vit, args.enc_precision or accelerator.mixed_precision)
+        teacher.cast(accelerator.mixed_precision)
     start_trackers(accelerator, args)
     if shows:
         previews = Previews(args, accelerator, run / "previews", dataset, vae, y_null)
@@ -292,6 +292,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
             if not aligned and teacher is not None:
                 teacher = None
                 gc.collect()
+                give_back_memory()
                 logger.info(f"step {first}: alignment is switched off; teacher freed, images no longer read")
             # Outside Phase I the projector is frozen and DDP built anew, so that it leaves the gradient exchange.
             model.projectors.requires_grad_(aligned)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from speed import give_back_memory, keep_freed_memory
+from speed import GLIBC_KEEPS, give_back_memory, keep_freed_memory
 
 
 def machine(device="cpu"):
@@ -25,20 +25,20 @@ def machine(device="cpu"):
 
 
 def alternate(variants, rounds, device="cpu", untuned=()):
-    """{name: function} -> {name: seconds of a call in each of `rounds` turns}, after a turn that does not count.
+    """{name: function} -> {name: seconds of a call in each of `rounds` rounds}, after one that does not count.
 
     In turns, so that what else the machine does meets all of them: compare within one run. On a GPU a turn is several calls,
-    waited for together: what makes the host wait inside a call, or hurry, then counts as it does in training. On a CPU those
-    in `untuned` run with the C library's own ways with freed memory, which speed.py changes for the others; at each change
-    one more call goes untimed.
+    waited for together: that the host waits inside a call, or runs ahead, then counts as in training. On a CPU those in
+    `untuned` run with the C library's own ways with freed memory, which speed.py changes for the others; at each change one
+    more call goes untimed.
     """
     on_gpu = torch.device(device).type == "cuda"
-    seconds, calls, before = {name: [] for name in variants}, 5 if on_gpu else 1, None
+    seconds, calls, is_untuned = {name: [] for name in variants}, 5 if on_gpu else 1, None
     for turn in range(rounds + 1):
         for name, work in variants.items():
-            if not on_gpu and untuned and (name in untuned) != before:
-                before = name in untuned
-                keep_freed_memory(64 << 20 if before else -1)
+            if not on_gpu and untuned and (name in untuned) != is_untuned:
+                is_untuned = name in untuned
+                keep_freed_memory(GLIBC_KEEPS if is_untuned else -1)
                 work()
             synchronize(device)
             begin = time.perf_counter()

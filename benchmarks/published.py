@@ -13,8 +13,8 @@ from loss import feature_loss, interpolant, mean_flat
 from models.layers import QK, modulate, unpatchify
 
 
-def heads(attention, x):
-    """Tokens (N, T, D) -> q, k, v, (N, H, T, d) each."""
+def qkv_heads(attention, x):
+    """Tokens (N, T, D) -> q, k, v, (N, H, T, d) each, without qk_norm."""
     n, t, _ = x.shape
     return attention.qkv(x).reshape(n, t, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
 
@@ -27,7 +27,7 @@ class PlainAttention(nn.Module):
         self.attention, self.logits = attention, None
 
     def forward(self, x, **_):
-        q, k, v = heads(self.attention, x)
+        q, k, v = qkv_heads(self.attention, x)
         self.logits = QK(q, k).logits()
         return self.attention.proj((self.logits.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
 
@@ -49,7 +49,7 @@ def forward(model, x, t, y):
     logits, features = [], []
     for i, block in enumerate(model.blocks):
         shift, scale, *rest = block.adaLN_modulation(c).chunk(6, dim=1)
-        q, k, v = heads(block.attn, modulate(block.norm1(tokens), shift, scale))
+        q, k, v = qkv_heads(block.attn, modulate(block.norm1(tokens), shift, scale))
         logits.append(QK(q, k).logits())
         tokens = block.after(tokens, torch.nn.functional.scaled_dot_product_attention(q, k, v), rest)
         if i + 1 == model.encoder_depth:

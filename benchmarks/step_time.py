@@ -32,7 +32,7 @@ from files import check_bounds
 from loader import step_draws
 from loss import SILoss
 from models.sit import SIT_CONFIGS, SiT_models
-from speed import cast_weights, tune
+from speed import tune
 from training import backward_and_step, batch_loss, update_ema
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, bf16 and fp16, by the makers' data sheets
@@ -79,7 +79,7 @@ class Run:
         self.teachers = {name: Teacher(copy.deepcopy(vit), grid, tapped, precision="bf16" if "bf16" in name else None)
                          for name in ("ours", "bf16-teacher", "compiled") if name in ("ours", *options.variants)}
         for name, teacher in self.teachers.items():
-            cast_weights(teacher.vit, teacher.precision or precision)
+            teacher.cast(precision)
             if name == "compiled":
                 teacher.compile()
         if "published" in options.variants:
@@ -101,8 +101,8 @@ class Run:
         self.parts = {}
 
     def model(self, variant):
-        """(model, average, optimizer, prepared model, prepared optimizer), made once; shared but by compiled and plain, and
-        published has an optimizer of its own."""
+        """(model, average, optimizer, prepared model, prepared optimizer), made once: compiled and plain have their own,
+        published its own optimizer."""
         if variant == "published":
             if variant not in self.parts:
                 model, ema, _, wrapped, _ = self.model("ours")
@@ -131,7 +131,7 @@ class Run:
         loss_fn, teacher, aligned = SILoss(attn_pairs=self.pairs), self.teachers.get(variant), phase == 1
         if variant == "published":
             def work():
-                model.projectors.requires_grad_(True)
+                model.projectors.requires_grad_(True)  # the model is that of ours, whose Phase II freezes them
                 published.training_step(self.args, self.accelerator, model, ema, wrapped_optimizer, teacher, self.pairs,
                                         self.batch, self.draws, self.y_null, aligned)
             return work
@@ -155,7 +155,7 @@ class Run:
 
 
 def flops(work):
-    """Of the products in one call."""
+    """FLOPs of the products in one call."""
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         work()
     return counter.get_total_flops()

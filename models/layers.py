@@ -37,7 +37,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x):
-        # Elementwise results take the layout of what enters them: all blocks' residuals would stay transposed, and be slow.
+        # Without contiguous() the tokens keep the convolution's transposed layout through all blocks, which is slow.
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 

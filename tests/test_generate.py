@@ -1,16 +1,18 @@
 """generate.py through its command line: image i is a function of (seed, i), restarts, outputs, refusals."""
 import argparse
+import functools
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.utils import counters
 
 import generate
 from checkpoints import load_checkpoint
 from encoders import VAE
 from files import BadInput
-from models.sit import SIT_CONFIGS, SiT_models
+from models.sit import SiT_models
 from tests.conftest import CLASSES, ROOT, call_main, script
 
 NAME = "SiT-T-2-0000005-size-64-vae-vae-emoji-cfg-2.0-seed-0-{mode}-high-0.9"
@@ -96,19 +98,23 @@ def test_every_flag_changes_the_pictures(monkeypatch, ckpt, tmp_path, flag):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_compiled_networks_make_the_same_pictures(monkeypatch, ckpt, tmp_path, precision):
     """Up to rounding. Graphs as PyTorch runs them, without the minute that making C++ takes."""
-    make, compiled = torch.nn.Module.compile, []
-
-    def compile_block(block, **options):
-        compiled.append(block)
-        make(block, backend="aot_eager", **options)
-
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_block)
+    eager = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
     monkeypatch.setattr(generate, "check_compiler", lambda device: None)
+    torch._dynamo.reset()
     for name, more in (("plain", ()), ("compiled", ("--compile",))):
+        counters.clear()
         call_main(monkeypatch, generate, *arguments(ckpt, tmp_path / name, "--mixed-precision", precision, *more))
-    assert len(compiled) == SIT_CONFIGS["SiT-T/2"]["depth"]
+    assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
     difference = np.abs(pictures(tmp_path / "plain").astype(int) - pictures(tmp_path / "compiled"))
     assert difference.max() <= (1 if precision == "no" else 16)
+
+
+def test_weights_in_bf16_are_cast_once(ckpt):
+    args = argparse.Namespace(ckpt=ckpt, compile=False, mixed_precision="bf16")
+    model = SiT_models["SiT-T/2"](input_size=16, num_classes=CLASSES, z_dims=(384,))
+    model = generate.ready(model, load_checkpoint(ckpt)["ema"], args, torch.device("cpu"))
+    assert model.x_embedder.proj.weight.dtype == model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
 
 
 def test_latents_are_decoded_in_chunks():

@@ -80,6 +80,9 @@ def test_precision_of_the_teacher_alone():
             same = torch.equal(out.features[0].float(), plain.features[0])
             assert same == (precision == "no")
             torch.testing.assert_close(out.features[0].float(), plain.features[0], atol=0.1, rtol=0.1)
+            teacher.cast("bf16" if around else "no")
+            assert teacher.vit.blocks[0].mlp.fc1.weight.dtype == dtype
+            assert torch.equal(teacher(images).features[0], out.features[0])
 
 
 def test_every_teacher_exists_in_timm():

@@ -45,6 +45,20 @@ def count_teacher(monkeypatch):
     return calls
 
 
+def test_the_teacher_is_cast_once(monkeypatch, tiny_data, teacher_file, tmp_path):
+    """Its weights, to the precision of the run or to its own, for each step as for its cache."""
+    seen, call = [], encoders.Teacher.__call__
+    monkeypatch.setattr(encoders.Teacher, "__call__", lambda self, images: (
+        seen.append(self.vit.blocks[0].mlp.fc1.weight.dtype) or call(self, images)))
+    for name, more, expected in (("a", ("--mixed-precision", "bf16"), torch.bfloat16),
+                                 ("b", ("--enc-precision", "bf16"), torch.bfloat16), ("c", (), torch.float32),
+                                 ("d", ("--mixed-precision", "bf16", "--teacher-cache", tmp_path / "cache"), torch.bfloat16)):
+        seen.clear()
+        run(monkeypatch, *train_arguments(tiny_data, tmp_path / name, "--enc-weights", teacher_file, "--max-train-steps", 1,
+                                          *more))
+        assert set(seen) == {expected}
+
+
 def test_both_phases(monkeypatch, tiny_data, teacher_file, tmp_path):
     """The teacher is called exactly early-stop-point times; loss terms and images are there before and gone after."""
     calls, teachers, freed = count_teacher(monkeypatch), [], []
