@@ -7,7 +7,6 @@ call with the student's keys as values; `tiles of N` is loss.attention_loss with
 median (lowest to highest).
 """
 import argparse
-import statistics
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import loss
-from benchmarks.measure import added_memory, alternate, machine, table
+from benchmarks.measure import added_memory, alternate, machine, spread, table
 from models.layers import QK, attend
 from speed import tune
 
@@ -60,8 +59,8 @@ def main():
 
         works = {name: (lambda form=form, step=step: step(form)) for name, form in forms.items()}
         for name, seconds in alternate(works, args.rounds, device).items():
-            low, middle, high = (1000 * f(seconds) for f in (min, statistics.median, max))
-            rows[name].append(f"{middle:.1f} ({low:.1f} to {high:.1f}) ms, {added_memory(works[name], device) / 2 ** 20:.0f} MiB")
+            memory = added_memory(works[name], device) / 2 ** 20
+            rows[name].append(f"{spread([1000 * s for s in seconds], 1)} ms, {memory:.0f} MiB")
     print()
     print(table(["form", *(f"N {n}, H {h}, T {t}, d {d}" for n, h, t, d in SHAPES)], rows.values()))
 

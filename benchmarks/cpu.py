@@ -30,6 +30,7 @@ CORES = 1 << (len(os.sched_getaffinity(0)).bit_length() - 1)  # a power of two, 
 def settings():
     """{name: (start of the command, flags, OMP_NUM_THREADS or None)}."""
     one, all_cores = [sys.executable, "train.py"], ["torchrun", "--standalone", f"--nproc_per_node={CORES}", "train.py"]
+
     def without(what):
         return [sys.executable, "-c", WITHOUT.format(what)], [], None
 

@@ -50,9 +50,10 @@ def alternate(variants, rounds, device="cpu", untuned=()):
     return seconds
 
 
-def spread(values):
+def spread(values, digits=3):
     """'median (lowest to highest)'."""
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    middle, low, high = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
+    return f"{middle} ({low} to {high})"
 
 
 def synchronize(device):

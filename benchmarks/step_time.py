@@ -171,10 +171,10 @@ def measure(options, batch_size, precision):
         gc.collect()
         memory = (added_memory(work, run.device) + run.held(variant, phase)) / 2 ** 30
         done = flops(run.step("ours" if variant == "compiled" else variant, phase))  # compiled products are not seen
-        needed = flops(run.step("ours", phase)) if variant == "published" else done
         median, base = statistics.median(seconds[variant, phase]), variant != "plain" and seconds.get(("published", phase))
         peak = next((peak for gpu, peak in PEAK_FLOPS.items()
                      if run.device.type == "cuda" and gpu in torch.cuda.get_device_name()), None)
+        needed = flops(run.step("ours", phase)) if peak and variant == "published" else done
         rows.append([variant, "-" if variant == "plain" else phase, spread(seconds[variant, phase]),
                      f"{statistics.median(base) / median:.2f}" if base else "-",
                      f"{median / floor:.3f}" if floor else "-", f"{memory:.2f}", f"{done / 1e12:.2f}",
