@@ -5,7 +5,7 @@ ImageNet, the layout of REPA and HASTE:
     {data}/vae-sd/{idx8[:5]}/img-mean-std-{idx8}.npy       float32 (8, R/f, R/f)  + vae-sd/dataset.json
 dataset.json is {"labels": [[relative path, label], ...]}; in one of the two folders the labels may be null. Each folder
 may be a zip or packed instead, see storage.py. --hflip reads latents of the mirrored images too, from vae-sd-hflip, under
-the names that vae-sd has.
+the names that vae-sd has. --vae none needs images/ alone: the pixels are the latents.
 
 COCO, the layout of U-ViT:
     {data}/{train,val}/{i}.png         RGB, R x R
@@ -28,6 +28,21 @@ from files import BadInput, is_file, load_array, parse_array, read_bytes, read_j
 from listing import check_labels
 from loader import CAPTION, FLIP
 from storage import Packed, decode_image, form_of, open_files
+
+PIXELS = "none"      # --vae none: no VAE, the pixels are the latents
+SD_SCALE = 0.18215   # latents = moments x this, to unit variance: Stable Diffusion's factor
+PIXEL_SCALE = 2.0    # the same for pixels in [-1, 1], whose std is 0.503 in CIFAR-10's training photographs
+
+
+def latent_scale(vae):
+    """The factor that belongs to --vae `vae`."""
+    return PIXEL_SCALE if vae == PIXELS else SD_SCALE
+
+
+def pixel_moments(images):
+    """uint8 (N, 3, R, R) -> moments float32 (N, 6, R, R) for --vae none: the pixels in [-1, 1], and a std of 0."""
+    mean = images.float() / 127.5 - 1
+    return torch.cat([mean, torch.zeros_like(mean)], dim=1)
 
 
 def check_moments(array, shape, name):
@@ -76,9 +91,11 @@ class LatentImages(Dataset):
     """
 
     texts = None  # previews write nothing under the pictures
+    latent_scale = SD_SCALE
 
     def __init__(self, data_dir, resolution, num_classes, images=True, seed=0, hflip=False):
-        self.resolution, self.images, self.seed, self.pictures, self.mirrored = resolution, images, seed, None, None
+        self.resolution, self.images, self.seed, self.hflip = resolution, images, seed, hflip
+        self.pictures = self.mirrored = None
         self.latents = open_files(data_dir, "vae-sd", ".npy")
         named = check_labels(self.latents, num_classes)
         if images or named.labels is None:
@@ -169,7 +186,7 @@ class LatentImages(Dataset):
 
     def shows_mirrored(self, visit):
         """Whether this visit is to the mirror image."""
-        return self.mirrored is not None and np.random.default_rng(
+        return self.hflip and np.random.default_rng(
             (self.seed, FLIP, *divmod(visit, len(self)))).random() < 0.5
 
     def batch(self, visits):
@@ -199,6 +216,46 @@ class LatentImages(Dataset):
             names, sizes = (self.pictures.listing.names, self.pictures.sizes()) if self.pictures else (self.indices[:0],) * 2
             entries += [[os.fsdecode(name) for name in names.tolist()], sizes.tolist()]
         return digest(entries)
+
+
+class PixelImages(LatentImages):
+    """The same for --vae none: moments are the pixels of images/ in [-1, 1], with a std of 0; no vae-sd is needed.
+
+    Images are read in every phase; `images` says whether they are handed out as such too. `hflip` mirrors the pixels.
+    """
+
+    latent_scale = PIXEL_SCALE
+
+    def __init__(self, data_dir, resolution, num_classes, images=True, seed=0, hflip=False):
+        self.resolution, self.images, self.seed, self.hflip = resolution, images, seed, hflip
+        self.pictures = open_files(data_dir, "images", ".png")
+        named = check_labels(self.pictures, num_classes)
+        if named.labels is None or not named.labels.size:
+            raise BadInput(f"{self.pictures.path}/dataset.json has no labels; class-conditional training needs them.")
+        self.indices, self.labels = named.labelled, named.labels
+        self.check_paired(self.pictures, ".png")
+        self.moments_shape = (6, resolution, resolution)
+        self.image(0)
+
+    def moments(self, i):
+        """float32 (6, R, R): the pixels in [-1, 1], zeros."""
+        return pixel_moments(self.image(i)[None])[0]
+
+    @property
+    def decodes(self):
+        return not isinstance(self.pictures, Packed)
+
+    def batch(self, visits):
+        positions = np.array(visits) % len(self)
+        images = np.empty((len(visits), 3, self.resolution, self.resolution), np.uint8)
+        for n, (visit, i) in enumerate(zip(visits, positions.tolist(), strict=True)):
+            self.read(self.pictures, i, images[n])
+            if self.shows_mirrored(visit):
+                images[n] = images[n, :, :, ::-1]
+        images = torch.from_numpy(images)
+        items = {"position": torch.from_numpy(positions), "moments": pixel_moments(images),
+                 "y": torch.from_numpy(self.labels[positions])}
+        return items | {"image": images} if self.images else items
 
 
 NUMBERED = re.compile(r"(0|[1-9]\d*)(?:_(0|[1-9]\d*))?\.(png|npy)")
@@ -248,6 +305,7 @@ class CaptionedImages(Dataset):
     start needs no pictures; latents=False, which is enough to sample, no moments either.
     """
 
+    latent_scale = SD_SCALE
     decodes = True  # a caption is a file of its own: its captions keep a process busy
 
     def __init__(self, data_dir, split, resolution, seed=0, images=True, latents=True):

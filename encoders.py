@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import checkpoint_filter_fn
 
+from dataset import PIXEL_SCALE, PIXELS, SD_SCALE, pixel_moments
 from files import ARRAY_ERRORS, BadInput, atomic_write, first_line, is_file, is_folder, load_tensors, locked, writing
 from models.layers import QK, Alignment, compile_blocks
 from modify_dinov2.taps import tap_attention
@@ -41,14 +42,45 @@ def loading(what, source, remedy):
                        "with the network up.") from error
 
 
+def open_vae(source, device="cpu"):
+    """The VAE `source`, or Pixels for PIXELS."""
+    return Pixels(device) if source == PIXELS else VAE(source, device)
+
+
+class Pixels:
+    """In the place of a VAE: latents are pixels in [-1, 1] x latent_scale, 3 channels of the image's own size."""
+
+    latent_scale = PIXEL_SCALE
+    factor, channels, source = 1, 3, PIXELS
+
+    def __init__(self, device="cpu"):
+        self.device = device
+
+    def check(self, channels, side, resolution):
+        """Raise BadInput unless latents of `channels` x `side` x `side` are pixels of images of `resolution`."""
+        if (channels, side) != (self.channels, resolution):
+            raise BadInput(f"--vae none is for pixels, 3 channels of {resolution} for --resolution {resolution}, but the latents "
+                           f"have {channels} channels of {side}; give the --vae or the --resolution that belongs to them.")
+
+    @staticmethod
+    def encode(images):
+        """uint8 (N, 3, R, R) -> moments float32 (N, 6, R, R)."""
+        return pixel_moments(images).cpu()
+
+    def decode(self, latents, _chunk=None):
+        """Latents (N, 3, R, R) of any float dtype -> uint8 (N, 3, R, R). Rounded, so that encoded images come back equal."""
+        x = latents.float() / self.latent_scale
+        return (255 * (x + 1) / 2).round().clamp(0, 255).to(torch.uint8)
+
+
 class VAE:
-    """Images <-> moments <-> latents. The only place that knows the latent scale.
+    """Images <-> moments <-> latents.
 
     `source` is a folder in diffusers' format or a hub name such as stabilityai/sd-vae-ft-mse. Raises BadInput when
     neither can be loaded.
     """
 
-    SCALE = 0.18215  # Stable Diffusion's factor to unit variance; latent bias 0
+    SCALE = latent_scale = SD_SCALE  # latent bias 0
 
     def __init__(self, source, device="cpu"):
         from diffusers import AutoencoderKL  # seconds to import, and only previews and sampling need it
@@ -56,12 +88,13 @@ class VAE:
             vae = AutoencoderKL.from_pretrained(source, use_safetensors=True)
             self.vae = vae.to(device).eval().requires_grad_(False)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent pixel and side
+        self.channels = self.vae.config.latent_channels
         self.source, self.device = source, device
 
     def check(self, channels, side, resolution):
         """Raise BadInput unless latents of `channels` x `side` x `side` are this VAE's for images of `resolution`."""
-        if (channels, side * self.factor) != (self.vae.config.latent_channels, resolution):
-            raise BadInput(f"The VAE {self.source} makes {self.vae.config.latent_channels} channels at 1/{self.factor} "
+        if (channels, side * self.factor) != (self.channels, resolution):
+            raise BadInput(f"The VAE {self.source} makes {self.channels} channels at 1/{self.factor} "
                            f"of the image's side, but the latents have {channels} channels of {side} for --resolution "
                            f"{resolution}; give the --vae that made them.")
 
@@ -76,10 +109,13 @@ class VAE:
         return torch.cat([posterior.mean, getattr(posterior, spread)], dim=1).cpu()
 
     @staticmethod
-    def latents(moments, noise):
-        """Posterior sample (mean + std noise) * scale: moments (N, 2 C, h, w), noise (N, C, h, w) -> (N, C, h, w)."""
+    def latents(moments, noise, scale=SCALE):
+        """Posterior sample (mean + std noise) * scale: moments (N, 2 C, h, w), noise (N, C, h, w) -> (N, C, h, w).
+
+        `scale` is the latent_scale of the data set: Pixels' differs.
+        """
         mean, std = moments.chunk(2, dim=1)
-        return (mean + std * noise) * VAE.SCALE
+        return (mean + std * noise) * scale
 
     @torch.no_grad()
     def decode(self, latents, chunk=32):

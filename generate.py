@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import load_checkpoint, load_weights, sizes_of
-from encoders import VAE, to_device
+from encoders import open_vae, to_device
 from files import (
     IMAGE_ERRORS,
     MOST_CLASSES,
@@ -37,7 +37,7 @@ from files import (
 )
 from models.sit import SIT_CONFIGS, SiT_models
 from pictures import image_grid
-from pipeline import VAES, sample
+from pipeline import VAES, choose_vae, sample
 from processes import leave, watch_others
 from speed import AUTOCAST, cast_weights, check_compiler, tune
 from training import PATIENCE
@@ -62,7 +62,8 @@ def add_sampling_arguments(parser):
     add("--sample-dir", default="samples", help="where the folder and .npz go (default samples)")
     add("--resolution", type=int, help="pixels a side (default: the checkpoint's, else 256)")
     add("--fused-attn", action=flag, default=True, help="fused attention (default on)")
-    add("--vae", default="ema", help="ema, mse, or a folder in diffusers' format (default ema)")
+    add("--vae", help="ema, mse, a folder in diffusers' format, or none for a network of pixels (default: none for such a "
+        "checkpoint, else ema)")
     add("--per-proc-batch-size", type=int, default=32, help="images a batch and process (default 32)")
     add("--mode", choices=["ode", "sde"], default="ode", help="Euler ODE or Euler-Maruyama SDE (default %(default)s)")
     add("--cfg-scale", type=float, default=1.5, help="guidance scale, 1 = none (default %(default)s)")
@@ -87,6 +88,7 @@ def read_checkpoint(args, device, configs, landmark, **published):
     wrong with --ckpt or a flag is said before the VAE is looked for.
     """
     checkpoint = load_checkpoint(args.ckpt)
+    args.vae = choose_vae(args.vae, checkpoint["args"], args.ckpt)
     published = {"resolution": 256, "qk_norm": False, "path_type": "linear", **published}
     for name, default in published.items():
         if getattr(args, name, None) is None:
@@ -114,7 +116,7 @@ def read_checkpoint(args, device, configs, landmark, **published):
     patch, args.encoder_depth = config["patch_size"], args.encoder_depth or config["encoder_depth"]
     if not 1 <= args.encoder_depth <= config["depth"]:
         raise BadInput(f"--encoder-depth {args.encoder_depth} is outside 1 to {config['depth']}, the model's depth.")
-    vae = VAE(VAES.get(args.vae, args.vae), device)
+    vae = open_vae(VAES.get(args.vae, args.vae), device)
     if args.resolution % (vae.factor * patch):
         raise BadInput(f"--resolution {args.resolution} is no multiple of {vae.factor * patch}, the VAE's factor "
                        f"{vae.factor} times the patch of {args.model}.")

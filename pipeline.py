@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from checkpoints import load_checkpoint, load_weights, sizes_of
-from encoders import VAE, TextEncoder, to_device
+from dataset import PIXELS
+from encoders import TextEncoder, open_vae, to_device
 from files import BadInput
 from models.mmdit import MMDIT_CONFIGS, MMDiT_models
 from models.sit import SIT_CONFIGS, SiT_models
@@ -123,15 +124,26 @@ class Pipeline:
         return y, torch.full_like(y, self.network.null_label)
 
 
-def load_pipeline(path, vae="ema", text_encoder=CLIP, device=None):
+def choose_vae(vae, args, path):
+    """The `vae` that was asked for or, for None, the one for a network with these args of training: PIXELS or "ema"."""
+    is_pixels = args.get("vae") == PIXELS
+    if vae is not None and (vae == PIXELS) != is_pixels and (is_pixels or "vae" in args):
+        raise BadInput(f"{path} was trained {'on pixels' if is_pixels else 'on the latents of a VAE'} (--vae {args['vae']}), which "
+                       f"--vae {vae} cannot decode; {'leave --vae out' if is_pixels else 'give a VAE'}.")
+    return vae or (PIXELS if is_pixels else "ema")
+
+
+def load_pipeline(path, vae=None, text_encoder=CLIP, device=None):
     """Pipeline of a checkpoint of training, of an export (file or folder) or of a published .pt, EMA weights.
 
-    vae: ema, mse, a hub name or a folder in diffusers' format. text_encoder: hub name or folder, that of the training
+    vae: ema, mse, a hub name or a folder in diffusers' format, "none" for a network of pixels; None: "none" if the checkpoint
+    says that it was trained so, else ema. text_encoder: hub name or folder, that of the training
     data, for MMDiT alone. device: default the GPU if there is one. Raises BadInput.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network, args = load_network(path)
-    vae = VAE(VAES.get(vae, vae), device)
+    vae = choose_vae(vae, args, path)
+    vae = open_vae(VAES.get(vae, vae), device)
     channels, side, _ = network.latent_shape
     vae.check(channels, side, args.get("resolution") or side * vae.factor)
     encode = None

