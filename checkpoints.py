@@ -81,7 +81,7 @@ CONTENTS = {
     "args": (lambda value: isinstance(value, dict), "settings by name")}
 ARGS = {  # the same of what is used of its args after training; all may be missing or None
     **dict.fromkeys(("model", "data_dir", "enc_type", "enc_weights", "vae"), (lambda value: isinstance(value, str), "a name")),
-    **dict.fromkeys(("resolution", "enc_blocks", "attn_heads"), (is_whole, "a number")),
+    **dict.fromkeys(("resolution", "enc_blocks", "enc_size", "attn_heads"), (is_whole, "a number")),
     "num_classes": (is_whole, "a number"), "qk_norm": (lambda value: isinstance(value, bool), "true or false"),
     "path_type": (lambda value: value in ("linear", "cosine"), "linear or cosine"),
     "context_shape": (lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_whole, value)),

@@ -2,8 +2,11 @@
 import contextlib
 import hashlib
 import json
+import logging
+import math
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +16,28 @@ import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import checkpoint_filter_fn
+from tqdm import tqdm
 
 from dataset import PIXEL_SCALE, PIXELS, SD_SCALE, pixel_moments
-from files import ARRAY_ERRORS, BadInput, atomic_write, first_line, is_file, is_folder, load_tensors, locked, writing
+from files import (
+    ARRAY_ERRORS,
+    BadInput,
+    atomic_write,
+    first_line,
+    is_file,
+    is_folder,
+    load_array,
+    load_tensors,
+    locked,
+    writing,
+)
+from loss import resample_qk, resample_tokens
 from models.layers import QK, Alignment, compile_blocks
 from modify_dinov2.taps import tap_attention
 from speed import AUTOCAST, cast_weights
+
+FLUSH_SECONDS = 60  # of a teacher cache in the making: what a kill costs at most
+logger = logging.getLogger("haste")
 
 # --enc-type -> (timm's name, width of its tokens)
 TEACHERS = {f"dinov2{reg}-vit-{size[0]}": (f"vit_{size}_patch14{'_reg4' if reg else ''}_dinov2", width)
@@ -202,13 +221,14 @@ def load_vit(enc_type, weights=None):
 class Teacher:
     """A frozen timm ViT: images uint8 (N, 3, R, R) -> Alignment of their patch tokens.
 
-    Images are resized to patch * `grid` pixels, so that the teacher has `grid` x `grid` tokens as the student does.
+    Images are resized to patch * `grid` pixels, so that the teacher has `grid` x `grid` tokens as the student does, or to
+    `input_size` pixels, and its outputs are resampled to the student's grid.
     `attn_blocks` (0-based) are the blocks whose q and k are handed out. `num_blocks` keeps only the first blocks; the
     features are the final norm of the last one kept. Without `features` no block after the last tapped one runs.
     `precision` is that of its products, "no" (float32), "fp16" or "bf16"; None: that of the autocast around it.
     """
 
-    def __init__(self, vit, grid, attn_blocks=(), num_blocks=None, features=True, precision=None):
+    def __init__(self, vit, grid, attn_blocks=(), num_blocks=None, features=True, precision=None, input_size=None):
         num_blocks = num_blocks or len(vit.blocks)
         if num_blocks > len(vit.blocks) or any(not 0 <= block < num_blocks for block in attn_blocks):
             raise BadInput(f"The teacher has {len(vit.blocks)} blocks, of which {num_blocks} are to be used and "
@@ -216,7 +236,10 @@ class Teacher:
         if not features:
             num_blocks = max(attn_blocks) + 1
         vit.blocks = vit.blocks[:num_blocks]
-        self.input_size = grid * vit.patch_embed.patch_size[0]
+        patch = vit.patch_embed.patch_size[0]
+        if input_size and input_size % patch:
+            raise BadInput(f"--enc-size {input_size} is no multiple of {patch}, the teacher's patch; change it, or leave it out.")
+        self.grid, self.input_size = grid, input_size or grid * patch
         vit.set_input_size((self.input_size, self.input_size))  # resamples the position table, bicubic, antialiased
         self.vit, self.features, self.num_blocks, self.precision = vit, features, num_blocks, precision
         self.attn_blocks, self.attention = sorted(attn_blocks), tap_attention(vit, attn_blocks)
@@ -247,8 +270,10 @@ class Teacher:
         x = F.interpolate(x, size=self.input_size, mode="bicubic", align_corners=False)
         with self.autocast(x.device.type):
             tokens = self.vit.forward_features(x)[:, self.vit.num_prefix_tokens:]  # (N, T, C), after the final norm
-        attention = dict(self.attention)
+        attention = {block: resample_qk(qk, self.grid ** 2) for block, qk in self.attention.items()}
         self.attention.clear()  # the hooks' dict must not keep this batch alive
+        if tokens.shape[1] != self.grid ** 2:
+            tokens = resample_tokens(tokens.float(), self.grid ** 2)
         return Alignment([tokens] if self.features else [], attention)
 
     def key(self):
@@ -257,7 +282,8 @@ class Teacher:
         for name, value in sorted(self.vit.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
-        return f"{digest.hexdigest()} {self.input_size} {self.num_blocks} {self.features} {self.attn_blocks}"
+        resampled = f" on {self.grid}" if self.input_size != self.grid * self.vit.patch_embed.patch_size[0] else ""
+        return f"{digest.hexdigest()} {self.input_size} {self.num_blocks} {self.features} {self.attn_blocks}{resampled}"
 
 
 class CachedTeacher:
@@ -291,9 +317,14 @@ class CachedTeacher:
         return broadcast_object_list([is_file(self.folder / "complete.json")])[0]
 
     def _build(self, folder, teacher, dataset, accelerator, batch_size):
+        """Compute the batches that done.npy, a byte for each, does not have as written: a stopped build goes on.
+
+        A batch holds the same images whatever was there before and however many processes there are.
+        """
         teacher.cast(accelerator.mixed_precision)  # not before: the key is made of the weights
-        if accelerator.is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)  # left half-written by a run that was stopped
+        record, count = self.folder / "done.npy", math.ceil(len(dataset) / batch_size)
+        if accelerator.is_main_process and not (is_file(record) and load_array(record).shape == (count,)):
+            shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was stopped before it had made its files
             self.folder.mkdir(parents=True)
             with accelerator.autocast():
                 first = self._flatten(teacher(dataset.image(0)[None]))
@@ -308,23 +339,36 @@ class CachedTeacher:
                 np.lib.format.open_memmap(path, "w+", np.float16, shape)
                 with open(path, "r+b") as file:  # a full disk must be found here: writing to the mapped file would crash
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            with atomic_write(record) as file:
+                np.save(file, np.zeros(count, np.uint8))
         accelerator.wait_for_everyone()
         arrays = {path.stem: np.load(path, mmap_mode="r+", allow_pickle=False) for path in self.folder.glob("*.npy")}
-        positions = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-        for start in range(0, len(positions), batch_size):
-            batch = list(positions[start:start + batch_size])
+        done = arrays.pop("done")
+        todo = np.flatnonzero(done == 0)[accelerator.process_index::accelerator.num_processes].tolist()
+        accelerator.wait_for_everyone()  # all have read it
+        written, flushed = [], time.monotonic()
+        is_shown = None if accelerator.is_main_process else True  # on a terminal; a log has a line a minute instead
+        for batch in tqdm(todo, desc="teacher outputs", unit="batch", disable=is_shown):
+            rows = slice(batch * batch_size, min((batch + 1) * batch_size, len(dataset)))
             with accelerator.autocast():
-                outputs = self._flatten(teacher(torch.stack([dataset.image(i) for i in batch])))
+                outputs = self._flatten(teacher(torch.stack([dataset.image(i) for i in range(rows.start, rows.stop)])))
             for name, value in outputs.items():
-                arrays[name][batch] = value.half().cpu().numpy()
-                if not np.isfinite(arrays[name][batch]).all():
+                arrays[name][rows] = value.half().cpu().numpy()
+                if not np.isfinite(arrays[name][rows]).all():
                     raise BadInput(f"The teacher's {name} does not fit float16; run without --teacher-cache.")
-        for array in arrays.values():
-            array.flush()
+            written.append(batch)
+            if batch == todo[-1] or time.monotonic() - flushed > FLUSH_SECONDS:
+                for array in arrays.values():
+                    array.flush()
+                done[written] = 1  # only now: what the record says must be true after a crash of the machine
+                done.flush()
+                written, flushed = [], time.monotonic()
+                logger.info(f"teacher outputs: {min(int(done.sum()) * batch_size, len(dataset)):,} of {len(dataset):,} images")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             with atomic_write(self.folder / "complete.json", "w") as file:
                 json.dump({"images": len(dataset)}, file)
+            record.unlink()
         accelerator.wait_for_everyone()
 
     @staticmethod

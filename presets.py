@@ -43,6 +43,7 @@ PRESETS = {
 PRESETS["cifar10"] = ("train.py", {
     "model": "SiT-XS/8", "vae": "none", "resolution": 32, "num_classes": 10, "data_dir": "data/cifar10/train",
     "enc_type": "dinov2-vit-s", "enc_weights": "data/cifar10/teacher.safetensors", "enc_blocks": 10,
+    "enc_size": 112,
     "early_stop_point": 1000, "max_train_steps": 4000, "checkpointing_steps": 1000, "sampling_steps": 1000, "log_every": 50,
     "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.999, "num_workers": 0, "report_to": "none"},
     "no paper's run: that of `make quickstart-cifar10`")

@@ -27,7 +27,7 @@ EARLY_STOP_512 = 300_000  # the paper's switch at 512 px, whatever the model
 INF, BELOW_1 = float("inf"), 1 - 2 ** -53
 BOUNDS = {  # argument of both training scripts -> lowest, highest
     **dict.fromkeys(("batch_size", "max_train_steps", "log_every", "checkpointing_steps", "gradient_accumulation_steps",
-                     "epochs", "attn_heads", "enc_blocks", "eval_samples", "resolution", "trigger_every", "trigger_samples",
+                     "epochs", "attn_heads", "enc_blocks", "enc_size", "eval_samples", "resolution", "trigger_every", "trigger_samples",
                      "trigger_block"), (1, INF)),
     "num_classes": (1, MOST_CLASSES), "seed": (0, LARGEST_SEED), "trigger_threshold": (-1, 1),
     **dict.fromkeys(("sampling_steps", "eval_steps", "resume_step", "checkpoint_minutes", "keep_checkpoints", "keep_every",
@@ -62,6 +62,8 @@ def add_training_arguments(parser):
     add("--enc-weights", help="the teacher's weights: timm's or torch.hub's file (default: from the hub)")
     add("--enc-blocks", type=int, help="use only the teacher's first N blocks; features are those of the last one used, "
         "after the final norm (default all)")
+    add("--enc-size", type=int, help="pixels a side that the teacher sees, its outputs being resampled to the student's tokens "
+        "(default: its patch x the student's tokens a side, as published)")
     add("--enc-precision", choices=["no", "fp16", "bf16"], help="of the teacher alone (default: that of --mixed-precision)")
     add("--teacher-cache", help="folder that keeps the teacher's outputs for the whole data set, computed once, for "
         "data sets small enough (default: none)")
@@ -155,7 +157,7 @@ def load_teacher(args, grid):
     """The Teacher that args ask for, with `grid` tokens a side."""
     blocks = [teacher for _, teacher in args.attn_layers] if args.attn_coeff else []
     return Teacher(load_vit(args.enc_type, args.enc_weights), grid, blocks, args.enc_blocks, features=args.proj_coeff > 0,
-                   precision=args.enc_precision)
+                   precision=args.enc_precision, input_size=args.enc_size)
 
 
 def model_arguments(args, config, moments_shape):

@@ -43,7 +43,8 @@ def open_teacher(network, args, attn_blocks=()):
     if enc_type not in TEACHERS:
         raise BadInput(f"The teacher {enc_type} is not known; use one of {', '.join(TEACHERS)}.")
     vit = load_vit(enc_type, args.get("enc_weights"))
-    return Teacher(vit, network.input_size // network.patch_size, attn_blocks, args.get("enc_blocks"))
+    return Teacher(vit, network.input_size // network.patch_size, attn_blocks, args.get("enc_blocks"),
+                   input_size=args.get("enc_size"))
 
 
 def null_condition(network, dataset):
@@ -128,7 +129,7 @@ def look_inside(path, count, t, teacher=None):
     """
     network, args = load_network(path)
     if teacher and args.get("enc_type") == "none":
-        args |= {name: teacher.get(name) for name in ("enc_type", "enc_weights", "enc_blocks", "attn_heads")}
+        args |= {name: teacher.get(name) for name in ("enc_type", "enc_weights", "enc_blocks", "enc_size", "attn_heads")}
     if not args.get("data_dir"):
         raise BadInput(f"{path} does not say what it was trained on; nothing is shown of its inside.")
     pairs = args["attn_layers"]

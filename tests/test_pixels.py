@@ -12,7 +12,7 @@ import generate
 import train
 import train_t2i
 from dataset import LatentImages, PixelImages, pixel_moments
-from encoders import VAE, Pixels, open_vae
+from encoders import VAE, Pixels, Teacher, open_vae
 from evaluations.student import look_inside, noised
 from files import BadInput
 from loader import StepBatches
@@ -86,7 +86,9 @@ def test_mirrored(pictures):
 def test_a_run_on_pixels(monkeypatch, pictures, teacher_file, tmp_path):
     """Six steps are two and two and two, across the early stop, with previews and samples, all without diffusers."""
     monkeypatch.setitem(sys.modules, "diffusers", None)  # an import raises
-    more = ("--enc-weights", teacher_file, "--sampling-steps", 6)
+    see, seen = Teacher.__call__, set()
+    monkeypatch.setattr(Teacher, "__call__", lambda self, images: seen.add((self.input_size, self.grid)) or see(self, images))
+    more = ("--enc-weights", teacher_file, "--enc-size", 56, "--sampling-steps", 6)
     call_main(monkeypatch, train, *arguments(pictures, tmp_path / "whole", *more))
     for stop in (2, 4, 6):
         call_main(monkeypatch, train, *arguments(pictures, tmp_path / "parts", *more, "--max-train-steps", stop))
@@ -106,7 +108,7 @@ def test_a_run_on_pixels(monkeypatch, pictures, teacher_file, tmp_path):
     for i, image in enumerate(images):
         assert image.size == (64, 64) and np.array_equal(image, np.asarray(Image.open(folder / f"{i:06d}.png")))
     found = look_inside(ckpt, 2, 0.5)
-    assert found["side"] == 8 and len(found["images"]) == 2
+    assert found["side"] == 8 and len(found["images"]) == 2 and seen == {(56, 8)}
 
 
 @pytest.mark.parametrize("teacher", [False, True])

@@ -56,6 +56,27 @@ def test_taps_are_attention_written_by_hand(registers):
     assert out.features[0].shape == (2, 16, 96)
 
 
+def test_a_teacher_on_a_finer_grid():
+    """input_size gives 8 x 8 tokens, resampled to the student's 4 x 4: means of 2 x 2 for features, q and k alike."""
+    images, (coarse, fine) = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), (
+        Teacher(small_vit(), grid, (2,)) for grid in (4, 8))
+    teacher = Teacher(small_vit(), 4, (2,), input_size=112)
+    out, expected = teacher(images), fine(images)
+
+    def pooled(tokens):
+        *rest, _, width = tokens.shape
+        return tokens.view(*rest, 4, 2, 4, 2, width).mean(dim=(-2, -4)).view(*rest, 16, width)
+
+    torch.testing.assert_close(out.features[0], pooled(expected.features[0]))
+    for ours, theirs in ((out.attention[2].q, expected.attention[2].q), (out.attention[2].k, expected.attention[2].k)):
+        torch.testing.assert_close(ours, pooled(theirs))
+    assert out.attention[2].scale == expected.attention[2].scale
+    assert len({teacher.key(), coarse.key(), fine.key()}) == 3
+    assert Teacher(small_vit(), 4, (2,), input_size=56).key() == coarse.key()
+    with pytest.raises(BadInput, match="--enc-size 100 is no multiple of 14"):
+        Teacher(small_vit(), 4, (2,), input_size=100)
+
+
 def test_stops_after_the_last_needed_block():
     teacher = Teacher(small_vit(), 4, (0, 2), features=False)
     assert len(teacher.vit.blocks) == 3
@@ -139,6 +160,41 @@ def test_a_cache_that_another_run_is_making_is_waited_for(tiny_data, tmp_path):
         first, second = [pool.submit(make, vit) for vit in vits]
         assert torch.equal(first.result(), second.result()) and first.result().any(dim=(1, 2)).all()
     assert len(calls) == 1 + 64 // 16
+
+
+def test_a_stopped_cache_goes_on(monkeypatch, caplog, tiny_data, tmp_path):
+    """To the same bytes, without what was there; its log counts images. Rows are of the student's grid."""
+    dataset, accelerator = LatentImages(tiny_data, 64, CLASSES), Accelerator(cpu=True)
+    calls, stop_at = [], []
+
+    def make(folder):
+        teacher = Teacher(small_vit(), 4, (1,), input_size=112)
+
+        def count(*_):
+            calls.append(1)
+            if len(calls) in stop_at:
+                raise KeyboardInterrupt
+
+        teacher.vit.norm.register_forward_hook(count)
+        return CachedTeacher(tmp_path / folder, teacher, dataset, accelerator, batch_size=12)
+
+    whole = make("whole")
+    assert len(calls) == 1 + 6 and whole.arrays["features0"].shape == (64, 16, 96)
+    assert whole.arrays["block1"].shape == (64, 2, 6, 16, 16)
+    monkeypatch.setattr("encoders.FLUSH_SECONDS", -1)  # after each batch
+    caplog.set_level("INFO", "haste")
+    calls.clear()
+    stop_at.append(5)
+    with pytest.raises(KeyboardInterrupt):
+        make("parts")
+    assert "teacher outputs: 36 of 64 images" in caplog.text and not list(tmp_path.glob("parts/*/complete.json"))
+    calls.clear()
+    stop_at.clear()
+    parts = make("parts")
+    assert len(calls) == 3 and "teacher outputs: 64 of 64 images" in caplog.text
+    assert {path.name for path in parts.folder.iterdir()} == {"features0.npy", "block1.npy", "complete.json"}
+    for name, array in whole.arrays.items():
+        assert np.array_equal(array, parts.arrays[name]) and array.any(axis=tuple(range(1, array.ndim))).all()
 
 
 def test_cache_gives_what_the_teacher_gives(tiny_data, tmp_path):
