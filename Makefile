@@ -1,4 +1,4 @@
-# `make quickstart`, `make quickstart-t2i`, `make test`. Each sets up .venv; PYTHON=python3.12 picks the interpreter.
+# `make quickstart`, `make quickstart-t2i`, `make quickstart-cifar10`, `make test`. Each sets up .venv; PYTHON=python3.12 picks the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 QUICKSTART ?= full
@@ -9,6 +9,9 @@ quickstart: $(VENV)/.installed
 
 quickstart-t2i: $(VENV)/.installed
 	@PATH="$(abspath $(VENV))/bin:$$PATH" bash quickstart.sh captions $(QUICKSTART)
+
+quickstart-cifar10: $(VENV)/.installed
+	@PATH="$(abspath $(VENV))/bin:$$PATH" bash quickstart.sh cifar10 $(QUICKSTART)
 
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -26,4 +29,4 @@ $(VENV)/.installed: requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(PYTHON) -c 'import sys; print(sys.version)' > $@
 
-.PHONY: quickstart quickstart-t2i test
+.PHONY: quickstart quickstart-t2i quickstart-cifar10 test

@@ -228,6 +228,7 @@ class PixelImages(LatentImages):
 
     def __init__(self, data_dir, resolution, num_classes, images=True, seed=0, hflip=False):
         self.resolution, self.images, self.seed, self.hflip = resolution, images, seed, hflip
+        self.latents = self.mirrored = None
         self.pictures = open_files(data_dir, "images", ".png")
         named = check_labels(self.pictures, num_classes)
         if named.labels is None or not named.labels.size:

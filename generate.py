@@ -154,7 +154,7 @@ def sample_folder(args, name):
         f"{name}-{Path(args.ckpt).stem}-size-{args.resolution}-vae-{Path(args.vae).name}-cfg-{args.cfg_scale}-"
         f"seed-{args.global_seed}-{args.mode}-high-{args.guidance_high}")
     ignored = ("sample_dir", "num_fid_samples", "per_proc_batch_size", "tf32", "fused_attn", "compile", "projector_embed_dims",
-               "encoder_depth")
+               "encoder_depth", "class_names")
     settings = {key: value for key, value in vars(args).items() if key not in ignored}
     for key in ("ckpt", "vae"):
         if Path(settings[key]).exists():  # however it was spelled
@@ -230,9 +230,10 @@ def write_outputs(args, folder, path_of, columns=None, texts=None):
         return
     paths = [path_of(i) for i in range(args.num_fid_samples)]
     write_npz(folder.with_name(folder.name + ".npz"), paths, args.resolution)
-    first = np.stack([np.array(open_image(path)) for path in paths[:GRID_IMAGES]])
+    count = GRID_IMAGES // columns * columns if columns else GRID_IMAGES  # whole rows
+    first = np.stack([np.array(open_image(path)) for path in paths[:count]])
     first = torch.from_numpy(first).permute(0, 3, 1, 2)
-    write_png(folder.with_name(folder.name + "-grid.png"), image_grid(first, columns, texts and texts[:GRID_IMAGES]))
+    write_png(folder.with_name(folder.name + "-grid.png"), image_grid(first, columns, texts and texts[:count]))
     print(f"{len(paths)} images in {folder}, with {folder.name}.npz and {folder.name}-grid.png beside it")
 
 
@@ -258,7 +259,19 @@ def parse_args():
     add("--num-fid-samples", type=int, default=50_000, help="images to make (default 50000)")
     add("--labels", choices=["random", "balanced"], default="random",
         help="classes drawn at random, or i mod classes (default random)")
+    add("--class-names", help="JSON file with the names of the classes in their order, to be written into the grid")
     return parser.parse_args()
+
+
+def class_names(args):
+    """The names in --class-names, one for each class, or None. Raises BadInput."""
+    if args.class_names is None:
+        return None
+    names = read_json(args.class_names, list)
+    if len(names) != args.num_classes or not all(isinstance(name, str) for name in names):
+        raise BadInput(f"--class-names {args.class_names} must hold {args.num_classes} names, one for each class of the "
+                       "checkpoint; give its data's file, or leave it out.")
+    return names
 
 
 def main():
@@ -266,19 +279,23 @@ def main():
     state = setup(args)
     weights, sizes, vae = read_checkpoint(args, state.device, SIT_CONFIGS, "y_embedder.embedding_table.weight",
                                           model="SiT-XL/2", num_classes=1000)
+    names = class_names(args)
     model = ready(SiT_models[args.model](**sizes), weights, args, state.device)
     folder = sample_folder(args, args.model.replace("/", "-"))
 
+    def label(i, rng):
+        return int(rng.integers(args.num_classes)) if args.labels == "random" else i % args.num_classes
+
     def condition(i, rng):
-        label = int(rng.integers(args.num_classes)) if args.labels == "random" else i % args.num_classes
-        return torch.tensor(label), torch.tensor(model.null_label)
+        return torch.tensor(label(i, rng)), torch.tensor(model.null_label)
 
     def path_of(i):
         return folder / f"{i:06d}.png"
 
     make_images(args, folder, model, vae, condition, path_of)
     few = args.num_classes if args.labels == "balanced" and args.num_classes <= 16 else None
-    write_outputs(args, folder, path_of, columns=few)
+    texts = names and [names[label(i, np.random.default_rng((args.global_seed, i)))] for i in range(GRID_IMAGES)]
+    write_outputs(args, folder, path_of, few, texts and texts[:args.num_fid_samples])
     leave()
 
 

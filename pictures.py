@@ -6,21 +6,25 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+MIN_CELL = 64  # pixels: smaller images are shown larger, by whole pixels
 MAX_LINES = 4  # of a caption; a longer one ends in "..."
 
 
 def image_grid(images, columns=None, texts=None):
-    """uint8 (N, 3, R, R) -> one picture uint8 (rows H, columns R, 3); missing cells are white.
+    """uint8 (N, 3, R, R) -> one picture uint8 (rows H, columns W, 3); missing cells are white.
 
-    H = R, or more where `texts`, one string per image, are written under them.
+    W is R, or its first multiple from MIN_CELL on; H = W, or more where `texts`, one string per image, are written under them.
     """
+    images = images.cpu()
+    if (times := math.ceil(MIN_CELL / images.shape[3])) > 1:
+        images = images.repeat_interleave(times, dim=2).repeat_interleave(times, dim=3)
     if texts is not None:
-        images = torch.cat([images.cpu(), caption_strips(texts, images.shape[3])], dim=2)
+        images = torch.cat([images, caption_strips(texts, images.shape[3])], dim=2)
     n, _, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     cells = torch.full((rows * columns, 3, height, width), 255, dtype=torch.uint8)
-    cells[:n] = images.cpu()
+    cells[:n] = images
     return cells.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3).numpy()
 
 

@@ -1,22 +1,24 @@
 #!/usr/bin/env bash
-# The whole pipeline on the embedded emoji data: data, training with alignment and its stop, samples, scores, and a page
-# that shows it all, for classes or captions. Run it by `make quickstart` or `make quickstart-t2i`. Every command is printed
-# before it runs, so that each can be repeated or changed by hand. With QUICKSTART=short it takes a few steps only and
-# shows that everything works.
+# The whole pipeline: data, training with alignment and its stop, samples, scores, and a page that shows it all, on the embedded
+# emoji for classes or captions, or on the photographs of CIFAR-10. Run it by `make quickstart`, `make quickstart-t2i` or
+# `make quickstart-cifar10`. Every command is printed before it runs, so that each can be repeated or changed by hand. With
+# QUICKSTART=short it takes a few steps only and shows that everything works.
 set -euo pipefail
 
 task=${1:-classes} form=${2:-full}
+size=64 vae=assets/vae-emoji cfg=3.0 batch=36
 case $task in
     classes) name=quickstart steps=1200 images=72 references=178 ;;
     captions) name=quickstart-t2i steps=1200 images=178 ;;
-    *) echo "error: $task is neither classes nor captions." >&2; exit 1 ;;
+    cifar10) name=quickstart-cifar10 steps=4000 images=2000 references=10000 size=32 vae=none cfg=1.5 batch=100 ;;
+    *) echo "error: $task is none of classes, captions and cifar10." >&2; exit 1 ;;
 esac
 case $form in
     full) ;;
     short) name=$name-short steps=40 images=9 references=18 ;;
     *) echo "error: QUICKSTART=$form is neither full nor short." >&2; exit 1 ;;
 esac
-ending=$(printf %07d $steps)-size-64-vae-vae-emoji-cfg-3.0-seed-0-ode-high-1.0
+ending=$(printf %07d $steps)-size-$size-vae-${vae##*/}-cfg-$cfg-seed-0-ode-high-1.0
 precision=no
 python -c 'import sys, speed; sys.exit(not speed.fast_bf16())' && precision=bf16
 
@@ -31,32 +33,44 @@ stage() {  # stage NAME COMMAND...: print, run, time
     echo "== ${stages[-1]}"
 }
 
-vae=assets/vae-emoji
 training=(--exp-name $name --mixed-precision $precision)  # all else is the preset's: python train.py --preset list
 if [ $form = short ]; then
     training+=(--max-train-steps $steps --early-stop-point 20 --checkpointing-steps 20 --sampling-steps 10
         --log-every 1)
 fi
-sampling=(--ckpt "exps/$name/checkpoints/$(printf %07d $steps).pt" --vae $vae --cfg-scale 3 --mode ode --num-steps 30
-    --per-proc-batch-size 36)
+sampling=(--ckpt "exps/$name/checkpoints/$(printf %07d $steps).pt" --vae $vae --cfg-scale $cfg --mode ode --num-steps 30
+    --per-proc-batch-size $batch --sample-dir samples/$name)
 
 if [ $task = classes ]; then
     stage data python preprocessing/embedded.py --dest data/emoji --vae $vae
     stage train python train.py --preset embedded "${training[@]}"
-    stage sample python generate.py "${sampling[@]}" --sample-dir samples/$name --num-fid-samples $images --labels balanced
+    stage sample python generate.py "${sampling[@]}" --num-fid-samples $images --labels balanced
     made=samples/$name/SiT-T-2-$ending
     stage scores python evaluations/anchors.py $made.npz --reference-images $references
     pictures=("$made")
     found="$made-grid.png (a column per class: $(tr -d '[]"' < data/emoji/classes.json)),
          $made-scores.json"
+elif [ $task = cifar10 ]; then
+    data=data/cifar10 reference=data/cifar10/ref-val.npz preparing=()
+    if [ $form = short ]; then preparing=(--reference-images $references) reference=$data/ref-val-$references.npz; fi
+    stage data python examples/cifar10/prepare.py --dest $data "${preparing[@]}"
+    stage train python train.py --preset cifar10 "${training[@]}"
+    stage sample python generate.py "${sampling[@]}" --num-fid-samples $images --labels balanced \
+        --class-names $data/classes.json
+    made=samples/$name/SiT-XS-8-$ending
+    stage scores python evaluations/evaluator.py $reference $made.npz --features efficientnet-lite0 \
+        --efficientnet-weights $data/efficientnet-lite0.pth --json $made-scores.json
+    pictures=("$made")
+    found="$made-grid.png (a column per class),
+         $made-scores.json (against $references held-out photographs)"
 else
     captions=data/emoji-captions
     stage data python preprocessing/embedded.py --dest data/emoji
     stage captions python preprocessing/embedded_captions.py --dest $captions --vae $vae
     stage train python train_t2i.py --preset embedded-t2i "${training[@]}"
-    stage sample python generate_t2i.py "${sampling[@]}" --sample-dir samples/$name --num-fid-samples $images \
+    stage sample python generate_t2i.py "${sampling[@]}" --num-fid-samples $images \
         --data-dir $captions
-    stage prompts python generate_t2i.py "${sampling[@]}" --sample-dir samples/$name --prompts assets/prompts-emoji.txt \
+    stage prompts python generate_t2i.py "${sampling[@]}" --prompts assets/prompts-emoji.txt \
         --text-encoder $captions/text-encoder
     made=samples/$name/MMDiT-T-$ending
     stage agreement python evaluations/agreement.py $captions/val "$made"

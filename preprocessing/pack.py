@@ -9,7 +9,7 @@ writes PACKED/images/, PACKED/vae-sd/ and, where DATA has it, PACKED/vae-sd-hfli
     dataset.json                names and labels, as ever; written last: its presence means that the folder is complete
 Pictures become pixels, so that training decodes nothing: 252 GB for ImageNet at 256 px, as much as PNGs without
 compression, beside 42 GB of latents. --latents-only leaves them out: put the source's images or images.zip, or a link to
-it, beside PACKED/vae-sd. Every picture and latent is read and checked on the way. Each file appears whole or not at
+it, beside PACKED/vae-sd. --images-only leaves out the latents. Every picture and latent is read and checked on the way. Each file appears whole or not at
 all: after any stop the same command writes only what is missing, and the bytes are the same. A file of the source that
 is replaced by another of the same size is not noticed: delete PACKED then.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataset import LatentImages, digest
+from dataset import LatentImages, PixelImages, digest
 from files import BadInput, atomic_write, check_bounds, load_array, read_json, remove_temporaries, write_json, writing
 from preprocessing.destinations import check_space
 from storage import form_of
@@ -105,6 +105,7 @@ def add_arguments(add):
     add("--dest", type=Path, required=True, help="folder to write")
     add("--resolution", type=int, default=256, help="image side in pixels (default 256)")
     add("--latents-only", action="store_true", help="leave the images out")
+    add("--images-only", action="store_true", help="leave the latents out, for train.py --vae none")
     add("--rows", type=int, help=f"entries a file (default {ROWS}, and more where that would make over {FILES} files)")
     add("--num-workers", type=int, default=os.cpu_count(), help="threads (default: one per core)")
 
@@ -113,8 +114,11 @@ def run(args):
     check_bounds(args, dict.fromkeys(("resolution", "rows", "num_workers"), (1, float("inf"))))
     if args.source.resolve() == args.dest.resolve():
         raise BadInput(f"--dest {args.dest} is the source itself; name another.")
-    hflip = form_of(args.source, "vae-sd-hflip")[1].exists()
-    data = LatentImages(args.source, args.resolution, None, images=not args.latents_only, hflip=hflip)
+    if args.images_only and args.latents_only:
+        raise BadInput("--images-only and --latents-only together leave nothing to pack; give one of them.")
+    hflip = not args.images_only and form_of(args.source, "vae-sd-hflip")[1].exists()
+    kind = PixelImages if args.images_only else LatentImages
+    data = kind(args.source, args.resolution, None, images=not args.latents_only, hflip=hflip)
     moments, pixels = (np.empty(shape, dtype) for shape, dtype in (
         (data.moments_shape, np.float32), ((3, args.resolution, args.resolution), np.uint8)))
     with writing(args.dest):
@@ -123,7 +127,7 @@ def run(args):
                              (data.pictures, "images", pixels)):
         if files is not None:
             pack_kind(data, files, args.dest / kind, row, args)
-    packed = LatentImages(args.dest, args.resolution, None, images=not args.latents_only, hflip=hflip)
+    packed = kind(args.dest, args.resolution, None, images=not args.latents_only, hflip=hflip)
     if packed.fingerprint(files=True) != data.fingerprint(files=True):
         raise BadInput(f"{args.source} has changed while it was packed; delete {args.dest} and pack it again.")
     print(f"{args.dest}: {len(packed)} entries")

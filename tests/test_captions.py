@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from torch.utils.data import DataLoader
 
 from dataset import CaptionedImages, LatentImages
@@ -113,6 +113,16 @@ def test_captions_stand_under_the_pictures():
         assert np.array_equal(cell[:64], images[image].permute(1, 2, 0))
         assert cell[64:].min() < 100 and (cell[64:, 0] == 255).all()
     assert (grid[height:, 64:] == 255).all()
+
+
+def test_small_pictures_are_shown_larger():
+    """By whole pixels, so that 32 px become 64 and 24 become 72; words fit under them then."""
+    images = torch.arange(2 * 3 * 24 * 24).reshape(2, 3, 24, 24).to(torch.uint8)
+    grid = image_grid(images, 2)
+    assert grid.shape == (72, 144, 3)
+    assert np.array_equal(grid[1::3, 1:72:3], images[0].permute(1, 2, 0)) and np.array_equal(grid[::3], grid[2::3])
+    assert image_grid(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), texts=["automobile"]).shape[1] == 64
+    assert wrap("automobile", 60, ImageFont.load_default(9).getlength) == ["automobile"]
 
 
 def test_wrapping_keeps_to_width_and_lines():

@@ -200,5 +200,8 @@ def test_reference_statistics(photographs, monkeypatch, tmp_path):
     assert kept.shape == (7, 32, 32, 3)
     held_out = photographs[0][-BATCH:].transpose(0, 2, 3, 1)
     assert all((image == held_out).all(axis=(1, 2, 3)).any() for image in kept)
+    prepare.build_reference(tmp_path, "val", 5)
+    few = read_statistics(str(tmp_path / "ref-val-5.npz"), MeanColour(), required=True)
+    np.testing.assert_allclose(few.mu, colours[:5].mean(axis=0), rtol=1e-5)
     monkeypatch.setattr(prepare, "load_extractor", lambda *_: pytest.fail("made again"))
     prepare.build_reference(tmp_path, "val")

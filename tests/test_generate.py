@@ -1,6 +1,7 @@
 """generate.py through its command line: image i is a function of (seed, i), restarts, outputs, refusals."""
 import argparse
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -139,3 +140,26 @@ def test_plain_state_dict_and_balanced_labels(monkeypatch, ckpt, tmp_path):
     call_main(monkeypatch, generate, *arguments(tmp_path / "bare.pt", tmp_path, "--model", "SiT-T/2", "--num-classes",
                                                 CLASSES, "--resolution", 64, "--labels", "balanced", "--heun"))
     assert len(list(tmp_path.glob("*.npz"))) == 1
+
+
+@pytest.mark.parametrize("labels", ["balanced", "random"])
+def test_class_names_stand_in_the_grid(monkeypatch, ckpt, tmp_path, labels):
+    """Under each image that of its own class; a column per class shows whole rows only."""
+    names = ["ant", "bee", "cow", "dog"]
+    (tmp_path / "classes.json").write_text(json.dumps(names))
+    monkeypatch.setattr(generate, "GRID_IMAGES", 6)
+    seen, grid = [], generate.image_grid
+    monkeypatch.setattr(generate, "image_grid", lambda images, columns, texts: seen.append((images, columns, texts))
+                        or grid(images, columns, texts))
+    more = ("--labels", labels, "--class-names", tmp_path / "classes.json", "--num-fid-samples", 6)
+    call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, *more))
+    [(images, columns, texts)] = seen
+    if labels == "balanced":
+        assert columns == 4 and texts == names and len(images) == 4
+    else:
+        drawn = [names[np.random.default_rng((0, i)).integers(4)] for i in range(6)]
+        assert columns is None and texts == drawn and len(images) == 6
+    for bad in ('["ant"]', "[1, 2, 3, 4]", "{}"):
+        (tmp_path / "classes.json").write_text(bad)
+        with pytest.raises(BadInput, match="classes.json (must hold 4 names|holds a dict)"):
+            call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, *more))

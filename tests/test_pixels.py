@@ -18,6 +18,7 @@ from files import BadInput
 from loader import StepBatches
 from loss import SILoss
 from pipeline import load_pipeline
+from preprocessing import dataset_tools
 from tests.conftest import CLASSES, call_main, checkpoint, tiny_run, train_arguments, write_tiny_data
 from tests.test_generate import make_checkpoint
 from tests.test_resume import assert_same_run
@@ -70,6 +71,20 @@ def test_the_picture_is_the_moments(pictures):
     assert "image" not in batch and data.decodes and data.moments_shape == (6, 64, 64)
     data.images = True
     assert torch.equal(data[5]["image"], data.image(5))
+
+
+def test_packed_images_alone(monkeypatch, pictures, tmp_path):
+    """pack --images-only needs no latents and gives the same data set, to its name."""
+    call_main(monkeypatch, dataset_tools, "pack", "--source", pictures, "--dest", tmp_path / "packed", "--resolution", 64,
+              "--images-only", "--num-workers", 1)
+    plain, packed = (PixelImages(folder, 64, CLASSES) for folder in (pictures, tmp_path / "packed"))
+    assert plain.fingerprint(files=True) == packed.fingerprint(files=True) and not packed.decodes
+    one, other = plain.batch([3, 60]), packed.batch([3, 60])
+    assert all(torch.equal(one[name], other[name]) for name in ("image", "moments", "y"))
+    assert not (tmp_path / "packed/vae-sd").exists()
+    with pytest.raises(BadInput, match="leave nothing to pack"):
+        call_main(monkeypatch, dataset_tools, "pack", "--source", pictures, "--dest", tmp_path / "x", "--images-only",
+                  "--latents-only")
 
 
 def test_mirrored(pictures):

