@@ -117,8 +117,8 @@ def run(args):
     if args.images_only and args.latents_only:
         raise BadInput("--images-only and --latents-only together leave nothing to pack; give one of them.")
     hflip = not args.images_only and form_of(args.source, "vae-sd-hflip")[1].exists()
-    kind = PixelImages if args.images_only else LatentImages
-    data = kind(args.source, args.resolution, None, images=not args.latents_only, hflip=hflip)
+    read = PixelImages if args.images_only else LatentImages
+    data = read(args.source, args.resolution, None, images=not args.latents_only, hflip=hflip)
     moments, pixels = (np.empty(shape, dtype) for shape, dtype in (
         (data.moments_shape, np.float32), ((3, args.resolution, args.resolution), np.uint8)))
     with writing(args.dest):
@@ -127,7 +127,7 @@ def run(args):
                              (data.pictures, "images", pixels)):
         if files is not None:
             pack_kind(data, files, args.dest / kind, row, args)
-    packed = kind(args.dest, args.resolution, None, images=not args.latents_only, hflip=hflip)
+    packed = read(args.dest, args.resolution, None, images=not args.latents_only, hflip=hflip)
     if packed.fingerprint(files=True) != data.fingerprint(files=True):
         raise BadInput(f"{args.source} has changed while it was packed; delete {args.dest} and pack it again.")
     print(f"{args.dest}: {len(packed)} entries")
