@@ -277,13 +277,21 @@ class Teacher:
         return Alignment([tokens] if self.features else [], attention)
 
     def key(self):
-        """Text that changes with the weights and with everything else that shapes the outputs."""
+        """Text that changes with the weights and with everything else that shapes an output."""
         digest = hashlib.sha256()
         for name, value in sorted(self.vit.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
-        resampled = f" on {self.grid}" if self.input_size != self.grid * self.vit.patch_embed.patch_size[0] else ""
-        return f"{digest.hexdigest()} {self.input_size} {self.num_blocks} {self.features} {self.attn_blocks}{resampled}"
+        return f"{digest.hexdigest()} {self.input_size} {self.num_blocks} {self.grid}"
+
+    def outputs(self, alignment):
+        """{name: (N, ...)} of an Alignment of this teacher: the features, and q beside k per block."""
+        flat = {f"features{i}": value for i, value in enumerate(alignment.features)}
+        return flat | {f"block{block}": torch.stack([qk.q, qk.k], dim=1) for block, qk in alignment.attention.items()}
+
+    def names(self):
+        """Names of the outputs."""
+        return ["features0"] * self.features + [f"block{block}" for block in self.attn_blocks]
 
 
 class CachedTeacher:
@@ -291,19 +299,19 @@ class CachedTeacher:
 
     The outputs of an image never change while images are not augmented, so they are computed once, by all processes
     together, into `folder`/{key}, where the key is made of the teacher's weights and precision and of the data's fingerprint.
-    A run that finds another one at it waits for what that makes.
+    There each output is a file of its own, so that a run with fewer outputs computes nothing. A run that finds another one at
+    it waits for what that makes.
     """
 
     def __init__(self, folder, teacher, dataset, accelerator, batch_size=32):
-        self.device = accelerator.device
+        self.device, names = accelerator.device, teacher.names()
         parts = (teacher.key(), teacher.precision or accelerator.mixed_precision, dataset.fingerprint(files=True))
         key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
         self.folder = Path(folder) / key
-        if not self._is_complete():
+        if self._missing(names):
             with writing(self.folder), locked(self.folder.with_suffix(".lock"), accelerator.is_main_process):
-                if not self._is_complete():  # by another run, meanwhile
-                    self._build(Path(folder), teacher, dataset, accelerator, batch_size)
-        names = ["features0"] * teacher.features + [f"block{block}" for block in teacher.attn_blocks]
+                if missing := self._missing(names):  # else another run has made them meanwhile
+                    self._build(missing, teacher, dataset, accelerator, batch_size)
         try:
             self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
             if any(len(array) != len(dataset) for array in self.arrays.values()):
@@ -312,38 +320,35 @@ class CachedTeacher:
             raise BadInput(f"The teacher cache {self.folder} is damaged ({first_line(error)}); delete it, and it is computed "
                            "again.") from error
 
-    def _is_complete(self):
-        """The same on all processes."""
-        return broadcast_object_list([is_file(self.folder / "complete.json")])[0]
+    def _missing(self, names):
+        """Those of `names` that are not complete; the same on all processes."""
+        return broadcast_object_list([[name for name in names if not is_file(self.folder / f"{name}.complete")]])[0]
 
-    def _build(self, folder, teacher, dataset, accelerator, batch_size):
-        """Compute the batches that done.npy, a byte for each, does not have as written: a stopped build goes on.
+    def _build(self, names, teacher, dataset, accelerator, batch_size):
+        """Compute the batches that the record, a byte for each, does not have as written: a stopped build goes on.
 
         A batch holds the same images whatever was there before and however many processes there are.
         """
         teacher.cast(accelerator.mixed_precision)  # not before: the key is made of the weights
-        record, count = self.folder / "done.npy", math.ceil(len(dataset) / batch_size)
+        record, count = self.folder / f"{'-'.join(names)}.done.npy", math.ceil(len(dataset) / batch_size)
         if accelerator.is_main_process and not (is_file(record) and load_array(record).shape == (count,)):
-            shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was stopped before it had made its files
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             with accelerator.autocast():
-                first = self._flatten(teacher(dataset.image(0)[None]))
-            size = len(dataset) * sum(2 * value.numel() for value in first.values())
-            free = shutil.disk_usage(folder).free
+                first = teacher.outputs(teacher(dataset.image(0)[None]))
+            size, free = len(dataset) * sum(2 * first[name].numel() for name in names), shutil.disk_usage(self.folder).free
             if size > free:
-                raise BadInput(f"--teacher-cache needs {size / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB "
+                raise BadInput(f"--teacher-cache needs {size / 1e9:.1f} GB in {self.folder}, which has {free / 1e9:.1f} GB "
                                "free; name another folder or run without it.")
-            for name, value in first.items():
-                shape = (len(dataset), *value.shape[1:])
+            for name in names:
                 path = self.folder / f"{name}.npy"
-                np.lib.format.open_memmap(path, "w+", np.float16, shape)
+                np.lib.format.open_memmap(path, "w+", np.float16, (len(dataset), *first[name].shape[1:]))
                 with open(path, "r+b") as file:  # a full disk must be found here: writing to the mapped file would crash
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             with atomic_write(record) as file:
                 np.save(file, np.zeros(count, np.uint8))
         accelerator.wait_for_everyone()
-        arrays = {path.stem: np.load(path, mmap_mode="r+", allow_pickle=False) for path in self.folder.glob("*.npy")}
-        done = arrays.pop("done")
+        arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r+", allow_pickle=False) for name in names}
+        done = np.load(record, mmap_mode="r+", allow_pickle=False)
         todo = np.flatnonzero(done == 0)[accelerator.process_index::accelerator.num_processes].tolist()
         accelerator.wait_for_everyone()  # all have read it
         written, flushed = [], time.monotonic()
@@ -351,9 +356,9 @@ class CachedTeacher:
         for batch in tqdm(todo, desc="teacher outputs", unit="batch", disable=is_shown):
             rows = slice(batch * batch_size, min((batch + 1) * batch_size, len(dataset)))
             with accelerator.autocast():
-                outputs = self._flatten(teacher(torch.stack([dataset.image(i) for i in range(rows.start, rows.stop)])))
-            for name, value in outputs.items():
-                arrays[name][rows] = value.half().cpu().numpy()
+                outputs = teacher.outputs(teacher(torch.stack([dataset.image(i) for i in range(rows.start, rows.stop)])))
+            for name in names:
+                arrays[name][rows] = outputs[name].half().cpu().numpy()
                 if not np.isfinite(arrays[name][rows]).all():
                     raise BadInput(f"The teacher's {name} does not fit float16; run without --teacher-cache.")
             written.append(batch)
@@ -366,16 +371,11 @@ class CachedTeacher:
                 logger.info(f"teacher outputs: {min(int(done.sum()) * batch_size, len(dataset)):,} of {len(dataset):,} images")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            with atomic_write(self.folder / "complete.json", "w") as file:
-                json.dump({"images": len(dataset)}, file)
+            for name in names:
+                with atomic_write(self.folder / f"{name}.complete", "w") as file:
+                    json.dump({"images": len(dataset)}, file)
             record.unlink()
         accelerator.wait_for_everyone()
-
-    @staticmethod
-    def _flatten(alignment):
-        """{file stem: (N, ...)}: the features, and q beside k per block."""
-        flat = {f"features{i}": value for i, value in enumerate(alignment.features)}
-        return flat | {f"block{block}": torch.stack([qk.q, qk.k], dim=1) for block, qk in alignment.attention.items()}
 
     def __call__(self, positions):
         rows = {name: to_device(torch.from_numpy(array[positions.numpy()]), self.device)

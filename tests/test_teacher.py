@@ -187,12 +187,13 @@ def test_a_stopped_cache_goes_on(monkeypatch, caplog, tiny_data, tmp_path):
     stop_at.append(5)
     with pytest.raises(KeyboardInterrupt):
         make("parts")
-    assert "teacher outputs: 36 of 64 images" in caplog.text and not list(tmp_path.glob("parts/*/complete.json"))
+    assert "teacher outputs: 36 of 64 images" in caplog.text and not list(tmp_path.glob("parts/*/*.complete"))
     calls.clear()
     stop_at.clear()
     parts = make("parts")
     assert len(calls) == 3 and "teacher outputs: 64 of 64 images" in caplog.text
-    assert {path.name for path in parts.folder.iterdir()} == {"features0.npy", "block1.npy", "complete.json"}
+    assert {path.name for path in parts.folder.iterdir()} == {
+        f"{name}.{end}" for name in ("features0", "block1") for end in ("npy", "complete")}
     for name, array in whole.arrays.items():
         assert np.array_equal(array, parts.arrays[name]) and array.any(axis=tuple(range(1, array.ndim))).all()
 
@@ -211,11 +212,18 @@ def test_cache_gives_what_the_teacher_gives(tiny_data, tmp_path):
     calls = []
     teacher.vit.norm.register_forward_hook(lambda *_: calls.append(1))
     CachedTeacher(tmp_path, teacher, dataset, accelerator)
-    assert not calls  # the second run reads
+    features = Teacher(small_vit(), 8, ())
+    features.vit.norm.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(CachedTeacher(tmp_path, features, dataset, accelerator)(positions).features[0], again.features[0])
+    assert not calls  # the second run reads, one with fewer outputs too
+    assert {path.name for path in cached.folder.glob("*.complete")} == {"features0.complete", "block1.complete", "block3.complete"}
+    CachedTeacher(tmp_path, Teacher(small_vit(), 8, (2,)), dataset, accelerator)
+    assert (cached.folder / "block2.complete").is_file()  # what is missing alone
+    assert torch.equal(cached(positions).features[0], again.features[0])
     with torch.no_grad():
         teacher.vit.norm.weight.mul_(2)
     CachedTeacher(tmp_path, teacher, dataset, accelerator)
-    assert len(list(tmp_path.glob("*/complete.json"))) == 2  # other weights, other key
+    assert len(list(tmp_path.glob("*/features0.complete"))) == 2  # other weights, other key
 
 
 def test_features_alone_take_their_own_room(tiny_data, tmp_path):
