@@ -16,6 +16,7 @@ from accelerate.utils import set_seed
 from dataset import PIXELS, LatentImages, PixelImages
 from encoders import TEACHERS, Teacher, load_vit
 from evaluations.features import FEATURES, PRESETS
+from evaluations.scores import METRICS
 from files import LARGEST_SEED, MOST_CLASSES, BadInput, check_bounds, run_script
 from loss import SILoss
 from models.sit import SIT_CONFIGS, SiT_models
@@ -27,8 +28,8 @@ EARLY_STOP_512 = 300_000  # the paper's switch at 512 px, whatever the model
 INF, BELOW_1 = float("inf"), 1 - 2 ** -53
 BOUNDS = {  # argument of both training scripts -> lowest, highest
     **dict.fromkeys(("batch_size", "max_train_steps", "log_every", "checkpointing_steps", "gradient_accumulation_steps",
-                     "epochs", "attn_heads", "enc_blocks", "enc_size", "eval_samples", "resolution", "trigger_every", "trigger_samples",
-                     "trigger_block"), (1, INF)),
+                     "epochs", "attn_heads", "enc_blocks", "enc_size", "eval_samples", "eval_num_steps", "resolution",
+                     "trigger_every", "trigger_samples", "trigger_block"), (1, INF)),
     "num_classes": (1, MOST_CLASSES), "seed": (0, LARGEST_SEED), "trigger_threshold": (-1, 1),
     **dict.fromkeys(("sampling_steps", "eval_steps", "resume_step", "checkpoint_minutes", "keep_checkpoints", "keep_every",
                      "max_skipped_steps", "num_workers", "early_stop_point", "learning_rate", "max_grad_norm",
@@ -54,6 +55,8 @@ def add_training_arguments(parser):
         "none = no VAE, the network is trained on the pixels of DATA/images (train.py)")
     add("--eval-steps", type=int, default=0, help="steps between scores of the EMA's samples, 0 = none (default 0)")
     add("--eval-samples", type=int, default=5000, help="images made for a score (default 5000)")
+    add("--eval-num-steps", type=int, default=50, help="Euler steps that make them, without guidance (default 50)")
+    add("--eval-metrics", nargs="+", choices=METRICS, default=["fid", "kid"], help="default fid kid; pr: precision and recall")
     add("--eval-ref", help="what they are compared with: npz, statistics file or folder of images")
     add("--eval-features", choices=FEATURES, default="inception", help="features of the scores (default inception)")
     add("--eval-preset", choices=PRESETS, default="adm", help="how Inception is fed: adm (default), or pytorch-fid for COCO")

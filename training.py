@@ -275,7 +275,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
     start_trackers(accelerator, args)
     if shows:
         previews = Previews(args, accelerator, run / "previews", dataset, vae, y_null)
-    columns = (score_names(args.eval_features) if scores else []) + trigger_columns(args)
+    columns = (score_names(args.eval_features, args.eval_metrics) if scores else []) + trigger_columns(args)
     metrics = Metrics(run / "metrics.csv", accelerator, step, pending, columns, args.max_skipped_steps, seconds)
     logger.info(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(dataset):,} images, steps {step} to "
                 f"{max_steps}, {accelerator.num_processes} process(es) on {device}, precision "

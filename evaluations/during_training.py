@@ -11,42 +11,46 @@ from evaluations.scores import check_count, check_metrics, has_images, load_set,
 from files import BadInput
 from samplers import euler_sampler, guided
 
-METRICS = ("fid", "kid")
-SAMPLER_STEPS = 50  # Euler, without guidance: a score to compare steps and runs by, not the one that papers report
 CONDITIONS = 3  # a stream of randomness of its own, beside those of loader.py
 
 logger = logging.getLogger("haste")
 
 
-def score_names(features):
-    """Columns that an Evaluation with these features fills."""
-    return [FEATURES[features][kind] for kind in ("distance", "kid")]
+def score_names(features, metrics):
+    """Columns that an Evaluation with these features and metrics, keys of scores.METRICS, fills."""
+    names = {"is": ["Inception Score"], "fid": [FEATURES[features]["distance"]], "sfid": ["sFID"],
+             "pr": ["Precision", "Recall"], "kid": [FEATURES[features]["kid"]]}
+    return [name for metric in metrics for name in names[metric]]
 
 
 class Evaluation:
     """`evaluation(ema)` -> {name: score} of args.eval_samples images against args.eval_ref, on the main process.
 
-    Every process calls it and makes its part of the images. Image i has the condition of a training entry and the noise
-    that are drawn from (args.seed, i), whatever the step and the number of processes; no other random stream is
-    touched. The reference's features are extracted once, here. Raises BadInput where the two do not compare.
+    Samples are made by args.eval_num_steps Euler steps without guidance: scores to compare steps and runs by, not the
+    ones that papers report. Every process calls it and makes its part of the images. Image i has the condition of a
+    training entry and the noise that are drawn from (args.seed, i), whatever the step and the number of processes; no
+    other random stream is touched. The reference's features are extracted once, here. Raises BadInput where the two do
+    not compare.
     """
 
     def __init__(self, args, accelerator, dataset, vae, y_null, latent_shape):
         self.accelerator, self.dataset, self.vae, self.seed = accelerator, dataset, vae, args.seed
         self.y_null, self.latent_shape, self.count = y_null.to(accelerator.device), latent_shape, args.eval_samples
         self.batch_size = args.batch_size // (accelerator.num_processes * args.gradient_accumulation_steps)
-        check_metrics(METRICS, args.eval_features)
-        check_count(self.count, METRICS, "--eval-samples")
+        self.metrics, self.num_steps = args.eval_metrics, args.eval_num_steps
+        check_metrics(self.metrics, args.eval_features)
+        check_count(self.count, self.metrics, "--eval-samples")
         if has_images(args.eval_ref):
             images = open_images(args.eval_ref)
-            check_count(images.n, METRICS, images.name)
+            check_count(images.n, self.metrics, images.name)
             if tuple(images.size) != (args.resolution, args.resolution):
                 raise BadInput(f"--eval-ref {args.eval_ref} has images of {size_text(images.size)}, samples have "
                                f"--resolution {args.resolution}; give a reference of that size.")
         self.extractor = load_extractor(args.eval_features, args.eval_weights, accelerator.device, args.eval_preset)
-        self.reference = load_set(args.eval_ref, self.extractor, METRICS, is_reference=True, batch_size=self.batch_size)
+        self.reference = load_set(args.eval_ref, self.extractor, self.metrics, is_reference=True, batch_size=self.batch_size)
         if self.reference is not None:
-            logger.info(f"scores: {', '.join(score_names(args.eval_features))} ({args.eval_features}, preset {args.eval_preset}), "
+            names = ", ".join(score_names(args.eval_features, self.metrics))
+            logger.info(f"scores: {names} ({args.eval_features}, preset {args.eval_preset}), "
                         f"of n = {self.count} samples against {args.eval_ref}, n = {self.reference.n or 'unknown'}")
 
     def __call__(self, ema):
@@ -54,7 +58,7 @@ class Evaluation:
         samples = extract(self.images(ema, start, stop), stop - start, self.extractor)
         if samples is None:
             return {}
-        scores = score(samples, self.reference, METRICS, device=self.accelerator.device)
+        scores = score(samples, self.reference, self.metrics, device=self.accelerator.device)
         return {name: value for name, value in scores.items() if value is not None}
 
     def images(self, ema, start, stop):
@@ -67,5 +71,5 @@ class Evaluation:
             noise = np.stack([rng.standard_normal(self.latent_shape, dtype=np.float32) for rng in streams])
             noise = torch.from_numpy(noise).to(self.accelerator.device)
             with self.accelerator.autocast():
-                latents = euler_sampler(guided(ema, y, self.y_null.expand_as(y)), noise, SAMPLER_STEPS)
+                latents = euler_sampler(guided(ema, y, self.y_null.expand_as(y)), noise, self.num_steps)
             yield self.vae.decode(latents).permute(0, 2, 3, 1).cpu()

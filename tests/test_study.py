@@ -1,27 +1,47 @@
-"""benchmarks/study.py: what is compared with what."""
+"""benchmarks/study.py: what is compared with what, what runs when, and what a run leaves behind."""
+import itertools
+import json
 from argparse import Namespace
 
 import pytest
 
-from benchmarks import study
+from benchmarks import study, study_report
 from files import BadInput
 from tests.conftest import call_main
+
+FD, _, _, KID, LOSS = study_report.SCORES
+
+
+def result(**scores):
+    return {"scores": {name.replace("_", "-"): curve for name, curve in scores.items()}}
 
 
 def test_differences_are_of_the_same_seed():
     """Not of the same place in a list: a seed that one of the two lacks takes no part."""
-    score = study.SCORES[0]
-    values = {"vanilla": {score: {4: {0: 10.0, 2: 30.0}}}, "HASTE, no stop": {score: {4: {0: 9.0, 1: 20.0, 2: 27.0}}}}
-    assert study.difference(values, "HASTE, no stop", "vanilla", score, 4) == [-1.0, -3.0]
-    assert study.difference(values, "HASTE, no stop", "vanilla", score, 8) == []
-    table = study.differences(values, ["HASTE, no stop"], "vanilla", [4])
+    found = {"vanilla": {0: result(**{FD: {"4": 10.0}}), 2: result(**{FD: {"4": 30.0}})},
+             study.NO_STOP: {seed: result(**{FD: {"4": value}}) for seed, value in ((0, 9.0), (1, 20.0), (2, 27.0))}}
+    assert study_report.difference(found, study.NO_STOP, "vanilla", FD, 4) == [-1.0, -3.0]
+    assert study_report.difference(found, study.NO_STOP, "vanilla", FD, 8) == []
+    table = study_report.differences(found, [study.NO_STOP], "vanilla", [4])
     assert "| HASTE, no stop | -2.000 (-3.000 to -1.000) | - | - |" in table
 
 
 def test_spread_has_four_digits():
-    assert study.mean_and_spread([1234.56]) == "1235"
-    assert study.mean_and_spread([0.0123, 0.011]) == "0.01165 (0.01100 to 0.01230)"
-    assert study.mean_and_spread([]) == "-"
+    assert study_report.mean_and_spread([1234.56]) == "1235"
+    assert study_report.mean_and_spread([0.0123, 0.011]) == "0.01165 (0.01100 to 0.01230)"
+    assert study_report.mean_and_spread([]) == "-"
+
+
+def test_steps_to_reach_a_score():
+    points = {8: 3.0, 2: 10.0, 4: 6.0, 6: 4.0}
+    assert study_report.steps_to_reach(points, 5.0) == 5.0  # between 6.0 at 4 and 4.0 at 6
+    assert study_report.steps_to_reach(points, 4.0) == 6.0
+    assert study_report.steps_to_reach(points, 11.0) == 2  # there from the first score on
+    assert study_report.steps_to_reach(points, 2.9) is None
+    found = {"vanilla": {0: result(**{FD: {"4": 8.0, "8": 5.0}})}, study.NO_STOP: {0: result(**{FD: points})}}
+    assert study_report.share_of_steps(found, study.NO_STOP, FD, 8) == "0.6250"
+    found["vanilla"][0]["scores"][FD]["8"] = 1.0
+    assert study_report.share_of_steps(found, study.NO_STOP, FD, 8) == "not reached by 1 of 1"
 
 
 def test_runs_of_other_settings_are_refused(monkeypatch, tmp_path):
@@ -29,33 +49,66 @@ def test_runs_of_other_settings_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "report", lambda *args: None)
     with pytest.raises(BadInput, match="holds no study; leave --report out"):
         call_main(monkeypatch, study, "--out", tmp_path, "--report")
-    call_main(monkeypatch, study, "--out", tmp_path, "--steps", 8)
+    call_main(monkeypatch, study, "--out", tmp_path, "--steps", 32)
     call_main(monkeypatch, study, "--out", tmp_path, "--report")  # takes the settings of what is there
-    with pytest.raises(BadInput, match="holds runs with --samples 178, not 50; use another --out"):
-        call_main(monkeypatch, study, "--out", tmp_path, "--steps", 8, "--samples", 50)
-    with pytest.raises(BadInput, match="--every 3 does not divide --steps 8"):
-        call_main(monkeypatch, study, "--out", tmp_path, "--steps", 8, "--every", 3)
-    with pytest.raises(BadInput, match="--steps 10 is no multiple of 4"):
-        call_main(monkeypatch, study, "--out", tmp_path, "--steps", 10)
+    with pytest.raises(BadInput, match="holds runs with --samples 2000, not 50; use another --out"):
+        call_main(monkeypatch, study, "--out", tmp_path, "--steps", 32, "--samples", 50)
+    with pytest.raises(BadInput, match="holds runs with --data cifar10, not emoji"):
+        call_main(monkeypatch, study, "--out", tmp_path, "--steps", 32, "--data", "emoji")
+    with pytest.raises(BadInput, match="--every 3 does not divide a quarter of --steps 32"):
+        call_main(monkeypatch, study, "--out", tmp_path, "--steps", 32, "--every", 3)
+    with pytest.raises(BadInput, match="--steps 12 is no multiple of 8"):
+        call_main(monkeypatch, study, "--out", tmp_path, "--steps", 12)
+    with pytest.raises(BadInput, match="--variants 'HASTE' is none of vanilla, REPA"):
+        call_main(monkeypatch, study, "--out", tmp_path, "--steps", 32, "--variants", "HASTE", "vanilla")
 
 
-@pytest.mark.parametrize("minutes", [0, 60])
-def test_no_run_without_time_or_without_its_phase_one(monkeypatch, tmp_path, minutes):
-    monkeypatch.setattr(study, "settings_of", lambda args: "")
+@pytest.fixture
+def begun(monkeypatch):
+    """The runs in the order of their start; each leaves what a run leaves."""
+    runs = []
     monkeypatch.setattr(study, "report", lambda *args: None)
-    begun, clock = [], iter(range(0, 10 ** 6, 600))  # ten minutes from one look at the clock to the next
 
     def train(args, seed, name):
-        begun.append(name)
-        path = study.folder_of(args, seed, name) / f"checkpoints/{args.steps:07d}.pt"
-        path.parent.mkdir(parents=True)
-        path.touch()
-        return 600
+        runs.append((seed, name))
+        folder = args.out / study.name_of(seed, name) / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        for quarter in range(1, 5):
+            (folder / f"{quarter * args.steps // 4:07d}.pt").touch()
+        study.result_of(args, seed, name).write_text("{}")
+
     monkeypatch.setattr(study, "train", train)
+    return runs
+
+
+def test_what_has_a_result_is_not_run_again(monkeypatch, begun, tmp_path):
+    arguments = ("--out", tmp_path, "--steps", 32, "--jobs", 1, "--seeds", 0, 1)
+    first = [study.NO_STOP, "vanilla", "REPA (features only)", *(f"HASTE, stop at {step}" for step in (8, 16, 24))]
+    call_main(monkeypatch, study, *arguments, "--variants", *first)
+    assert begun == [(seed, name) for seed in (0, 1) for name in first]
+    begun.clear()
+    study.result_of(Namespace(results=tmp_path / "results"), 1, "vanilla").unlink()
+    call_main(monkeypatch, study, *arguments)
+    others = ["attention only", "HASTE, gradient trigger"]
+    assert begun == [(1, "vanilla"), *((seed, name) for seed in (0, 1) for name in others)]
+
+
+def test_no_run_without_its_phase_one(monkeypatch, begun, tmp_path):
+    """A result alone, of another machine, is no checkpoint to go on from."""
+    (tmp_path / "results").mkdir()
+    study.result_of(Namespace(results=tmp_path / "results"), 0, study.NO_STOP).write_text("{}")
+    call_main(monkeypatch, study, "--out", tmp_path, "--steps", 32, "--jobs", 1, "--seeds", 0,
+              "--variants", "HASTE, stop at 8", "vanilla")
+    assert begun == [(0, "vanilla")]
+
+
+def test_no_run_without_time(monkeypatch, begun, tmp_path):
+    call_main(monkeypatch, study, "--out", tmp_path, "--steps", 32, "--minutes", 0)
+    assert not begun
+    clock = iter(range(0, 10 ** 6, 600))  # ten minutes from one look at the clock to the next
     monkeypatch.setattr(study.time, "time", lambda: next(clock))
-    call_main(monkeypatch, study, "--out", tmp_path, "--steps", 8, "--jobs", 1, "--seeds", 0, "--minutes", minutes)
-    in_an_hour = ["HASTE, no stop", "HASTE, stop at 2", "HASTE, stop at 4", "HASTE, stop at 6"]
-    assert begun == (in_an_hour if minutes else [])
+    call_main(monkeypatch, study, "--out", tmp_path, "--steps", 32, "--jobs", 1, "--seeds", 0, "--minutes", 60)
+    assert begun == [(0, study.NO_STOP), (0, "vanilla")]  # of 10 minutes each, with a look before, between and after
 
 
 def test_variants_share_phase_one_only_with_the_run_without_a_stop():
@@ -63,32 +116,33 @@ def test_variants_share_phase_one_only_with_the_run_without_a_stop():
     assert shared == {"HASTE, stop at 300": 300, "HASTE, stop at 600": 600, "HASTE, stop at 900": 900}
 
 
-def test_phase_one_scores_of_a_stop_are_those_of_the_run_without(monkeypatch, tmp_path):
-    """The run with a stop at 4 holds no checkpoint of step 2: its held-out loss there is that of the run it went on from."""
-    monkeypatch.setattr(study, "LatentImages", lambda *args, **kwargs: None)
-    monkeypatch.setattr(study, "held_out_loss", lambda path, data: len(path.parts[-3]) + int(path.stem) / 10)
-    args = Namespace(out=tmp_path, data=tmp_path, steps=8, seeds=[0, 1])
-    for seed in args.seeds:
-        for name, steps in (("HASTE, no stop", (2, 4, 6, 8)), ("HASTE, stop at 4", (4, 6, 8))):
-            folder = study.folder_of(args, seed, name)
-            (folder / "checkpoints").mkdir(parents=True)
-            (folder / "metrics.csv").write_text("step,FD-EffLite0\n2,30\n")
-            for step in steps:
-                (folder / f"checkpoints/{step:07d}.pt").touch()
-    values, _ = study.collect(args)
-    alone, stopped = (values[name]["held-out loss"] for name in ("HASTE, no stop", "HASTE, stop at 4"))
-    assert sorted(stopped) == [2, 4, 6, 8] and stopped[2] == alone[2] == {0: 20.2, 1: 20.2}
-    assert stopped[6] != alone[6]
-    assert values["HASTE, stop at 4"]["FD-EffLite0"] == {2: {0: 30.0, 1: 30.0}}
+def test_a_result_has_the_whole_run(monkeypatch, tmp_path):
+    """Also what lies before the stop, from the run without one; of its checkpoints only the last stays."""
+    args = Namespace(out=tmp_path, results=tmp_path, data_dir=tmp_path, data="emoji", steps=8, every=2)
+    monkeypatch.setattr(study, "held_out_losses", lambda args, paths: {
+        int(path.stem): [int(path.stem) / 2, 1.0] for path in paths})
+    monkeypatch.setattr(study.torch, "load", lambda *args, **kwargs: {"trigger_fired": None})
+    for name, steps in ((study.NO_STOP, (2, 4, 5, 6, 8)), ("HASTE, stop at 4", (4, 6, 8))):
+        folder = tmp_path / study.name_of(0, name)
+        (folder / "checkpoints").mkdir(parents=True)
+        rows = [f"{step},{step / 10},{step * 10}" for step in (2, 4, 6, 8)]
+        (folder / "metrics.csv").write_text("\n".join([f"step,seconds,{FD}", *rows]))
+        for step in steps:
+            (folder / f"checkpoints/{step:07d}.pt").touch()
+        study.write_result(args, 0, name)
+        left = {int(path.stem) for path in (folder / "checkpoints").iterdir()}
+        assert left == ({2, 4, 6, 8} if name == study.NO_STOP else {8})
+    found = json.loads(study.result_of(args, 0, "HASTE, stop at 4").read_text())
+    assert study_report.curve(found, FD) == {2: 20, 4: 40, 6: 60, 8: 80} and found["seconds of training"] == 2
+    assert study_report.curve(found, LOSS) == {2: 1.0, 4: 1.5, 6: 2.0, 8: 2.5}
+    assert found["held-out loss by t"]["2"] == [1.0, 1.0]
 
 
-def test_all_that_a_run_reads_is_of_the_folder_that_was_named(monkeypatch, tmp_path):
-    commands, ended = [], Namespace(returncode=0)
-    monkeypatch.setattr(study.subprocess, "run", lambda command, **kwargs: commands.append(command) or ended)
-    args = Namespace(data=tmp_path / "data", out=tmp_path / "out", model="SiT-T/2", steps=8, every=2, samples=4, jobs=1,
-                     mixed_precision="no")
-    study.train(args, 0, "vanilla")
-    given = dict(zip(commands[0], commands[0][1:], strict=False))
+def test_all_that_a_run_reads_is_of_the_folder_that_was_named(tmp_path):
+    args = Namespace(data="cifar10", data_dir=tmp_path / "data", out=tmp_path / "out", model="SiT-T/2", steps=32,
+                     every=4, samples=4, mixed_precision="no")
+    command = study.command_of(args, 0, "vanilla")
+    given = dict(itertools.pairwise(command))
     read = ("--data-dir", "--enc-weights", "--teacher-cache", "--eval-ref", "--eval-weights")
-    assert [given[flag] for flag in read] == [str(args.data / path) for path in (
-        "train", "teacher.safetensors", "teacher-cache", "val/images", "efficientnet-lite0.pth")]
+    assert [given[flag] for flag in read] == [str(args.data_dir / path) for path in (
+        "train", "teacher.safetensors", "teacher-cache", "ref-val.npz", "efficientnet-lite0.pth")]

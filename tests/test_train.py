@@ -327,7 +327,7 @@ def test_scores_are_those_of_the_samples(monkeypatch, data, scorer, tmp_path):
     for size, spans in ((8, [(0, 6)]), (4, [(0, 4), (4, 6)])):
         args = argparse.Namespace(seed=0, batch_size=size, gradient_accumulation_steps=1, resolution=64, eval_samples=6,
                                   eval_ref=data / "images", eval_features="efficientnet-lite0", eval_preset="adm",
-                                  eval_weights=scorer)
+                                  eval_weights=scorer, eval_metrics=["fid", "kid", "pr"], eval_num_steps=50)
         accelerator = training.Accelerator(cpu=True)
         evaluation = Evaluation(args, accelerator, entries, encoders.VAE(ROOT / "assets/vae-emoji"), torch.tensor(CLASSES),
                                 (4, 16, 16))
@@ -338,8 +338,12 @@ def test_scores_are_those_of_the_samples(monkeypatch, data, scorer, tmp_path):
         with torch.no_grad():
             found.append(torch.cat([batch for span in spans for batch in evaluation.images(model, *span)]))
             measured = evaluation(model)
-        assert measured == pytest.approx(score(load_set(found[0].numpy(), evaluation.extractor, ("fid", "kid")),
-                                             evaluation.reference, ("fid", "kid")), rel=1e-4)
+        assert measured == pytest.approx(score(load_set(found[0].numpy(), evaluation.extractor, evaluation.metrics),
+                                             evaluation.reference, evaluation.metrics), rel=1e-4)
+        assert list(measured) == ["FD-EffLite0", "Precision", "Recall", "KID-EffLite0"]
+        evaluation.num_steps = 2
+        with torch.no_grad():
+            assert not torch.equal(next(evaluation.images(model, 0, 2)), found[-1][:2])
     assert found[0].shape == (6, 64, 64, 3) and (found[0].int() - found[1].int()).abs().max() <= 1
     streams = [np.random.default_rng((0, 3, i)) for i in (0, 5)]
     y = torch.tensor([entries.condition(int(rng.integers(8))) for rng in streams])
