@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from dataset import LatentImages
 from encoders import TEACHERS, CachedTeacher, Teacher, load_vit
 from files import BadInput
-from tests.conftest import CLASSES
+from tests.conftest import CLASSES, script, train_arguments
 from tests.golden.fill import fill_value
 from tests.test_golden import close, golden
 
@@ -196,6 +196,18 @@ def test_a_stopped_cache_goes_on(monkeypatch, caplog, tiny_data, tmp_path):
         f"{name}.{end}" for name in ("features0", "block1") for end in ("npy", "complete")}
     for name, array in whole.arrays.items():
         assert np.array_equal(array, parts.arrays[name]) and array.any(axis=tuple(range(1, array.ndim))).all()
+
+
+def test_two_processes_make_the_same_cache(tiny_data, teacher_file, tmp_path):
+    """Byte for byte, and no record is left."""
+    for processes in (1, 2):
+        script("train.py", *train_arguments(tiny_data, tmp_path / f"out{processes}", "--enc-weights", teacher_file,
+                                            "--teacher-cache", tmp_path / f"cache{processes}", "--max-train-steps", 1),
+               processes=processes)
+    one, two = ({path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+                for name in ("cache1", "cache2"))
+    assert one == two and {path.name for path in one if path.parent.name} == {
+        "features0.npy", "block7.npy", "block9.npy", "complete.json"}
 
 
 def test_cache_gives_what_the_teacher_gives(tiny_data, tmp_path):
