@@ -1,4 +1,5 @@
-# `make quickstart`, `make quickstart-t2i`, `make quickstart-cifar10`, `make test`. Each sets up .venv; PYTHON=python3.12 picks the interpreter.
+# `make quickstart`, `make quickstart-t2i`, `make quickstart-cifar10`, `make test`. Each sets up .venv;
+# PYTHON=python3.12 picks the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 QUICKSTART ?= full

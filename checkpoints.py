@@ -80,7 +80,8 @@ CONTENTS = {
     "opt": (is_optimizer_state, "an optimizer's state and param_groups"), "steps": (is_whole, "a number of steps"),
     "args": (lambda value: isinstance(value, dict), "settings by name")}
 ARGS = {  # the same of what is used of its args after training; all may be missing or None
-    **dict.fromkeys(("model", "data_dir", "enc_type", "enc_weights", "vae"), (lambda value: isinstance(value, str), "a name")),
+    **dict.fromkeys(("model", "data_dir", "enc_type", "enc_weights", "vae"),
+                    (lambda value: isinstance(value, str), "a name")),
     **dict.fromkeys(("resolution", "enc_blocks", "enc_size", "attn_heads"), (is_whole, "a number")),
     "num_classes": (is_whole, "a number"), "qk_norm": (lambda value: isinstance(value, bool), "true or false"),
     "path_type": (lambda value: value in ("linear", "cosine"), "linear or cosine"),
@@ -225,8 +226,8 @@ def check_same_run(path, saved, args):
         return [list(v) if isinstance(v, tuple) else v for v in value] if isinstance(value, (list, tuple)) else value
 
     if "vae" in saved and "vae" in args and (PIXELS == saved["vae"]) != (PIXELS == args["vae"]):
-        raise BadInput(f"{path} was trained with --vae {saved['vae']}, and --vae is now {args['vae']}: pixels and a VAE's latents "
-                       "do not mix; use another --exp-name, or the --vae of that run.")
+        raise BadInput(f"{path} was trained with --vae {saved['vae']}, and --vae is now {args['vae']}: pixels and a "
+                       "VAE's latents do not mix; use another --exp-name, or the --vae of that run.")
     for name in IDENTITY:
         if name in saved and name in args and plain(saved[name]) != plain(args[name]):
             raise BadInput(f"{path} belongs to another run: {name} was {saved[name]} and is now {args[name]}; use "

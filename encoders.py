@@ -78,8 +78,8 @@ class Pixels:
     def check(self, channels, side, resolution):
         """Raise BadInput unless latents of `channels` x `side` x `side` are pixels of images of `resolution`."""
         if (channels, side) != (self.channels, resolution):
-            raise BadInput(f"--vae none is for pixels, 3 channels of {resolution} for --resolution {resolution}, but the latents "
-                           f"have {channels} channels of {side}; give the --vae or the --resolution that belongs to them.")
+            raise BadInput(f"--vae none is for pixels, 3 channels of {resolution} for --resolution {resolution}, but "
+                           f"the latents have {channels} channels of {side}; give the --vae or --resolution of these.")
 
     @staticmethod
     def encode(images):
@@ -87,7 +87,7 @@ class Pixels:
         return pixel_moments(images).cpu()
 
     def decode(self, latents, _chunk=None):
-        """Latents (N, 3, R, R) of any float dtype -> uint8 (N, 3, R, R). Rounded, so that encoded images come back equal."""
+        """Latents (N, 3, R, R) -> uint8 images (N, 3, R, R). Rounded, so that encoded images come back equal."""
         x = latents.float() / self.latent_scale
         return (255 * (x + 1) / 2).round().clamp(0, 255).to(torch.uint8)
 
@@ -221,8 +221,8 @@ def load_vit(enc_type, weights=None):
 class Teacher:
     """A frozen timm ViT: images uint8 (N, 3, R, R) -> Alignment of their patch tokens.
 
-    Images are resized to patch * `grid` pixels, so that the teacher has `grid` x `grid` tokens as the student does, or to
-    `input_size` pixels, and its outputs are resampled to the student's grid.
+    Images are resized to patch * `grid` pixels, so that the teacher has `grid` x `grid` tokens as the student does.
+    With `input_size` they are resized to that, and the outputs are resampled to the student's grid.
     `attn_blocks` (0-based) are the blocks whose q and k are handed out. `num_blocks` keeps only the first blocks; the
     features are the final norm of the last one kept. Without `features` no block after the last tapped one runs.
     `precision` is that of its products, "no" (float32), "fp16" or "bf16"; None: that of the autocast around it.
@@ -238,7 +238,8 @@ class Teacher:
         vit.blocks = vit.blocks[:num_blocks]
         patch = vit.patch_embed.patch_size[0]
         if input_size and input_size % patch:
-            raise BadInput(f"--enc-size {input_size} is no multiple of {patch}, the teacher's patch; change it, or leave it out.")
+            raise BadInput(f"--enc-size {input_size} is no multiple of {patch}, the teacher's patch; change it or "
+                           "leave it out.")
         self.grid, self.input_size = grid, input_size or grid * patch
         vit.set_input_size((self.input_size, self.input_size))  # resamples the position table, bicubic, antialiased
         self.vit, self.features, self.num_blocks, self.precision = vit, features, num_blocks, precision
@@ -368,7 +369,8 @@ class CachedTeacher:
                 done[written] = 1  # only now: what the record says must be true after a crash of the machine
                 done.flush()
                 written, flushed = [], time.monotonic()
-                logger.info(f"teacher outputs: {min(int(done.sum()) * batch_size, len(dataset)):,} of {len(dataset):,} images")
+                images = min(int(done.sum()) * batch_size, len(dataset))
+                logger.info(f"teacher outputs: {images:,} of {len(dataset):,} images")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             for name in names:

@@ -62,8 +62,8 @@ def add_sampling_arguments(parser):
     add("--sample-dir", default="samples", help="where the folder and .npz go (default samples)")
     add("--resolution", type=int, help="pixels a side (default: the checkpoint's, else 256)")
     add("--fused-attn", action=flag, default=True, help="fused attention (default on)")
-    add("--vae", help="ema, mse, a folder in diffusers' format, or none for a network of pixels (default: none for such a "
-        "checkpoint, else ema)")
+    add("--vae", help="ema, mse, a folder in diffusers' format, or none for a network of pixels (default: none for "
+        "such a checkpoint, else ema)")
     add("--per-proc-batch-size", type=int, default=32, help="images a batch and process (default 32)")
     add("--mode", choices=["ode", "sde"], default="ode", help="Euler ODE or Euler-Maruyama SDE (default %(default)s)")
     add("--cfg-scale", type=float, default=1.5, help="guidance scale, 1 = none (default %(default)s)")
@@ -269,8 +269,8 @@ def class_names(args):
         return None
     names = read_json(args.class_names, list)
     if len(names) != args.num_classes or not all(isinstance(name, str) for name in names):
-        raise BadInput(f"--class-names {args.class_names} must hold {args.num_classes} names, one for each class of the "
-                       "checkpoint; give its data's file, or leave it out.")
+        raise BadInput(f"--class-names {args.class_names} must hold {args.num_classes} names, one for each class of "
+                       "the checkpoint; give its data's file, or leave it out.")
     return names
 
 

@@ -13,7 +13,8 @@ MAX_LINES = 4  # of a caption; a longer one ends in "..."
 def image_grid(images, columns=None, texts=None):
     """uint8 (N, 3, R, R) -> one picture uint8 (rows H, columns W, 3); missing cells are white.
 
-    W is R, or its first multiple from MIN_CELL on; H = W, or more where `texts`, one string per image, are written under them.
+    W is R, or its first multiple from MIN_CELL on. H = W, or more where `texts`, one string per image, are written
+    under them.
     """
     images = images.cpu()
     if (times := math.ceil(MIN_CELL / images.shape[3])) > 1:

@@ -128,16 +128,17 @@ def choose_vae(vae, args, path):
     """The `vae` that was asked for or, for None, the one for a network with these args of training: PIXELS or "ema"."""
     is_pixels = args.get("vae") == PIXELS
     if vae is not None and (vae == PIXELS) != is_pixels and (is_pixels or "vae" in args):
-        raise BadInput(f"{path} was trained {'on pixels' if is_pixels else 'on the latents of a VAE'} (--vae {args['vae']}), which "
-                       f"--vae {vae} cannot decode; {'leave --vae out' if is_pixels else 'give a VAE'}.")
+        trained, remedy = ("pixels", "leave --vae out") if is_pixels else ("the latents of a VAE", "give a VAE")
+        raise BadInput(f"{path} was trained on {trained} (--vae {args['vae']}), which --vae {vae} cannot decode; "
+                       f"{remedy}.")
     return vae or (PIXELS if is_pixels else "ema")
 
 
 def load_pipeline(path, vae=None, text_encoder=CLIP, device=None):
     """Pipeline of a checkpoint of training, of an export (file or folder) or of a published .pt, EMA weights.
 
-    vae: ema, mse, a hub name or a folder in diffusers' format, "none" for a network of pixels; None: "none" if the checkpoint
-    says that it was trained so, else ema. text_encoder: hub name or folder, that of the training
+    vae: ema, mse, a hub name or a folder in diffusers' format, "none" for a network of pixels; None: "none" if the
+    checkpoint says that it was trained so, else ema. text_encoder: hub name or folder, that of the training
     data, for MMDiT alone. device: default the GPU if there is one. Raises BadInput.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

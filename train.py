@@ -65,8 +65,8 @@ def add_training_arguments(parser):
     add("--enc-weights", help="the teacher's weights: timm's or torch.hub's file (default: from the hub)")
     add("--enc-blocks", type=int, help="use only the teacher's first N blocks; features are those of the last one used, "
         "after the final norm (default all)")
-    add("--enc-size", type=int, help="pixels a side that the teacher sees, its outputs being resampled to the student's tokens "
-        "(default: its patch x the student's tokens a side, as published)")
+    add("--enc-size", type=int, help="pixels a side that the teacher sees, its outputs being resampled to the "
+        "student's tokens (default: its patch x the student's tokens a side, as published)")
     add("--enc-precision", choices=["no", "fp16", "bf16"], help="of the teacher alone (default: that of --mixed-precision)")
     add("--teacher-cache", help="folder that keeps the teacher's outputs for the whole data set, computed once, for "
         "data sets small enough (default: none)")
@@ -188,11 +188,11 @@ def parse_args():
     add_training_arguments(parser)
     add = parser.add_argument
     add("--model", choices=SIT_CONFIGS, default="SiT-XL/2", help="default SiT-XL/2")
-    add("--data-dir", default="../data/imagenet256", help="folder with images/ and, for a VAE, vae-sd/, zips of them, or what "
-        "`dataset_tools.py pack` made")
+    add("--data-dir", default="../data/imagenet256", help="folder with images/ and, for a VAE, vae-sd/, zips of "
+        "them, or what `dataset_tools.py pack` made")
     add("--num-classes", type=int, default=1000, help="default 1000")
-    add("--hflip", action="store_true", help="show every image as it is or mirrored, at random; needs DATA/vae-sd-hflip, "
-        "or --vae none (default off, as published)")
+    add("--hflip", action="store_true", help="show every image as it is or mirrored, at random; needs "
+        "DATA/vae-sd-hflip, or --vae none (default off, as published)")
     return parse_with_preset(parser, "train.py")
 
 

@@ -33,7 +33,7 @@ def main():
     config = MMDIT_CONFIGS[args.model]
     resolve(args, config)
     if args.vae == PIXELS:
-        raise BadInput("--vae none, training on pixels, is for train.py; give train_t2i.py the VAE that made its latents.")
+        raise BadInput("--vae none, training on pixels, is for train.py; give train_t2i.py the VAE of its latents.")
     accelerator, run = make_accelerator(args)
     dataset = CaptionedImages(args.data_dir, "train", args.resolution, args.seed, images=needs_images(args, run))
     if dataset.texts is None:

@@ -129,7 +129,8 @@ def look_inside(path, count, t, teacher=None):
     """
     network, args = load_network(path)
     if teacher and args.get("enc_type") == "none":
-        args |= {name: teacher.get(name) for name in ("enc_type", "enc_weights", "enc_blocks", "enc_size", "attn_heads")}
+        names = ("enc_type", "enc_weights", "enc_blocks", "enc_size", "attn_heads")
+        args |= {name: teacher.get(name) for name in names}
     if not args.get("data_dir"):
         raise BadInput(f"{path} does not say what it was trained on; nothing is shown of its inside.")
     pairs = args["attn_layers"]

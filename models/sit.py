@@ -6,8 +6,8 @@ from torch import nn
 from models import layers
 
 # Size, and the alignment recipe of the paper (Table 16, appendix B): encoder_depth is 1-based, attn_pairs are
-# (student block, teacher block), 0-based. S has no published recipe and takes B's; T and XS are ours, for the embedded data
-# and for CIFAR-10.
+# (student block, teacher block), 0-based. S has no published recipe and takes B's; T and XS are ours, for the
+# embedded data and for CIFAR-10.
 SIZES = {
     "T": {"depth": 5, "hidden_size": 160, "num_heads": 5, "projector_dim": 256, "encoder_depth": 3,
           "attn_pairs": ((1, 7), (2, 9)), "early_stop_point": 600},

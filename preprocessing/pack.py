@@ -8,10 +8,10 @@ writes PACKED/images/, PACKED/vae-sd/ and, where DATA has it, PACKED/vae-sd-hfli
     made.json                   of which data, and how many rows a file has
     dataset.json                names and labels, as ever; written last: its presence means that the folder is complete
 Pictures become pixels, so that training decodes nothing: 252 GB for ImageNet at 256 px, as much as PNGs without
-compression, beside 42 GB of latents. --latents-only leaves them out: put the source's images or images.zip, or a link to
-it, beside PACKED/vae-sd. --images-only leaves out the latents. Every picture and latent is read and checked on the way. Each file appears whole or not at
-all: after any stop the same command writes only what is missing, and the bytes are the same. A file of the source that
-is replaced by another of the same size is not noticed: delete PACKED then.
+compression, beside 42 GB of latents. --latents-only leaves them out: put the source's images or images.zip, or a link
+to it, beside PACKED/vae-sd. --images-only leaves the latents out. Every picture and latent is read and checked on the
+way. Each file appears whole or not at all: after any stop the same command writes only what is missing, and the bytes
+are the same. A file of the source that is replaced by another of the same size is not noticed: delete PACKED then.
 """
 import math
 import os

@@ -11,8 +11,9 @@ from models.layers import from_config
 from models.sit import SIT_CONFIGS, SiT, SiT_models
 
 for patch in (2, 8):
-    SIT_CONFIGS[f"SiT-N/{patch}"] = {"depth": 3, "hidden_size": 32, "num_heads": 2, "projector_dim": 32, "encoder_depth": 2,
-                                     "attn_pairs": ((0, 7), (1, 9)), "early_stop_point": 700, "patch_size": patch}
+    SIT_CONFIGS[f"SiT-N/{patch}"] = {
+        "depth": 3, "hidden_size": 32, "num_heads": 2, "projector_dim": 32, "encoder_depth": 2,
+        "attn_pairs": ((0, 7), (1, 9)), "early_stop_point": 700, "patch_size": patch}
     SiT_models[f"SiT-N/{patch}"] = functools.partial(from_config, SiT, SIT_CONFIGS[f"SiT-N/{patch}"])
 TEACHERS["dinov2-vit-n"] = ("vit_nano_patch14_dinov2", 48)
 

