@@ -1,4 +1,4 @@
-"""The order in which training sees its data, the random draws of a step, and batches read ahead."""
+"""The order in which training sees its data, the noise of a step, and both made ahead of their use."""
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +9,18 @@ from torch.utils.data import DataLoader, Sampler
 from preemption import ignore_signals
 
 AHEAD = 2  # batches in preparation per worker, as DataLoader has it
+
+
+def work_ahead(work, items, threads):
+    """work(item) of each item, in order, done by `threads` threads while the caller is busy with the results before."""
+    with ThreadPoolExecutor(threads) as pool:
+        coming = deque()
+        for item in items:
+            coming.append(pool.submit(work, item))
+            if len(coming) > AHEAD * threads:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def load_batches(dataset, batches, workers, pin):
@@ -27,17 +39,7 @@ def load_batches(dataset, batches, workers, pin):
         batch = dataset.batch(visits)
         return {name: value.pin_memory() for name, value in batch.items()} if pin else batch
 
-    if not workers:
-        yield from map(load, batches)
-        return
-    with ThreadPoolExecutor(workers) as threads:
-        coming = deque()
-        for visits in batches:
-            coming.append(threads.submit(load, visits))
-            if len(coming) > AHEAD * workers:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
+    yield from work_ahead(load, batches, workers) if workers else map(load, batches)
 
 
 class StepBatches(Sampler):
@@ -52,7 +54,7 @@ class StepBatches(Sampler):
     def __init__(self, n, batch_size, seed, first, last, process=0, processes=1, accumulation=1):
         self.n, self.batch_size, self.seed, self.steps = n, batch_size, seed, range(first, last)
         self.accumulation = accumulation
-        self.places = [process_places(batch_size, process, processes, accumulation, a) for a in range(accumulation)]
+        self.places = [microbatch_slice(batch_size, process, processes, accumulation, a) for a in range(accumulation)]
 
     def __len__(self):
         return len(self.steps) * self.accumulation
@@ -71,25 +73,45 @@ class StepBatches(Sampler):
 
 
 # Streams of randomness under one seed: data order by epoch, captions and mirroring by epoch and image, all other draws
-# by step. 3 is evaluations/during_training.py's.
+# by step and place. 3 is evaluations/during_training.py's.
 ORDER, DRAWS, CAPTION, FLIP = 0, 1, 2, 4
+NOISE_STREAM = 2  # in checkpoints; those without it had one stream for the whole batch of a step
 
 
-def process_places(batch_size, process, processes, accumulation, micro_step):
+def microbatch_slice(batch_size, process, processes, accumulation, micro_step):
     """The slice of the global batch that is one process's micro-batch."""
     micro = batch_size // (processes * accumulation)
     start = (micro_step * processes + process) * micro
     return slice(start, start + micro)
 
 
-def step_draws(seed, step, batch_size, latent_shape):
-    """All random numbers of one step, for the whole global batch, so that no process or worker count changes them.
+def step_noise(seed, step, places, latent_shape):
+    """The random numbers of one step for n places of the global batch, a slice or range -> float32 CPU tensors by name.
 
-    u, drop: uniform (B,), for the timestep and the condition drop; noise, posterior: standard normal (B, C, h, w).
+    u, drop: uniform (n,), for the timestep and the condition drop; noise, posterior: standard normal (n, C, h, w).
+    Each place has a stream of its own, so its numbers do not depend on how the batch is split. Philox makes them from a
+    key, here of the seed, and a counter that grows from (0, 0, place, step): no two streams meet. Setting its counter
+    costs a sixth of making a generator, and numpy lets other threads run while it fills an array.
     """
-    rng = np.random.default_rng((seed, DRAWS, step))
-    shape = (batch_size, *latent_shape)
-    return {"u": torch.from_numpy(rng.random(batch_size, dtype=np.float32)),
-            "drop": torch.from_numpy(rng.random(batch_size, dtype=np.float32)),
-            "noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
-            "posterior": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))}
+    places = range(places.start, places.stop)
+    bits = np.random.Philox(key=np.random.SeedSequence((seed, DRAWS)).generate_state(2, np.uint64))
+    rng, start = np.random.Generator(bits), bits.state
+    uniform = np.empty((2, len(places)), np.float32)
+    normal = np.empty((2, len(places), *latent_shape), np.float32)
+    for i, place in enumerate(places):
+        start["state"]["counter"] = np.array((0, 0, place, step), np.uint64)
+        bits.state = start
+        uniform[:, i] = rng.random(2, dtype=np.float32)
+        for values in normal:
+            rng.standard_normal(out=values[i], dtype=np.float32)
+    (u, drop), (noise, posterior) = torch.from_numpy(uniform), torch.from_numpy(normal)
+    return {"u": u, "drop": drop, "noise": noise, "posterior": posterior}
+
+
+def load_noise(batches, latent_shape, pin):
+    """step_noise of each micro-batch of `batches`, a StepBatches, drawn ahead by a thread; pinned if `pin`."""
+    def draw(micro_batch):
+        noise = step_noise(batches.seed, *micro_batch, latent_shape)
+        return {name: value.pin_memory() for name, value in noise.items()} if pin else noise
+
+    return work_ahead(draw, ((step, places) for step in batches.steps for places in batches.places), threads=1)

@@ -25,7 +25,7 @@ from dataset import PIXELS, latent_scale
 from encoders import VAE, CachedTeacher, open_vae, to_device
 from evaluations.during_training import Evaluation, score_names
 from files import BadInput, atomic_write, check_writable, is_file, read_json, remove_temporaries, writing
-from loader import StepBatches, load_batches, process_places, step_draws
+from loader import NOISE_STREAM, StepBatches, load_batches, load_noise
 from loss import sample_t
 from metrics import Metrics, start_trackers
 from pictures import image_grid
@@ -135,7 +135,7 @@ def is_due(every, step, last):
 
 
 def batch_inputs(args, accelerator, y_null, teacher, batch, draws):
-    """Latents, condition and the teacher's Alignment (None without a teacher) of one micro-batch; draws as in step_draws."""
+    """Latents, condition and the teacher's Alignment (None without a teacher) of one micro-batch; draws as in step_noise."""
     moments, y = (batch[name].to(accelerator.device, non_blocking=True) for name in ("moments", "y"))
     with torch.no_grad():
         x = VAE.latents(moments, draws["posterior"], latent_scale(args.vae))
@@ -222,7 +222,8 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
     """
     steps_per_epoch = len(dataset) / args.batch_size
     max_steps = min(args.max_train_steps, math.ceil(args.epochs * steps_per_epoch))
-    settings = {**vars(args), "data": dataset.fingerprint(), "processes": accelerator.num_processes}
+    settings = {**vars(args), "data": dataset.fingerprint(), "processes": accelerator.num_processes,
+                "noise_stream": NOISE_STREAM}
     device, seed = accelerator.device, args.seed
     ema = copy.deepcopy(model).requires_grad_(False).eval().to(device)
     model.to(device)
@@ -247,6 +248,9 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
         logger.info(f"continuing from {path}" + "".join(f"; {n} was {old}, is {new}" for n, old, new in changed))
         if {"processes", "gradient_accumulation_steps"} & {name for name, _, _ in changed}:
             logger.info("data, noise and order stay the same; sums over the batch are rounded in another order from here on")
+        if "noise_stream" not in state["args"]:
+            logger.info("the noise stream has changed since: timesteps, noise and condition drop are other numbers from "
+                        "here on")
     elif is_file(run / "args.json"):  # of a run that ended before its first checkpoint
         check_same_run(run / "args.json", read_json(run / "args.json"), settings)
     wrapped, wrapped_optimizer = shard(accelerator, model, optimizer, ema) if is_sharded(accelerator) else (None, None)
@@ -307,19 +311,20 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
             dataset.images = aligned and not isinstance(teacher, CachedTeacher)
             split = (accelerator.process_index, accelerator.num_processes, args.gradient_accumulation_steps)
             batches = StepBatches(len(dataset), args.batch_size, seed, first, end, *split)
-            loader = load_batches(dataset, batches, args.num_workers, pin=device.type == "cuda")
+            pin = device.type == "cuda"
+            loader = zip(load_batches(dataset, batches, args.num_workers, pin),
+                         load_noise(batches, model.latent_shape, pin), strict=True)
             for step in range(first, end):
-                draws, shares = step_draws(seed, step, args.batch_size, model.latent_shape), []
+                shares = []
                 weight = alignment_weight(args.align_decay, step, args.early_stop_point) if aligned else 0
-                for micro_step in range(args.gradient_accumulation_steps):
-                    places = process_places(args.batch_size, *split, micro_step)
-                    mine = {name: to_device(value[places], device) for name, value in draws.items()}
-                    batch = next(loader)
+                for _ in range(args.gradient_accumulation_steps):
+                    batch, draws = next(loader)
+                    draws = {name: to_device(value, device) for name, value in draws.items()}
                     if not begun:
                         begin(accelerator, run, settings, metrics, previews)
                         begun = True
                     with accelerator.accumulate(wrapped):
-                        loss, terms = batch_loss(args, accelerator, loss_fn, wrapped, teacher, batch, mine, y_null, weight)
+                        loss, terms = batch_loss(args, accelerator, loss_fn, wrapped, teacher, batch, draws, y_null, weight)
                         norm = backward_and_step(args, accelerator, loss, model, optimizer, wrapped_optimizer)
                         shares.append(terms)
                 update_ema(ema, model, args.ema_decay)
@@ -359,7 +364,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
                 f"done: {max_steps} steps in {run}")
     for tracker in accelerator.trackers:
         tracker.finish()
-    loader = None  # ends its processes
+    loader = None  # ends its processes and threads
     leave()  # together: when one process has left, a launcher may end the others
     if stopped:
         sys.exit(EXIT_CODE)

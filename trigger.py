@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from encoders import to_device
 from files import BadInput
-from loader import StepBatches, process_places, step_draws
+from loader import StepBatches, step_noise
 from sharding import is_sharded, whole
 
 MEAN = "cosine"  # the column that decides; those of the single timesteps are cosine_0.02 and so on
@@ -79,10 +79,8 @@ def probe(args, accelerator, dataset, loss_fn, inputs, done, model, teacher):
     bit for bit the run that does not.
     """
     process, processes = accelerator.process_index, accelerator.num_processes
-    visits = next(iter(StepBatches(len(dataset), args.trigger_samples, args.seed, 0, 1, process, processes)))
-    places = process_places(args.trigger_samples, process, processes, 1, 0)
-    draws = {name: value[places] for name, value in
-             step_draws(args.seed, 0, args.trigger_samples, model.latent_shape).items()}
+    batches = StepBatches(len(dataset), args.trigger_samples, args.seed, 0, 1, process, processes)
+    [visits], draws = batches, step_noise(args.seed, 0, *batches.places, model.latent_shape)
     micro = args.batch_size // (processes * args.gradient_accumulation_steps)
     parameters = list((model.blocks if hasattr(model, "blocks") else model.joint_blocks)[args.trigger_block - 1].parameters())
     sums = torch.zeros(len(args.trigger_timesteps), 2, sum(p.numel() for p in parameters), device=accelerator.device)

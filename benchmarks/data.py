@@ -4,6 +4,7 @@
     python benchmarks/data.py DATA [--workers 2] [--batch-size 256]
     python benchmarks/synthetic.py DATA --n 1281167 --resolution 8
     python benchmarks/data.py DATA --resolution 8 --start
+    python benchmarks/data.py --noise --batch-size 256 [--processes 8]
 
 Published: what the released loader does, in our words - lists of names, Pillow, np.load, a DataLoader that shuffles. It
 reads the image in both phases; "latent only" is the same without its images, which the release has not. That of
@@ -11,7 +12,8 @@ loader.py comes in Phase I (image and latent) and Phase II (latent), a form at a
 they come from memory if they fit, then everything is timed in turn, --rounds times, and the medians are printed. With
 --start each row is a process of its own: seconds to the first entry, without and with the index; MiB that this adds at its
 peak, and keeps; and MiB that a loader process forked from it shares with no other after some visits to entries, which
-must not grow with their number. Linux only.
+must not grow with their number. Linux only. With --noise: what the random numbers of a step cost one of several
+processes, for latents of 4 x 32 x 32, in steps that are --step-ms of waiting, as for a GPU.
 """
 import argparse
 import functools
@@ -29,11 +31,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees benchmarks/ only
+import loader
 from benchmarks.measure import machine, status, table
 from benchmarks.synthetic import CLASSES, FORMS
 from dataset import LatentImages
 from files import open_image
-from loader import StepBatches, load_batches
+from loader import StepBatches, load_batches, load_noise, step_noise
 
 VISITS = (1_000, 50_000)
 WARM_UP = 3  # batches
@@ -159,20 +162,63 @@ def start(args):
             print(f"| {form} | {name} | {seconds:.2f} | {' | '.join(f'{size:.0f}' for size in sizes)} |", flush=True)
 
 
+def milliseconds(clock, work):
+    """Of one call, by a clock in seconds, and what the call gave."""
+    begin = clock()
+    result = work()
+    return 1000 * (clock() - begin), result
+
+
+def noise(args):
+    """The table of --noise. `before` is the way of older checkpoints: each process drew the whole batch."""
+    shape, drawn, holding = (4, 32, 32), [], []
+    batches = StepBatches(args.batch_size, args.batch_size, 0, 0, 1 << 30, 0, args.processes)
+
+    def before():
+        rng = np.random.default_rng((0, 1, 0))
+        return [rng.random(2 * args.batch_size, dtype=np.float32),
+                rng.standard_normal((2, args.batch_size, *shape), dtype=np.float32)]
+
+    def timed(seed, step, places, latent_shape):
+        took, result = milliseconds(time.thread_time, lambda: step_noise(seed, step, places, latent_shape))
+        drawn.append(took)
+        holding.append(milliseconds(time.thread_time, lambda: step_noise(seed, step, places, (0,)))[0])
+        return result
+
+    loader.step_noise = timed
+    ahead, waited, old = load_noise(batches, shape, pin=False), [], []
+    for _ in range(args.rounds * 50):
+        waited.append(milliseconds(time.perf_counter, lambda: next(ahead))[0])
+        time.sleep(args.step_ms / 1000)
+    for _ in range(args.rounds * 50):
+        old.append(milliseconds(time.thread_time, before)[0])
+    title = f"batch {args.batch_size} over {args.processes} processes, ms a step"
+    print(table([title, "median", "90 % below", "highest"],
+                [[name, *(f"{np.quantile(values, q):.3f}" for q in (0.5, 0.9, 1))] for name, values in (
+                    ("before: main thread, drawing (CPU time)", old), ("main thread, waiting", waited[1:]),
+                    ("thread, drawing (CPU time)", drawn),
+                    ("of which without the filling of arrays, which lets the main thread run", holding))]))
+
+
 def main():
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder of synthetic.py")
+    parser.add_argument("data", type=Path, nargs="?", help="folder of synthetic.py")
     parser.add_argument("--resolution", type=int, default=256, help="of the images (default 256)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes or threads (default 2)")
     parser.add_argument("--batch-size", type=int, default=64, help="default 64")
     parser.add_argument("--seconds", type=float, default=8, help="of each timing (default 8)")
     parser.add_argument("--rounds", type=int, default=3, help="timings of each (default 3)")
     parser.add_argument("--start", action="store_true", help="measure the start instead")
+    parser.add_argument("--noise", action="store_true", help="measure the noise instead")
+    parser.add_argument("--processes", type=int, default=8, help="with --noise: that share the batch (default 8)")
+    parser.add_argument("--step-ms", type=float, default=50, help="with --noise: of a step (default 50)")
     args = parser.parse_args()
+    if not (args.noise or args.data):
+        parser.error("give the folder of synthetic.py")
     torch.set_num_threads(1)
     print(machine(), flush=True)
-    start(args) if args.start else speed(args)
+    (noise if args.noise else start if args.start else speed)(args)
 
 
 if __name__ == "__main__":

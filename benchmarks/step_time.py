@@ -3,11 +3,11 @@
     python benchmarks/step_time.py --model SiT-B/2 --batch-size 8 --mixed-precision no
     python benchmarks/step_time.py --model SiT-XL/2 --batch-size 32 64 --mixed-precision bf16 fp16
 
-All variants run in one process, in turns, `published` without what speed.tune does to memory. Weights are random, data are
-in memory: what is measured is the step. `plain` is SiT without teacher, taps and projector: the floor. `bf16-teacher` is
-ours with --enc-precision bf16. Memory is weights, average, optimizer state and teacher, and what the step adds to them at
-its highest. FLOPs are the products of forward, backward and teacher; on a GPU those of ours give the MFU of all variants
-but plain.
+All variants run in one process, in turns, `published` without what speed.tune does to memory. Weights are random, data
+are in memory, noise is drawn ahead of each step as in training: what is measured is the step. `plain` is SiT without
+teacher, taps and projector: the floor. `bf16-teacher` is ours with --enc-precision bf16. Memory is weights, average,
+optimizer state and teacher, and what the step adds to them at its highest. FLOPs are the products of forward, backward
+and teacher; on a GPU those of ours give the MFU of all variants but plain.
 """
 import argparse
 import copy
@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import published
 from benchmarks.measure import added_memory, alternate, machine, spread, table
-from encoders import TEACHERS, Teacher
+from encoders import TEACHERS, Teacher, to_device
 from files import check_bounds
-from loader import step_draws
+from loader import StepBatches, load_noise
 from loss import SILoss
 from models.sit import SIT_CONFIGS, SiT_models
 from speed import tune
@@ -89,8 +89,7 @@ class Run:
                 block.attn = published.PlainAttention(block.attn)
         self.teachers = {name: teacher.to(self.device) for name, teacher in self.teachers.items()}
         shape = (4, self.sizes["input_size"], self.sizes["input_size"])
-        draws = step_draws(0, 0, batch_size, shape)
-        self.draws = {key: value.to(self.device) for key, value in draws.items()}
+        self.noise = load_noise(StepBatches(batch_size, batch_size, 0, 0, 1 << 30), shape, self.device.type == "cuda")
         generator = torch.Generator().manual_seed(0)
         self.batch = {"moments": torch.cat([torch.randn(batch_size, *shape, generator=generator),
                                             torch.full((batch_size, *shape), 0.1)], dim=1).to(self.device),
@@ -125,6 +124,10 @@ class Run:
             self.parts[key] = (model, ema, optimizer, *self.accelerator.prepare(model, optimizer))
         return self.parts[key]
 
+    def draws(self):
+        """The noise of the next step, on the device."""
+        return {name: to_device(value, self.device) for name, value in next(self.noise).items()}
+
     def step(self, variant, phase):
         """The function that does one step."""
         model, ema, optimizer, wrapped, wrapped_optimizer = self.model(variant)
@@ -133,13 +136,13 @@ class Run:
             def work():
                 model.projectors.requires_grad_(True)  # the model is that of ours, whose Phase II freezes them
                 published.training_step(self.args, self.accelerator, model, ema, wrapped_optimizer, teacher, self.pairs,
-                                        self.batch, self.draws, self.y_null, aligned)
+                                        self.batch, self.draws(), self.y_null, aligned)
             return work
 
         def work():
             model.projectors.requires_grad_(aligned)
             loss, _ = batch_loss(self.args, self.accelerator, loss_fn, wrapped, teacher if aligned else None, self.batch,
-                                 self.draws, self.y_null)
+                                 self.draws(), self.y_null)
             backward_and_step(self.args, self.accelerator, loss, model, optimizer, wrapped_optimizer)
             update_ema(ema, model, self.args.ema_decay)
         return work

@@ -1,6 +1,9 @@
 """The ImageNet layout: what is read, in which order, and one sentence with the file's name for each damage."""
+import itertools
 import json
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from PIL import Image
 
 from dataset import LatentImages
 from encoders import VAE
-from loader import StepBatches, process_places, step_draws
+from loader import StepBatches, load_noise, microbatch_slice, step_noise, work_ahead
 from tests.conftest import CLASSES
 
 
@@ -63,10 +66,75 @@ def test_order_is_a_function_of_seed_and_step():
         assert [i for a in range(2) for p in range(2) for i in parts[p][2 * step + a]] == batch
 
 
-def test_draws_are_a_function_of_seed_and_step():
-    a, b = step_draws(0, 7, 8, (4, 2, 2)), step_draws(0, 7, 8, (4, 2, 2))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not torch.equal(a["noise"], step_draws(0, 8, 8, (4, 2, 2))["noise"])
-    assert not torch.equal(a["noise"], step_draws(1, 7, 8, (4, 2, 2))["noise"])
-    places = [process_places(8, p, 2, 2, micro) for micro in range(2) for p in range(2)]
-    assert [i for s in places for i in range(s.start, s.stop)] == list(range(8))
+def test_noise_is_a_function_of_seed_step_and_place():
+    """Any split into processes and micro-batches sees, bit for bit, what a counter of place and step gives."""
+    shape, whole = (4, 2, 2), step_noise(3, 7, slice(0, 8), (4, 2, 2))
+    key = np.random.SeedSequence((3, 1)).generate_state(2, np.uint64)
+    for place in range(8):
+        rng = np.random.Generator(np.random.Philox(key=key, counter=(0, 0, place, 7)))
+        u, drop = rng.random(2, dtype=np.float32)
+        noise, posterior = (torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)) for _ in range(2))
+        assert whole["u"][place] == u.item() and whole["drop"][place] == drop.item()
+        assert torch.equal(whole["noise"][place], noise) and torch.equal(whole["posterior"][place], posterior)
+    slices = [microbatch_slice(8, p, 2, 2, micro) for micro in range(2) for p in range(2)]
+    assert [i for s in slices for i in range(s.start, s.stop)] == list(range(8))
+    parts = [step_noise(3, 7, range(s.start, s.stop), shape) for s in slices]
+    for name, values in whole.items():
+        assert values.dtype == torch.float32
+        assert torch.equal(torch.cat([part[name] for part in parts]), values)
+        assert not torch.equal(step_noise(3, 8, slice(0, 8), shape)[name], values)
+        assert not torch.equal(step_noise(4, 7, slice(0, 8), shape)[name], values)
+
+
+def test_noise_is_uniform_and_normal_and_its_streams_do_not_follow_each_other():
+    steps = [step_noise(0, step, range(64), (4, 8, 8)) for step in range(16)]
+    u, drop = (torch.cat([noise[name] for noise in steps]).double() for name in ("u", "drop"))
+    for values in (u, drop):
+        assert abs(values.mean() - 0.5) < 0.03 and abs(values.var() - 1 / 12) < 0.01
+        assert values.min() >= 0 and values.max() < 1
+    normal = torch.stack([torch.stack([noise["noise"], noise["posterior"]], 1) for noise in steps]).double().flatten(2)
+    assert abs(normal.mean()) < 4e-3 and abs(normal.std() - 1) < 4e-3 and abs((normal ** 4).mean() - 3) < 0.05
+    streams = normal.flatten(0, 1)  # (steps x places, 512)
+    correlation = streams @ streams.T / streams.shape[1]
+    assert (correlation - torch.eye(len(streams))).abs().max() < 0.35  # 8 / sqrt(512)
+    assert torch.corrcoef(torch.stack([u, drop])).fill_diagonal_(0).abs().max() < 0.13
+
+
+def test_each_micro_batch_comes_with_its_noise():
+    batches = StepBatches(10, 8, 5, 2, 4, process=1, processes=2, accumulation=2)
+    found = list(load_noise(batches, (4, 2, 2), pin=False))
+    expected = [step_noise(5, step, slice(start, start + 2), (4, 2, 2)) for step in (2, 3) for start in (2, 6)]
+    assert len(found) == len(expected) == len(batches)
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(found, expected, strict=True) for name in a)
+
+
+def test_work_ahead_is_done_while_the_caller_is_busy_and_ends_with_it():
+    """A couple of results ahead; however the caller leaves, no thread stays and nothing more is begun."""
+    begun, threads = [], threading.active_count()
+
+    def work(item):
+        begun.append(item)
+        return item
+
+    def wait_for(count):
+        while len(begun) < count:
+            time.sleep(0.001)
+
+    results = work_ahead(work, itertools.count(), 1)
+    assert next(results) == 0
+    wait_for(3)
+    assert next(results) == 1
+    wait_for(4)
+    time.sleep(0.02)
+    assert begun == [0, 1, 2, 3] and threading.active_count() == threads + 1
+    del results
+    assert begun == [0, 1, 2, 3] and threading.active_count() == threads
+
+    def fail(item):
+        raise OSError(item)
+
+    for broken in (fail, lambda item: item):
+        with pytest.raises(OSError, match="7"):
+            for item in work_ahead(broken, [7], 1):
+                raise OSError(item)
+        assert threading.active_count() == threads

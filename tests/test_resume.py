@@ -93,6 +93,19 @@ def test_two_processes_stop_and_go_on(tiny_data, teacher_file, tmp_path):
     assert "processes was" not in log(tmp_path / "parts")
 
 
+def test_a_run_of_the_older_noise_stream_goes_on_and_says_so_once(monkeypatch, tiny_data, tmp_path):
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps")
+    run(monkeypatch, *arguments, 2)
+    path, state = tmp_path / "run/checkpoints/0000002.pt", checkpoint(tmp_path, 2)
+    assert state["args"].pop("noise_stream") == 2 and "noise stream" not in log(tmp_path)
+    torch.save(state, path)
+    for step in (3, 4):
+        run(monkeypatch, *arguments, step)
+    assert checkpoint(tmp_path, 4)["args"]["noise_stream"] == 2
+    assert [line.split(" ", 1)[1] for line in log(tmp_path).splitlines() if "noise" in line] == [
+        "the noise stream has changed since: timesteps, noise and condition drop are other numbers from here on"]
+
+
 @pytest.fixture
 def scaled(monkeypatch):
     """A loss scaler on the CPU, which fp16 has on a GPU; every second step its scale doubles."""

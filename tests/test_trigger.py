@@ -11,6 +11,7 @@ import train
 import train_t2i
 import training
 from encoders import Teacher, load_vit
+from loader import step_noise
 from tests.conftest import (
     CLASSES,
     call_main,
@@ -48,10 +49,8 @@ def written_out(model, block, items, y_null, teacher, pairs, coefficients, sampl
     """Mean and single cosines, all samples in one batch: step 0's images and draws (seed 0), t fixed, float64 dot products."""
     places = np.random.default_rng((0, 0, 0)).permutation(len(items))[:samples]
     batch = [items[int(i)] for i in places]
-    rng = np.random.default_rng((0, 1, 0))
-    rng.random(samples, dtype=np.float32)  # u, which t replaces
-    drop = torch.from_numpy(rng.random(samples, dtype=np.float32)) < cfg_prob
-    eps, posterior = (torch.from_numpy(rng.standard_normal((samples, 4, 16, 16), dtype=np.float32)) for _ in range(2))
+    noise = step_noise(0, 0, range(samples), (4, 16, 16))  # without u, which t replaces
+    drop, eps, posterior = noise["drop"] < cfg_prob, noise["noise"], noise["posterior"]
     mean, std = torch.stack([item["moments"] for item in batch]).chunk(2, dim=1)
     x = (mean + std * posterior) * 0.18215
     y = torch.stack([y_null if dropped else torch.as_tensor(item["y"]) for item, dropped in zip(batch, drop, strict=True)])
