@@ -65,7 +65,34 @@ def resample_qk(qk, count):
     return qk if qk.q.shape[2] == count else QK(resample(qk.q), resample(qk.k), qk.scale)
 
 
-TILE = 2 ** 20  # logits formed at a time, 4 MiB in float32; benchmarks/attention.py measures what that is worth
+def tile_size(device):
+    """Logits formed at a time. benchmarks/attention.py measures what that is worth, so far on CPUs only.
+
+    A GPU wants few, large tiles, as each takes some twenty kernels, but small enough for its cache: 2^22 logits of student
+    and teacher in float32 are 32 MiB, of an H100's 50 MB.
+    """
+    return 2 ** 20 if device.type == "cpu" else 2 ** 22
+
+
+def product(scale, a, b):
+    """scale * a b, batched, float32 (M, R, d) and (M, d, T) -> (M, R, T).
+
+    The result is scaled and not a or b: what comes from 16 bits then stays exact in a product of TF32.
+    """
+    return torch.baddbmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
+
+
+def attention_tile(q, k, scale, teacher_q, teacher_k, teacher_scale):
+    """A tile of R rows: q (M, R, d), k (M, T, d), the teacher's (M, R, e) and (M, T, e); any float dtype.
+
+    -> sum of the cross-entropies, and their gradients by q and k; float32.
+    """
+    q, k, teacher_q, teacher_k = q.float(), k.float(), teacher_q.float(), teacher_k.float()
+    p = product(teacher_scale, teacher_q, teacher_k.mT).softmax(dim=-1)
+    log_q = product(scale, q, k.mT).log_softmax(dim=-1)
+    total = -torch.dot(p.flatten(), log_q.flatten())
+    difference = log_q.exp_().sub_(p)
+    return total, product(scale, difference, k), product(scale, difference.mT, q)
 
 
 class AttentionCrossEntropy(torch.autograd.Function):
@@ -76,52 +103,45 @@ class AttentionCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, scale, teacher_q, teacher_k, teacher_scale):
-        """q, k (M, T, d) of the student, (M, T, e) of the teacher -> float32 scalar."""
+    def forward(ctx, q, k, scale, teacher_q, teacher_k, teacher_scale, tile):
+        """q, k (M, T, d) of the student, (M, T, e) of the teacher -> float32 scalar; `tile` as in attention_loss."""
         maps, t, _ = q.shape
-        step, rows = max(1, TILE // t ** 2), min(t, max(1, TILE // t))  # whole maps a tile, or rows of one map
-        total, wanted = q.new_zeros((), dtype=torch.float32), any(ctx.needs_input_grad)
-        if wanted:
-            dq, dk = torch.empty_like(q), torch.empty_like(k)
+        size = tile_size(q.device)
+        step, rows = max(1, size // t ** 2), min(t, max(1, size // t))  # whole maps a tile, or rows of one map
+        total, dq, dk = q.new_zeros((), dtype=torch.float32), torch.empty_like(q), torch.empty_like(k)
         with torch.autocast(q.device.type, enabled=False):
             for m in range(0, maps, step):
-                keys, teacher_keys = k[m:m + step].float(), teacher_k[m:m + step].float()
-                keys_gradient = torch.zeros_like(keys)
+                of_maps, keys_gradient = slice(m, m + step), 0
                 for i in range(0, t, rows):
-                    tile = slice(m, m + step), slice(i, i + rows)
-                    queries = scale * q[tile].float()
-                    p = (teacher_scale * teacher_q[tile].float() @ teacher_keys.mT).softmax(dim=-1)
-                    log_q = (queries @ keys.mT).log_softmax(dim=-1)
-                    total -= torch.dot(p.flatten(), log_q.flatten())
-                    if wanted:
-                        difference = log_q.exp_().sub_(p)
-                        dq[tile] = (difference @ keys).mul_(scale)
-                        keys_gradient += difference.mT @ queries
-                if wanted:
-                    dk[m:m + step] = keys_gradient
-        if wanted:
-            ctx.save_for_backward(dq, dk)
+                    of_rows = of_maps, slice(i, i + rows)
+                    value, dq[of_rows], of_keys = tile(q[of_rows], k[of_maps], scale, teacher_q[of_rows],
+                                                       teacher_k[of_maps], teacher_scale)
+                    total += value
+                    keys_gradient = keys_gradient + of_keys
+                dk[of_maps] = keys_gradient
+        ctx.save_for_backward(dq, dk)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         dq, dk = ctx.saved_tensors
-        return gradient * dq, gradient * dk, None, None, None, None
+        return gradient * dq, gradient * dk, None, None, None, None, None
 
 
-def attention_loss(student, teacher, num_heads=12):
+def attention_loss(student, teacher, num_heads=12, tile=attention_tile):
     """L_attn: cross-entropy of the student's attention maps against the teacher's, mean over all rows and pairs.
 
     `student`, `teacher`: one QK per pair, (N, H, T, d) each -> scalar. The first `num_heads` heads are compared, or as
-    many as both sides have. Computed in float32, whatever q and k are; the teacher gets no gradient.
+    many as both sides have. Computed in float32, whatever q and k are; the teacher gets no gradient. `tile` is
+    attention_tile, compiled or not.
     """
     losses = []
     for s, t in zip(student, teacher, strict=True):
         t = resample_qk(t, s.q.shape[2])
         heads = min(num_heads, s.q.shape[1], t.q.shape[1])
         q, k, teacher_q, teacher_k = (x[:, :heads].flatten(0, 1) for x in (s.q, s.k, t.q, t.k))
-        total = AttentionCrossEntropy.apply(q, k, s.scale, teacher_q, teacher_k, t.scale)
+        total = AttentionCrossEntropy.apply(q, k, s.scale, teacher_q, teacher_k, t.scale, tile)
         losses.append(total / (q.shape[0] * q.shape[1]))
     return torch.stack(losses).mean()
 
@@ -132,7 +152,11 @@ class SILoss:
     def __init__(self, path_type="linear", weighting="uniform", attn_pairs=((4, 8), (5, 9), (6, 10), (7, 11)),
                  num_heads=12):
         self.path_type, self.weighting = path_type, weighting
-        self.attn_pairs, self.num_heads = tuple(attn_pairs), num_heads
+        self.attn_pairs, self.num_heads, self.tile = tuple(attn_pairs), num_heads, attention_tile
+
+    def compile(self):
+        """In place: the attention loss, tile by tile."""
+        self.tile = torch.compile(attention_tile, dynamic=False)
 
     def __call__(self, model, x, y, teacher=None, t=None, noise=None):
         """Latents x (N, C, R, R), condition y -> dict(denoise (N,), feature scalar, attention scalar), float32.
@@ -156,7 +180,7 @@ class SILoss:
         losses["feature"] = torch.stack(features).mean()
         losses["attention"] = attention_loss(
             [student.attention[s] for s, _ in self.attn_pairs], [teacher.attention[e] for _, e in self.attn_pairs],
-            self.num_heads) if self.attn_pairs else zero
+            self.num_heads, self.tile) if self.attn_pairs else zero
         return losses
 
 

@@ -230,6 +230,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
     if args.compile:  # not the average, whose previews and scores come in other shapes
         check_compiler(device)
         model.compile()
+        loss_fn.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
                                   eps=args.adam_epsilon, weight_decay=args.adam_weight_decay, fused=True)
 

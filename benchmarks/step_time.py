@@ -132,6 +132,8 @@ class Run:
         """The function that does one step."""
         model, ema, optimizer, wrapped, wrapped_optimizer = self.model(variant)
         loss_fn, teacher, aligned = SILoss(attn_pairs=self.pairs), self.teachers.get(variant), phase == 1
+        if variant == "compiled":
+            loss_fn.compile()
         if variant == "published":
             def work():
                 model.projectors.requires_grad_(True)  # the model is that of ours, whose Phase II freezes them

@@ -1,12 +1,14 @@
 """Losses against their formulas written out."""
+import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor.compile_fx import compile_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loss import SILoss, attention_loss, feature_loss, interpolant, resample_qk, sample_t
+from loss import SILoss, attention_loss, attention_tile, feature_loss, interpolant, resample_qk, sample_t
 from models.layers import QK, Alignment
 
 
@@ -52,26 +54,80 @@ class LargestResult(TorchDispatchMode):
         return result
 
 
+def exact(student, teacher, heads):
+    """Value and gradients, times 3, by autograd through whole maps in float64."""
+    plain, teacher = (QK(*(x.detach().double() for x in side[:2])) for side in (student, teacher))
+    q, k = (x.requires_grad_() for x in plain[:2])
+    p = teacher.logits()[:, :heads].softmax(dim=-1)
+    loss = -(p * plain.logits()[:, :heads].log_softmax(dim=-1)).sum(dim=-1).mean()
+    (3 * loss).backward()
+    return loss, q.grad, k.grad
+
+
 @pytest.mark.parametrize("tile", [1, 40, 3 * 36 * 36, 2 ** 20])
 @pytest.mark.parametrize("shape", [(2, 3, 36, 5), (1, 2, 64, 16), (3, 1, 9, 8)])
 def test_tiles_give_autograds_value_and_gradients(monkeypatch, tile, shape):
     """However many rows or maps a tile holds, of any T, H and d, with no map beyond a tile in memory."""
-    monkeypatch.setattr("loss.TILE", tile)
+    monkeypatch.setattr("loss.tile_size", lambda device: tile)
     n, h, t, d = shape
-    teacher, plain, tiled = qk(1, n, h + 1, t, d + 3), qk(0, n, h, t, d), qk(0, n, h, t, d)
-    for tensor in (*plain[:2], *tiled[:2]):
+    teacher, tiled = qk(1, n, h + 1, t, d + 3), qk(0, n, h, t, d)
+    for tensor in tiled[:2]:
         tensor.requires_grad_()
     heads = min(h, 2)
-    p = teacher.logits()[:, :heads].softmax(dim=-1)
-    expected = -(p * plain.logits()[:, :heads].log_softmax(dim=-1)).sum(dim=-1).mean()
-    (3 * expected).backward()
     with LargestResult() as seen:
         loss = attention_loss([tiled], [teacher], heads)
         (3 * loss).backward()
     assert seen.elements <= max(tile, t, teacher.q.numel())
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    for ours, theirs in zip(tiled[:2], plain[:2], strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+    for found, expected in zip((loss, tiled.q.grad, tiled.k.grad), exact(tiled, teacher, heads), strict=True):
+        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_tiles_give_the_same(monkeypatch):
+    """Whole maps in a tile, the last with fewer of them, and rows of one map; one graph for each shape of a tile."""
+    graphs, loss_fn = [], SILoss()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return compile_fx(graph, inputs)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr("loss.torch.compile", functools.partial(torch.compile, backend=backend))
+    loss_fn.compile()
+    for tile, shapes in ((5 * 16 * 16, 2), (4 * 16, 3)):
+        monkeypatch.setattr("loss.tile_size", lambda device, tile=tile: tile)
+        for seed in (0, 2):
+            teacher, student = qk(seed + 1, d=7), QK(*(x.requires_grad_() for x in qk(seed)[:2]))
+            loss = attention_loss([student], [teacher], tile=loss_fn.tile)
+            (3 * loss).backward()
+            for found, expected in zip((loss, student.q.grad, student.k.grad), exact(student, teacher, 3), strict=True):
+                torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
+        assert len(graphs) == shapes
+    assert SILoss().tile is attention_tile
+
+
+class TF32(TorchDispatchMode):
+    """Products of what is rounded to the 10 bits of mantissa that TF32 keeps."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
+            first = len(arguments) - 2
+            arguments = (*arguments[:first], *(self.rounded(x) for x in arguments[first:]))
+        return function(*arguments, **(keywords or {}))
+
+    @staticmethod
+    def rounded(x):
+        mantissa, exponent = torch.frexp(x)
+        return torch.ldexp((mantissa * 2 ** 11).round() / 2 ** 11, exponent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loss_of_16_bits_is_exact_in_tf32(dtype):
+    student, teacher = (QK(*(x.to(dtype) for x in side[:2])) for side in (qk(0, size=2.0), qk(1, d=7)))
+    expected = attention_loss([student], [teacher])
+    with TF32():
+        assert torch.equal(attention_loss([student], [teacher]), expected)
+        wide = attention_loss([qk(0, size=2.0)], [qk(1, d=7)])
+    assert not torch.equal(wide, attention_loss([qk(0, size=2.0)], [qk(1, d=7)]))  # the rounding is there
 
 
 def test_attention_loss_in_half_precision_and_under_autocast():
