@@ -33,7 +33,7 @@ from files import (
 )
 from loss import resample_qk, resample_tokens
 from models.layers import QK, Alignment, compile_blocks
-from modify_dinov2.taps import tap_attention
+from modify_dinov2.taps import take_attention, tap_attention
 from speed import AUTOCAST, cast_weights
 
 FLUSH_SECONDS = 60  # of a teacher cache in the making: what a kill costs at most
@@ -108,7 +108,7 @@ class VAE:
             self.vae = vae.to(device).eval().requires_grad_(False)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent pixel and side
         self.channels = self.vae.config.latent_channels
-        self.source, self.device = source, device
+        self.source, self.device = source, torch.device(device)
 
     def check(self, channels, side, resolution):
         """Raise BadInput unless latents of `channels` x `side` x `side` are this VAE's for images of `resolution`."""
@@ -119,11 +119,11 @@ class VAE:
 
     @torch.no_grad()
     def encode(self, images, spread="std"):
-        """uint8 (N, 3, R, R) -> moments float32 (N, 2 C, R / factor, R / factor): mean, `spread` along the channels.
+        """uint8 (N, 3, R, R) on the CPU -> moments float32 (N, 2 C, R / factor, R / factor): mean, `spread` by channel.
 
         The ImageNet layout stores the "std", the text-to-image layout the "logvar", clamped to [-30, 20].
         """
-        x = images.to(self.device, torch.float32) / 127.5 - 1
+        x = to_device(images, self.device).float() / 127.5 - 1  # on the device: a quarter of the bytes to send
         posterior = self.vae.encode(x).latent_dist
         return torch.cat([posterior.mean, getattr(posterior, spread)], dim=1).cpu()
 
@@ -243,7 +243,8 @@ class Teacher:
         self.grid, self.input_size = grid, input_size or grid * patch
         vit.set_input_size((self.input_size, self.input_size))  # resamples the position table, bicubic, antialiased
         self.vit, self.features, self.num_blocks, self.precision = vit, features, num_blocks, precision
-        self.attn_blocks, self.attention = sorted(attn_blocks), tap_attention(vit, attn_blocks)
+        self.attn_blocks = sorted(set(attn_blocks))
+        tap_attention(vit, self.attn_blocks)
         self.mean = torch.tensor(IMAGENET_DEFAULT_MEAN).view(1, 3, 1, 1)
         self.std = torch.tensor(IMAGENET_DEFAULT_STD).view(1, 3, 1, 1)
 
@@ -252,8 +253,8 @@ class Teacher:
         return self
 
     def compile(self):
-        """In place; of a tapped block the MLP alone, as compiled code passes hooks over."""
-        compile_blocks(block.mlp if i in self.attn_blocks else block for i, block in enumerate(self.vit.blocks))
+        """In place, block by block."""
+        compile_blocks(self.vit.blocks)
 
     def cast(self, around):
         """Cast weights once instead of in each call; `around` is the precision of the autocast around the calls."""
@@ -271,8 +272,8 @@ class Teacher:
         x = F.interpolate(x, size=self.input_size, mode="bicubic", align_corners=False)
         with self.autocast(x.device.type):
             tokens = self.vit.forward_features(x)[:, self.vit.num_prefix_tokens:]  # (N, T, C), after the final norm
-        attention = {block: resample_qk(qk, self.grid ** 2) for block, qk in self.attention.items()}
-        self.attention.clear()  # the hooks' dict must not keep this batch alive
+            attention = take_attention(self.vit, self.attn_blocks)
+        attention = {block: resample_qk(qk, self.grid ** 2) for block, qk in attention.items()}
         if tokens.shape[1] != self.grid ** 2:
             tokens = resample_tokens(tokens.float(), self.grid ** 2)
         return Alignment([tokens] if self.features else [], attention)

@@ -1,4 +1,5 @@
 """The teacher: golden numbers, taps against attention written by hand, weights from files, the cache."""
+import functools
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,10 +9,12 @@ import timm
 import torch
 from accelerate import Accelerator
 from timm.models.vision_transformer import VisionTransformer
+from torch._inductor.compile_fx import compile_fx
 
 from dataset import LatentImages
 from encoders import TEACHERS, CachedTeacher, Teacher, load_vit
 from files import BadInput
+from modify_dinov2.taps import TappedLinear
 from tests.conftest import CLASSES, script, train_arguments
 from tests.golden.fill import fill_value
 from tests.test_golden import close, golden
@@ -75,6 +78,40 @@ def test_a_teacher_on_a_finer_grid():
     assert Teacher(small_vit(), 4, (2,), input_size=56).key() == coarse.key()
     with pytest.raises(BadInput, match="--enc-size 100 is no multiple of 14"):
         Teacher(small_vit(), 4, (2,), input_size=100)
+
+
+@pytest.mark.parametrize("around", ["no", "bf16"])
+def test_a_compiled_teacher_gives_the_same(monkeypatch, around):
+    """Each block, tapped or not, is one graph that runs once a pass; two graphs are made, with and without tap."""
+    made, calls = [], []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        compiled = compile_fx(graph, inputs)
+
+        def call(*arguments):
+            calls.append(1)
+            return compiled(*arguments)
+        return call
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=backend))
+    sizes = {"reg_tokens": 4, "qk_norm": True, "norm_layer": torch.nn.LayerNorm}
+    eager, compiled = (Teacher(small_vit(**sizes), 4, (1, 3), precision=around) for _ in range(2))
+    names = list(compiled.vit.state_dict())
+    compiled.compile()
+    assert list(compiled.vit.state_dict()) == names == list(small_vit(**sizes).state_dict())
+    for seed in range(2):  # what is taken is of the newest pass
+        images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        expected, found = eager(images), compiled(images)
+        near = {"atol": 1e-5, "rtol": 1e-5} if around == "no" else {"atol": 0.03, "rtol": 0.03}
+        torch.testing.assert_close(found.features[0], expected.features[0], **near)
+        assert list(found.attention) == [1, 3]
+        for block, qk in expected.attention.items():
+            torch.testing.assert_close(found.attention[block].q, qk.q, **near)
+            torch.testing.assert_close(found.attention[block].k, qk.k, **near)
+    assert len(made) == 2 and len(calls) == 2 * 5
+    assert all(module.output is None for module in compiled.vit.modules() if isinstance(module, TappedLinear))
 
 
 def test_stops_after_the_last_needed_block():
@@ -207,7 +244,7 @@ def test_two_processes_make_the_same_cache(tiny_data, teacher_file, tmp_path):
     one, two = ({path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
                 for name in ("cache1", "cache2"))
     assert one == two and {path.name for path in one if path.parent.name} == {
-        "features0.npy", "block7.npy", "block9.npy", "complete.json"}
+        f"{name}.{end}" for name in ("features0", "block7", "block9") for end in ("npy", "complete")}
 
 
 def test_cache_gives_what_the_teacher_gives(tiny_data, tmp_path):
