@@ -102,7 +102,7 @@ def test_a_run_of_the_older_noise_stream_goes_on_and_says_so_once(monkeypatch, t
     for step in (3, 4):
         run(monkeypatch, *arguments, step)
     assert checkpoint(tmp_path, 4)["args"]["noise_stream"] == 2
-    assert [line.split(" ", 1)[1] for line in log(tmp_path).splitlines() if "noise" in line] == [
+    assert [line.split(" ", 2)[2] for line in log(tmp_path).splitlines() if "noise stream" in line] == [
         "the noise stream has changed since: timesteps, noise and condition drop are other numbers from here on"]
 
 
