@@ -135,6 +135,17 @@ def test_committed_vae():
     assert decoded.dtype == torch.uint8 and (decoded.float() - images.float()).abs().mean() < 8
 
 
+def test_the_vae_sends_bytes_to_the_device(monkeypatch):
+    """Where they become floats: by the same arithmetic, bit for bit."""
+    vae, sent = VAE(str(ROOT / "assets/vae-emoji")), []
+    monkeypatch.setattr("encoders.to_device", lambda tensor, device: sent.append(tensor.dtype) or tensor)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    found = vae.encode(images)
+    with torch.no_grad():
+        posterior = vae.vae.encode(images.to(torch.float32) / 127.5 - 1).latent_dist
+    assert sent == [torch.uint8] and torch.equal(found, torch.cat([posterior.mean, posterior.std], dim=1))
+
+
 def test_normalised_latents_decode_to_the_same():
     """Folding the statistics into the convolutions changes latents exactly as said, and pictures not at all."""
     from diffusers import AutoencoderKL
