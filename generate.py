@@ -39,8 +39,8 @@ from models.sit import SIT_CONFIGS, SiT_models
 from pictures import image_grid
 from pipeline import VAES, choose_vae, sample
 from processes import leave, watch_others
+from runtime.setup import PROCESS_GROUP_TIMEOUT
 from speed import AUTOCAST, cast_weights, check_compiler, tune
-from training import PATIENCE
 
 GRID_IMAGES = 72
 PNG_WRITERS = 4  # threads
@@ -239,7 +239,7 @@ def write_outputs(args, folder, path_of, columns=None, texts=None):
 
 def setup(args):
     """The process state, with the switches that both sampling scripts share."""
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
     watch_others()
     torch.set_grad_enabled(False)
     tune(state.num_processes, args.tf32)

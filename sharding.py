@@ -3,12 +3,17 @@
 FSDP is accelerate's own (`accelerate launch --use_fsdp --fsdp_version 2`); without it these functions pass things on.
 """
 import copy
+import logging
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, convert_outputs_to_fp32
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from files import BadInput
+
+logger = logging.getLogger("haste")
 
 
 def is_sharded(accelerator):
@@ -41,11 +46,45 @@ def replace_parameters(module, function):
         module.get_submodule(owner)._parameters[last] = torch.nn.Parameter(tensor, requires_grad=False)
 
 
+def set_plugin(plugin, model):
+    """Settings of accelerate's FSDP plugin with which a step has the numbers of DDP's, split by block.
+
+    The user's reshard_after_forward, offloading and transformer_cls_names_to_wrap stay; activation checkpointing becomes
+    the model's own, as accelerate's renames the blocks. Raises BadInput for a class to wrap that the model has not.
+    """
+    plugin.cpu_ram_efficient_loading = False  # accelerate launch has it on; here every process has the weights already
+    # accelerate's policy would cast weights and inputs to 16 bits, t among them, and sum gradients in them. This one leaves
+    # all in float32, and autocast does the rest. Autocast's casts of the weights, 2 bytes each, live until the backward pass.
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    plugin.auto_wrap_policy = transformer_auto_wrap_policy  # by size, ModuleLists would be chosen, which cannot be units
+    names = plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or list(model._no_split_modules)
+    unknown = set(names) - {type(module).__name__ for module in model.modules()}
+    if unknown:
+        raise BadInput(f"FSDP is to wrap {', '.join(sorted(unknown))}, which {type(model).__name__} does not have; set "
+                       f"fsdp_transformer_layer_cls_to_wrap to {', '.join(model._no_split_modules)}, or leave it out.")
+    if plugin.activation_checkpointing:
+        plugin.activation_checkpointing, model.grad_checkpointing = False, True
+        logger.info("fsdp_activation_checkpointing is --grad-checkpointing"
+                    + (", without offloading" if getattr(plugin, "activation_checkpointing_offload", False) else ""))
+
+
+def autocast_forward(accelerator, model):
+    """Run `model` under autocast, with outputs in float32, as accelerate does for DDP but not for FSDP 2."""
+    forward = model.forward
+
+    def under_autocast(*args, **kwargs):
+        with accelerator.autocast():
+            return forward(*args, **kwargs)
+
+    model.forward = convert_outputs_to_fp32(under_autocast)
+
+
 def shard(accelerator, model, optimizer, ema):
     """accelerate's (model, optimizer), now split; the EMA's parameters are split in the same way."""
-    # accelerate launch's default has the first process hand out the weights; here every process has them already.
-    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+    set_plugin(accelerator.state.fsdp_plugin, model)
     prepared = accelerator.prepare(model, optimizer)
+    if accelerator.native_amp:
+        autocast_forward(accelerator, model)
     parameters = dict(model.named_parameters())
     replace_parameters(ema, lambda name, average: split_as(average, parameters[name]))
     return prepared

@@ -21,7 +21,9 @@ from files import LARGEST_SEED, MOST_CLASSES, BadInput, check_bounds, run_script
 from loss import SILoss
 from models.sit import SIT_CONFIGS, SiT_models
 from presets import parse_with_preset
-from training import make_accelerator, needs_images, train
+from runtime import memory
+from runtime.setup import MOST_WORKERS, make_accelerator
+from training import needs_images, train
 from trigger import check_trigger
 
 EARLY_STOP_512 = 300_000  # the paper's switch at 512 px, whatever the model
@@ -75,7 +77,9 @@ def add_training_arguments(parser):
     add("--attn-layers", help='pairs student:teacher of 0-based blocks, such as "2:7,3:9,4:11" (default: the paper\'s)')
     add("--attn-heads", type=int, default=12, help="heads aligned, at most what both sides have (default 12)")
     add("--allow-tf32", action="store_true", help="TF32 matrix products on Ampere and newer")
-    add("--mixed-precision", choices=["no", "fp16", "bf16"], default="fp16", help="default fp16; float32 on a CPU")
+    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="default: fp16 or bf16 where accelerate's launcher or its "
+        "configuration says so, else fp16, in float32 on a CPU; the flag wins over the launcher, whose \"no\" is also what it says "
+        "unasked and does not count")
     add("--epochs", type=int, default=1400, help="upper limit on passes over the data (default 1400)")
     add("--max-train-steps", type=int, default=400_000, help="optimizer steps (default 400000)")
     add("--checkpointing-steps", type=int, default=50_000, help="steps between checkpoints (default 50000)")
@@ -84,7 +88,8 @@ def add_training_arguments(parser):
     add("--keep-checkpoints", type=int, default=0, help="keep the newest N only, 0 = all (default 0)")
     add("--keep-every", type=int, default=0, help="with --keep-checkpoints: and those of each multiple of N steps (default "
         "0: none)")
-    add("--gradient-accumulation-steps", type=int, default=1, help="micro-batches a step (default 1)")
+    add("--gradient-accumulation-steps", type=int, help="micro-batches a step (default: what accelerate's launcher says, else 1; "
+        "the flag wins)")
     add("--learning-rate", type=float, default=1e-4, help="constant (default 1e-4)")
     add("--adam-beta1", type=float, default=0.9, help="default 0.9")
     add("--adam-beta2", type=float, default=0.999, help="default 0.999")
@@ -95,8 +100,8 @@ def add_training_arguments(parser):
         "finite; such a step changes no weight (default 0, for gradients under fp16's scaler 20)")
     add("--ema-decay", type=float, default=0.9999, help="of the weights' average, per step (default 0.9999)")
     add("--seed", type=int, default=0, help="of weights, data order and noise (default 0)")
-    add("--num-workers", type=int, default=4, help="loader processes per process, threads where nothing is decoded (default "
-        "4)")
+    add("--num-workers", type=int, help="loader processes per process, threads where nothing is decoded (default: the process's "
+        f"share of the cores it may run on, at most {MOST_WORKERS})")
     add("--path-type", choices=["linear", "cosine"], default="linear", help="interpolant (default linear)")
     add("--prediction", choices=["v"], default="v", help="what the network predicts: the velocity")
     add("--weighting", choices=["uniform", "lognormal"], default="uniform", help="of t (default uniform)")
@@ -180,7 +185,8 @@ def align_and_train(args, accelerator, run, model, dataset, y_null):
     loss_fn = SILoss(args.path_type, args.weighting, args.attn_layers if args.attn_coeff else [], args.attn_heads)
     grid = model.input_size // model.patch_size
     teacher = None if args.enc_type == "none" else functools.partial(load_teacher, args, grid)
-    train(args, accelerator, run, model, dataset, teacher, loss_fn, y_null)
+    with memory.explained(args, accelerator, model):
+        train(args, accelerator, run, model, dataset, teacher, loss_fn, y_null)
 
 
 def parse_args():

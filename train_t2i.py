@@ -14,8 +14,9 @@ from dataset import PIXELS, CaptionedImages
 from files import BadInput, run_script
 from models.mmdit import MMDIT_CONFIGS, MMDiT_models
 from presets import parse_with_preset
+from runtime.setup import make_accelerator
 from train import add_training_arguments, align_and_train, model_arguments, resolve
-from training import logger, make_accelerator, needs_images
+from training import logger, needs_images
 
 
 def parse_args():

@@ -1,96 +1,40 @@
 """The one training loop, for classes and for text: train.py and train_t2i.py bring model, data and teacher."""
 import copy
-import datetime
 import functools
 import gc
-import importlib.metadata
 import json
 import logging
 import math
-import os
-import platform
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from PIL import Image
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from checkpoints import check_same_run, load_weights, prune_checkpoints, read_newest, save_checkpoint, saved_steps
 from dataset import PIXELS, latent_scale
 from encoders import VAE, CachedTeacher, open_vae, to_device
 from evaluations.during_training import Evaluation, score_names
-from files import BadInput, atomic_write, check_writable, is_file, read_json, remove_temporaries, writing
+from files import BadInput, atomic_write, is_file, read_json, remove_temporaries
 from loader import NOISE_STREAM, StepBatches, load_batches, load_noise
 from loss import sample_t
 from metrics import Metrics, start_trackers
 from pictures import image_grid
-from preemption import EXIT_CODE, STOP, Preemption, listen
-from processes import leave, watch_others
+from preemption import EXIT_CODE, STOP, Preemption
+from processes import leave
+from runtime.setup import PROCESS_GROUP_TIMEOUT, environment
 from samplers import euler_sampler, guided
 from sharding import is_sharded, load_optimizer, shard, whole, whole_module, whole_state
-from speed import check_compiler, give_back_memory, tune
+from speed import check_compiler, give_back_memory
 from trigger import MEAN, alignment_weight, is_probe, probe, trigger_columns
 
 PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_CFG = 16, 50, 4.0
-PATIENCE = datetime.timedelta(hours=2)  # processes wait for previews and the teacher cache, not only for gradients
 
 logger = logging.getLogger("haste")
-
-
-def make_accelerator(args):
-    """Accelerator and run folder. fp16 needs a GPU: on a CPU the run is in float32, and says so."""
-    listen()
-    run = Path(args.output_dir) / args.exp_name
-    precision = args.mixed_precision if torch.cuda.is_available() or args.mixed_precision != "fp16" else "no"
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # several processes without a GPU are a group only when told so
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=args.output_dir,
-                                            logging_dir=str(Path(args.output_dir) / args.logging_dir)))
-    watch_others()
-    split = accelerator.num_processes * args.gradient_accumulation_steps
-    if args.batch_size < 1 or args.batch_size % split:
-        raise BadInput(f"--batch-size {args.batch_size} is global and must divide by processes x accumulation = {split}; "
-                       "change one of them.")
-    if args.enc_precision == "fp16" and not torch.cuda.is_available():
-        raise BadInput("--enc-precision fp16 needs a GPU; use bf16 or no.")
-    if args.early_stop_trigger == "gradient" and args.trigger_samples % accelerator.num_processes:
-        raise BadInput(f"--trigger-samples {args.trigger_samples} must divide by the number of processes = "
-                       f"{accelerator.num_processes}; change it.")
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
-    logging.raiseExceptions = False  # a full disk costs log.txt its lines, not the run
-    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    if accelerator.is_main_process:
-        with writing(run / "log.txt"):
-            run.mkdir(parents=True, exist_ok=True)
-            logger.handlers = [logging.FileHandler(run / "log.txt")]
-        logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        logger.info("started")  # the last line tells how the newest start has ended
-        for folder in ["checkpoints"] + ["previews"] * bool(args.sampling_steps):  # rather than after the first steps
-            check_writable(run / folder)
-    if precision != args.mixed_precision:
-        logger.warning("--mixed-precision fp16 needs a GPU: training in float32 on this CPU.")
-    tune(accelerator.num_processes, args.allow_tf32)
-    return accelerator, run
-
-
-def environment(accelerator):
-    """Versions and machine, for args.json: the newest start's. No run is told from another by them."""
-    device, gpu = accelerator.device, accelerator.device.type == "cuda"
-    packages = ("accelerate", "timm", "diffusers", "transformers", "numpy")
-    return {"device": torch.cuda.get_device_name(device) if gpu else f"CPU, {platform.machine()}",
-            "processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
-            "CPU cores": os.cpu_count(), "threads a process": torch.get_num_threads(),
-            "python": platform.python_version(), "torch": str(torch.__version__),
-            **{name: importlib.metadata.version(name) for name in packages},
-            **({"CUDA": torch.version.cuda} if gpu else {}), "system": platform.platform()}
 
 
 class Previews:
@@ -165,7 +109,11 @@ def backward_and_step(args, accelerator, loss, model, optimizer, wrapped_optimiz
     accelerator.backward(loss)
     norm = None
     if accelerator.sync_gradients:
-        norm = whole(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        accelerator.unscale_gradients()
+        norm = whole(get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+        # The fused step divides gradients by grad_scale: clipping needs no pass of its own over them. The scaler's step
+        # keeps this grad_scale, as the gradients are unscaled, and puts its own found_inf beside it.
+        optimizer.grad_scale = ((norm + 1e-6) / args.max_grad_norm).clamp(min=1)
         if accelerator.scaler is None:  # which does the same: on the device, without waiting for it
             optimizer.found_inf = (~norm.isfinite()).float()  # 1: the fused step changes nothing
     wrapped_optimizer.step()
@@ -290,7 +238,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
     y_null, begun, stopped = y_null.to(device), False, False
     compare = functools.partial(probe, args, accelerator, dataset, loss_fn,
                                 functools.partial(batch_inputs, args, accelerator, y_null))
-    preemption = Preemption(accelerator.num_processes, args.checkpoint_minutes, PATIENCE)
+    preemption = Preemption(accelerator.num_processes, args.checkpoint_minutes, PROCESS_GROUP_TIMEOUT)
     with preemption, tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process, mininterval=1) as bar:
         while step < max_steps and not stopped:  # Phase I, then Phase II
             aligned = teacher is not None and step < early_stop

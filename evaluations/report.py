@@ -27,6 +27,7 @@ from evaluations.images import FolderImages, decode
 from evaluations.student import look_inside
 from files import BadInput, atomic_write, check_bounds, is_file, read_json, reading, run_script
 from pictures import image_grid
+from runtime.setup import take_from_launcher
 from train import add_training_arguments
 
 PARTS = Path(__file__).with_name("page")  # of the page: the template, and the scripts that go into it
@@ -156,7 +157,9 @@ def defaults():
     """Defaults of the flags that both training scripts have."""
     parser = argparse.ArgumentParser()
     add_training_arguments(parser)
-    return vars(parser.parse_args(["--exp-name", ""]))
+    args = parser.parse_args(["--exp-name", ""])
+    take_from_launcher(args, {})
+    return vars(args)
 
 
 def page(data):

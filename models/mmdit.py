@@ -54,6 +54,8 @@ class MMDiT(nn.Module):
     published runs started; `zero_init` is adaLN-zero on top.
     """
 
+    _no_split_modules = ("JointBlock",)  # accelerate's name for the units in which FSDP splits
+
     def __init__(self, input_size=32, patch_size=2, in_channels=4, depth=24, mlp_ratio=4.0, context_dim=768,
                  encoder_depth=8, attn_layers=(4, 5, 6, 7), z_dims=(768,), projector_dim=2048, qk_norm=False,
                  fused_attn=True, grad_checkpointing=False, zero_init=False):

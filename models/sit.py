@@ -43,6 +43,8 @@ class SiT(nn.Module):
     `grad_checkpointing` trades the blocks' activations for a second forward pass.
     """
 
+    _no_split_modules = ("SiTBlock",)  # accelerate's name for the units in which FSDP splits
+
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, encoder_depth=8, attn_layers=(4, 5, 6, 7),
                  z_dims=(768,), projector_dim=2048, qk_norm=False, fused_attn=True, grad_checkpointing=False):

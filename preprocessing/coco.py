@@ -48,7 +48,7 @@ from preprocessing.encode import encoded, filled
 from preprocessing.pixels import center_crop, read_rgb
 from preprocessing.sources import Piece, read
 from processes import leave, watch_others
-from training import PATIENCE
+from runtime.setup import PROCESS_GROUP_TIMEOUT
 
 SPLITS = ("train", "val")
 
@@ -228,7 +228,7 @@ def main():
     alone = (args.images, args.captions_json, args.split)
     if bool(args.coco) == any(alone) or any(alone) != all(alone):
         raise BadInput("Give --coco alone, or --images, --captions-json and --split together.")
-    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
     watch_others()
     sources = {args.split: (args.images, args.captions_json)} if args.images else {
         split: (args.coco / f"{split}2014", args.coco / "annotations" / f"captions_{split}2014.json") for split in SPLITS}

@@ -12,7 +12,6 @@ import shutil
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
 from PIL import features
@@ -20,6 +19,7 @@ from PIL import features
 from dataset import digest
 from files import BadInput, atomic_write, is_file, read_json, reading, remove_temporaries, write_json
 from preprocessing.sources import LISTING, find, read
+from runtime.versions import version
 from storage import read_member
 
 MADE = "made.json"

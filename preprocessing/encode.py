@@ -27,8 +27,8 @@ from preprocessing import destinations, pixels
 from preprocessing.convert import first_side, in_groups, progress
 from preprocessing.sources import open_source, read
 from processes import leave, watch_others
+from runtime.setup import PROCESS_GROUP_TIMEOUT
 from speed import tune
-from training import PATIENCE
 
 BATCH_SIZE = 64
 THREADS = 8  # that read pictures
@@ -201,7 +201,7 @@ def add_arguments(add):
 
 def run(args):
     check_bounds(args, dict.fromkeys(("max_images", "num_workers", "batch_size"), (1, float("inf"))))
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
     watch_others()
     tune(state.num_processes, args.allow_tf32)
     torch.backends.cudnn.deterministic = True

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 
 import checkpoints
 import train
@@ -325,17 +325,17 @@ def test_pictures_after_kills_and_for_any_number_of_processes(tmp_path):
 # ---- FSDP ----
 
 def fsdp_on_a_cpu():
-    """accelerate offers FSDP on accelerators only; this puts the plugin of its configuration in place on gloo."""
-    make = training.Accelerator
+    """As `accelerate launch --use_fsdp --fsdp_version 2` sets it. accelerate offers FSDP to GPUs only, so CPUs are called such."""
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    os.environ.setdefault("FSDP_VERSION", "2")
+    make = PartialState.__init__
 
-    def accelerator(**settings):
-        made = make(**settings)
-        made.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=int(os.environ.get("FSDP_VERSION", "2")))
-        made.state.distributed_type = DistributedType.FSDP
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-        return made
+    def made(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
 
-    training.Accelerator = accelerator
+    PartialState.__init__ = made
 
 
 @pytest.mark.parametrize("compiled", [[], ["--compile"]], ids=["eager", "compiled"])

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 
 import loss
 import train
-import training
 from checkpoints import prune_checkpoints, read_newest, save_checkpoint, saved_steps
 from files import BadInput, atomic_write
 from metrics import Metrics
@@ -109,7 +108,7 @@ def test_a_run_of_the_older_noise_stream_goes_on_and_says_so_once(monkeypatch, t
 @pytest.fixture
 def scaled(monkeypatch):
     """A loss scaler on the CPU, which fp16 has on a GPU; every second step its scale doubles."""
-    make = training.make_accelerator
+    make = train.make_accelerator
 
     def make_accelerator(args):
         accelerator, folder = make(args)

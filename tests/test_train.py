@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -328,7 +329,7 @@ def test_scores_are_those_of_the_samples(monkeypatch, data, scorer, tmp_path):
         args = argparse.Namespace(seed=0, batch_size=size, gradient_accumulation_steps=1, resolution=64, eval_samples=6,
                                   eval_ref=data / "images", eval_features="efficientnet-lite0", eval_preset="adm",
                                   eval_weights=scorer, eval_metrics=["fid", "kid", "pr"], eval_num_steps=50)
-        accelerator = training.Accelerator(cpu=True)
+        accelerator = Accelerator(cpu=True)
         evaluation = Evaluation(args, accelerator, entries, encoders.VAE(ROOT / "assets/vae-emoji"), torch.tensor(CLASSES),
                                 (4, 16, 16))
         with torch.random.fork_rng():

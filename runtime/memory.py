@@ -1,0 +1,69 @@
+"""Out of memory as one sentence: which flags help, and how many images would fit."""
+import contextlib
+import math
+import resource
+import sys
+
+import torch
+
+from files import BadInput
+
+GIB = 2 ** 30
+CPU_MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+
+
+def is_out_of_memory(error):
+    """Whether torch could not allocate. On a CPU this is a RuntimeError that only its text tells from others."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in CPU_MESSAGES)
+
+
+def images_that_fit(images, weights, peak, capacity):
+    """How many images a process can take in one forward and backward pass, when `images` of them ran out of memory.
+
+    weights, peak, capacity: bytes of the model's weights, of the highest use before the failure, and of what the process can
+    have. Weights and their average were there at the failure; a whole step also holds gradients and two moments. The rest
+    of the peak grew with the images. -> (number that fits, bytes a step holds without images, bytes an image). The failed
+    step was not complete, so the bytes are a lower bound. The number is the largest n = images / 2, 3, 4 ... that is whole,
+    as only those can be had by accumulation; 0 if not even one image fits.
+    """
+    held = 5 * weights
+    each = max(peak - 2 * weights, 1) / images
+    most = max(0, math.floor((capacity - held) / each))
+    return next((n for n in range(min(most, images - 1), 0, -1) if images % n == 0), 0), held, each
+
+
+def device_memory(device):
+    """(highest use so far, what this process can have) in bytes. On a CPU both are what the process had at its peak."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return torch.cuda.max_memory_allocated(device), free + torch.cuda.memory_reserved(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak, peak
+
+
+def advice(images, accumulation, checkpointing, precision, weights, peak, capacity):
+    """The sentence for `images` a process and pass; `accumulation`, `checkpointing`, `precision` are the run's settings."""
+    fits, held, each = images_that_fit(images, weights, peak, capacity)
+    flags = [f"--gradient-accumulation-steps {accumulation * images // fits}, which gives the same steps"] if fits else []
+    flags += [] if checkpointing else ["--grad-checkpointing"]
+    flags += ["--mixed-precision bf16"] if precision == "no" else []
+    flags += ["more processes", "a smaller --model"] if not fits else ["a smaller --batch-size"]
+    return (f"Out of memory with {images} images a process at a time: of {capacity / GIB:.1f} GiB weights, average, gradients "
+            f"and moments take {held / GIB:.1f} and each image at least {each / GIB:.2f}; "
+            + (f"about {fits} would fit. " if fits else "")
+            + f"Give {', or '.join(flags)}.")
+
+
+@contextlib.contextmanager
+def explained(args, accelerator, model):
+    """Turn running out of memory inside into BadInput that says what to change. `model` is whole, before any sharding."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        images = args.batch_size // (accelerator.num_processes * args.gradient_accumulation_steps)
+        weights //= accelerator.num_processes if accelerator.is_fsdp2 else 1
+        raise BadInput(advice(images, args.gradient_accumulation_steps, args.grad_checkpointing, accelerator.mixed_precision,
+                              weights, *device_memory(accelerator.device))) from error
