@@ -21,10 +21,10 @@ def images_that_fit(images, weights, peak, capacity):
     """How many images a process can take in one forward and backward pass, when `images` of them ran out of memory.
 
     weights, peak, capacity: bytes of the model's weights, of the highest use before the failure, and of what the process can
-    have. Weights and their average were there at the failure; a whole step also holds gradients and two moments. The rest
-    of the peak grew with the images. -> (number that fits, bytes a step holds without images, bytes an image). The failed
-    step was not complete, so the bytes are a lower bound. The number is the largest n = images / 2, 3, 4 ... that is whole,
-    as only those can be had by accumulation; 0 if not even one image fits.
+    have. -> (number that fits, bytes a step holds without images, bytes an image). A step holds weights, average, gradients
+    and two moments. Of these the first two were there at the failure, and the rest of the peak is taken for the images': too
+    little an image where the step failed early, too much where the moments were there already. So the number is rounded down
+    to the next that accumulation can give, images / 2, / 3, / 4 ...; it is 0 if not even one image fits.
     """
     held = 5 * weights
     each = max(peak - 2 * weights, 1) / images
@@ -49,7 +49,7 @@ def advice(images, accumulation, checkpointing, precision, weights, peak, capaci
     flags += ["--mixed-precision bf16"] if precision == "no" else []
     flags += ["more processes", "a smaller --model"] if not fits else ["a smaller --batch-size"]
     return (f"Out of memory with {images} images a process at a time: of {capacity / GIB:.1f} GiB weights, average, gradients "
-            f"and moments take {held / GIB:.1f} and each image at least {each / GIB:.2f}; "
+            f"and moments take {held / GIB:.1f} and each image about {each / GIB:.2f}; "
             + (f"about {fits} would fit. " if fits else "")
             + f"Give {', or '.join(flags)}.")
 

@@ -13,11 +13,13 @@ import pytest
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
 
 import checkpoints
 import train
 import training
 from checkpoints import saved_steps
+from models.layers import TimestepEmbedder
 from preemption import EXIT_CODE, STOPPED_EARLY
 from tests.conftest import CLASSES, CPU, ROOT, SERVER, checkpoint, metrics, script, tiny_run, train_arguments
 from tests.test_generate import arguments as generate_arguments
@@ -366,3 +368,40 @@ def test_fsdp_1_is_refused(tiny_data, tmp_path):
     done = script("train.py", *train_arguments(tiny_data, tmp_path, "--enc-type", "none"), check=False, processes=2,
                   before="tests.test_faults.fsdp_on_a_cpu", env={"FSDP_VERSION": "1"})
     assert done.returncode == 1 and "set fsdp_version: 2 in accelerate's configuration" in done.stderr
+
+
+def fsdp_with_a_look_inside():
+    """fsdp_on_a_cpu, where t reaches the embedder in float32 under autocast, blocks are units, and weights are float32."""
+    fsdp_on_a_cpu()
+    split, embed = training.shard, TimestepEmbedder.forward
+
+    def shard(accelerator, model, optimizer, ema):
+        prepared = split(accelerator, model, optimizer, ema)
+        assert all(isinstance(module, FSDPModule) for module in (model, *model.blocks))
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        return prepared
+
+    def forward(self, t):
+        assert t.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+        return embed(self, t)
+
+    training.shard, TimestepEmbedder.forward = shard, forward
+
+
+@pytest.mark.parametrize("more", [{}, {"FSDP_ACTIVATION_CHECKPOINTING": "true", "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}],
+                         ids=["", "checkpointing"])
+def test_steps_under_fsdp_are_those_of_ddp(tiny_data, teacher_file, tmp_path, more):
+    """In bfloat16, clipped: both sum float32 gradients of the same forward passes. From the third step on all weights have some."""
+    arguments = ["--enc-weights", teacher_file, "--max-train-steps", 3, "--max-grad-norm", 0.1, "--mixed-precision", "bf16"]
+    script("train.py", *train_arguments(tiny_data, tmp_path / "ddp", *arguments), processes=2)
+    script("train.py", *train_arguments(tiny_data, tmp_path / "fsdp", *arguments), processes=2,
+           before="tests.test_faults.fsdp_with_a_look_inside", env=more)
+    for plain, split in zip(metrics(tmp_path / "ddp"), metrics(tmp_path / "fsdp"), strict=True):
+        for name in ("loss", "denoise", "feature", "attention", "grad_norm"):
+            assert float(split[name]) == pytest.approx(float(plain[name]), rel=1e-5), name
+    plain, split = checkpoint(tmp_path / "ddp", 3), checkpoint(tmp_path / "fsdp", 3)
+    assert plain["model"].keys() == split["model"].keys()
+    for i, entry in plain["opt"]["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            expected = entry[name]
+            assert expected.any() and (split["opt"]["state"][i][name] - expected).norm() <= 1e-4 * expected.norm(), (i, name)

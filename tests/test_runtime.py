@@ -1,0 +1,276 @@
+"""What runtime/ sets at the start of a run, what it says when memory runs out, and the clipped step."""
+import copy
+import importlib.metadata
+import json
+import os
+import resource
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
+
+import train
+from files import BadInput
+from preprocessing import destinations
+from runtime import setup
+from runtime.memory import GIB, advice, images_that_fit, is_out_of_memory
+from runtime.setup import MOST_WORKERS, share_of_cores, take_from_launcher
+from runtime.versions import version
+from sharding import set_plugin
+from tests.conftest import CLASSES, CPU, ROOT, call_main, script, tiny_run, train_arguments
+from tests.test_models import nano_models
+from training import backward_and_step
+
+
+def settings_of(out):
+    return json.loads((out / "run/args.json").read_text())
+
+
+# ---- packages ----
+
+OPTIONAL = ("diffusers", "transformers", "wandb", "tensorboard", "tensorboardX", "matplotlib", "scipy", "onnx", "imagecodecs")
+WITHOUT_OPTIONAL = f"""if True:
+    import runpy, sys
+    from importlib import metadata
+    sys.modules.update(dict.fromkeys({OPTIONAL}))  # None: an import raises ImportError
+    known = metadata.Distribution.from_name
+    def from_name(name):
+        if name in {OPTIONAL}:
+            raise metadata.PackageNotFoundError(name)
+        return known(name)
+    metadata.Distribution.from_name = from_name
+    runpy.run_path("train.py", run_name="__main__")"""
+
+
+def test_a_run_needs_no_optional_package(tiny_data, tmp_path):
+    """In a fresh interpreter, in which they can neither be imported nor asked for their versions."""
+    arguments = tiny_run("SiT-S/8", tiny_data, tmp_path, "--num-classes", CLASSES, "--enc-type", "none", "--max-train-steps", 1)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_OPTIONAL, *arguments], check=False, capture_output=True, text=True,
+                          cwd=ROOT, timeout=300, env={**os.environ, **CPU})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = settings_of(tmp_path)["environment"]
+    assert found["diffusers"] == found["transformers"] == "not installed"
+    assert found["timm"] == importlib.metadata.version("timm")
+
+
+def test_the_note_of_preprocessing_needs_no_optional_package(monkeypatch):
+    known = importlib.metadata.Distribution.from_name
+
+    def from_name(name):
+        if name == "diffusers":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", from_name)
+    assert f"torch {version('torch')}, diffusers not installed" in destinations.versions()
+
+
+def test_a_tracker_that_is_not_installed(monkeypatch, tiny_data, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(BadInput, match="--report-to wandb needs the package wandb; install it, or give --report-to none"):
+        call_main(monkeypatch, train, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--report-to", "wandb"))
+
+
+# ---- what the launcher says ----
+
+def flags(precision, accumulation):
+    return Namespace(mixed_precision=precision, gradient_accumulation_steps=accumulation)
+
+
+@pytest.mark.parametrize("given, said, used, differing", [
+    ((None, None), ("", ""), ("fp16", 1), []),
+    ((None, None), ("no", ""), ("fp16", 1), []),  # a plain `accelerate launch`
+    ((None, None), ("bf16", "4"), ("bf16", 4), []),
+    (("no", 2), ("no", "2"), ("no", 2), []),
+    (("no", 1), ("bf16", "4"), ("no", 1), ["--mixed-precision no is used; the launcher says bf16",
+                                            "--gradient-accumulation-steps 1 is used; the launcher says 4"]),
+    (("bf16", 1), ("fp8", "auto"), ("bf16", 1), ["--mixed-precision bf16 is used; the launcher says fp8",
+                                                 "--gradient-accumulation-steps 1 is used; the launcher says auto"]),
+])
+def test_the_launcher_fills_in_what_no_flag_says(given, said, used, differing):
+    args = flags(*given)
+    environ = dict(zip(("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"), said, strict=True))
+    sentences = take_from_launcher(args, environ)
+    assert (args.mixed_precision, args.gradient_accumulation_steps) == used
+    assert len(sentences) == len(differing)
+    assert all(sentence.startswith(start) for sentence, start in zip(sentences, differing, strict=True))
+
+
+@pytest.mark.parametrize("variable, value, message", [
+    ("ACCELERATE_MIXED_PRECISION", "fp8", "is fp8, .* must be no, fp16, bf16. Change it or give --mixed-precision"),
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto", "is auto, .* a whole number from 1 on"),
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "0", "is 0, .* a whole number from 1 on")])
+def test_what_the_launcher_may_not_say(variable, value, message):
+    with pytest.raises(BadInput, match=f"{variable} {message}"):
+        take_from_launcher(flags(None, None), {variable: value})
+
+
+def test_a_run_under_the_launchers_variables(monkeypatch, tiny_data, tmp_path):
+    """bf16 and 4 micro-batches where no flag is given; with flags those, and a line in the log for each."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    given = train_arguments(tiny_data, tmp_path / "given", "--enc-type", "none", "--max-train-steps", 2,
+                            "--gradient-accumulation-steps", 1)
+    unsaid = train_arguments(tiny_data, tmp_path / "unsaid", "--enc-type", "none", "--max-train-steps", 2)
+    i = unsaid.index("--mixed-precision")
+    for arguments in (given, unsaid[:i] + unsaid[i + 2:]):
+        call_main(monkeypatch, train, *arguments)
+    found = settings_of(tmp_path / "unsaid")
+    assert (found["mixed_precision"], found["environment"]["precision"], found["gradient_accumulation_steps"]) == ("bf16", "bf16", 4)
+    found = settings_of(tmp_path / "given")
+    assert (found["mixed_precision"], found["environment"]["precision"], found["gradient_accumulation_steps"]) == ("no", "no", 1)
+    log = (tmp_path / "given/run/log.txt").read_text()
+    assert "--mixed-precision no is used; the launcher says bf16" in log
+    assert "--gradient-accumulation-steps 1 is used; the launcher says 4" in log
+
+
+# ---- cores ----
+
+@pytest.mark.parametrize("mine, others, share", [
+    (("a", range(16)), [], 16),
+    (("a", range(16)), [("a", range(16))] * 7, 2),  # torchrun
+    (("a", range(8)), [("a", range(8, 16)), ("b", range(8))], 8),  # srun binds each process to cores of its own
+    (("a", range(2)), [("a", range(2))] * 7, 1),
+    (("a", range(3)), [("a", range(3))] * 2, 1),
+])
+def test_cores_are_shared_with_who_may_run_there(mine, others, share):
+    assert share_of_cores(mine, [mine, *others]) == share
+
+
+@pytest.mark.parametrize("cores, typed, used", [(3, [], 3), (64, [], MOST_WORKERS), (64, ["--num-workers", 1], 1)])
+def test_workers_follow_the_cores(monkeypatch, tiny_data, tmp_path, cores, typed, used):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 1)
+    i = arguments.index("--num-workers")
+    call_main(monkeypatch, train, *arguments[:i], *arguments[i + 2:], *typed)
+    assert settings_of(tmp_path)["num_workers"] == used
+
+
+# ---- DDP ----
+
+def test_ddp_keeps_gradients_once_and_compiled_blocks_whole(monkeypatch, tiny_data, tmp_path):
+    made = []
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    monkeypatch.setattr(train, "LatentImages", lambda *_, **__: 1 / 0)  # as far as that
+    make = setup.Accelerator
+    monkeypatch.setattr(setup, "Accelerator", lambda **settings: made.append(make(**settings)) or made[0])
+    with pytest.raises(ZeroDivisionError):
+        call_main(monkeypatch, train, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--compile"))
+    assert made[0].ddp_handler.to_kwargs() == {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+    assert torch._dynamo.config.optimize_ddp is False
+
+
+# ---- FSDP's plugin ----
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["SiT", "MMDiT"])
+def test_what_users_set_of_fsdp(kind):
+    """Units are blocks unless other classes are named; what would change numbers or names in checkpoints is replaced."""
+    model = nano_models()[kind][0]
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=False, activation_checkpointing=True,
+                                            auto_wrap_policy="size_based_wrap", min_num_params=10)
+    plugin.set_mixed_precision("bf16")
+    set_plugin(plugin, model)
+    assert plugin.transformer_cls_names_to_wrap == [("SiTBlock", "JointBlock")[kind]] and plugin.reshard_after_forward is False
+    assert model.grad_checkpointing and not plugin.activation_checkpointing
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype, policy.cast_forward_inputs) == (None, None, None, False)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+                                            transformer_cls_names_to_wrap=["FinalLayer"])
+    set_plugin(plugin, model)
+    assert plugin.transformer_cls_names_to_wrap == ["FinalLayer"]
+    plugin.transformer_cls_names_to_wrap = ["LlamaDecoderLayer"]
+    with pytest.raises(BadInput, match="FSDP is to wrap LlamaDecoderLayer, which .* set fsdp_transformer_layer_cls_to_wrap to "):
+        set_plugin(plugin, model)
+
+
+# ---- out of memory ----
+
+XL = 4 * 684_000_000  # bytes of SiT-XL/2's weights and its projector's
+XL_IMAGE = 0.38 * GIB  # what an image keeps between forward and backward pass
+H100 = int(79.1 * GIB)
+
+
+@pytest.mark.parametrize("batch, fits", [(256, 128), (192, 96), (250, 125)])
+def test_the_published_batch_on_one_gpu(batch, fits):
+    """It ends in the first forward pass, full; what is then said to fit does, by what an image really needs."""
+    assert 5 * XL + batch * XL_IMAGE > H100
+    found, held, each = images_that_fit(batch, XL, peak=H100, capacity=H100)
+    assert found == fits and 5 * XL + fits * XL_IMAGE < H100
+    assert held == 5 * XL and each == pytest.approx(XL_IMAGE, rel=0.3)
+
+
+def test_no_image_fits():
+    assert images_that_fit(1, XL, peak=14 * GIB, capacity=14 * GIB)[0] == 0
+    assert images_that_fit(8, XL, peak=10 * GIB, capacity=10 * GIB)[0] == 0  # not even moments
+
+
+def test_the_sentence_names_what_is_left_to_do():
+    text = advice(256, 1, False, "no", XL, H100, H100)
+    assert text == ("Out of memory with 256 images a process at a time: of 79.1 GiB weights, average, gradients and moments take "
+                    "12.7 and each image about 0.29; about 128 would fit. Give --gradient-accumulation-steps 2, which gives "
+                    "the same steps, or --grad-checkpointing, or --mixed-precision bf16, or a smaller --batch-size.")
+    text = advice(128, 2, True, "bf16", XL, H100, H100)
+    assert "--gradient-accumulation-steps 4," in text and "--grad-checkpointing" not in text and "--mixed" not in text
+    assert advice(1, 1, True, "bf16", XL, H100, H100).endswith("Give more processes, or a smaller --model.")
+
+
+def test_only_what_is_out_of_memory():
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    assert is_out_of_memory(pytest.raises(RuntimeError, torch.empty, 1 << 60).value)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def limit_memory():
+    """For a script's process: 600 MiB more than it has, so that a step's activations do not fit."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (600 << 20),) * 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_that_is_out_of_memory(tiny_data, tmp_path):
+    arguments = tiny_run("SiT-S/2", tiny_data, tmp_path, "--num-classes", CLASSES, "--enc-type", "none", "--batch-size", 64)
+    done = script("train.py", *arguments, check=False, before="tests.test_runtime.limit_memory")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: Out of memory with 64 images a process at a time") and "Traceback" not in done.stderr
+    for name in ("--gradient-accumulation-steps", "--grad-checkpointing", "--mixed-precision"):
+        assert name in last
+
+
+# ---- clipping ----
+
+@pytest.mark.parametrize("most", [1e-3, 0.05, 1e9, 0], ids=["strongly", "slightly", "not", "to nothing"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaler"])
+def test_the_fused_step_clips_as_clip_grad_norm_does(most, scaled):
+    """Weights and moments to the last bits of float32; bit for bit where nothing is clipped."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    accelerator = Accelerator(cpu=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64))
+        x = torch.randn(32, 64)
+    plain = copy.deepcopy(model)
+    ours, theirs = (torch.optim.AdamW(m.parameters(), 1e-3, weight_decay=0.1, fused=True) for m in (model, plain))
+    if scaled:  # before prepare, as on a GPU
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 10)
+        accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(ours)
+    wrapped, wrapped_optimizer = accelerator.prepare(model, ours)
+    args = flags(None, None)
+    args.max_grad_norm = most
+    norm = backward_and_step(args, accelerator, wrapped(x).square().mean(), model, ours, wrapped_optimizer)
+    plain(x).square().mean().backward()
+    expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), most)
+    theirs.step()
+    assert torch.equal(norm, expected) and (expected > most) == (most < 1e9)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        exactly = {"rtol": 0, "atol": 0} if most in (0, 1e9) else None
+        torch.testing.assert_close(a, b, **(exactly or {"rtol": 2.4e-7, "atol": 1e-9}))
+        for name, value in theirs.state[b].items():
+            torch.testing.assert_close(ours.state[a][name], value, **(exactly or {"rtol": 6e-7, "atol": 0}), msg=name)
