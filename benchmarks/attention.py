@@ -1,10 +1,12 @@
 """The attention loss with its gradients in several forms: time, and memory beyond the inputs.
 
     python benchmarks/attention.py
+    python benchmarks/attention.py --shapes 32 12 256 72 --tiles 20 22 23 24 25
 
 `plain` is autograd through both maps; `identity` is L = logsumexp S - q . (P k) / sqrt(d), its cross term one fused attention
 call with the student's keys as values; `tiles of N` is loss.attention_loss with N logits formed at a time, `compiled` with
-the tile compiled. Forward and backward: median (lowest to highest). A CPU leaves out the largest shape and tiles.
+the tile compiled. Forward and backward: median (lowest to highest). The second command has the shape of SiT-XL on a GPU,
+of whose heads the loss takes 12.
 """
 import argparse
 import sys
@@ -19,9 +21,8 @@ from benchmarks.measure import added_memory, alternate, machine, spread, table
 from models.layers import QK, attend
 from speed import tune
 
-# (N, H, T, d): embedded default, SiT-B at 256 and 512 px; on a GPU SiT-XL at 256 px, of whose heads the loss takes 12
-SHAPES, ON_GPU = ((32, 5, 64, 32), (8, 12, 256, 64), (4, 12, 1024, 64)), ((32, 12, 256, 72),)
-POWERS = (16, 18, 20, 22, 24)  # on a CPU: a tile has 2 ** power logits
+SHAPES = (32, 5, 64, 32, 8, 12, 256, 64, 4, 12, 1024, 64)  # N, H, T, d of the embedded preset, of 256 px, of 512 px
+POWERS = (16, 18, 20, 22, 24)  # a tile has 2 ** power logits
 
 
 def plain(student, teacher):
@@ -51,13 +52,17 @@ def make_forms(powers):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11, help="timed calls of each (default 11)")
+    parser.add_argument("--shapes", type=int, nargs="+", default=SHAPES, help="N H T d of each (default those of the embedded "
+                        "preset, of 256 and of 512 px)")
+    parser.add_argument("--tiles", type=int, nargs="+", default=POWERS, help="powers of 2 (default 16 18 20 22 24)")
     args = parser.parse_args()
+    if len(args.shapes) % 4:
+        parser.error("--shapes takes four numbers for each")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tune(1, tf32=True)
     torch._dynamo.config.recompile_limit = 1000  # after 8 shapes of a tile it would go on without compiling
     print(machine(device))
-    on_gpu = device == "cuda"
-    shapes, forms = SHAPES + ON_GPU * on_gpu, make_forms(range(18, 26) if on_gpu else POWERS)
+    shapes, forms = list(zip(*[iter(args.shapes)] * 4, strict=True)), make_forms(args.tiles)
     rows = {name: [name] for name in forms}
     for n, h, t, d in shapes:
         torch.manual_seed(0)

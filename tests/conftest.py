@@ -227,11 +227,12 @@ def fresh_script(name, *arguments, launcher=(), env=None):
                           env={**os.environ, **CPU, **(env or {})})
 
 
-def call_main(monkeypatch, module, *arguments):
-    """The script's main() with this command line inside the test's process, on the CPU: imports cost seconds."""
+def call_main(monkeypatch, module, *arguments, device="cpu"):
+    """The script's main() with this command line inside the test's process: imports cost seconds."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()  # accelerate's, of the call before
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
     with torch.enable_grad():  # generate.py turns gradients off for its whole process
         module.main()

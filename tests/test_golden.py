@@ -120,13 +120,15 @@ def toy(x, t, y):
     return torch.tanh(x) * (1 - t / 2) + (0.3 * torch.sin(c) + 0.1)
 
 
-def sample(seed, sampler, cfg_scale=1.0, low=0.0, high=1.0, text=False, **kwargs):
-    z = torch.from_numpy(arr(seed, 3, 4, 8, 8))
+def sample(seed, sampler, cfg_scale=1.0, low=0.0, high=1.0, text=False, device="cpu", **kwargs):
+    z = torch.from_numpy(arr(seed, 3, 4, 8, 8)).to(device)
     y, y_null = torch.tensor([1, 5, 999]), torch.full((3,), 1000)
     if text:
         y, y_null = torch.from_numpy(arr(seed + 1, 3, 5, 16)), torch.from_numpy(arr(seed + 2, 3, 5, 16))
+    if sampler is euler_maruyama_sampler:  # the golden noise is the CPU's
+        kwargs["noise"] = lambda x: torch.randn(x.shape, dtype=x.dtype).to(x.device)
     torch.manual_seed(seed)
-    return sampler(guided(toy, y, y_null, cfg_scale, low, high), z, **kwargs)
+    return sampler(guided(toy, y.to(device), y_null.to(device), cfg_scale, low, high), z, **kwargs)
 
 
 SAMPLES = {

@@ -1,0 +1,351 @@
+"""What gpu.sh measures that no other benchmark does, a table each; and gpu.sh's raw output as JSON.
+
+    python benchmarks/gpu.py machine            versions and hardware
+    python benchmarks/gpu.py ceilings           a copy in memory and square matrix products
+    python benchmarks/gpu.py attention          fused attention as SiT-XL/2 calls it, by each kernel that PyTorch has
+    python benchmarks/gpu.py train              images/s of train.py on packed and PNG data, and of step_time.py
+    python benchmarks/gpu.py profile            kernels of a training step
+    python benchmarks/gpu.py scoring            images/s of the networks behind the scores, and a whole evaluator.py
+    python benchmarks/gpu.py encoding           images/s of dataset_tools.py encode (needs diffusers)
+    python benchmarks/gpu.py summary RAW JSON
+
+Weights are random and made here, data too. --dry takes tiny sizes, for a CPU: its numbers mean nothing. Each command imports
+by itself what takes seconds to import.
+"""
+import argparse
+import collections
+import contextlib
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.measure import alternate, machine, spread, synchronize, table
+from evaluations import features
+from files import run_script
+from speed import tune
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PACKAGES = ("numpy", "timm", "accelerate", "transformers", "diffusers", "triton", "imagecodecs", "pytest")
+STEPS_A_ROW, PROFILED_STEPS, TOP = 10, 3, 15
+
+
+def call(script, *arguments):
+    """Run a script of the project; returns its stdout. What it printed is shown when it fails."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        sys.exit(f"{done.stdout}\n{done.stderr}\nerror: {' '.join(command[1:])} ended with status {done.returncode}")
+    return done.stdout
+
+
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def show_machine(args):
+    rows = [["machine", machine(DEVICE).partition("; ")[2]], ["system", platform.platform()],
+            ["python", platform.python_version()], ["CPU cores", len(os.sched_getaffinity(0))],
+            ["threads", torch.get_num_threads()]]
+    if DEVICE == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], check=False,
+                                capture_output=True, text=True).stdout if shutil.which("nvidia-smi") else ""
+        rows += [["GPU", gpu.name], ["GPU memory, GiB", f"{gpu.total_memory / 2 ** 30:.1f}"],
+                 ["multiprocessors", gpu.multi_processor_count], ["L2, MiB", f"{gpu.L2_cache_size / 2 ** 20:.0f}"],
+                 ["compute capability", f"{gpu.major}.{gpu.minor}"], ["driver", driver.strip() or "unknown"],
+                 ["CUDA", torch.version.cuda], ["cuDNN", torch.backends.cudnn.version()]]
+    print(table(["what", "value"], [*rows, *([name, version(name)] for name in PACKAGES)]))
+
+
+def show_ceilings(args):
+    """TB/s count bytes read and written. Products of random numbers: those of zeros draw less power and are faster."""
+    size, side, rounds = (2 ** 20, 128, 1) if args.dry else (2 ** 31, 8192, 10)
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=DEVICE)
+    dest, rows = torch.empty_like(source), []
+    seconds = alternate({"copy": lambda: dest.copy_(source)}, rounds, DEVICE)["copy"]
+    rows.append([f"copy of {size / 2 ** 20:.0f} MiB", spread([1000 * s for s in seconds]),
+                 f"{2 * size / statistics.median(seconds) / 1e12:.2f} TB/s"])
+    works = {}
+    for name, dtype, tf32 in (("bf16", torch.bfloat16, False), ("fp16", torch.float16, False), ("tf32", torch.float32, True),
+                              ("float32", torch.float32, False)):
+        a, b = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in range(2))
+
+        def multiply(a=a, b=b, tf32=tf32):
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            return a @ b
+        works[name] = multiply
+    for name, seconds in alternate(works, rounds, DEVICE).items():
+        rows.append([f"{name} product of {side} x {side}", spread([1000 * s for s in seconds]),
+                     f"{2 * side ** 3 / statistics.median(seconds) / 1e12:.1f} TFLOP/s"])
+    print(table(["what", "ms", "rate"], rows))
+
+
+def fused_kernels(work):
+    """Names of the attention operators that `work()` calls."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        work()
+    pattern = re.compile(r"aten::_scaled_dot_product_(\w+)")
+    names = [pattern.fullmatch(event.key) for event in found.key_averages()]
+    return sorted({name[1] for name in names if name and not name[1].endswith("_backward")})
+
+
+def show_attention(args):
+    """A kernel that does not take these inputs is a row without numbers; a product counts twice, backward 2.5 of forward."""
+    n, h, t, d = (1, 2, 16, 8) if args.dry else (32, 16, 256, 72)
+    rounds, forward_flops, rows = 1 if args.dry else 10, 4 * n * h * t * t * d, []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        torch.manual_seed(0)
+        # as the model makes them: (N, T, H, d) in memory
+        q, k, v = (torch.randn(n, t, h, d, device=DEVICE).to(dtype).transpose(1, 2).requires_grad_() for _ in range(3))
+        gradient = torch.randn(n, t, h, d, device=DEVICE).to(dtype).transpose(1, 2)
+
+        def both(q=q, k=k, v=v, gradient=gradient):
+            return torch.autograd.grad(scaled_dot_product_attention(q, k, v), (q, k, v), gradient)
+
+        @torch.no_grad()
+        def forward(q=q, k=k, v=v):
+            return scaled_dot_product_attention(q, k, v)
+
+        kernels = {"default": None, **{name: getattr(SDPBackend, name) for name in (
+            "FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")}}
+        for name, backend in kernels.items():
+            row = [str(dtype).removeprefix("torch."), name]
+            try:
+                with sdpa_kernel(backend) if backend else contextlib.nullcontext(), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of the reasons why not
+                    taken = " ".join(fused_kernels(both))
+                    found = alternate({"forward": forward, "both": both}, rounds, DEVICE)
+            except RuntimeError as error:
+                rows.append([*row, str(error).strip().partition("\n")[0], "-", "-", "-"])
+                continue
+            rows.append([*row, taken, *(spread([1000 * s for s in found[what]]) for what in ("forward", "both")),
+                         f"{3.5 * forward_flops / statistics.median(found['both']) / 1e12:.1f}"])
+    print(f"N {n}, H {h}, T {t}, d {d}\n")
+    print(table(["dtype", "asked for", "taken", "forward, ms", "forward and backward, ms", "TFLOP/s"], rows))
+
+
+def step_time_rows(*arguments):
+    """The table of step_time.py."""
+    return tables(call("benchmarks/step_time.py", *arguments).splitlines())[-1]
+
+
+def show_train(args):
+    """Of train.py the median over its rows of ten steps, without the first row of each phase, and its usual loader."""
+    import timm
+
+    from encoders import TEACHERS
+    model, resolution, batch, entries, rows_a_phase, teacher = (
+        ("SiT-T/2", 64, 2, 32, 2, "dinov2-vit-s") if args.dry else ("SiT-B/2", 256, 128, 4096, 8, "dinov2-vit-b"))
+    phase_steps, precision, found = STEPS_A_ROW * rows_a_phase, "no" if args.dry else "bf16", []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        torch.save(timm.create_model(TEACHERS[teacher][0], num_classes=0).state_dict(), folder / "teacher.pth")
+        call("benchmarks/synthetic.py", folder, "--n", entries, "--resolution", resolution, "--forms", "folder", "packed")
+        for form in ("packed", "folder"):
+            call("train.py", "--model", model, "--data-dir", folder / form, "--resolution", resolution, "--batch-size", batch,
+                 "--mixed-precision", precision, "--allow-tf32", "--enc-type", teacher, "--enc-weights", folder / "teacher.pth",
+                 "--early-stop-point", phase_steps, "--max-train-steps", 2 * phase_steps, "--log-every", STEPS_A_ROW,
+                 "--sampling-steps", 0, "--report-to", "none", "--output-dir", folder / "runs", "--exp-name", form)
+            with open(folder / "runs" / form / "metrics.csv", newline="") as file:
+                seconds = [float(row["seconds"]) / STEPS_A_ROW for row in csv.DictReader(file)]
+            found += [(form, 1, seconds[1:rows_a_phase]), (form, 2, seconds[rows_a_phase + 1:])]
+    alone = {int(row["phase"]): float(row["seconds a step: median (lowest to highest)"].split()[0]) for row in step_time_rows(
+        "--model", model, "--resolution", resolution, "--batch-size", batch, "--mixed-precision", precision, "--variants",
+        "ours", "--enc-type", teacher, "--rounds", 1 if args.dry else 5)}
+    names = {"packed": "packed", "folder": "PNG"}
+    print(f"{model}, {resolution} px, batch {batch}, precision {precision}; {len(os.sched_getaffinity(0))} CPU cores\n")
+    print(table(["data", "phase", "train.py, seconds a step", "images/s", "step_time.py, seconds a step", "images/s of it",
+                 "train.py's part of that speed"],
+                [[names[form], phase, spread(s), f"{batch / statistics.median(s):.0f}", f"{alone[phase]:.3f}",
+                  f"{batch / max(alone[phase], 1e-3):.0f}", f"{alone[phase] / statistics.median(s):.2f}"]
+                 for form, phase, s in found]))
+
+
+def union(spans):
+    """Length of what (begin, end) pairs cover together."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def show_profile(args):
+    """Busy: some kernel runs, seen by the profiler; idle: the rest of a step that no profiler slows down.
+
+    On a CPU its operators are counted in place of kernels.
+    """
+    from benchmarks import step_time
+    model, resolution, batch, precision = ("SiT-T/2", 64, 2, "no") if args.dry else ("SiT-XL/2", 256, 32, "bf16")
+    sys.argv[1:] = ["--model", model, "--resolution", str(resolution), "--variants", "ours",
+                    *(["--enc-type", "dinov2-vit-s"] if args.dry else [])]
+    options = step_time.parse_args()
+    tune(1, tf32=True)
+    warnings.filterwarnings("ignore")
+    run = step_time.Run(options, batch, precision)
+    wanted = {"kernel", "gpu_memcpy", "gpu_memset"} if DEVICE == "cuda" else {"cpu_op"}
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (DEVICE == "cuda")
+    rows, tops = [], []
+    for phase in (1, 2):
+        work = run.step("ours", phase)
+        step = 1000 * statistics.median(alternate({"step": work}, 1 if args.dry else 5, DEVICE)["step"])
+        with profile(activities=activities) as found:
+            for _ in range(PROFILED_STEPS):
+                work()
+            synchronize(DEVICE)
+        with tempfile.TemporaryDirectory() as folder:
+            found.export_chrome_trace(f"{folder}/trace.json")
+            events = json.loads(Path(f"{folder}/trace.json").read_bytes().decode(errors="replace"))["traceEvents"]
+        events = [event for event in events if event.get("cat") in wanted and "dur" in event]
+        busy = union((e["ts"], e["ts"] + e["dur"]) for e in events) / 1000 / PROFILED_STEPS
+        rows.append([phase, f"{step:.1f}", f"{busy:.1f}", f"{100 * max(0.0, 1 - busy / step):.1f} %",
+                     f"{len(events) / PROFILED_STEPS:.0f}"])
+        times, counts = collections.Counter(), collections.Counter()
+        for event in events:
+            name = event["name"].replace("|", "/")[:100]
+            times[name] += event["dur"] / 1000 / PROFILED_STEPS
+            counts[name] += 1 / PROFILED_STEPS
+        tops += [[phase, name, f"{ms:.2f}", f"{100 * ms / sum(times.values()):.1f} %", f"{counts[name]:.0f}"]
+                 for name, ms in times.most_common(TOP)]
+    print(f"{model}, {resolution} px, batch {batch}, precision {precision}\n")
+    print(table(["phase", "ms a step", "busy, ms", "idle", "kernels a step"], rows))
+    print()
+    print(table(["phase", "kernel", "ms a step", "share", "calls a step"], tops))
+
+
+def show_scoring(args):
+    """A batch of uint8 images from the CPU to features on the device, in full float32; random weights."""
+    resolution, batch, count, rounds = (64, 2, 8, 1) if args.dry else (256, 64, 2000, 5)
+    images = torch.randint(0, 256, (batch, resolution, resolution, 3), dtype=torch.uint8)
+    names = ("inception", "efficientnet-lite0") if args.dry else tuple(features.FEATURES)
+    works = {}
+    for name in names:
+        torch.manual_seed(0)
+        network = features.build(name).eval().requires_grad_(False).to(DEVICE)
+        extractor = features.Extractor(name, "adm", network, torch.device(DEVICE))
+        works[name] = lambda extractor=extractor: extractor(images)
+    rows = [[name, spread([1000 * s for s in seconds], 1), f"{batch / statistics.median(seconds):.0f}"]
+            for name, seconds in alternate(works, rounds, DEVICE).items()]
+    print(f"{resolution} px, batch {batch}\n")
+    print(table(["features", "ms a batch", "images/s"], rows))
+    name = "efficientnet-lite0" if args.dry else "inception"
+    weights = features.build(name).state_dict()
+    works.clear()
+    with tempfile.TemporaryDirectory() as folder:
+        folder, rng = Path(folder), np.random.default_rng(0)
+        torch.save(weights, folder / "weights.pth")
+        for side in ("reference", "sample"):
+            np.savez(folder / f"{side}.npz", arr_0=rng.integers(0, 256, (count, resolution, resolution, 3), np.uint8))
+        flag = "--efficientnet-weights" if args.dry else "--inception-weights"
+
+        def evaluate():
+            call("evaluations/evaluator.py", folder / "reference.npz", folder / "sample.npz", "--features", name, flag,
+                 folder / "weights.pth", "--any-weights")
+        [seconds] = alternate({"evaluator.py": evaluate}, 1, "cpu")["evaluator.py"]  # one at a time
+    print(f"\nevaluator.py, {name}, two sets of {count} images of {resolution} px, all its scores: {seconds:.1f} s")
+
+
+def show_encoding(args):
+    """Whole commands without imports, by a VAE of Stable Diffusion's sizes."""
+    from diffusers import AutoencoderKL
+
+    from benchmarks import preprocessing
+    from benchmarks.synthetic import make_png
+    from preprocessing import encode
+    resolution, count, widths = (64, 4, (32,) * 4) if args.dry else (256, 512, (128, 256, 512, 512))
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=widths, layers_per_block=2, latent_channels=4,
+                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    with tempfile.TemporaryDirectory() as folder:
+        folder, rng = Path(folder), np.random.default_rng(0)
+        vae.save_pretrained(folder / "vae")
+        (folder / "source").mkdir()
+        for i in range(count):
+            (folder / f"source/img{i:08d}.png").write_bytes(make_png(resolution, rng))
+        works = {name: preprocessing.command(encode, folder / "source", folder / name, f"--model-url={folder / 'vae'}",
+                                             *more)[0] for name, more in (("float32", []), ("tf32", ["--allow-tf32"]))}
+        found = alternate(works, 1, DEVICE)
+    print(f"{resolution} px, {count} images\n")
+    print(table(["products", "images/s"], [[name, f"{count / statistics.median(s):.1f}"] for name, s in found.items()]))
+
+
+# ---- gpu.sh's raw output ----
+
+def tables(lines):
+    """The Markdown tables in `lines`, each a list of rows {column: cell}."""
+    found, header = [], None
+    cells = [[cell.strip() for cell in line.strip()[1:-1].split("|")] if line.startswith("|") else None for line in lines]
+    for row, below in zip(cells, [*cells[1:], None], strict=True):
+        if row is None:
+            header = None
+        elif header is None and below and all(re.fullmatch(":?-+:?", cell) for cell in below):
+            header = row
+            found.append([])
+        elif header and row and not all(re.fullmatch(":?-+:?", cell) for cell in row):
+            found[-1].append(dict(zip(header, row, strict=False)))
+    return found
+
+
+def sections(text):
+    """[{name, status, seconds, said, output, tables}] of what gpu.sh wrote; a section that it did not end is "CUT"."""
+    found = []
+    for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        name, _, body = part.partition("\n")
+        end = re.search(r"^(PASS|FAIL|SKIP) " + re.escape(name) + r" \((\d+) s\)(?:: (.*))?\s*\Z", body, re.MULTILINE)
+        output = body[:end.start()] if end else body
+        status, seconds, said = end.groups() if end else ("CUT", None, None)
+        command = re.search(r"^\$ (.*)$", output, re.MULTILINE)
+        found.append({"name": name, "status": status, "seconds": seconds and int(seconds), "said": said,
+                      "command": command and command[1], "tables": tables(output.splitlines()), "output": output[-4000:]})
+    return found
+
+
+def write_summary(args):
+    found = sections(args.raw.read_text(errors="replace"))
+    failed = [section["name"] for section in found if section["status"] not in ("PASS", "SKIP")]
+    args.json.write_text(json.dumps({"raw": args.raw.name, "result": "FAIL" if failed or not found else "PASS",
+                                     "failed": failed, "sections": found}, indent=1) + "\n")
+
+
+COMMANDS = {"machine": show_machine, "ceilings": show_ceilings, "attention": show_attention, "train": show_train,
+            "profile": show_profile, "scoring": show_scoring, "encoding": show_encoding}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in COMMANDS:
+        commands.add_parser(name).add_argument("--dry", action="store_true", help="tiny sizes")
+    summary = commands.add_parser("summary")
+    summary.add_argument("raw", type=Path)
+    summary.add_argument("json", type=Path)
+    args = parser.parse_args()
+    if args.command == "summary":
+        return write_summary(args)
+    COMMANDS[args.command](args)
+
+
+if __name__ == "__main__":
+    run_script(main)
