@@ -1,4 +1,4 @@
-"""What gpu.sh measures that no other benchmark does, a table each; and gpu.sh's raw output as JSON.
+"""What gpu.sh measures that no other benchmark does, a table each.
 
     python benchmarks/gpu.py machine            versions and hardware
     python benchmarks/gpu.py ceilings           a copy in memory and square matrix products
@@ -7,7 +7,6 @@
     python benchmarks/gpu.py profile            kernels of a training step
     python benchmarks/gpu.py scoring            images/s of the networks behind the scores, and a whole evaluator.py
     python benchmarks/gpu.py encoding           images/s of dataset_tools.py encode (needs diffusers)
-    python benchmarks/gpu.py summary RAW JSON
 
 Weights are random and made here, data too. --dry takes tiny sizes, for a CPU: its numbers mean nothing. Each command imports
 by itself what takes seconds to import.
@@ -26,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.gpu_summary import tables
 from benchmarks.measure import alternate, machine, spread, synchronize, table
 from evaluations import features
 from files import run_script
@@ -259,11 +260,10 @@ def show_scoring(args):
         for side in ("reference", "sample"):
             np.savez(folder / f"{side}.npz", arr_0=rng.integers(0, 256, (count, resolution, resolution, 3), np.uint8))
         flag = "--efficientnet-weights" if args.dry else "--inception-weights"
-
-        def evaluate():
-            call("evaluations/evaluator.py", folder / "reference.npz", folder / "sample.npz", "--features", name, flag,
-                 folder / "weights.pth", "--any-weights")
-        [seconds] = alternate({"evaluator.py": evaluate}, 1, "cpu")["evaluator.py"]  # one at a time
+        begin = time.perf_counter()
+        call("evaluations/evaluator.py", folder / "reference.npz", folder / "sample.npz", "--features", name, flag,
+             folder / "weights.pth", "--any-weights")
+        seconds = time.perf_counter() - begin
     print(f"\nevaluator.py, {name}, two sets of {count} images of {resolution} px, all its scores: {seconds:.1f} s")
 
 
@@ -291,44 +291,6 @@ def show_encoding(args):
     print(table(["products", "images/s"], [[name, f"{count / statistics.median(s):.1f}"] for name, s in found.items()]))
 
 
-# ---- gpu.sh's raw output ----
-
-def tables(lines):
-    """The Markdown tables in `lines`, each a list of rows {column: cell}."""
-    found, header = [], None
-    cells = [[cell.strip() for cell in line.strip()[1:-1].split("|")] if line.startswith("|") else None for line in lines]
-    for row, below in zip(cells, [*cells[1:], None], strict=True):
-        if row is None:
-            header = None
-        elif header is None and below and all(re.fullmatch(":?-+:?", cell) for cell in below):
-            header = row
-            found.append([])
-        elif header and row and not all(re.fullmatch(":?-+:?", cell) for cell in row):
-            found[-1].append(dict(zip(header, row, strict=False)))
-    return found
-
-
-def sections(text):
-    """[{name, status, seconds, said, output, tables}] of what gpu.sh wrote; a section that it did not end is "CUT"."""
-    found = []
-    for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
-        name, _, body = part.partition("\n")
-        end = re.search(r"^(PASS|FAIL|SKIP) " + re.escape(name) + r" \((\d+) s\)(?:: (.*))?\s*\Z", body, re.MULTILINE)
-        output = body[:end.start()] if end else body
-        status, seconds, said = end.groups() if end else ("CUT", None, None)
-        command = re.search(r"^\$ (.*)$", output, re.MULTILINE)
-        found.append({"name": name, "status": status, "seconds": seconds and int(seconds), "said": said,
-                      "command": command and command[1], "tables": tables(output.splitlines()), "output": output[-4000:]})
-    return found
-
-
-def write_summary(args):
-    found = sections(args.raw.read_text(errors="replace"))
-    failed = [section["name"] for section in found if section["status"] not in ("PASS", "SKIP")]
-    args.json.write_text(json.dumps({"raw": args.raw.name, "result": "FAIL" if failed or not found else "PASS",
-                                     "failed": failed, "sections": found}, indent=1) + "\n")
-
-
 COMMANDS = {"machine": show_machine, "ceilings": show_ceilings, "attention": show_attention, "train": show_train,
             "profile": show_profile, "scoring": show_scoring, "encoding": show_encoding}
 
@@ -338,12 +300,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     for name in COMMANDS:
         commands.add_parser(name).add_argument("--dry", action="store_true", help="tiny sizes")
-    summary = commands.add_parser("summary")
-    summary.add_argument("raw", type=Path)
-    summary.add_argument("json", type=Path)
     args = parser.parse_args()
-    if args.command == "summary":
-        return write_summary(args)
     COMMANDS[args.command](args)
 
 

@@ -46,7 +46,7 @@ printf '# gpu.sh %s\n' "$part $budget $dry" > "$raw" || exit 1
 
 finish() {
     rm -rf "$work"
-    "$python" benchmarks/gpu.py summary "$raw" "${raw%.md}.json" || failed=1
+    "$python" benchmarks/gpu_summary.py "$raw" "${raw%.md}.json" || failed=1
     echo "$([[ $failed == 0 ]] && echo PASS || echo FAIL) part $part, $SECONDS s: ${raw%.md}.md and .json"
     exit "$failed"
 }
@@ -57,7 +57,7 @@ say() { tee -a "$raw" <<< "$1"; }
 
 skip() { printf '\n## %s\n\n' "$1" >> "$raw"; say "SKIP $1 (0 s): $2"; }
 
-has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2> /dev/null; }
 
 section() {  # name, seconds at most, arguments of Python
     local name=$1 limit=$2 left=$((budget - SECONDS)) begin=$SECONDS from status
@@ -91,20 +91,21 @@ case $part in
             skip tests "pytest is not installed"
         elif [[ $dry ]]; then
             section tests 300 -m pytest tests/test_gpu.py -p no:cacheprovider \
-                -k "float32 and not mmdit or eager-no or test_samplers or ddp or finite_changes_nothing and no"
+                -k "float32 and not mmdit or test_samplers or ddp or finite_changes_nothing"
         else
             has xdist && parallel="-n 4" || parallel=
-            section tests 420 -m pytest tests/test_gpu.py -p no:cacheprovider -ra $parallel
+            export TORCHINDUCTOR_COMPILE_THREADS=4
+            section tests 420 -m pytest tests/test_gpu.py -p no:cacheprovider -vv -ra $parallel
         fi
         ;;
     B)
         if [[ $dry ]]; then
-            tiny="--resolution 64 --batch-size 2 --rounds 1 --model SiT-T/2"
-            section "step time" 120 $step $tiny --enc-type dinov2-vit-s --variants published ours plain
+            tiny="--resolution 64 --batch-size 2 --rounds 1"
+            section "step time" 120 $step $tiny --model SiT-S/2 --enc-type dinov2-vit-s --variants published ours plain
             section profile 120 benchmarks/gpu.py profile --dry
             section "train.py" 300 benchmarks/gpu.py train --dry
             section "attention loss" 60 benchmarks/attention.py --shapes 1 2 16 8 --tiles 4 8 --rounds 1
-            section sampling 120 benchmarks/sampling.py $tiny --variants published ours bf16 --modes sde ode --num-steps 2
+            section sampling 120 benchmarks/sampling.py $tiny --model SiT-T/2 --variants published ours bf16 --modes sde ode --num-steps 2
         else
             xl="--model SiT-XL/2 --mixed-precision bf16"
             section "step time, XL/2, batch 32" 210 $step $xl --batch-size 32 --rounds 5

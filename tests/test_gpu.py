@@ -81,11 +81,12 @@ def error(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def near(actual, expected, precision):
+def near(actual, expected, precision, passes=1):
+    """`passes`: 2 for gradients, to which the forward and the backward pass add their errors."""
     if precision == "float32":
         close(torch.as_tensor(actual).detach().cpu(), expected, PRECISIONS[precision])
     found = error(actual, expected)
-    assert found <= PRECISIONS[precision], found  # a NaN is not
+    assert found <= passes * PRECISIONS[precision], found  # a NaN is not
 
 
 def to_device(*tensors):
@@ -129,7 +130,7 @@ def test_losses_and_gradients(name, precision):
     assert np.isfinite(list(norms.values())).all()
     if "gnames" in file:
         assert sorted(norms) == sorted(file["gnames"].tolist())
-        near(torch.tensor([norms[name] for name in file["gnames"].tolist()]), file["gnorms"], precision)
+        near(torch.tensor([norms[name] for name in file["gnames"].tolist()]), file["gnorms"], precision, 2)
 
 
 @EACH_PRECISION
@@ -221,24 +222,29 @@ def test_scores_have_full_float32(tmp_path):
         with torch.autocast(device, torch.bfloat16):
             found.append(extractor(images)[0])
     assert found[1].device.type == DEVICE and found[1].dtype == torch.float32
-    assert error(found[1], found[0]) < 1e-5
+    assert error(found[1], found[0]) < 2e-4  # TF32 makes 1e-3 and more of it
 
 
-def test_gradients_through_ddp():
+@pytest.fixture
+def group():
+    dist.init_process_group("nccl" if ON_GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_gradients_through_ddp(group):
     """The raw module around one process, by NCCL on a GPU: with the buckets' memory as gradients, twice."""
     x, y, t, noise = to_device(*sit_inputs())
     found = []
     for wrapped in (False, True):
         model = network = golden_sit().to(DEVICE)
         if wrapped:
-            dist.init_process_group("nccl" if ON_GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)
             network = torch.nn.parallel.DistributedDataParallel(
                 model, device_ids=[0] if ON_GPU else None, gradient_as_bucket_view=True)
         for _ in range(2):
             losses = SILoss()(network, x, y, teacher_on_device(11), t, noise)
             (losses["denoise"].mean() + 0.5 * losses["feature"] + 0.5 * losses["attention"]).backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).cpu())
-    dist.destroy_process_group()
     assert error(found[1], found[0]) < 1e-5
 
 

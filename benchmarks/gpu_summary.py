@@ -1,0 +1,49 @@
+"""gpu.sh's raw output as JSON: each section's status, seconds, tables and the end of what it printed.
+
+    python benchmarks/gpu_summary.py RAW JSON
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+
+def tables(lines):
+    """The Markdown tables in `lines`, each a list of rows {column: cell}."""
+    found, header = [], None
+    cells = [[cell.strip() for cell in line.strip()[1:-1].split("|")] if line.startswith("|") else None for line in lines]
+    for row, below in zip(cells, [*cells[1:], None], strict=True):
+        if row is None:
+            header = None
+        elif header is None and below and all(re.fullmatch(":?-+:?", cell) for cell in below):
+            header = row
+            found.append([])
+        elif header and row and not all(re.fullmatch(":?-+:?", cell) for cell in row):
+            found[-1].append(dict(zip(header, row, strict=False)))
+    return found
+
+
+def sections(text):
+    """[{name, status, seconds, said, output, tables}] of what gpu.sh wrote; a section that it did not end is "CUT"."""
+    found = []
+    for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        name, _, body = part.partition("\n")
+        end = re.search(r"^(PASS|FAIL|SKIP) " + re.escape(name) + r" \((\d+) s\)(?:: (.*))?\s*\Z", body, re.MULTILINE)
+        output = body[:end.start()] if end else body
+        status, seconds, said = end.groups() if end else ("CUT", None, None)
+        command = re.search(r"^\$ (.*)$", output, re.MULTILINE)
+        found.append({"name": name, "status": status, "seconds": seconds and int(seconds), "said": said,
+                      "command": command and command[1], "tables": tables(output.splitlines()), "output": output[-4000:]})
+    return found
+
+
+def main():
+    raw, summary = map(Path, sys.argv[1:])
+    found = sections(raw.read_text(errors="replace"))
+    failed = [section["name"] for section in found if section["status"] not in ("PASS", "SKIP")]
+    summary.write_text(json.dumps({"raw": raw.name, "result": "FAIL" if failed or not found else "PASS", "failed": failed,
+                                   "sections": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""benchmarks/gpu.sh: part A as a whole on a CPU; sections that fail or take too long; what becomes of its output."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.gpu_summary import sections
+from tests.conftest import CPU, ROOT
+
+
+def gpu_sh(out, *arguments, python=sys.executable, **env):
+    """The finished process, with stdout and stderr as one text."""
+    return subprocess.run(["bash", str(ROOT / "benchmarks/gpu.sh"), *arguments], check=False, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=570, cwd=out,
+                          env={**os.environ, **CPU, "PYTHON": str(python), "OUT": str(out), **env})
+
+
+def summary(out):
+    [path] = out.glob("*.json")
+    return json.loads(path.read_text())
+
+
+def test_part_a_on_a_cpu(tmp_path):
+    done = gpu_sh(tmp_path, "A", "--dry")
+    assert done.returncode == 0, done.stdout
+    found = summary(tmp_path)
+    assert found["result"] == "PASS" and found["failed"] == []
+    assert [(section["name"], section["status"]) for section in found["sections"]] == [
+        (name, "PASS") for name in ("machine", "ceilings", "attention", "tests")]
+    machine, ceilings, attention = (section["tables"][0] for section in found["sections"][:3])
+    assert "torch" in next(row["value"] for row in machine if row["what"] == "machine")
+    assert {row["what"].split()[0] for row in ceilings} == {"copy", "bf16", "fp16", "tf32", "float32"}
+    assert any(row["asked for"] == "default" and "attention" in row["taken"] for row in attention)
+    assert " passed" in found["sections"][3]["output"] and "failed" not in found["sections"][3]["output"]
+    assert [line.split(" (")[0] for line in done.stdout.splitlines()[:-1]] == [
+        "PASS machine", "PASS ceilings", "PASS attention", "PASS tests"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md"]
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Takes the place of Python in gpu.sh: what BREAK names fails or, with SLEEP, takes a minute; other sections do nothing."""
+    path = tmp_path / "bin/python"
+    path.parent.mkdir()
+    path.write_text(f"""#!/usr/bin/env bash
+case "$*" in
+    *summary* | -c*) exec {sys.executable} "$@" ;;
+    *"$BREAK"*) echo "it is $BREAK that fails"; [[ ${{SLEEP:-}} ]] && exec sleep 60; exit 3 ;;
+    *) echo "done" ;;
+esac
+""")
+    path.chmod(0o755)
+    (tmp_path / "out").mkdir()
+    return path
+
+
+def test_a_failed_section_stops_no_other_and_fails_the_part(tmp_path, python):
+    done = gpu_sh(tmp_path / "out", "A", "--dry", python=python, BREAK="gpu.py ceilings")
+    assert done.returncode == 1
+    assert [line.split(" (")[0] for line in done.stdout.splitlines()[:-1]] == [
+        "PASS machine", "it is gpu.py ceilings that fails", "FAIL ceilings", "PASS attention", "PASS tests"]
+    assert done.stdout.splitlines()[-1].startswith("FAIL part A")
+    found = summary(tmp_path / "out")
+    assert found["result"] == "FAIL" and found["failed"] == ["ceilings"]
+    assert found["sections"][1]["said"] == "status 3" and "that fails" in found["sections"][1]["output"]
+
+
+def test_no_section_takes_more_than_the_time_there_is(tmp_path, python):
+    done = gpu_sh(tmp_path / "out", "A", "2", "--dry", python=python, BREAK="gpu.py machine", SLEEP="1")
+    assert done.returncode == 1
+    found = summary(tmp_path / "out")
+    assert found["failed"] == ["machine"] and found["sections"][0]["said"] == "status 124, its time was up"
+    assert [section["status"] for section in found["sections"]] == ["FAIL", "SKIP", "SKIP", "SKIP"]
+    assert "SKIP tests (0 s): no time is left" in done.stdout
+
+
+def test_what_is_not_installed_is_said(tmp_path, python):
+    """A package, data, a GPU."""
+    lacking = tmp_path / "lacking"
+    lacking.mkdir()
+    (lacking / "sitecustomize.py").write_text("import sys; sys.modules['diffusers'] = None")
+    done = gpu_sh(tmp_path / "out", "C", "--dry", python=python, BREAK="nothing", PYTHONPATH=str(lacking))
+    assert done.returncode == 0
+    assert "SKIP encoding (0 s): diffusers is not installed" in done.stdout and "SKIP study (0 s): no data: set DATA" in done.stdout
+    assert [section["status"] for section in summary(tmp_path / "out")["sections"]] == ["PASS", "SKIP", "SKIP"]
+    done = gpu_sh(tmp_path / "out", "A", python=python)
+    assert done.returncode == 1 and "has no PyTorch that sees a GPU" in done.stdout
+    for arguments in (["D"], ["A", "soon"], []):
+        assert gpu_sh(tmp_path / "out", *arguments, python=python).returncode == 2
+
+
+def test_a_section_that_was_cut_is_no_success():
+    text = """# gpu.sh A
+
+## one
+
+$ python one.py
+
+| a | b |
+| --- | --- |
+| 1 | x |
+| 2 | y |
+PASS one (3 s)
+
+## two
+
+$ python two.py
+
+| c |
+| --- |
+| 5 |
+"""
+    one, two = sections(text)
+    assert one["status"] == "PASS" and one["seconds"] == 3 and one["command"] == "python one.py"
+    assert one["tables"] == [[{"a": "1", "b": "x"}, {"a": "2", "b": "y"}]]
+    assert two["status"] == "CUT" and two["tables"] == [[{"c": "5"}]]
