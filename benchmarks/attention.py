@@ -52,8 +52,8 @@ def make_forms(powers):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11, help="timed calls of each (default 11)")
-    parser.add_argument("--shapes", type=int, nargs="+", default=SHAPES, help="N H T d of each (default those of the embedded "
-                        "preset, of 256 and of 512 px)")
+    parser.add_argument("--shapes", type=int, nargs="+", default=SHAPES, help="N H T d of each (default those of the "
+                        "embedded preset, of 256 and of 512 px)")
     parser.add_argument("--tiles", type=int, nargs="+", default=POWERS, help="powers of 2 (default 16 18 20 22 24)")
     args = parser.parse_args()
     if len(args.shapes) % 4:

@@ -8,8 +8,8 @@
     python benchmarks/gpu.py scoring            images/s of the networks behind the scores, and a whole evaluator.py
     python benchmarks/gpu.py encoding           images/s of dataset_tools.py encode (needs diffusers)
 
-Weights are random and made here, data too. --dry takes tiny sizes, for a CPU: its numbers mean nothing. Each command imports
-by itself what takes seconds to import.
+Weights are random and made here, data too. --dry takes tiny sizes, for a CPU: its numbers mean nothing. Each command
+imports by itself what takes seconds to import.
 """
 import argparse
 import collections
@@ -89,8 +89,8 @@ def show_ceilings(args):
     rows.append([f"copy of {size / 2 ** 20:.0f} MiB", spread([1000 * s for s in seconds]),
                  f"{2 * size / statistics.median(seconds) / 1e12:.2f} TB/s"])
     works = {}
-    for name, dtype, tf32 in (("bf16", torch.bfloat16, False), ("fp16", torch.float16, False), ("tf32", torch.float32, True),
-                              ("float32", torch.float32, False)):
+    for name, dtype, tf32 in (("bf16", torch.bfloat16, False), ("fp16", torch.float16, False),
+                              ("tf32", torch.float32, True), ("float32", torch.float32, False)):
         a, b = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in range(2))
 
         def multiply(a=a, b=b, tf32=tf32):
@@ -113,7 +113,7 @@ def fused_kernels(work):
 
 
 def show_attention(args):
-    """A kernel that does not take these inputs is a row without numbers; a product counts twice, backward 2.5 of forward."""
+    """A kernel that does not take these inputs is a row without numbers. Backward counts 2.5 times forward's FLOPs."""
     n, h, t, d = (1, 2, 16, 8) if args.dry else (32, 16, 256, 72)
     rounds, forward_flops, rows = 1 if args.dry else 10, 4 * n * h * t * t * d, []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -163,22 +163,24 @@ def show_train(args):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         torch.save(timm.create_model(TEACHERS[teacher][0], num_classes=0).state_dict(), folder / "teacher.pth")
-        call("benchmarks/synthetic.py", folder, "--n", entries, "--resolution", resolution, "--forms", "folder", "packed")
+        call("benchmarks/synthetic.py", folder, "--n", entries, "--resolution", resolution,
+             "--forms", "folder", "packed")
         for form in ("packed", "folder"):
-            call("train.py", "--model", model, "--data-dir", folder / form, "--resolution", resolution, "--batch-size", batch,
-                 "--mixed-precision", precision, "--allow-tf32", "--enc-type", teacher, "--enc-weights", folder / "teacher.pth",
-                 "--early-stop-point", phase_steps, "--max-train-steps", 2 * phase_steps, "--log-every", STEPS_A_ROW,
-                 "--sampling-steps", 0, "--report-to", "none", "--output-dir", folder / "runs", "--exp-name", form)
+            call("train.py", "--model", model, "--data-dir", folder / form, "--resolution", resolution,
+                 "--batch-size", batch, "--mixed-precision", precision, "--allow-tf32", "--enc-type", teacher,
+                 "--enc-weights", folder / "teacher.pth", "--early-stop-point", phase_steps, "--log-every", STEPS_A_ROW,
+                 "--max-train-steps", 2 * phase_steps, "--sampling-steps", 0, "--report-to", "none",
+                 "--output-dir", folder / "runs", "--exp-name", form)
             with open(folder / "runs" / form / "metrics.csv", newline="") as file:
                 seconds = [float(row["seconds"]) / STEPS_A_ROW for row in csv.DictReader(file)]
             found += [(form, 1, seconds[1:rows_a_phase]), (form, 2, seconds[rows_a_phase + 1:])]
-    alone = {int(row["phase"]): float(row["seconds a step: median (lowest to highest)"].split()[0]) for row in step_time_rows(
-        "--model", model, "--resolution", resolution, "--batch-size", batch, "--mixed-precision", precision, "--variants",
-        "ours", "--enc-type", teacher, "--rounds", 1 if args.dry else 5)}
+    beside = step_time_rows("--model", model, "--resolution", resolution, "--batch-size", batch, "--enc-type", teacher,
+                            "--mixed-precision", precision, "--variants", "ours", "--rounds", 1 if args.dry else 5)
+    alone = {int(row["phase"]): float(row["seconds a step: median (lowest to highest)"].split()[0]) for row in beside}
     names = {"packed": "packed", "folder": "PNG"}
     print(f"{model}, {resolution} px, batch {batch}, precision {precision}; {len(os.sched_getaffinity(0))} CPU cores\n")
-    print(table(["data", "phase", "train.py, seconds a step", "images/s", "step_time.py, seconds a step", "images/s of it",
-                 "train.py's part of that speed"],
+    print(table(["data", "phase", "train.py, seconds a step", "images/s", "step_time.py, seconds a step",
+                 "images/s of it", "train.py's part of that speed"],
                 [[names[form], phase, spread(s), f"{batch / statistics.median(s):.0f}", f"{alone[phase]:.3f}",
                   f"{batch / max(alone[phase], 1e-3):.0f}", f"{alone[phase] / statistics.median(s):.2f}"]
                  for form, phase, s in found]))

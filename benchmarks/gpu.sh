@@ -8,10 +8,11 @@
 #     C  images/s of scoring and encoding, and for the rest of the time study.py on DATA, a folder as
 #        preprocessing/embedded.py makes it
 #
-# SECONDS is the time for all sections (default 480, 540, 480). Each has a limit of its own as well and prints one line, PASS, FAIL or SKIP
-# with the reason; a failure does not stop the next section, but makes the exit status 1. Raw output and a summary go to OUT
-# (default benchmarks/results): DATE-gpu-PART.md and .json. PYTHON (default python3) needs torch >= 2.11, timm, accelerate
-# and transformers; diffusers, pytest and pytest-xdist are used where they are installed. --dry: tiny sizes, on a CPU.
+# SECONDS is the time for all sections (default 480, 540, 480). Each has a limit of its own as well and prints one line:
+# PASS, FAIL, or SKIP with the reason. A failure does not stop the next section, but makes the exit status 1. Raw output
+# and a summary go to OUT (default benchmarks/results): DATE-gpu-PART.md and .json. PYTHON (default python3) needs
+# torch >= 2.11, timm, accelerate and transformers; diffusers, pytest and pytest-xdist are used where they are installed.
+# --dry: tiny sizes, on a CPU.
 set -uo pipefail
 
 part=${1:-} budget=480 dry=
@@ -28,7 +29,10 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 out=${OUT:-$root/benchmarks/results}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 [[ -n ${DATA:-} ]] && DATA=$(realpath -m "$DATA")
-python=$(command -v "${PYTHON:-python3}") || { echo "error: there is no ${PYTHON:-python3}; name an interpreter with PYTHON=." >&2; exit 1; }
+if ! python=$(command -v "${PYTHON:-python3}"); then
+    echo "error: there is no ${PYTHON:-python3}; name an interpreter with PYTHON=." >&2
+    exit 1
+fi
 python=$(realpath -s "$python")  # of a virtual environment: not what its link points to
 cd "$root" || exit 1
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 KINETO_LOG_LEVEL=99 OMP_NUM_THREADS="${OMP_NUM_THREADS:-}"
@@ -105,20 +109,21 @@ case $part in
             section profile 120 benchmarks/gpu.py profile --dry
             section "train.py" 300 benchmarks/gpu.py train --dry
             section "attention loss" 60 benchmarks/attention.py --shapes 1 2 16 8 --tiles 4 8 --rounds 1
-            section sampling 120 benchmarks/sampling.py $tiny --model SiT-T/2 --variants published ours bf16 --modes sde ode --num-steps 2
+            section sampling 120 benchmarks/sampling.py $tiny --model SiT-T/2 --variants published ours bf16 \
+                --modes sde ode --num-steps 2
         else
             xl="--model SiT-XL/2 --mixed-precision bf16"
             section "step time, XL/2, batch 32" 210 $step $xl --batch-size 32 --rounds 5
             section "step time, XL/2, batch 128" 60 $step $xl --batch-size 128 --rounds 3 --variants ours
             section profile 60 benchmarks/gpu.py profile
             section "train.py" 150 benchmarks/gpu.py train
-            section sampling 100 benchmarks/sampling.py --model SiT-XL/2 --batch-size 32 --variants published ours bf16 \
-                --modes sde ode --num-steps 6 --rounds 2
+            section sampling 100 benchmarks/sampling.py --model SiT-XL/2 --batch-size 32 --modes sde ode --num-steps 6 \
+                --rounds 2 --variants published ours bf16
             section "attention loss" 60 benchmarks/attention.py --shapes 32 12 256 72 --tiles 18 20 21 22 23 24 25
             section "step time, B/2" 90 $step --model SiT-B/2 --mixed-precision bf16 --batch-size 128 --rounds 3 \
                 --variants published ours compiled plain
-            section "step time, XL/2, fp16" 60 $step --model SiT-XL/2 --mixed-precision fp16 --batch-size 32 --rounds 3 \
-                --variants published ours
+            section "step time, XL/2, fp16" 60 $step --model SiT-XL/2 --mixed-precision fp16 --batch-size 32 \
+                --rounds 3 --variants published ours
             section "step time, XL/2, batch 128, compiled" 120 $step $xl --batch-size 128 --rounds 3 --variants compiled
         fi
         ;;

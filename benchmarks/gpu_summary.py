@@ -11,7 +11,8 @@ from pathlib import Path
 def tables(lines):
     """The Markdown tables in `lines`, each a list of rows {column: cell}."""
     found, header = [], None
-    cells = [[cell.strip() for cell in line.strip()[1:-1].split("|")] if line.startswith("|") else None for line in lines]
+    cells = [[cell.strip() for cell in line.strip()[1:-1].split("|")] if line.startswith("|") else None
+             for line in lines]
     for row, below in zip(cells, [*cells[1:], None], strict=True):
         if row is None:
             header = None
@@ -33,7 +34,8 @@ def sections(text):
         status, seconds, said = end.groups() if end else ("CUT", None, None)
         command = re.search(r"^\$ (.*)$", output, re.MULTILINE)
         found.append({"name": name, "status": status, "seconds": seconds and int(seconds), "said": said,
-                      "command": command and command[1], "tables": tables(output.splitlines()), "output": output[-4000:]})
+                      "command": command and command[1], "tables": tables(output.splitlines()),
+                      "output": output[-4000:]})
     return found
 
 
@@ -41,8 +43,9 @@ def main():
     raw, summary = map(Path, sys.argv[1:])
     found = sections(raw.read_text(errors="replace"))
     failed = [section["name"] for section in found if section["status"] not in ("PASS", "SKIP")]
-    summary.write_text(json.dumps({"raw": raw.name, "result": "FAIL" if failed or not found else "PASS", "failed": failed,
-                                   "sections": found}, indent=1) + "\n")
+    result = "FAIL" if failed or not found else "PASS"
+    said = {"raw": raw.name, "result": result, "failed": failed, "sections": found}
+    summary.write_text(json.dumps(said, indent=1) + "\n")
 
 
 if __name__ == "__main__":

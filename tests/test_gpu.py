@@ -260,8 +260,8 @@ def run(monkeypatch, *arguments):
 
 
 def run_arguments(data, teacher_file, out, *more):
-    return train_arguments(data, out, "--enc-weights", teacher_file, "--early-stop-point", SWITCH, "--max-train-steps", STEPS,
-                           *more)
+    return train_arguments(data, out, "--enc-weights", teacher_file, "--early-stop-point", SWITCH,
+                           "--max-train-steps", STEPS, *more)
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,8 @@ def assert_expected(rows, expected, bound=TRAINED["no"]):
     for i, (row, other) in enumerate(zip(rows, expected, strict=True)):
         if all(kept[:i + 1]):
             for name in ("loss", "denoise", *(("feature", "attention") if i < SWITCH else ())):
-                assert float(row[name]) == pytest.approx(float(other[name]), rel=bound, abs=bound / 10), (name, row, other)
+                close_to = pytest.approx(float(other[name]), rel=bound, abs=bound / 10)
+                assert float(row[name]) == close_to, (name, row, other)
     return kept
 
 
@@ -317,8 +318,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(monkeypatch, tiny_data, t
         return mean_flat(x)
 
     monkeypatch.setattr(loss, "mean_flat", break_one)
-    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-skipped-steps", 20,
-                                      "--checkpointing-steps", 1, "--max-train-steps", broken + 3, "--mixed-precision", precision))
+    run(monkeypatch, *train_arguments(
+        tiny_data, tmp_path, "--enc-type", "none", "--max-skipped-steps", 20, "--checkpointing-steps", 1,
+        "--max-train-steps", broken + 3, "--mixed-precision", precision))
     before, after, end = (checkpoint(tmp_path, step) for step in (broken - 1, broken, broken + 3))
     assert metrics(tmp_path)[broken - 1]["skipped"] == "1"
     assert_same_state(before["model"], after["model"])
@@ -333,8 +335,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(monkeypatch, tiny_data, t
 def test_a_resumed_run_is_the_whole_one(monkeypatch, tiny_data, teacher_file, tmp_path, precision):
     """9 = 4 + 3 + 2 across the switch at 5: bit for bit in float32 and on a CPU, else to 1e-3 of the weights' norm."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    more = ["--batch-size", 16, "--enc-weights", teacher_file, "--log-every", 5, "--early-stop-point", 5, "--mixed-precision",
-            precision, "--max-train-steps"]
+    more = ["--batch-size", 16, "--enc-weights", teacher_file, "--log-every", 5, "--early-stop-point", 5,
+            "--mixed-precision", precision, "--max-train-steps"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of kernels that have no such order
         run(monkeypatch, *train_arguments(tiny_data, tmp_path / "whole", *more, 9))
@@ -345,7 +347,8 @@ def test_a_resumed_run_is_the_whole_one(monkeypatch, tiny_data, teacher_file, tm
     whole, parts = (checkpoint(tmp_path / name, 9) for name in ("whole", "parts"))
     assert whole.get("scaler") == parts.get("scaler")
     for part in ("model", "ema"):
-        assert error(*(torch.cat([value.flatten() for value in state[part].values()]) for state in (parts, whole))) < 1e-3
+        weights = [torch.cat([value.flatten() for value in state[part].values()]) for state in (parts, whole)]
+        assert error(*weights) < 1e-3
 
 
 def test_previews_and_scores(monkeypatch, data, teacher_file, tmp_path):
@@ -354,9 +357,9 @@ def test_previews_and_scores(monkeypatch, data, teacher_file, tmp_path):
     monkeypatch.setattr(features, "EFFICIENTNET_SHA256", "")
     torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "scorer.pth")
     run(monkeypatch, *run_arguments(
-        data, teacher_file, tmp_path, "--mixed-precision", "bf16", "--allow-tf32", "--sampling-steps", 3, "--eval-steps", 3,
-        "--eval-samples", 6, "--eval-ref", data / "images", "--eval-features", "efficientnet-lite0", "--eval-weights",
-        tmp_path / "scorer.pth", "--vae", ROOT / "assets/vae-emoji"))
+        data, teacher_file, tmp_path, "--mixed-precision", "bf16", "--allow-tf32", "--sampling-steps", 3,
+        "--eval-steps", 3, "--eval-samples", 6, "--eval-ref", data / "images", "--eval-features", "efficientnet-lite0",
+        "--eval-weights", tmp_path / "scorer.pth", "--vae", ROOT / "assets/vae-emoji"))
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows if row["FD-EffLite0"]] == ["3", "6"]
     assert all(float(row["FD-EffLite0"]) > 0 for row in rows if row["FD-EffLite0"])
@@ -376,7 +379,8 @@ class Fresh:
         self.folder = Path(tempfile.mkdtemp(dir=SERVER.folder))
         request = {"run": name, "argv": [str(argument) for argument in arguments], "env": env or {}, "before": before,
                    "out": str(self.folder / "out"), "err": str(self.folder / "err")}
-        self.process = subprocess.Popen([sys.executable, "-c", f"from tests.forkserver import run; run({request!r})"], cwd=ROOT)
+        code = f"from tests.forkserver import run; run({request!r})"
+        self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
 
     def send(self, number):
         self.process.send_signal(number)
@@ -417,8 +421,8 @@ def use_gloo():
 
 def test_a_signal_saves_and_the_run_goes_on(monkeypatch, tiny_data, teacher_file, tmp_path):
     """SIGTERM while steps are made; the same command continues to the weights of a run that got none."""
-    arguments = ["--enc-weights", teacher_file, "--early-stop-point", 2, "--num-workers", 1, "--checkpointing-steps", 10_000,
-                 "--max-train-steps"]
+    arguments = ["--enc-weights", teacher_file, "--early-stop-point", 2, "--num-workers", 1,
+                 "--checkpointing-steps", 10_000, "--max-train-steps"]
     process = start(*train_arguments(tiny_data, tmp_path / "a", *arguments, 10_000))
     wait_for(lambda: (tmp_path / "a/run/metrics.csv").is_file() and len(metrics(tmp_path / "a")) > 3, 120)
     process.send(signal.SIGTERM)
@@ -448,8 +452,9 @@ def test_two_processes_on_one_gpu(tiny_data, teacher_file, tmp_path, expected, p
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_fsdp_2(tiny_data, teacher_file, tmp_path, expected, precision):
-    """By one NCCL process as accelerate's launcher sets it up; on a CPU by two, where accelerate has to be persuaded."""
-    arguments = run_arguments(tiny_data, teacher_file, tmp_path, "--mixed-precision", precision, "--checkpointing-steps", 3)
+    """By one NCCL process as accelerate's launcher sets it up; by two on a CPU, where accelerate has to be persuaded."""
+    arguments = run_arguments(tiny_data, teacher_file, tmp_path, "--mixed-precision", precision,
+                              "--checkpointing-steps", 3)
     if ON_GPU:
         run_group(*arguments, processes=1, env={
             "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"})

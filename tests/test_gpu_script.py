@@ -41,7 +41,7 @@ def test_part_a_on_a_cpu(tmp_path):
 
 @pytest.fixture
 def python(tmp_path):
-    """Takes the place of Python in gpu.sh: what BREAK names fails or, with SLEEP, takes a minute; other sections do nothing."""
+    """For gpu.sh in place of Python: what BREAK names fails or, with SLEEP, takes a minute; other sections do nothing."""
     path = tmp_path / "bin/python"
     path.parent.mkdir()
     path.write_text(f"""#!/usr/bin/env bash
@@ -83,7 +83,8 @@ def test_what_is_not_installed_is_said(tmp_path, python):
     (lacking / "sitecustomize.py").write_text("import sys; sys.modules['diffusers'] = None")
     done = gpu_sh(tmp_path / "out", "C", "--dry", python=python, BREAK="nothing", PYTHONPATH=str(lacking))
     assert done.returncode == 0
-    assert "SKIP encoding (0 s): diffusers is not installed" in done.stdout and "SKIP study (0 s): no data: set DATA" in done.stdout
+    assert "SKIP encoding (0 s): diffusers is not installed" in done.stdout
+    assert "SKIP study (0 s): no data: set DATA" in done.stdout
     assert [section["status"] for section in summary(tmp_path / "out")["sections"]] == ["PASS", "SKIP", "SKIP"]
     done = gpu_sh(tmp_path / "out", "A", python=python)
     assert done.returncode == 1 and "has no PyTorch that sees a GPU" in done.stdout
