@@ -35,8 +35,7 @@ if ! python=$(command -v "${PYTHON:-python3}"); then
 fi
 python=$(realpath -s "$python")  # of a virtual environment: not what its link points to
 cd "$root" || exit 1
-export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 KINETO_LOG_LEVEL=99 OMP_NUM_THREADS="${OMP_NUM_THREADS:-}"
-[[ $OMP_NUM_THREADS ]] || unset OMP_NUM_THREADS
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 KINETO_LOG_LEVEL=99
 if [[ $dry ]]; then
     export CUDA_VISIBLE_DEVICES="" HASTE_TEST_DEVICE=cpu
 elif ! "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then

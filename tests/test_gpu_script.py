@@ -1,11 +1,13 @@
 """benchmarks/gpu.sh: part A as a whole on a CPU; sections that fail or take too long; what becomes of its output."""
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 
+from benchmarks import gpu, sampling, step_time, study
 from benchmarks.gpu_summary import sections
 from tests.conftest import CPU, ROOT
 
@@ -45,6 +47,8 @@ def python(tmp_path):
     path = tmp_path / "bin/python"
     path.parent.mkdir()
     path.write_text(f"""#!/usr/bin/env bash
+[[ ${{LOG:-}} ]] && printf '%q ' "$@" >> "$LOG" && echo >> "$LOG"
+[[ ${{GPU:-}} && $* == *is_available* ]] && exit 0
 case "$*" in
     *summary* | -c*) exec {sys.executable} "$@" ;;
     *"$BREAK"*) echo "it is $BREAK that fails"; [[ ${{SLEEP:-}} ]] && exec sleep 60; exit 3 ;;
@@ -90,6 +94,26 @@ def test_what_is_not_installed_is_said(tmp_path, python):
     assert done.returncode == 1 and "has no PyTorch that sees a GPU" in done.stdout
     for arguments in (["D"], ["A", "soon"], []):
         assert gpu_sh(tmp_path / "out", *arguments, python=python).returncode == 2
+
+
+def test_what_a_gpu_is_asked_for_is_what_scripts_take(monkeypatch, tmp_path, python):
+    """The command lines of all parts without --dry, which no run on a CPU tries."""
+    for part in "ABC":
+        done = gpu_sh(tmp_path / "out", part, python=python, BREAK="nothing", GPU="1", LOG=str(tmp_path / "log"),
+                      DATA=str(tmp_path / "data"))
+        assert done.returncode == 0, done.stdout
+    asked = {}
+    for line in (tmp_path / "log").read_text().splitlines():
+        script, *arguments = shlex.split(line)
+        asked.setdefault(script.removeprefix("benchmarks/"), []).append(arguments)
+    for script, module in (("step_time.py", step_time), ("sampling.py", sampling), ("study.py", study)):
+        for arguments in asked[script]:
+            monkeypatch.setattr(sys, "argv", [script, *arguments])
+            module.parse_args()
+    assert {name for [name] in asked["gpu.py"]} == set(gpu.COMMANDS)
+    [arguments] = asked["study.py"]
+    minutes = float(arguments[arguments.index("--minutes") + 1])
+    assert 6 < minutes <= 7  # of C's eight, one is left for the table
 
 
 def test_a_section_that_was_cut_is_no_success():
