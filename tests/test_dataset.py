@@ -86,7 +86,7 @@ def test_noise_is_a_function_of_seed_step_and_place():
         assert not torch.equal(step_noise(4, 7, slice(0, 8), shape)[name], values)
 
 
-def test_noise_is_uniform_and_normal_and_its_streams_do_not_follow_each_other():
+def test_noise_is_uniform_and_normal_and_its_streams_do_not_meet():
     steps = [step_noise(0, step, range(64), (4, 8, 8)) for step in range(16)]
     u, drop = (torch.cat([noise[name] for noise in steps]).double() for name in ("u", "drop"))
     for values in (u, drop):
@@ -97,6 +97,8 @@ def test_noise_is_uniform_and_normal_and_its_streams_do_not_follow_each_other():
     streams = normal.flatten(0, 1)  # (steps x places, 512)
     correlation = streams @ streams.T / streams.shape[1]
     assert (correlation - torch.eye(len(streams))).abs().max() < 0.35  # 8 / sqrt(512)
+    pairs = (streams[:, :-1] + 1j * streams[:, 1:]).flatten()  # two streams that meet would share these
+    assert len(np.unique(pairs.numpy())) == len(pairs)
     assert torch.corrcoef(torch.stack([u, drop])).fill_diagonal_(0).abs().max() < 0.13
 
 
