@@ -4,14 +4,15 @@ import logging
 import numpy as np
 import torch
 
+from evaluations import FEATURES
 from evaluations.extract import extract, shard
-from evaluations.features import FEATURES, load_extractor
+from evaluations.features import load_extractor
 from evaluations.images import open_images, size_text
 from evaluations.scores import check_count, check_metrics, has_images, load_set, score
 from files import BadInput
 from samplers import euler_sampler, guided
 
-CONDITIONS = 3  # a stream of randomness of its own, beside those of loader.py
+CONDITIONS = 3  # a random stream of its own, beside those of loader.py
 
 logger = logging.getLogger("haste")
 
@@ -26,11 +27,10 @@ def score_names(features, metrics):
 class Evaluation:
     """`evaluation(ema)` -> {name: score} of args.eval_samples images against args.eval_ref, on the main process.
 
-    Samples are made by args.eval_num_steps Euler steps without guidance: scores to compare steps and runs by, not the
-    ones that papers report. Every process calls it and makes its part of the images. Image i has the condition of a
-    training entry and the noise that are drawn from (args.seed, i), whatever the step and the number of processes; no
-    other random stream is touched. The reference's features are extracted once, here. Raises BadInput where the two do
-    not compare.
+    args.eval_num_steps Euler steps without guidance make the samples: comparable between steps and runs, not with papers.
+    Every process calls it and makes its part of the images. (args.seed, i) decides the noise of image i and the
+    training entry whose condition it has, at every step and for any number of processes. No other random stream is
+    used. The reference's features are extracted once, here. Raises BadInput if samples and reference do not compare.
     """
 
     def __init__(self, args, accelerator, dataset, vae, y_null, latent_shape):
@@ -50,8 +50,8 @@ class Evaluation:
         self.reference = load_set(args.eval_ref, self.extractor, self.metrics, is_reference=True, batch_size=self.batch_size)
         if self.reference is not None:
             names = ", ".join(score_names(args.eval_features, self.metrics))
-            logger.info(f"scores: {names} ({args.eval_features}, preset {args.eval_preset}), "
-                        f"of n = {self.count} samples against {args.eval_ref}, n = {self.reference.n or 'unknown'}")
+            logger.info(f"scores: {names} ({args.eval_features}, preset {args.eval_preset}), of n = {self.count} samples "
+                        f"against {args.eval_ref}, n = {self.reference.n or 'unknown'}")
 
     def __call__(self, ema):
         start, stop = shard(self.count)

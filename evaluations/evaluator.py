@@ -1,34 +1,30 @@
-"""Score samples against a reference; for ADM's five numbers (IS, FID, sFID, precision, recall):
+"""Score samples against a reference, with ADM's five numbers (IS, FID, sFID, precision, recall) or others:
 
     python evaluations/evaluator.py VIRTUAL_imagenet256_labeled.npz SAMPLE.npz
     torchrun --nproc-per-node 8 evaluations/evaluator.py REF.npz SAMPLE.npz --json scores.json
     python evaluations/evaluator.py heldout/ samples/ --features efficientnet-lite0 --metrics fid,kid
 
-REF and SAMPLE are an npz with arr_0 (uint8 images), a folder of PNGs or a statistics npz (mu, sigma, mu_s,
-sigma_s). Scores go to stdout, progress to stderr. README.md beside this file says which numbers compare with
-which papers.
+REF and SAMPLE are each an npz with arr_0 (uint8 images), a folder of PNGs, or a statistics npz (mu, sigma, mu_s,
+sigma_s). Scores go to stdout, progress to stderr. README.md beside this file says which numbers compare with which
+papers.
 """
 import argparse
-import json
 import logging
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
-
-from evaluations.extract import join_processes
-from evaluations.features import EFFICIENTNET_PATH, FEATURES, PRESETS, load_extractor
-from evaluations.scores import METRICS, check_metrics, check_pair, default_metrics, load_set, score
-from files import atomic_write, check_writable, run_script
-from processes import leave
+from evaluations import EFFICIENTNET_PATH, FEATURES, METRICS, PRESETS, start
 
 logger = logging.getLogger(__name__)
 
 
 def evaluate(args):
     """Scores of args.sample against args.reference -> dict for --json on process 0, None on the others."""
+    import torch
+
+    from evaluations.extract import join_processes
+    from evaluations.scores import check_metrics, check_pair, default_metrics, load_set, score
     metrics = [name.strip() for name in (args.metrics or "").split(",") if name.strip()]
     metrics = metrics or default_metrics(args.features, args.preset)
     check_metrics(metrics, args.features)
@@ -41,8 +37,8 @@ def evaluate(args):
         return None
     for each in (reference, sample):
         if each.n and each.n < extractor.dim:
-            logger.warning("%s: %d images are fewer than the %d features; distances of sets this small are "
-                           "biased, compare at equal n only", each.name, each.n, extractor.dim)
+            logger.warning("%s: %d images are fewer than the %d features; distances of sets this small are biased, "
+                           "compare them at equal n only", each.name, each.n, extractor.dim)
     values = score(sample, reference, metrics, getattr(torch, args.pr_dtype), device)
     return {"scores": values, "n": sample.n, "reference_n": reference.n, "features": args.features,
             "preset": args.preset, "pr_dtype": args.pr_dtype, "any_weights": args.any_weights,
@@ -50,7 +46,7 @@ def evaluate(args):
 
 
 def lines(result):
-    """The text for stdout: ADM's wording for its five numbers, n beside the scores that ADM does not have."""
+    """The text for stdout: ADM's wording for its five numbers; the others also show n."""
     counts = f"(n = {result['n'] or 'unknown'}, reference n = {result['reference_n'] or 'unknown'})"
     for name, value in result["scores"].items():
         is_adm = name in ("Inception Score", "FID", "sFID", "Precision", "Recall")
@@ -58,51 +54,41 @@ def lines(result):
 
 
 def add_network_arguments(parser):
-    parser.add_argument("--features", choices=FEATURES, default="inception")
-    parser.add_argument("--preset", choices=PRESETS, default="adm",
-                        help="how Inception is fed: adm (default) for ImageNet, pytorch-fid for COCO")
-    parser.add_argument("--inception-weights", metavar="PTH",
-                        help="pt_inception-2015-12-05-6726825d.pth; downloaded if not given")
-    parser.add_argument("--dinov2-weights", metavar="FILE",
-                        help="DINOv2 ViT-L/14, .pth or .safetensors; downloaded if not given")
-    parser.add_argument("--efficientnet-weights", metavar="FILE", default=EFFICIENTNET_PATH,
-                        help="EfficientNet-Lite0's .pth; default %(default)s")
-    parser.add_argument("--any-weights", action="store_true",
-                        help="accept other weights than the published; such scores compare with nothing")
-    parser.add_argument("--batch-size", type=positive, default=64, help="images at a time; default 64")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
+    """The flags that choose the features and their network, for every script that extracts features."""
+    add = parser.add_argument
+    add("--features", choices=FEATURES, default="inception", help="default %(default)s")
+    add("--preset", choices=PRESETS, default="adm",
+        help="how images are prepared for Inception: adm (default) for ImageNet, pytorch-fid for COCO")
+    add("--inception-weights", metavar="PTH", help="pt_inception-2015-12-05-6726825d.pth; downloaded if not given")
+    add("--dinov2-weights", metavar="FILE", help="DINOv2 ViT-L/14, .pth or .safetensors; downloaded if not given")
+    add("--efficientnet-weights", metavar="FILE", default=EFFICIENTNET_PATH,
+        help="EfficientNet-Lite0's .pth; default %(default)s")
+    add("--any-weights", action="store_true",
+        help="accept weights other than the published ones; such scores compare with nothing")
+    add("--batch-size", type=positive, default=64, help="images at a time; default 64")
+    add("--device", choices=("cpu", "cuda"), help="default cuda if there is a GPU")
 
 
 def extractor_from(args, device):
+    """The Extractor that these flags choose."""
+    from evaluations.features import load_extractor
     weights = {"inception": args.inception_weights, "dinov2-vit-l": args.dinov2_weights,
                "efficientnet-lite0": args.efficientnet_weights}[args.features]
     return load_extractor(args.features, weights, device, args.preset, verify=not args.any_weights)
 
 
 def positive(text):
+    """An integer of at least 1, for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return value
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reference", metavar="REF", help="npz, folder or statistics")
-    parser.add_argument("sample", metavar="SAMPLE", help="npz, folder or statistics")
-    add_network_arguments(parser)
-    parser.add_argument("--metrics", help=f"comma-separated, of {','.join(METRICS)}; default is,fid,sfid,pr "
-                        "for inception, fid with preset pytorch-fid, fid,kid for other features")
-    parser.add_argument("--pr-dtype", choices=("float16", "float32"), default="float16",
-                        help="precision of distances for precision and recall; default float16, as ADM's")
-    parser.add_argument("--num-samples", type=positive, metavar="N", help="first N of SAMPLE; default all")
-    parser.add_argument("--json", metavar="OUT", help="also write the scores and what they were made of here")
-    return parser.parse_args()
-
-
 def run(evaluate, lines, args):
-    """Print the `lines` of what `evaluate(args)` gives and write it to args.json; logs go to stderr."""
+    """Print the `lines` of the result of `evaluate(args)` and write it to args.json; logs go to stderr."""
+    from files import check_writable, write_json
+    from processes import leave
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.json:
         check_writable(Path(args.json).parent)
@@ -110,9 +96,23 @@ def run(evaluate, lines, args):
     if result:
         print(*lines(result), sep="\n")
         if args.json:
-            with atomic_write(args.json, "w") as file:
-                json.dump(result, file, indent=2)
+            write_json(args.json, result, indent=2)
     leave()
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("reference", metavar="REF", help="npz, folder or statistics")
+    add("sample", metavar="SAMPLE", help="npz, folder or statistics")
+    add_network_arguments(parser)
+    add("--metrics", help=f"comma-separated, of {','.join(METRICS)}; default is,fid,sfid,pr for inception, fid for its "
+        "preset pytorch-fid, fid,kid for other features")
+    add("--pr-dtype", choices=("float16", "float32"), default="float16",
+        help="precision of the distances for precision and recall; default float16, as ADM's")
+    add("--num-samples", type=positive, metavar="N", help="score the first N of SAMPLE; default all")
+    add("--json", metavar="OUT", help="also write the scores, with n, features and paths, to this file")
+    return parser.parse_args()
 
 
 def main():
@@ -120,4 +120,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    start(parse_args, main)

@@ -1,7 +1,7 @@
 """Feature extraction over one or more processes: each brings its part of the images, process 0 gets the whole set.
 
-Means and covariances are summed on the fly, so memory does not grow with the images, pool features excepted,
-and those are kept only where a score needs them. Without torch.distributed everything runs as one process.
+Means and covariances are summed batch by batch, so memory does not grow with the number of images. Pool features are
+kept only if a score needs them. Without torch.distributed there is one process.
 """
 import os
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from processes import watch_others
 
 @dataclass
 class FeatureSet:
-    """What is known of one set of images. None = not known; tensors are on the CPU."""
+    """The features of one set of images, as far as they are known (else None); tensors are on the CPU."""
     name: str
-    features: str                        # key of features.FEATURES
+    features: str                        # key of FEATURES
     preset: str | None                   # None: a published statistics file, which does not say
-    n: int | None = None                 # images behind pool, or behind mu where there is no pool
+    n: int | None = None                 # number of images
     pool: torch.Tensor | None = None     # (n, D) float32, in file order
     mu: torch.Tensor | None = None       # (D,) float64
     sigma: torch.Tensor | None = None    # (D, D) float64
@@ -32,40 +32,38 @@ class FeatureSet:
 
 
 def extract(batches, n, extractor, name="samples", keep=True):
-    """Features of all processes' images -> FeatureSet on process 0, None on the others.
+    """Features of all processes' images -> FeatureSet on process 0, None on the others. All processes must call it.
 
-    batches: this process's n images as an iterator of uint8 (b, H, W, 3), NumPy or tensor; processes may
-    bring different numbers, none included, and are put together in rank order. Every process must call this.
-    With `keep` the pool features stay in memory (Inception Score, KID, precision and recall need them). Draws
-    no random numbers.
+    batches: iterator of this process's n images, uint8 (b, H, W, 3), NumPy or tensor. n may differ between processes
+    and may be 0; sets are joined in rank order. `keep` keeps the pool features, which Inception Score, KID, precision
+    and recall need. Draws no random numbers.
     """
-    pool_moments = Moments(extractor.dim, extractor.device)
-    spatial_moments = Moments(SPATIAL_DIM, extractor.device) if extractor.features == "inception" else None
+    moments = [Moments(extractor.dim, extractor.device)]
+    if extractor.features == "inception":
+        moments.append(Moments(SPATIAL_DIM, extractor.device))
     kept = torch.empty(n if keep else 0, extractor.dim)
     with tqdm(total=n, desc=f"{extractor.features} features of {name}", unit="image",
-              disable=True if rank() else None) as progress:             # None: shown on a terminal only
+              disable=True if rank() else None) as progress:             # None: only on a terminal
         for images in batches:
-            pool, spatial = extractor(images)
+            found = extractor(images)                                    # pool and, for Inception, spatial features
             if keep:
-                kept[pool_moments.n:pool_moments.n + len(pool)] = pool
-            pool_moments.add(pool)
-            if spatial_moments:
-                spatial_moments.add(spatial)
-            progress.update(len(pool))
-    if pool_moments.n != n:
-        raise ValueError(f"{n} images were announced for {name}, {pool_moments.n} came")
-    for moments in filter(None, (pool_moments, spatial_moments)):
-        sum_over_processes(moments)
+                kept[moments[0].n:moments[0].n + len(found[0])] = found[0]
+            for each, rows in zip(moments, found, strict=False):
+                each.add(rows)
+            progress.update(len(found[0]))
+    if moments[0].n != n:
+        raise ValueError(f"{n} images were announced for {name}, {moments[0].n} came")
+    for each in moments:
+        sum_over_processes(each)
     kept = gather_rows(kept) if keep else None
     if rank():
         return None
-    found = FeatureSet(name, extractor.features, extractor.preset, pool_moments.n, kept)
-    found.classifier = extractor.classifier
-    if found.n > 1:
-        found.mu, found.sigma = pool_moments.result()
-        if spatial_moments:
-            found.mu_s, found.sigma_s = spatial_moments.result()
-    return found
+    known = {}
+    if moments[0].n > 1:
+        for names, each in zip((("mu", "sigma"), ("mu_s", "sigma_s")), moments, strict=False):
+            known |= dict(zip(names, each.result(), strict=True))
+    return FeatureSet(name, extractor.features, extractor.preset, moments[0].n, kept, **known,
+                      classifier=extractor.classifier)
 
 
 def rank():
@@ -94,24 +92,18 @@ def gather_rows(rows):
     """rows (n_r, D) of each process -> (sum of n_r, D) in rank order on process 0, None on the others."""
     if not dist.is_initialized():
         return rows
-    counts = [torch.zeros(1, dtype=torch.int64, device=transport()) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=transport()))
-    padded = rows.new_zeros(int(max(counts)), rows.shape[1], device=transport())   # gather wants one size
-    padded[:len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in counts] if rank() == 0 else None
-    dist.gather(padded, parts)
-    if parts is None:
-        return None
-    return torch.cat([part[:int(count)].cpu() for part, count in zip(parts, counts, strict=True)])
+    parts = None if rank() else [None] * dist.get_world_size()
+    dist.gather_object(rows, parts)
+    return parts and torch.cat(parts)
 
 
 def transport():
-    """Device that the process group moves tensors on: nccl has GPUs only."""
+    """Device that the process group moves tensors on: NCCL needs GPUs."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def join_processes(device=None):
-    """Join torchrun's processes where there are any -> device of this process, CUDA by default if there is one."""
+    """Join torchrun's processes, if there are any -> this process's device (default: CUDA if there is a GPU)."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda was asked for, but PyTorch sees no GPU; use --device cpu.")

@@ -1,6 +1,6 @@
-"""Images to score: an npz file, a folder or an array, read as a stream of uint8 batches.
+"""Images to score: an npz, a folder or an array, read as a stream of uint8 batches.
 
-An npz is read front to back inside its zip, a batch at a time, so a 10 GB `arr_0` needs the memory of one batch.
+An npz is read front to back inside its zip, so a 10 GB `arr_0` needs the memory of one batch.
 """
 import math
 import os
@@ -10,18 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from files import ARRAY_ERRORS, IMAGE_ERRORS, BadInput, first_line, open_image, reading
+from files import ARRAY_ERRORS, IMAGE_ERRORS, BadInput, array_header, first_line, open_image, reading
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-LARGEST = 1 << 29                 # bytes of a batch: as much again for every byte of a float
-CHUNK = 1 << 24                   # bytes read at a time while skipping to the first image asked for
-DECODERS = 8                      # threads: Pillow decodes outside the interpreter lock
+LARGEST = 1 << 29                 # bytes of a batch of uint8; as float32 it takes four times as much
+CHUNK = 1 << 24                   # bytes read at a time while skipping to the first image
+DECODERS = 8                      # threads: Pillow releases the interpreter lock while it decodes
 
 
 class ArrayImages:
-    """uint8 images (n, H, W, 3) already in memory, NumPy or CPU tensor."""
+    """uint8 images (n, H, W, 3) in memory, NumPy or CPU tensor."""
 
     def __init__(self, array, name="array"):
         array = np.asarray(array)
@@ -34,7 +35,7 @@ class ArrayImages:
 
 
 class NpzImages:
-    """`arr_0` of an npz file, uint8 (n, H, W, 3), read in a stream."""
+    """`arr_0` of an npz file, uint8 (n, H, W, 3), read as a stream."""
 
     def __init__(self, path):
         self.name = str(path)
@@ -43,16 +44,21 @@ class NpzImages:
 
     @contextmanager
     def member(self):
-        """(file at the first pixel, shape) of `arr_0`; raises BadInput where the file is not as it should be."""
+        """(file at the first pixel, shape) of `arr_0`. Raises BadInput for damage, wrong dtype and wrong shape."""
         try:
             with zipfile.ZipFile(self.name) as archive, archive.open("arr_0.npy") as file:
-                shape, fortran, dtype = read_header(file, self.name)
+                try:
+                    shape, fortran, dtype, start = array_header(file.peek(1024))  # ours have 128 bytes
+                except ValueError as error:
+                    raise BadInput(f"arr_0 of {self.name} has no readable .npy header ({error}); write it "
+                                   "again.") from error
                 check_layout(dtype, shape, f"arr_0 of {self.name}")
-                pixels = math.prod(shape)
-                if file.tell() + pixels != archive.getinfo("arr_0.npy").file_size:
-                    raise EOFError(f"{pixels} bytes of pixels expected, another number is there")
                 if fortran:
                     raise BadInput(f"arr_0 of {self.name} is in Fortran order; make it contiguous.")
+                pixels, there = math.prod(shape), archive.getinfo("arr_0.npy").file_size - start
+                if pixels != there:
+                    raise EOFError(f"{pixels} bytes of pixels expected, {there} there")
+                read_exactly(file, start)
                 yield file, shape
         except ARRAY_ERRORS as error:
             raise BadInput(f"{self.name} is damaged or cut short ({error}); write it again.") from error
@@ -60,17 +66,16 @@ class NpzImages:
     def batches(self, start, stop, batch_size):
         check_batch(self.name, min(batch_size, stop - start), self.size)
         with self.member() as (file, shape):
-            image_bytes = int(np.prod(shape[1:]))
+            image_bytes = math.prod(shape[1:])
             for left in range(start * image_bytes, 0, -CHUNK):
                 read_exactly(file, min(left, CHUNK))
             for i in range(start, stop, batch_size):
                 count = min(batch_size, stop - i)
-                pixels = read_exactly(file, count * image_bytes)
-                yield np.frombuffer(pixels, np.uint8).reshape(count, *shape[1:])
+                yield np.frombuffer(read_exactly(file, count * image_bytes), np.uint8).reshape(count, *shape[1:])
 
 
 class FolderImages:
-    """PNG or JPEG files of one size below a folder, in the order of their relative paths or as `files` lists them."""
+    """PNG or JPEG files of one size below a folder, in the order of their relative paths, or the given `files`."""
 
     def __init__(self, path, files=None):
         self.name = str(path)
@@ -88,11 +93,24 @@ class FolderImages:
                 yield np.stack(list(threads.map(lambda file: decode(file, self.size), files)))
 
 
-def open_images(source):
-    """Path of an npz or folder, uint8 array (n, H, W, 3), or an object with n, size, name and batches() -> the
-    latter.
+class Reconstructions:
+    """Another source's images, encoded by the VAE (mean of the posterior) and decoded."""
 
-    Raises BadInput for anything that is not uint8 RGB images.
+    def __init__(self, images, vae):
+        self.images, self.vae, self.n, self.size = images, vae, images.n, images.size
+        self.name = f"{images.name} through the VAE"
+
+    def batches(self, start, stop, batch_size):
+        for batch in self.images.batches(start, stop, batch_size):
+            moments = self.vae.encode(torch.tensor(batch).permute(0, 3, 1, 2))
+            latents = self.vae.latents(moments, torch.zeros(()))
+            yield self.vae.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def open_images(source):
+    """The images of an npz, a folder, a uint8 array (n, H, W, 3), or an object with n, size, name and batches().
+
+    Raises BadInput for anything but uint8 RGB images.
     """
     if hasattr(source, "batches"):
         return source
@@ -116,19 +134,6 @@ def npz_keys(path):
         raise BadInput(f"{path} is not a whole npz file ({error}); write or download it again.") from error
 
 
-def read_header(file, name):
-    """Shape, Fortran flag and dtype of the .npy member that `file` is at the start of."""
-    try:
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise BadInput(f"arr_0 of {name} has .npy version {version}; save it again as a uint8 array.")
-        if version == (1, 0):
-            return np.lib.format.read_array_header_1_0(file)
-        return np.lib.format.read_array_header_2_0(file)
-    except ARRAY_ERRORS as error:
-        raise BadInput(f"arr_0 of {name} has no readable .npy header ({error}); write it again.") from error
-
-
 def read_exactly(file, count):
     data = file.read(count)
     if len(data) != count:
@@ -147,17 +152,14 @@ def check_layout(dtype, shape, name):
 
 
 def check_batch(name, count, size):
-    """Raise BadInput for a batch that takes too much memory, as images that are nothing but black may in a small file."""
+    """Raise BadInput for a batch that needs too much memory: a small file can hold huge black images."""
     if (needed := count * size[0] * size[1] * 3) > LARGEST:
-        raise BadInput(f"{count} images of {size_text(size)} of {name} take {needed} bytes at a time, more than {LARGEST}; "
-                       "give a smaller --batch-size or smaller images.")
+        raise BadInput(f"{count} images of {size_text(size)} of {name} take {needed} bytes at a time, more than "
+                       f"{LARGEST}; give a smaller --batch-size or smaller images.")
 
 
 def decode(file, size=None):
-    """Image file -> uint8 (H, W, 3), with `size` = (H, W) if given.
-
-    Grey images become RGB; transparency is refused, as it needs a background.
-    """
+    """Image file -> uint8 (H, W, 3). Raises BadInput unless it is RGB or grey and, if given, of `size` = (H, W)."""
     try:
         with open_image(file) as image:
             if image.mode not in ("RGB", "L") or "transparency" in image.info:

@@ -6,7 +6,6 @@ pools by the maximum, and there are 1008 logits. Parameter names are torchvision
 import torch.nn.functional as F
 from torchvision.models.inception import Inception3
 
-POOL_DIM = 2048
 SPATIAL_CHANNELS = 7      # sFID reads the first 7 channels of Mixed_6d: 17 * 17 * 7 = 2023 numbers per image
 SPATIAL_DIM = 17 * 17 * SPATIAL_CHANNELS
 NUM_LOGITS = 1008
@@ -42,7 +41,8 @@ class Inception(Inception3):
         """
         for name, layer in self.named_children():        # torchvision registers its layers in the order of the pass
             if name == "avgpool":
-                return x.mean(dim=(2, 3)), spatial
+                break
             x = layer(x)
             if name == "Mixed_6d":                       # (N, 768, 17, 17)
                 spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        return x.mean(dim=(2, 3)), spatial

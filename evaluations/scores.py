@@ -1,27 +1,24 @@
-"""Scores of one set of images against another: which features they need and where those come from.
+"""Scores of one set of images against another: which features they need and where these come from.
 
-`load_set` turns a file, folder or array into a FeatureSet and `score` compares two of them; both scripts of
-this folder and the training script are calls of these.
+`load_set` turns a file, folder or array into a FeatureSet; `score` compares two of them. The scripts and the training
+loop call these two.
 """
 import os
 
 import torch
 
+from evaluations import FEATURES, METRICS
 from evaluations.extract import FeatureSet, extract, rank, shard
-from evaluations.features import FEATURES
 from evaluations.images import npz_keys, open_images, size_text
-from evaluations.metrics import NEIGHBOURS, frechet_distance, inception_score, kernel_distance, precision_recall
+from evaluations.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 from evaluations.statistics_file import STATISTICS, read_statistics
 from files import BadInput
 
-# metric -> fewest images a set may have
-METRICS = {"is": 1, "fid": 2, "sfid": 2, "pr": NEIGHBOURS + 1, "kid": 2}
 INCEPTION_ONLY = ("is", "sfid")
 OF_BOTH = ("pr", "kid")  # need images of both sets
 
 
 def default_metrics(features, preset):
-    """ADM's five numbers for its preset, FID for pytorch-fid's, the distance and KID on other features."""
     if features != "inception":
         return ("fid", "kid")
     return ("is", "fid", "sfid", "pr") if preset == "adm" else ("fid",)
@@ -43,17 +40,16 @@ def check_count(n, metrics, name):
 
 
 def possible(metrics, both):
-    """`metrics`, where not `both` sets have images without those that are n/a then."""
+    """The metrics that can be computed; `both`: whether both sets have images."""
     return [metric for metric in metrics if both or metric not in OF_BOTH]
 
 
 def check_pair(reference, sample, metrics, limit=None):
-    """Fail before any work where two sources cannot be compared: too few images, or images of two sizes."""
+    """Raise BadInput, before any work, for two sources with too few images or with images of two sizes."""
     opened = [open_images(source) if has_images(source) else None for source in (reference, sample)]
-    metrics = possible(metrics, both=all(opened))
-    for images, images_limit in zip(opened, (None, limit), strict=True):
+    for images, most in zip(opened, (None, limit), strict=True):
         if images:
-            check_count(min(images.n, images_limit or images.n), metrics, images.name)
+            check_count(min(images.n, most or images.n), possible(metrics, both=all(opened)), images.name)
     if all(opened) and opened[0].size != opened[1].size:
         first, second = (f"{images.name} has images of {size_text(images.size)}" for images in opened)
         raise BadInput(f"{first} but {second}; compare sets of one size.")
@@ -65,13 +61,12 @@ def has_images(source):
 
 
 def load_set(source, extractor, metrics, is_reference=False, limit=None, batch_size=64):
-    """FeatureSet with all that `metrics` need of `source`, on process 0; None on the others, and every process
-    calls it.
+    """FeatureSet with all that `metrics` need, on process 0; None on the others. All processes must call it.
 
-    source: npz or folder of images, uint8 array (n, H, W, 3), or statistics npz (mu, sigma, optional mu_s,
-    sigma_s and arr_0). Stored statistics win over the images beside them, unless they are of other features
-    or preset, or `limit` (use the first `limit` images) is given. What a statistics file cannot give stays
-    None, and its scores n/a. Raises BadInput.
+    source: whatever open_images takes, or a statistics npz (mu, sigma, optional mu_s, sigma_s and arr_0). Stored
+    statistics are used instead of the images beside them, unless they are of other features or another preset, or
+    `limit` (use the first `limit` images) is given. What a statistics file does not hold stays None, and its scores
+    are n/a. Raises BadInput.
     """
     check_metrics(metrics, extractor.features)
     images = open_images(source) if has_images(source) else None
@@ -86,10 +81,9 @@ def load_set(source, extractor, metrics, is_reference=False, limit=None, batch_s
     if limit is not None and limit > images.n:
         raise BadInput(f"{images.name} has {images.n} images, not the {limit} asked for; lower --num-samples.")
     total = limit or images.n
-    check_count(total, possible(metrics, both=False), images.name)  # of pairs: in `score`, which knows the other set
+    check_count(total, possible(metrics, both=False), images.name)  # `score` checks the others: it knows both sets
     start, stop = shard(total)
-    batches = images.batches(start, stop, batch_size)
-    found = extract(batches, stop - start, extractor, images.name, keep=need_pool)
+    found = extract(images.batches(start, stop, batch_size), stop - start, extractor, images.name, keep=need_pool)
     if found and stored:
         for key in STATISTICS:
             setattr(found, key, getattr(stored, key))
@@ -97,9 +91,9 @@ def load_set(source, extractor, metrics, is_reference=False, limit=None, batch_s
 
 
 def score(sample, reference, metrics, pr_dtype=torch.float16, device="cpu"):
-    """{name: float, or None for n/a} in the order of ADM's evaluator, for two FeatureSets of the same features.
+    """{name: float, or None for n/a} in the order of ADM's evaluator, for two FeatureSets.
 
-    Raises BadInput where the sets are of different features or have too few images.
+    Raises BadInput if the sets are of different features or have too few images.
     """
     check_metrics(metrics, sample.features)
     kinds = [(each.features, each.preset or sample.preset) for each in (sample, reference)]
@@ -113,8 +107,8 @@ def score(sample, reference, metrics, pr_dtype=torch.float16, device="cpu"):
     pools = [None if each.pool is None else each.pool.to(device) for each in (reference, sample)]
     names, values = FEATURES[sample.features], {}
     if "is" in metrics:
-        values["Inception Score"] = None if pools[1] is None else inception_score(
-            pools[1], sample.classifier.to(device))
+        pool = pools[1]
+        values["Inception Score"] = None if pool is None else inception_score(pool, sample.classifier.to(device))
     if "fid" in metrics:
         values[names["distance"]] = distance(sample.mu, sample.sigma, reference.mu, reference.sigma)
     if "sfid" in metrics:

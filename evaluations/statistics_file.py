@@ -1,6 +1,6 @@
-"""Statistics files: mean and covariance of a set's features in an npz, optionally with some of its images.
+"""Statistics files: mean and covariance of a set's features in an npz, and optionally some of its images.
 
-Published ones hold mu, sigma (and mu_s, sigma_s, arr_0); ours add n, features and preset, so mix-ups are noticed.
+Published ones hold mu, sigma (and mu_s, sigma_s, arr_0). Ours also hold n, features and preset, which are checked.
 """
 import logging
 import os
@@ -15,15 +15,16 @@ from evaluations.inception import SPATIAL_DIM
 from files import ARRAY_ERRORS, BadInput, atomic_write, first_line
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
-logger = logging.getLogger(__name__)
 LARGEST = 1 << 29     # bytes of one array: a covariance of 8,192 features in float64
 BATCH = 64            # images copied at a time
 
+logger = logging.getLogger(__name__)
+
 
 def read_statistics(source, extractor, required):
-    """FeatureSet of the statistics stored in an npz, or None where it has none that fit the extractor.
+    """FeatureSet of the statistics in an npz, or None if it has none for this extractor.
 
-    With `required`, none is an error. Raises BadInput for missing keys and wrong shapes.
+    With `required` that is an error. Raises BadInput for missing keys and wrong shapes.
     """
     if not isinstance(source, (str, os.PathLike)) or os.path.isdir(source):
         return None
@@ -33,29 +34,19 @@ def read_statistics(source, extractor, required):
             raise BadInput(f"{source} has the keys {', '.join(keys) or '(none)'}; expected arr_0 (images), "
                            "or mu and sigma (statistics).")
         return None
-    wanted = [key for key in (*STATISTICS, "n", "features", "preset") if key in keys]
-    try:
-        with zipfile.ZipFile(source) as archive:
-            for key in wanted:
-                if (size := archive.getinfo(f"{key}.npy").file_size) > LARGEST:
-                    raise BadInput(f"{key} of {source} has {size} bytes, far more than statistics have; make it again.")
-        with np.load(source, allow_pickle=False) as file:
-            stored = {key: file[key] for key in wanted}
-    except ARRAY_ERRORS as error:
-        raise BadInput(f"The statistics in {source} cannot be read ({first_line(error)}); make them again.") from error
-    features, preset = str(stored.pop("features", "inception")), stored.pop("preset", None)
+    stored = read_arrays(source, [key for key in (*STATISTICS, "n", "features", "preset") if key in keys])
+    features, preset, n = str(stored.pop("features", "inception")), stored.pop("preset", None), stored.pop("n", None)
     preset = None if preset is None else str(preset)
     if features != extractor.features or preset not in (None, extractor.preset):
         message = f"The statistics in {source} are of {features} with preset {preset}"
         if required:
-            raise BadInput(f"{message}, not of {extractor.features} with preset {extractor.preset}; choose the same with "
-                           "--preset (train.py: --eval-preset), or make them again with evaluations/stats.py.")
-        logger.warning("%s: not used, the images beside them are", message)
+            raise BadInput(f"{message}, not of {extractor.features} with preset {extractor.preset}; choose the same "
+                           "with --preset (train.py: --eval-preset), or make them again with evaluations/stats.py.")
+        logger.warning("%s: they are ignored, and the images beside them are used", message)
         return None
     if preset is None and features == "inception" and rank() == 0:
-        logger.warning("%s does not say how Inception was fed; it is taken to be preset %s. ADM's reference files need adm, "
-                       "U-ViT's for COCO pytorch-fid", source, extractor.preset)
-    n = stored.pop("n", None)
+        logger.warning("%s does not say how Inception was fed; it is taken to be preset %s. ADM's reference files need "
+                       "adm, U-ViT's for COCO pytorch-fid", source, extractor.preset)
     for mu, sigma, dim in (("mu", "sigma", extractor.dim), ("mu_s", "sigma_s", SPATIAL_DIM)):
         if (mu in stored) != (sigma in stored):
             raise BadInput(f"{source} has only one of {mu} and {sigma}; a statistics file needs both.")
@@ -69,15 +60,28 @@ def read_statistics(source, extractor, required):
     return FeatureSet(str(source), features, preset, None if n is None else int(n), **tensors)
 
 
+def read_arrays(source, keys):
+    """{key: array} of an npz. Raises BadInput for damage and, before reading, for arrays that are too large."""
+    try:
+        with zipfile.ZipFile(source) as archive:
+            for key in keys:
+                if (size := archive.getinfo(f"{key}.npy").file_size) > LARGEST:
+                    raise BadInput(f"{key} of {source} has {size} bytes, far more than statistics have; make it again.")
+        with np.load(source, allow_pickle=False) as file:
+            return {key: file[key] for key in keys}
+    except ARRAY_ERRORS as error:
+        raise BadInput(f"The statistics in {source} cannot be read ({first_line(error)}); make them again.") from error
+
+
 def write_statistics(path, found, images=None, chosen=()):
-    """Write a FeatureSet's statistics and, as arr_0 and in a stream, `images` number `chosen` in file order."""
+    """Write a FeatureSet's statistics and, as arr_0, the images with the numbers `chosen`, in file order."""
     arrays = {key: getattr(found, key).numpy() for key in STATISTICS if getattr(found, key) is not None}
     arrays |= {key: np.array(getattr(found, key)) for key in ("n", "features", "preset")}
     with atomic_write(path) as whole, zipfile.ZipFile(whole, "w") as archive:
         for key, array in arrays.items():
             with archive.open(f"{key}.npy", "w") as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
-        if len(chosen):
+        if len(chosen):  # a batch at a time: they may not fit into memory
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), *images.size, 3)}
                 np.lib.format.write_array_header_1_0(file, header)

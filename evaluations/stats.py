@@ -1,43 +1,44 @@
-"""Make any data set a reference: write the statistics of its features, and optionally some of its images.
+"""Make any data set a reference: write the statistics of its features and, if asked, some of its images.
 
     python evaluations/stats.py SOURCE OUT.npz --images 10000
 
-SOURCE is a folder of images or an npz. OUT.npz holds mu and sigma (for Inception also mu_s and sigma_s) of
-all its images, n, features, preset, and with --images N as arr_0 a seeded random choice of them, which
-precision, recall and KID need. Runs on several processes under torchrun.
+SOURCE is a folder of images or an npz. OUT.npz holds mu and sigma (for Inception also mu_s and sigma_s) of all its
+images, n, features and preset. --images N adds a random choice of N images as arr_0, which precision, recall and KID
+need. Runs on several processes under torchrun.
 """
 import argparse
 import logging
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
-
+from evaluations import start
 from evaluations.evaluator import add_network_arguments, extractor_from
-from evaluations.extract import extract, join_processes, shard
-from evaluations.images import open_images
-from evaluations.scores import check_count
-from evaluations.statistics_file import write_statistics
-from files import LARGEST_SEED, BadInput, check_bounds, check_writable, run_script
-from processes import leave
 
 logger = logging.getLogger(__name__)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", help="npz or folder of images")
-    parser.add_argument("out", metavar="OUT.npz")
+    parser.add_argument("out", metavar="OUT.npz", help="the file to write")
     parser.add_argument("--images", type=int, default=0, metavar="N", help="images to store; default 0")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images; default 0")
     add_network_arguments(parser)
     return parser.parse_args()
 
 
-def write_reference(args):
+def main():
+    args = parse_args()
+    import numpy as np
+
+    from evaluations.extract import extract, join_processes, shard
+    from evaluations.images import open_images
+    from evaluations.scores import check_count
+    from evaluations.statistics_file import write_statistics
+    from files import LARGEST_SEED, BadInput, check_bounds, check_writable
+    from processes import leave
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_bounds(args, {"seed": (0, LARGEST_SEED)})
     check_writable(Path(args.out).parent)
     images = open_images(args.source)
@@ -46,20 +47,13 @@ def write_reference(args):
         raise BadInput(f"--images {args.images} is not between 0 and {images.n}; {images.name} has no more.")
     extractor = extractor_from(args, join_processes(args.device))
     start, stop = shard(images.n)
-    batches = images.batches(start, stop, args.batch_size)
-    found = extract(batches, stop - start, extractor, images.name, keep=False)
+    found = extract(images.batches(start, stop, args.batch_size), stop - start, extractor, images.name, keep=False)
     if found:
         chosen = np.random.RandomState(args.seed).permutation(images.n)[:args.images]
         write_statistics(args.out, found, images, chosen)
         logger.info("%s: statistics of %d images, %d of them stored", args.out, found.n, args.images)
-
-
-def main():
-    args = parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")            # stderr
-    write_reference(args)
     leave()
 
 
 if __name__ == "__main__":
-    run_script(main)
+    start(parse_args, main)
