@@ -46,7 +46,7 @@ if [ $task = classes ]; then
     stage train python train.py --preset embedded "${training[@]}"
     stage sample python generate.py "${sampling[@]}" --num-fid-samples $images --labels balanced
     made=samples/$name/SiT-T-2-$ending
-    stage scores python evaluations/anchors.py $made.npz --reference-images $references
+    stage scores python evaluations/baselines.py $made.npz --reference-images $references
     pictures=("$made")
     found="$made-grid.png (a column per class: $(tr -d '[]"' < data/emoji/classes.json)),
          $made-scores.json"
@@ -73,7 +73,7 @@ else
     stage prompts python generate_t2i.py "${sampling[@]}" --prompts assets/prompts-emoji.txt \
         --text-encoder $captions/text-encoder
     made=samples/$name/MMDiT-T-$ending
-    stage agreement python evaluations/agreement.py $captions/val "$made"
+    stage agreement python evaluations/caption_retrieval.py $captions/val "$made"
     pictures=("$made" "${made/MMDiT-T/MMDiT-T-prompts-emoji}")
     found="$made-grid.png (captions held out from training),
          ${made/MMDiT-T/MMDiT-T-prompts-emoji}-grid.png (assets/prompts-emoji.txt)"

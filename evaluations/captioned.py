@@ -1,0 +1,103 @@
+"""Pictures, samples and captions of a split in the text-to-image layout, and CLIP; for caption_retrieval.py."""
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from dataset import read_texts, scan_numbered
+from encoders import loading, quiet_transformers
+from evaluations.extract import gather_rows, shard
+from evaluations.features import full_float32, normalize, resize
+from evaluations.images import FolderImages, open_images
+from files import BadInput
+from listing import scan
+
+
+def read_pictures(folder):
+    """(pictures of a folder in the order of their numbers, these numbers); numbers may be missing."""
+    files = scan(folder, ".png") if folder.is_dir() else {}
+    if not files:
+        what = "holds no .png file" if folder.is_dir() else "is no folder"
+        raise BadInput(f"{folder} {what}; give a split with pictures such as 0.png, and samples of generate_t2i.py.")
+    numbers = sorted(files)
+    return FolderImages(folder, [folder / files[i] for i in numbers]), numbers
+
+
+def read_samples(source, split):
+    """(generated images, numbers of their captions): from the file names of a folder; an npz has the split's first."""
+    if source.is_dir():
+        return read_pictures(source)
+    images, numbers = open_images(source), sorted(set().union(*scan_numbered(split)))
+    if images.n > len(numbers):
+        raise BadInput(f"{source} has {images.n} images, {split} only {len(numbers)}; give the split that the images "
+                       "were made for.")
+    return images, numbers[:images.n]
+
+
+def caption_texts(folder, numbers, k):
+    """Caption `k` in words of the pictures `numbers`."""
+    path = folder / "captions.json"
+    captions = read_texts(path, {})
+    if captions is None:
+        raise BadInput(f"{path} does not exist; the CLIP score needs the captions in words, retrieval does not: leave "
+                       "--clip out.")
+    for i in numbers:
+        if not 0 <= k < len(captions.get(i, ())):
+            raise BadInput(f"--caption-index {k}: image {i} of {folder} has {len(captions.get(i, ()))} captions in "
+                           "words, counted from 0; choose a lower one.")
+    return [captions[i][k] for i in numbers]
+
+
+def distinct(images, batch_size):
+    """(positions of the first of each set of equal pictures, place among these of every picture), two int64 tensors."""
+    places, first, place = {}, [], []
+    for batch in images.batches(0, images.n, batch_size):
+        for image in batch:
+            digest = hashlib.sha256(image.tobytes()).digest()
+            if digest not in places:
+                places[digest] = len(first)
+                first.append(len(place))
+            place.append(places[digest])
+    return torch.tensor(first), torch.tensor(place)
+
+
+class Clip:
+    """A frozen CLIP from a folder or the hub: images and captions to vectors of one space."""
+
+    def __init__(self, source, device):
+        transformers = quiet_transformers()
+        with loading("The CLIP", source, "--clip a folder in transformers' format"):
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            model = transformers.CLIPModel.from_pretrained(source, trust_remote_code=False, use_safetensors=True)
+            self.model = model.to(device).eval().float()
+        self.device = device
+
+    @torch.no_grad()
+    def images(self, batch):
+        """uint8 (N, R, R, 3) -> (N, D), resized as in CLIP's own preprocessing: bicubic, rounded to integers."""
+        x = torch.tensor(batch).to(self.device).permute(0, 3, 1, 2).float()
+        x = resize(x, self.model.config.vision_config.image_size, "bicubic", antialias=True).round().clamp(0, 255) / 255
+        x = normalize(x, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        with full_float32(self.device):
+            return self.model.visual_projection(self.model.vision_model(pixel_values=x).pooler_output)
+
+    @torch.no_grad()
+    def captions(self, texts):
+        """N strings -> (N, D)."""
+        most = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=most, return_tensors="pt")
+        with full_float32(self.device):
+            return self.model.text_projection(self.model.text_model(**tokens.to(self.device)).pooler_output)
+
+
+def clip_scores(clip, images, texts, batch_size):
+    """100 max(cos, 0) of each image with its text, (n,) on process 0; None on the others."""
+    start, stop = shard(images.n)
+    rows = [torch.zeros(0, 1)]
+    for i, batch in enumerate(images.batches(start, stop, batch_size)):
+        first = start + i * batch_size
+        cosine = F.cosine_similarity(clip.images(batch), clip.captions(texts[first:first + len(batch)]))
+        rows.append(100 * cosine.clamp(min=0)[:, None].cpu())
+    scores = gather_rows(torch.cat(rows))
+    return None if scores is None else scores[:, 0]
