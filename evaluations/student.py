@@ -1,42 +1,82 @@
-"""A trained network looked into: its images, its teacher, and its tokens on noised latents; for report.py and probe.py."""
+"""Look into a trained network: its images, its teacher, its tokens on noised latents. For report.py and probe.py."""
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import Dataset
 
 from dataset import PIXELS, CaptionedImages, LatentImages, PixelImages
 from encoders import TEACHERS, VAE, Teacher, load_vit
+from evaluations.extract import gather_rows, shard
 from files import BadInput
 from loss import attention_loss, feature_loss, interpolant
 from models.layers import QK
 from pipeline import load_network
 
-NOISE = 5  # a stream of randomness of its own, beside those of dataset.py and during_training.py
-MAP_SIDE = 16  # attention maps are averaged down to at most so many tokens a side
+NOISE = 5  # a random stream of its own, beside those of dataset.py and during_training.py
+MAP_SIDE = 16  # attention maps are averaged down to this many tokens a side
+HELD_OUT = 5  # without held-out data, one image in this many is held out
+
+
+class Split(NamedTuple):
+    """The images of `dataset` at `positions`."""
+    dataset: Dataset | None
+    positions: list
+
+
+def is_text(network):
+    return hasattr(network, "context_embedder")
+
+
+def blocks_of(network):
+    return network.joint_blocks if is_text(network) else network.blocks
 
 
 def open_dataset(network, args, data_dir, split="train"):
-    """The images of a SiT's data folder, or of one split of an MMDiT's, with the latents that `network` takes."""
+    """The data folder of a SiT, or one split of an MMDiT's. Raises BadInput if its shapes are not the network's."""
     resolution = args.get("resolution") or 256
-    if hasattr(network, "context_embedder"):
+    if is_text(network):
         dataset = CaptionedImages(data_dir, split, resolution)
         width = network.context_embedder.in_features
         if dataset.context_shape[1] != width:
-            raise BadInput(f"{data_dir} has text of width {dataset.context_shape[1]}, the network takes {width}; give the "
-                           "data that it was trained on.")
+            raise BadInput(f"{data_dir} has text of width {dataset.context_shape[1]}, the network takes {width}; give "
+                           "the data that it was trained on.")
     else:
         kind = PixelImages if args.get("vae") == PIXELS else LatentImages
         dataset = kind(data_dir, resolution, network.num_classes)
     channels, side, _ = network.latent_shape
     if dataset.moments_shape != (2 * channels, side, side):
-        raise BadInput(f"{data_dir} has moments of shape {dataset.moments_shape}, the network takes {(2 * channels, side, side)}; "
-                       "give the data that it was trained on.")
+        raise BadInput(f"{data_dir} has moments of shape {dataset.moments_shape}, the network takes "
+                       f"{(2 * channels, side, side)}; give the data that it was trained on.")
     return dataset
 
 
+def open_split(network, args, data, val_data, count, seed):
+    """(training Split, held-out Split) of at most `count` images each, chosen by the seed.
+
+    A network of text has no labels to train a probe on: its training set is None, its held-out images are in val/.
+    """
+    def order(dataset):
+        return np.random.default_rng(seed).permutation(len(dataset)).tolist()
+
+    if is_text(network):
+        if val_data:
+            raise BadInput("--val-data is for classes; for captioned images, --data has its own split val.")
+        held_out = open_dataset(network, args, data, "val")
+        return Split(None, []), Split(held_out, order(held_out)[:count])
+    dataset = open_dataset(network, args, data)
+    positions = order(dataset)
+    if val_data:
+        held_out = open_dataset(network, args, val_data)
+        return Split(dataset, positions[:count]), Split(held_out, order(held_out)[:count])
+    share = len(dataset) // HELD_OUT
+    return Split(dataset, positions[share:][:count]), Split(dataset, positions[:share][:count])
+
+
 def open_teacher(network, args, attn_blocks=()):
-    """The Teacher that `args` of a training name, on as many tokens as `network` has. Raises BadInput where there is none."""
+    """The Teacher in the args of a training, with as many tokens as `network`. Raises BadInput if there is none."""
     enc_type = args.get("enc_type") or "none"
     if enc_type == "none":
         raise BadInput("The run had no teacher, so there is none to compare with; name one, or a run that has one.")
@@ -45,11 +85,6 @@ def open_teacher(network, args, attn_blocks=()):
     vit = load_vit(enc_type, args.get("enc_weights"))
     return Teacher(vit, network.input_size // network.patch_size, attn_blocks, args.get("enc_blocks"),
                    input_size=args.get("enc_size"))
-
-
-def null_condition(network, dataset):
-    """The condition of no condition, shaped like one y."""
-    return dataset.empty_context if hasattr(network, "context_embedder") else torch.tensor(network.null_label)
 
 
 def noised(dataset, positions, t, seed=0, path_type="linear"):
@@ -63,16 +98,15 @@ def noised(dataset, positions, t, seed=0, path_type="linear"):
 
 @torch.no_grad()
 def block_tokens(network, x, t, y, blocks):
-    """{block: image tokens (N, T, D) after it} for 1-based `blocks`, of one pass at time `t`, a number."""
-    found, is_text = {}, hasattr(network, "joint_blocks")
-    layers = network.joint_blocks if is_text else network.blocks
+    """{block: image tokens (N, T, D) after it} for 1-based `blocks`, in one pass at time `t`, a number."""
+    found = {}
 
     def keep(block):
-        def hook(_, __, output):  # SiT's blocks give (tokens, QK), MMDiT's (text, tokens, QK)
-            found[block] = output[1 if is_text else 0]
+        def hook(_, __, output):  # SiT's blocks return (tokens, QK), MMDiT's (text, tokens, QK)
+            found[block] = output[1 if is_text(network) else 0]
         return hook
 
-    handles = [layers[block - 1].register_forward_hook(keep(block)) for block in blocks]
+    handles = [blocks_of(network)[block - 1].register_forward_hook(keep(block)) for block in blocks]
     try:
         network(x, torch.full((len(x),), float(t), device=x.device), y)
     finally:
@@ -81,37 +115,56 @@ def block_tokens(network, x, t, y, blocks):
     return found
 
 
+@torch.no_grad()
+def mean_tokens(network, teacher, part, times, blocks, seed, path_type, batch_size):
+    """{"teacher" or (block, t): tokens averaged over an image, (n, D)} of a Split; on processes but 0 None for each."""
+    if part.dataset is None:
+        return {}
+    device, (start, stop) = network.pos_embed.device, shard(len(part.positions))
+    widths = {"teacher": teacher.vit.embed_dim} | {(b, t): network.pos_embed.shape[2] for t in times for b in blocks}
+    rows = {name: [torch.zeros(0, width)] for name, width in widths.items()}
+    null = part.dataset.empty_context if is_text(network) else torch.tensor(network.null_label)  # the condition of none
+    for first in range(start, stop, batch_size):
+        batch = part.positions[first:min(first + batch_size, stop)]
+        found = {"teacher": teacher(torch.stack([part.dataset.image(i) for i in batch])).features[0]}
+        y = torch.stack([null] * len(batch)).to(device)
+        for t in times:
+            x = noised(part.dataset, batch, t, seed, path_type).to(device)
+            found |= {(block, t): tokens for block, tokens in block_tokens(network, x, t, y, blocks).items()}
+        for name, tokens in found.items():
+            rows[name].append(tokens.mean(dim=1).cpu())
+    gathered = {name: gather_rows(torch.cat(parts)) for name, parts in rows.items()}
+    return {name: None if found is None else found.to(device) for name, found in gathered.items()}
+
+
 def mean_map(qk, heads):
     """uint8 (N, s * s, s * s): attention averaged over the first `heads` heads, each row scaled by its largest value.
 
     Maps of more than MAP_SIDE tokens a side are averaged over squares of tokens.
     """
-    maps = QK(qk.q[:, :heads].float(), qk.k[:, :heads].float(), qk.scale).logits().softmax(dim=-1).mean(dim=1)  # (N, T, T)
+    logits = QK(qk.q[:, :heads].float(), qk.k[:, :heads].float(), qk.scale).logits()
+    maps = logits.softmax(dim=-1).mean(dim=1)  # (N, T, T)
     side = math.isqrt(maps.shape[1])
     if side > MAP_SIDE:
         for _ in range(2):  # the keys, then the queries
-            maps = resample_mean(maps, side).transpose(1, 2)
+            maps = F.adaptive_avg_pool2d(maps.unflatten(2, (side, side)), MAP_SIDE).flatten(2).transpose(1, 2)
     return (255 * maps / maps.amax(dim=2, keepdim=True)).round().to(torch.uint8)
 
 
-def resample_mean(maps, side):
-    """(N, R, side * side) -> (N, R, MAP_SIDE * MAP_SIDE): means over squares of the last axis."""
-    return F.adaptive_avg_pool2d(maps.unflatten(2, (side, side)), MAP_SIDE).flatten(2)
-
-
 def colours(teacher, student):
-    """Tokens (N, T, C) of both -> two uint8 (N, s, s, 3): the teacher's three principal components as red, green and blue.
+    """Tokens (N, T, C) of both -> two uint8 (N, s, s, 3), the teacher's three principal components as red, green, blue.
 
-    The student's are its coordinates along the teacher's components, so that one colour is one feature on both sides. All
-    tokens have length 1 first, since the feature loss sees directions only.
+    The student's are its coordinates along the teacher's components, so one colour is one feature on both sides. Tokens
+    are normalized first, because the feature loss sees directions only.
     """
     teacher, student = (F.normalize(tokens.double(), dim=2) for tokens in (teacher, student))
     flat = teacher.flatten(0, 1)
     mean = flat.mean(dim=0)
     _, axes = torch.linalg.eigh((flat - mean).T @ (flat - mean))  # in ascending order
     axes = axes[:, -3:].flip(1)
-    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()  # else the sign is the library's choice
-    low, high = torch.quantile((flat - mean) @ axes, torch.tensor([0.01, 0.99], dtype=torch.float64, device=flat.device), dim=0)
+    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()  # else the sign depends on the library
+    limits = torch.tensor([0.01, 0.99], dtype=torch.float64, device=flat.device)
+    low, high = torch.quantile((flat - mean) @ axes, limits, dim=0)
     side = math.isqrt(teacher.shape[1])
     return [(255 * (((tokens - mean) @ axes - low) / (high - low)).clamp(0, 1)).round().to(torch.uint8).cpu()
             .unflatten(1, (side, side)).numpy() for tokens in (teacher, student)]
@@ -119,13 +172,13 @@ def colours(teacher, student):
 
 @torch.no_grad()
 def look_inside(path, count, t, teacher=None):
-    """Attention and features of the checkpoint `path` and of its teacher, for `count` images of the training data.
+    """Attention and features of the checkpoint `path` (EMA) and its teacher, for `count` images of the training data.
 
-    {images, teacher_colours, student_colours: lists of uint8 (h, w, 3), cosine of the projected features with the teacher's,
-    side: tokens of a map, pairs: [{student, teacher: blocks, loss, entropy in nats, student_maps, teacher_maps: uint8
-    (count, side^2, side^2)}]}; colours and cosine only where there are projected features. The student (EMA) sees the images
-    with their own conditions and noise at time `t`. A run without teacher is compared with that of the settings `teacher`,
-    another run's. Raises BadInput where data or teacher are not there.
+    {images, teacher_colours, student_colours: lists of uint8 (h, w, 3), cosine of projected and teacher's features,
+    side: tokens a side of a map, pairs: [{student, teacher: blocks, loss, entropy in nats, student_maps, teacher_maps:
+    uint8 (count, side^2, side^2)}]}; without projected features there are no colours and no cosine. The student sees
+    the images with their own conditions and noise of time `t`. A run without a teacher is compared with the one in
+    `teacher`, another run's settings. Raises BadInput if data or teacher are missing.
     """
     network, args = load_network(path)
     if teacher and args.get("enc_type") == "none":
@@ -133,8 +186,7 @@ def look_inside(path, count, t, teacher=None):
         args |= {name: teacher.get(name) for name in names}
     if not args.get("data_dir"):
         raise BadInput(f"{path} does not say what it was trained on; nothing is shown of its inside.")
-    pairs = args["attn_layers"]
-    vit = open_teacher(network, args, [block for _, block in pairs])
+    vit = open_teacher(network, args, [block for _, block in args["attn_layers"]])
     dataset = open_dataset(network, args, args["data_dir"])
     positions = np.random.default_rng(0).permutation(len(dataset))[:count].tolist()
     images = torch.stack([dataset.image(i) for i in positions])
@@ -142,12 +194,13 @@ def look_inside(path, count, t, teacher=None):
     x = noised(dataset, positions, t, path_type=args.get("path_type") or "linear")
     y = torch.stack([torch.as_tensor(dataset.condition(i)) for i in positions])
     _, student = network(x, torch.full((len(x),), float(t)), y, return_alignment=True)
-    found = {"images": list(images.permute(0, 2, 3, 1).numpy()), "teacher_colours": [], "student_colours": [], "pairs": []}
+    found = {"images": list(images.permute(0, 2, 3, 1).numpy()), "pairs": [],
+             "teacher_colours": [], "student_colours": []}
     if student.features:
-        features, projected = target.features[0], student.features[0]  # on equal grids, by open_teacher
+        features, projected = target.features[0], student.features[0]  # on equal grids, see open_teacher
         found["teacher_colours"], found["student_colours"] = map(list, colours(features, projected))
         found["cosine"] = -feature_loss(projected, features).item()
-    for ours, theirs in pairs:
+    for ours, theirs in args["attn_layers"]:
         s, e = student.attention[ours], target.attention[theirs]
         heads = min(args.get("attn_heads") or 12, s.q.shape[1], e.q.shape[1])
         found["pairs"].append({

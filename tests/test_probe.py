@@ -1,4 +1,4 @@
-"""evaluations/probe.py: CKNNA and the linear probe against plain restatements, and whole runs on tiny data."""
+"""evaluations/probe.py: CKNNA and the linear probe against plain formulas, and whole runs on tiny data."""
 import json
 import math
 
@@ -8,8 +8,8 @@ import scipy.optimize
 import torch
 
 from dataset import LatentImages
-from evaluations import probe
-from evaluations.student import block_tokens, noised
+from evaluations import metrics, probe
+from evaluations.student import block_tokens, noised, open_split
 from models.mmdit import MMDiT_models
 from models.sit import SiT_models
 from tests.conftest import CLASSES, call_main, script, write_tiny_data
@@ -18,7 +18,7 @@ from tests.test_generate_t2i import save_checkpoint
 
 
 def plain_cknna(a, b, k):
-    """The formula of the docstring, number by number."""
+    """The formula in probe.py, number by number."""
     def length(v):
         return math.sqrt(sum(x * x for x in v))
 
@@ -49,16 +49,11 @@ def features():
 
 @pytest.mark.parametrize("k", [1, 5, 39])
 def test_cknna_is_its_formula(monkeypatch, features, k):
-    monkeypatch.setattr(probe, "ROWS", 16)  # parts of 16, 16 and 8 rows
-    assert probe.cknna(*features, k) == pytest.approx(plain_cknna(*features, k), abs=1e-12)
-
-
-def test_cknna_knows_equal_and_unrelated_neighbours(features):
+    monkeypatch.setattr(metrics, "ROWS", 16)  # parts of 16, 16 and 8 rows
+    assert metrics.cknna(*features, k) == pytest.approx(plain_cknna(*features, k), abs=1e-12)
     a, _ = features
     rotation = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
-    assert probe.cknna(a, 3 * a @ rotation, 5) == pytest.approx(1, abs=1e-12)
-    unrelated = torch.randn(40, 7, generator=torch.Generator().manual_seed(1))
-    assert abs(probe.cknna(a, unrelated, 5)) < 0.25 < probe.cknna(*features, 5)
+    assert metrics.cknna(a, 3 * a @ rotation, k) == pytest.approx(1, abs=1e-12)  # equal neighbourhoods
 
 
 def test_probe_is_the_minimum_that_scipy_finds(monkeypatch):
@@ -79,12 +74,12 @@ def test_probe_is_the_minimum_that_scipy_finds(monkeypatch):
     best = scipy.optimize.minimize(objective, np.zeros(18), tol=1e-10).x
     expected = (((val - mean) / std @ best[:15].reshape(5, 3) + best[15:]).argmax(1) == val_labels).mean()
     found, solver = [], torch.optim.LBFGS
-    monkeypatch.setattr(torch.optim, "LBFGS", lambda parameters, **how: found.extend(parameters) or solver(parameters, **how))
-    accuracy = probe.linear_probe(*(torch.tensor(part) for part in (train, train_labels, val, val_labels)), 3, l2=0.05)
+    monkeypatch.setattr(torch.optim, "LBFGS", lambda weights, **how: found.extend(weights) or solver(found, **how))
+    parts = map(torch.tensor, (train, train_labels, val, val_labels))
+    accuracy = metrics.linear_probe(*parts, 3, l2=0.05)
     assert accuracy == expected and 0.4 < accuracy < 1
-    # The bias is known up to a constant, on which neither objective depends.
     np.testing.assert_allclose(found[0].detach(), best[:15].reshape(5, 3), atol=1e-4)
-    np.testing.assert_allclose(np.diff(found[1].detach()), np.diff(best[15:]), atol=1e-4)
+    np.testing.assert_allclose(np.diff(found[1].detach()), np.diff(best[15:]), atol=1e-4)  # a constant changes nothing
 
 
 def test_tokens_of_a_block_and_noise(tiny_data):
@@ -103,50 +98,42 @@ def test_tokens_of_a_block_and_noise(tiny_data):
         first = sit.blocks[0](tokens, c)[0]
         found = block_tokens(sit, x, 0.3, y, [1, 2])
         assert torch.equal(found[1], first) and torch.equal(found[2], sit.blocks[1](first, c)[0])
-        found = block_tokens(mmdit, x, 0.3, text, [1])
-        _, image, _ = mmdit.joint_blocks[0](mmdit.context_embedder(text), mmdit.x_embedder(x) + mmdit.pos_embed, mmdit.t_embedder(t))
-        assert torch.equal(found[1], image)
+        tokens = mmdit.x_embedder(x) + mmdit.pos_embed
+        _, image, _ = mmdit.joint_blocks[0](mmdit.context_embedder(text), tokens, mmdit.t_embedder(t))
+        assert torch.equal(block_tokens(mmdit, x, 0.3, text, [1])[1], image)
 
 
-def arguments(ckpt, data, teacher_file, out, *more):
-    return [ckpt, "--data", data, "--enc-type", "dinov2-vit-n", "--enc-weights", teacher_file, "--device", "cpu", "--json", out,
-            *more]
+def test_a_fifth_is_held_out(tiny_data):
+    sit = SiT_models["SiT-N/2"](input_size=16, num_classes=CLASSES, z_dims=())
+    train, val = open_split(sit, {"resolution": 64}, tiny_data, None, 1000, seed=0)
+    assert len(val.positions) == 12 and sorted(train.positions + val.positions) == list(range(64))
 
 
 def test_classes(monkeypatch, tiny_data, teacher_file, tmp_path, capsys):
-    """Colours are told from pooled tokens, and noise alone (t = 1) tells nothing; batches and processes change nothing."""
+    """Pooled tokens know the colour, and at t = 1, noise alone, they do not. Batches and processes change nothing."""
     ckpt, out = make_checkpoint(tmp_path / "0000005.pt", "SiT-N/2"), tmp_path / "probe.json"
-    val = write_tiny_data(tmp_path / "val", 24)
-    more = ["--val-data", val, "--k", 5, "--t", "0.1,1"]
-    call_main(monkeypatch, probe, *arguments(ckpt, tiny_data, teacher_file, out, *more))
+    arguments = [ckpt, "--data", tiny_data, "--val-data", write_tiny_data(tmp_path / "val", 24), "--enc-type",
+                 "dinov2-vit-n", "--enc-weights", teacher_file, "--k", 5, "--t", "0.1,1", "--blocks", "2,3",
+                 "--device", "cpu", "--json", out]
+    call_main(monkeypatch, probe, *arguments)
     table, result = capsys.readouterr().out.splitlines(), json.loads(out.read_text())
     assert result["images"] == {"training": 64, "held-out": 24} and result["largest class"] == 0.25
     rows = {(row["block"], row["t"]): row for row in result["rows"]}
-    assert sorted(rows) == [(block, t) for block in (1, 2, 3) for t in (0.1, 1)] and len(table) == 3 + len(rows)
+    assert sorted(rows) == [(block, t) for block in (2, 3) for t in (0.1, 1)] and len(table) == 3 + len(rows)
     assert result["teacher"]["probe"] == rows[2, 0.1]["probe"] == 1
     assert rows[2, 1]["probe"] < 0.6
     assert rows[2, 0.1]["cknna"] > 0.3 > rows[2, 1]["cknna"]
-    script("evaluations/probe.py", *arguments(ckpt, tiny_data, teacher_file, out, *more, "--batch-size", 7), processes=2)
+    script("evaluations/probe.py", *arguments, "--batch-size", 7, processes=2)
     again = json.loads(out.read_text())
     assert again["images"] == result["images"]
     for row, other in zip(result["rows"], again["rows"], strict=True):
         assert row["cknna"] == pytest.approx(other["cknna"], abs=1e-4) and row["probe"] == other["probe"]
 
 
-def test_a_fifth_is_held_out_and_blocks_are_chosen(monkeypatch, tiny_data, teacher_file, tmp_path):
-    ckpt, seen = make_checkpoint(tmp_path / "0000005.pt", "SiT-N/2"), []
-    chosen = probe.choose
-    monkeypatch.setattr(probe, "choose", lambda *a: seen.append(chosen(*a)) or seen[-1])
-    call_main(monkeypatch, probe, *arguments(ckpt, tiny_data, teacher_file, tmp_path / "a", "--blocks", "2", "--t", "0.5"))
-    _, train, _, val = seen[0]
-    assert len(val) == 12 and sorted(train + val) == list(range(64))
-    assert [row["block"] for row in json.loads((tmp_path / "a").read_text())["rows"]] == [2]
-
-
 def test_text_has_no_labels(monkeypatch, tiny_captions, teacher_file, tmp_path, capsys):
     model = MMDiT_models["MMDiT-T"](input_size=16, context_dim=16, z_dims=())
-    ckpt = save_checkpoint(tmp_path / "0000005.pt", model, model="MMDiT-T", data_dir=str(tiny_captions), enc_type="dinov2-vit-n",
-                           enc_weights=str(teacher_file))
+    ckpt = save_checkpoint(tmp_path / "0000005.pt", model, model="MMDiT-T", data_dir=str(tiny_captions),
+                           enc_type="dinov2-vit-n", enc_weights=str(teacher_file))
     call_main(monkeypatch, probe, ckpt, "--device", "cpu", "--t", "0.2", "--k", 3)
     table = capsys.readouterr().out.splitlines()
     assert table[0].startswith("16 held-out images") and "probe" not in table[1] and len(table) == 2 + 4
