@@ -21,7 +21,7 @@ from files import BadInput
 from tests.conftest import ROOT, call_main
 from tests.test_evaluations_metrics import save_efficientnet, save_inception
 
-SCRIPTS = ("evaluator", "stats", "caption_retrieval", "baselines", "probe")
+SCRIPTS = ("evaluator", "stats", "caption_retrieval", "baselines", "curves", "probe", "report")
 
 
 def random_images(n, seed, side=24):

@@ -1,6 +1,6 @@
 // Curves of all runs that zoom together. Uses the helpers of page.js, which report.py puts after this file.
 
-const FEW = 30; // points: with fewer each has a dot and none is smoothed, as is right for scores
+const FEW = 30; // a curve with fewer points, such as scores, has dots and is not smoothed
 const MARGIN = {left: 52, right: 12, top: 10, bottom: 34}, HEIGHT = 230;
 const first = ["denoise", "feature", "attention"], last = ["loss", "grad_norm", "skipped", "step_time"];
 
@@ -8,11 +8,11 @@ const view = {axis: "step", zoom: null, smooth: 0, log: false, hidden: new Set()
 const panels = [];
 let toolbar;
 
-function position(x) { // on the axis chosen: a step is a whole number
+function position(x) { // as text, on the chosen axis
   return view.axis === "step" ? x.toLocaleString("en") : number(x);
 }
 
-function points(run, column) { // [[x, y]] on the axis chosen
+function points(run, column) { // [[x, y]] on the chosen axis
   const found = run.columns[column] || [];
   if (view.axis === "step") return found;
   const place = new Map(run.steps.map((step, i) => [step, i]));
@@ -49,7 +49,7 @@ function short(value) { // of a tick
   return String(Number(value.toPrecision(6)));
 }
 
-function thinned(found, toX) { // lowest and highest of each pixel column: a line of 10,000 points looks the same
+function thinned(found, toX) { // lowest and highest of each pixel column, which look like the whole line
   if (found.length < 1500) return found;
   const columns = new Map();
   for (const point of found) {
@@ -61,7 +61,7 @@ function thinned(found, toX) { // lowest and highest of each pixel column: a lin
   return [...columns.values()].flatMap(pair => pair.sort((a, b) => a[0] - b[0]));
 }
 
-function extent(values) { // [low, high], never of no width; null for no values
+function extent(values) { // [low, high] with low < high; null without values
   if (!values.length) return null;
   let low = Infinity, high = -Infinity;
   for (const value of values) { low = Math.min(low, value); high = Math.max(high, value); }
@@ -70,7 +70,7 @@ function extent(values) { // [low, high], never of no width; null for no values
 
 const shown = () => data.runs.map((run, i) => [run, i]).filter(([, i]) => !view.hidden.has(i));
 const stopAt = run => view.axis === "step" ? run.stop : hoursAt(run, run.stop);
-function hoursAt(run, step) { // between two rows in proportion
+function hoursAt(run, step) { // interpolated between two rows
   let i = run.steps.findIndex(known => known >= step);
   if (i < 0) i = run.steps.length - 1;
   const [a, b] = i ? [run.steps[i - 1], run.hours[i - 1]] : [0, 0];
@@ -113,7 +113,7 @@ function draw(panel) {
     if (!inside([x])) continue;
     curves.append(s("line", {class: "stop", style: colour(i), x1: toX(x), x2: toX(x), y1: MARGIN.top, y2: bottom},
       s("title", {}, `${run.name}: alignment stops after step ${run.stop}`)));
-    if (column === "denoise") { // named once; the panels beside it have the same lines
+    if (column === "denoise") { // the other panels have the same lines, without text
       const near = toX(x) > width / 2;
       curves.append(s("text", {x: toX(x) + (near ? -5 : 5), y: MARGIN.top + 10 + 13 * i, "text-anchor": near ? "end" : "start"},
         data.runs.length > 1 ? `${run.name}: alignment stops` : "alignment stops"));
@@ -141,7 +141,7 @@ function zoom(range) {
   redraw();
 }
 
-function zoomBy(factor) { // about the middle; out to the whole at most
+function zoomBy(factor) { // around the middle, at most to the whole run
   const [low, high] = panels[0].rangeX, middle = (low + high) / 2, half = (high - low) / 2 * factor;
   const end = extent(data.runs.flatMap(run => view.axis === "step" ? run.steps : run.hours))[1];
   const range = [Math.max(0, middle - half), Math.min(end, middle + half)];

@@ -2,6 +2,9 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const COLOURS = 6; // --c0 to --c5; runs beyond that are dashed
+const MAIN = ["preset", "model", "data_dir", "resolution", "batch_size", "max_train_steps", "learning_rate", "ema_decay", "mixed_precision",
+  "enc_type", "enc_blocks", "encoder_depth", "proj_coeff", "attn_layers", "attn_coeff", "early_stop_point", "early_stop_trigger",
+  "align_decay", "path_type", "weighting", "qk_norm", "seed"]; // settings of a single run that are always visible
 
 function element(namespace, name, attributes, children) {
   const node = namespace ? document.createElementNS(namespace, name) : document.createElement(name);
@@ -23,7 +26,7 @@ function text(value) { // a setting, for a table
   return typeof value === "object" ? JSON.stringify(value) : String(value);
 }
 
-function number(value) { // a measurement: four digits; what is none, as it is
+function number(value) { // four digits of a measurement; anything else as it is
   if (typeof value !== "number") return text(value);
   if (value === 0) return "0";
   const size = Math.abs(value);
@@ -65,25 +68,24 @@ function speed() {
   const total = data.runs.map(run => duration(run.hours[run.hours.length - 1]));
   return [h("h2", {id: "speed"}, "Step time and throughput"),
     h("div", {class: "card"}, byRun("", [...phases.map(phase => [phase, ...data.runs.map(run => cell(run, phase))]), ["training so far", ...total]]),
-      h("p", {class: "soft"}, "Medians over the rows of metrics.csv but the first. A row in which previews or a checkpoint were made counts their time."))];
+      h("p", {class: "soft"}, "Medians over the rows of metrics.csv without the first. A row includes the time of its previews and checkpoint."))];
 }
 
 function settings() {
   const names = [...new Set(data.runs.flatMap(run => Object.keys(run.settings)))];
   const cells = name => data.runs.map(run => text(run.settings[name]));
-  const differ = name => data.runs.length > 1 ? new Set(cells(name)).size > 1
-    : name in data.defaults ? text(data.defaults[name]) !== cells(name)[0] : true;
-  const row = name => [name, ...cells(name)], same = names.filter(name => !differ(name));
-  return [h("h2", {id: "settings"}, data.runs.length > 1 ? "What tells the runs apart" : "Settings"),
-    h("div", {class: "card"}, names.some(differ) ? byRun("", names.filter(differ).map(row)) : h("p", {}, "All settings are equal."),
-      same.length ? h("details", {}, h("summary", {}, data.runs.length > 1 ? `${same.length} settings that are equal`
-        : `${same.length} settings at their defaults`), byRun("", same.map(row))) : null)];
+  const several = data.runs.length > 1, first = name => several ? new Set(cells(name)).size > 1 : MAIN.includes(name);
+  const row = name => [name, ...cells(name)], rest = names.filter(name => !first(name));
+  return [h("h2", {id: "settings"}, several ? "Settings that differ" : "Settings"),
+    h("div", {class: "card"}, names.some(first) ? byRun("", names.filter(first).map(row)) : h("p", {}, "All settings are equal."),
+      rest.length ? h("details", {}, h("summary", {}, `${rest.length} ${several ? "settings that are equal" : "other settings"}`),
+        byRun("", rest.map(row))) : null)];
 }
 
 function environment() {
   const known = [...new Set(data.runs.flatMap(run => Object.keys(run.environment || {})))];
   return [h("h2", {id: "environment"}, "Environment"), h("div", {class: "card"},
-    data.runs.filter(run => !run.environment).map(run => h("p", {}, `${run.name} did not record its environment; it was made by an older version.`)),
+    data.runs.filter(run => !run.environment).map(run => h("p", {}, `${run.name} was made by an older version, which did not record its environment.`)),
     known.length ? byRun("", known.map(name => [name, ...data.runs.map(run => text((run.environment || {})[name]))])) : null)];
 }
 
@@ -105,7 +107,7 @@ function previews() {
   const strip = run => h("div", {class: "strip"}, run.previews.map(([title, picture], i) => h("figure", {},
     h("img", {src: picture, alt: `${run.name}, ${title}`, click: () => show(run.previews, i)}), h("figcaption", {}, title))));
   return [h("h2", {id: "previews"}, "Previews over time"),
-    h("p", {class: "soft"}, "Samples of the EMA weights from the same noise and conditions each time, after the data that have these conditions."),
+    h("p", {class: "soft"}, "Samples of the EMA weights, always from the same noise and conditions. The first picture shows data with these conditions."),
     data.runs.map((run, i) => [h("h3", {}, swatch(i), run.name), run.previews.length ? strip(run)
       : h("p", {}, "This run has no previews; --sampling-steps of the training makes them.")])];
 }
@@ -171,9 +173,9 @@ function lookInside(run) {
       refresh();
     };
     const eye = h("div", {class: "eye", pointerdown: choose, pointermove: event => event.buttons && choose(event)},
-      h("img", {src: picture, alt: "training image", draggable: "false"}), side ? row.mark : null);
+      h("img", {src: picture, alt: "training image", draggable: "false"}), row.mark);
     cells.push(h("figure", {}, eye, h("figcaption", {}, "image")));
-    for (const kind of side ? ["teacher", "student"] : []) {
+    for (const kind of ["teacher", "student"]) {
       row[kind] = h("canvas", {width: side, height: side, role: "img", "aria-label": `attention of the ${kind}`});
       row[`${kind}Label`] = h("figcaption");
       cells.push(h("figure", {}, row[kind], row[`${kind}Label`]));
@@ -190,18 +192,18 @@ function lookInside(run) {
     buttons.forEach((button, j) => button.setAttribute("aria-pressed", i === j));
     refresh();
   }}, `student ${pair.student}, teacher ${pair.teacher}`));
-  if (side) refresh();
+  refresh();
   return [h("p", {class: "soft"}, `EMA weights of step ${found.step.toLocaleString("en")}, noise at t = ${found.t}.`
       + (found.cosine === undefined ? " There are no projected features in this run." : ` Cosine of projected and teacher's features ${number(found.cosine)}.`)),
-    side ? [h("div", {class: "group"}, buttons), facts] : null, views];
+    h("div", {class: "group"}, buttons), facts, views];
 }
 
 function insides() {
   const seen = data.runs.some(run => !run.inside.missing);
   return [h("h2", {id: "inside"}, "What teacher and student see"),
-    seen && h("p", {class: "soft"}, "Attention: where the marked patch looks, mean over the aligned heads, the brightest being the most; touch an image to move the "
-      + "mark. Features: the first three principal components of the teacher's tokens as red, green and blue; the student's "
-      + "projected tokens along the same components, so that equal colours are equal features. Numbers are blocks, counted from 0."),
+    seen && h("p", {class: "soft"}, "Attention: where the marked patch looks, averaged over the aligned heads; brighter is more. Touch an image to move the mark. "
+      + "Features: the first three principal components of the teacher's tokens as red, green and blue, and the student's projected "
+      + "tokens along the same components: equal colours are equal features. Numbers are blocks, counted from 0."),
     data.runs.map((run, i) => h("div", {class: "card", style: "margin-top:.9rem"}, h("h3", {style: "margin-top:0"}, swatch(i), run.name), lookInside(run)))];
 }
 

@@ -1,0 +1,196 @@
+"""The folder of a run as plain values and pictures: metrics, settings, where alignment stopped, previews, samples.
+
+For curves.py and report.py.
+"""
+import base64
+import csv
+import io
+import itertools
+import statistics
+
+import numpy as np
+import torch
+from PIL import Image
+
+from checkpoints import check_contents, saved_steps
+from evaluations.images import FolderImages, decode
+from evaluations.student import look_inside
+from files import BadInput, first_line, is_file, read_json, reading
+from pictures import image_grid
+
+TITLES = {"denoise": "denoising loss", "feature": "feature loss (-cosine)", "attention": "attention loss (nats)"}
+LARGEST = 768  # pixels a side of a picture on the page; larger ones are scaled down
+PREVIEWS = 24  # most previews of a run, evenly spread
+GRID = 36  # pictures shown of a samples folder without a grid beside it
+SAMPLING = ("mode", "num_steps", "heun", "cfg_scale", "guidance_low", "guidance_high", "global_seed", "labels")  # shown
+
+
+# ---- metrics.csv and args.json ----
+
+def read_table(run):
+    """{column: ([step], [value])} of run/metrics.csv, without the step; each column has the rows that have a value."""
+    path = run / "metrics.csv"
+    if not is_file(path):
+        raise BadInput(f"{path} does not exist; give the folder of a run of train.py.")
+    try:
+        with reading(path), open(path, newline="") as file:  # a run may be writing its last line
+            rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+        if not rows:
+            raise BadInput(f"{path} has no rows yet; train first.")
+        table = {}
+        for column in rows[0]:
+            given = [row for row in rows if row[column]]
+            table[column] = [int(row["step"]) for row in given], [float(row[column]) for row in given]
+        del table["step"]
+        if missing := {*TITLES, "seconds"} - table.keys():
+            raise ValueError(f"it has no column {min(missing)}")
+    except (ValueError, KeyError, csv.Error) as error:
+        raise BadInput(f"{path} is not a metrics.csv of train.py ({first_line(error)}); give another run's "
+                       "folder.") from error
+    return table
+
+
+def read_metrics(run):
+    """The losses of read_table, then the scores: the columns after `seconds`."""
+    table = read_table(run)
+    columns = list(table)
+    return {column: table[column] for column in (*TITLES, *columns[columns.index("seconds") + 1:])}
+
+
+def read_settings(run):
+    """args.json of the run in folder `run`."""
+    settings = read_json(run / "args.json")
+    check_contents(run / "args.json", {"args": settings}, ())
+    if not isinstance(settings.get("batch_size"), int):
+        raise BadInput(f"{run}/args.json has no batch_size; give the folder of a run of train.py.")
+    return settings
+
+
+def is_switched_off(name, values):
+    """Whether the run never had this alignment loss; metrics.csv then holds 0."""
+    return name in ("feature", "attention") and not any(values)
+
+
+def early_stop(settings, metrics):
+    """First step without alignment: the gradient trigger's or the planned one, whichever is earlier."""
+    known = {name: value for name, value in settings.items() if isinstance(value, (int, float))}
+    triggered = [step for step, cosine in zip(*metrics.get("cosine", ([], [])), strict=True)
+             if cosine < known.get("trigger_threshold", -1)]
+    return min([known.get("early_stop_point", float("inf")), *triggered])
+
+
+def alignment_stop(table, settings):
+    """The step after which alignment was off, None if it still goes on or if there was none.
+
+    The table shows where the alignment losses end, to a row. Within this row it is `early_stop`, if that lies in it.
+    """
+    aligned, planned = table["feature"][0], early_stop(settings, table)
+    before = aligned[-1] if aligned else 0
+    after = next((step for step in table["denoise"][0] if step > before), None)
+    if after is None or settings.get("enc_type") == "none":
+        return None
+    return planned if 0 < planned and before <= planned < after else before or None
+
+
+# ---- what the page shows ----
+
+def curves(table):
+    """{steps, hours, columns: {name: [[step, value], ...]}} of read_table's result; hours are summed from its seconds.
+
+    Left out: the trigger's cosines at single times, `skipped` if it is always 0, and alignment losses that were off.
+    """
+    steps, seconds = table["seconds"]
+    columns = {name: values for name, values in table.items() if values[0] and name != "seconds"
+               and not name.startswith("cosine_") and not (name == "skipped" and not any(values[1]))
+               and not is_switched_off(name, values[1])}
+    columns["step_time"] = steps, (1000 * np.array(seconds) / np.diff(steps, prepend=0)).tolist()
+    finite = {name: [[x, y] for x, y in zip(*values, strict=True) if np.isfinite(y)]
+              for name, values in columns.items()}
+    return {"steps": steps, "hours": (np.cumsum(seconds) / 3600).round(6).tolist(), "columns": finite}
+
+
+def speed(durations, stop, batch_size):
+    """[[phase, milliseconds a step, images a second]] of [step, milliseconds] pairs: medians over the rows of a phase.
+
+    The first row, which includes the start, counts only if it is the only one.
+    """
+    rows = [(before, step, time) for (before, _), (step, time) in itertools.pairwise([(0, 0), *durations])]
+    rows = rows[1:] or rows
+    phases = {} if stop is None else {"with alignment": [time for _, step, time in rows if step <= stop],
+                                      "after it stops": [time for before, _, time in rows if before >= stop]}
+    if not any(phases.values()):
+        phases = {"all steps": [time for _, _, time in rows]}
+    medians = [(name, statistics.median(times)) for name, times in phases.items() if times]
+    return [[name, round(time, 2), round(1000 * batch_size / time, 1) if time else None] for name, time in medians]
+
+
+def picture(pixels):
+    """uint8 (h, w, 3) -> data URI: PNG for small pictures, JPEG for large ones, at most LARGEST pixels a side."""
+    image, file = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((LARGEST, LARGEST), Image.LANCZOS)
+    kind, options = ("png", {}) if image.width * image.height <= 400 ** 2 else ("jpeg", {"quality": 88})
+    image.save(file, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def previews(folder):
+    """[[title, picture]] of a run's previews/: the true images first, then at most PREVIEWS steps, evenly spread."""
+    steps = sorted(path for path in folder.glob("*.png") if path.stem.isdigit())
+    chosen = {round(i) for i in np.linspace(0, len(steps) - 1, min(PREVIEWS, len(steps)))}
+    found = [("the data", folder / "truth.png")] if is_file(folder / "truth.png") else []
+    found += [(f"step {int(steps[i].stem):,}", steps[i]) for i in sorted(chosen)]
+    return [[title, picture(decode(path))] for title, path in found]
+
+
+def samples(path):
+    """{name, settings, picture, scores} of a folder of generate.py, or of a picture."""
+    with reading(path):
+        if not path.exists():
+            raise BadInput(f"--samples {path} does not exist; give a folder of pictures or a picture.")
+    grid, scores = (path.with_name(f"{path.name}-{name}") for name in ("grid.png", "scores.json"))  # beside the folder
+    if is_file(path) or is_file(grid):
+        pixels = decode(path if is_file(path) else grid)
+    else:
+        images = FolderImages(path)
+        first = next(images.batches(0, min(GRID, images.n), GRID))
+        pixels = image_grid(torch.from_numpy(first).permute(0, 3, 1, 2))
+    settings = read_json(path / "settings.json") if is_file(path / "settings.json") else {}
+    return {"name": path.name.removesuffix(".png"), "picture": picture(pixels),
+            "scores": read_scores(scores) if is_file(scores) else {},
+            "settings": {name: settings[name] for name in SAMPLING if name in settings}}
+
+
+def read_scores(path):
+    """{set: {reference: {metric: value}}} from a file of baselines.py, or of evaluator.py, which has one of each."""
+    scores = read_json(path).get("scores")
+    if not isinstance(scores, dict) or not scores:
+        raise BadInput(f"{path} has no scores; make it again by baselines.py or evaluator.py --json, or remove it.")
+    by_reference = [row for found in scores.values() for row in (found.values() if isinstance(found, dict) else [None])]
+    return scores if all(isinstance(row, dict) for row in by_reference) else {"samples": {"": scores}}
+
+
+def inside(run, count, t, teacher):
+    """look_inside's result for the newest checkpoint, with pictures as text, or {"missing": why there is none}."""
+    steps = saved_steps(run / "checkpoints")
+    if not count or not steps:
+        return {"missing": "Left out (--images 0)." if not count else f"{run}/checkpoints holds no checkpoint yet."}
+    try:
+        found = look_inside(steps[max(steps)], count, t, teacher)
+    except BadInput as error:
+        return {"missing": str(error)}
+    for name in ("images", "teacher_colours", "student_colours"):
+        found[name] = list(map(picture, found[name]))
+    for pair in found["pairs"]:
+        for side in ("teacher_maps", "student_maps"):
+            pair[side] = [base64.b64encode(maps.tobytes()).decode() for maps in pair[side]]
+    return {**found, "step": max(steps), "t": t}
+
+
+def read_run(run, count, t, teacher):
+    """What the page shows of the run in folder `run`; `teacher` as for look_inside."""
+    table, settings = read_table(run), read_settings(run)
+    environment, found = settings.pop("environment", None), curves(table)
+    stop = alignment_stop(table, settings)
+    return {"name": run.resolve().name, "settings": settings, "environment": environment, "stop": stop, **found,
+            "speed": speed(found["columns"]["step_time"], stop, settings["batch_size"]),
+            "previews": previews(run / "previews"), "inside": inside(run, count, t, teacher)}
