@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole pipeline: data, training with alignment and its stop, samples, scores, and a page that shows it all, on the embedded
-# emoji for classes or captions, or on the photographs of CIFAR-10. Run it by `make quickstart`, `make quickstart-t2i` or
-# `make quickstart-cifar10`. Every command is printed before it runs, so that each can be repeated or changed by hand. With
-# QUICKSTART=short it takes a few steps only and shows that everything works.
+# The whole pipeline: data, training with alignment and its stop, samples, scores, and a page that shows it all, on the
+# embedded emoji for classes or captions, or on the photographs of CIFAR-10. Run it by `make quickstart`,
+# `make quickstart-t2i` or `make quickstart-cifar10`. Every command is printed before it runs, so that each can be
+# repeated or changed by hand. With QUICKSTART=short it takes a few steps only and shows that everything works.
 set -euo pipefail
 
 task=${1:-classes} form=${2:-full}
