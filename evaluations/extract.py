@@ -78,14 +78,11 @@ def shard(n):
 
 def sum_over_processes(moments):
     """Add up the Moments of all processes, in place."""
-    if not dist.is_initialized():
-        return
-    count = torch.tensor([moments.n], dtype=torch.float64)
-    for total in (count, moments.sum, moments.outer):
-        shared = total.to(transport())
-        dist.all_reduce(shared)
-        total.copy_(shared)
-    moments.n = int(count)
+    if dist.is_initialized():
+        count = torch.tensor([moments.n], dtype=torch.float64, device=moments.sum.device)
+        for total in (count, moments.sum, moments.outer):
+            dist.all_reduce(total)
+        moments.n = int(count)
 
 
 def gather_rows(rows):
@@ -95,11 +92,6 @@ def gather_rows(rows):
     parts = None if rank() else [None] * dist.get_world_size()
     dist.gather_object(rows, parts)
     return parts and torch.cat(parts)
-
-
-def transport():
-    """Device that the process group moves tensors on: NCCL needs GPUs."""
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def join_processes(device=None):

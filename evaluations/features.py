@@ -188,7 +188,8 @@ def load_strictly(network, state, path, features):
     wrong = [key for key in {**shapes, **state}
              if key not in shapes or shapes[key] != getattr(state.get(key), "shape", None)]
     if wrong:
-        raise BadInput(f"{path} does not hold the weights of {features} ({wrong[0]} is missing, unknown or of another "
-                       f"shape, and so are {len(wrong) - 1} more); give the published file.")
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise BadInput(f"{path} does not hold the weights of {features} (missing, unknown or of another shape: "
+                       f"{wrong[0]}{more}); give the published file.")
     floats = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     network.load_state_dict(floats, assign=True)

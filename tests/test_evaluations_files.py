@@ -235,12 +235,6 @@ def test_few_images_against_statistics_alone(monkeypatch, made, capsys):
     assert capsys.readouterr().out.splitlines() == ["FID: 1.5", "Precision: n/a", "Recall: n/a"]
 
 
-def test_identical_sets(made, inception):
-    each = load_set(made / "sample.npz", inception, ("fid", "pr"))
-    found = score(each, each, ("fid", "pr"))
-    assert abs(found["FID"]) < 1e-6 and found["Precision"] == found["Recall"] == 1
-
-
 def test_other_features_keep_their_own_names(monkeypatch, made, capsys, tmp_path):
     save_efficientnet(tmp_path / "lite0.pth")
     argv = [made / "reference.npz", made / "sample.npz", "--features", "efficientnet-lite0", "--device", "cpu",
@@ -285,8 +279,8 @@ def test_flags_that_do_not_fit_the_files(monkeypatch, made, capsys, reference, e
 def test_wrong_weights(made, tmp_path):
     state = torch.load(made / "inception.pth", weights_only=True)
     other_shape, extra = (state | {key: torch.zeros(1)} for key in ("fc.weight", "extra"))
-    for content, words in ((other_shape, "fc.weight is missing, unknown or of another shape, and so are 0"),
-                           (extra, "extra is missing, unknown"), ([1], "holds a list")):
+    for content, words in ((other_shape, r"of another shape: fc.weight\)"),
+                           (extra, r"missing, unknown or .*: extra\)"), ([1], "holds a list")):
         torch.save(content, tmp_path / "changed.pth")
         with pytest.raises(BadInput, match=words):
             load_extractor("inception", tmp_path / "changed.pth", verify=False)

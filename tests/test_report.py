@@ -255,11 +255,6 @@ def test_page_in_a_browser(seen, i, width):
     assert found["painted"] == 8 and found["images"] == 1 + 2 * 3 + 2 * 2 + 2 * 2
     assert found["heads"] == ["Curves", "Samples", "Previews over time", "What teacher and student see",
                               "Step time and throughput", "Settings that differ", "Environment"]
-
-
-def test_drag_zooms_all_panels(seen):
-    for before, after in zip(seen.before, seen.after, strict=True):
-        labels = after["denoise"]["labels"]
-        assert "0" not in labels and labels != before["denoise"]["labels"]
-        assert after["feature"]["labels"] != before["feature"]["labels"]
-        assert after["scroll"] <= after["width"]
+    after = seen.after[i]  # a drag across one panel zooms all
+    assert "0" not in after["denoise"]["labels"] and after["denoise"]["labels"] != found["denoise"]["labels"]
+    assert after["feature"]["labels"] != found["feature"]["labels"] and after["scroll"] <= after["width"]
