@@ -156,14 +156,14 @@ def test_workers_follow_the_cores(monkeypatch, tiny_data, tmp_path, cores, typed
 
 def test_ddp_keeps_gradients_once_and_compiled_blocks_whole(monkeypatch, tiny_data, tmp_path):
     made = []
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     monkeypatch.setattr(train, "LatentImages", lambda *_, **__: 1 / 0)  # as far as that
     make = setup.Accelerator
     monkeypatch.setattr(setup, "Accelerator", lambda **settings: made.append(make(**settings)) or made[0])
-    with pytest.raises(ZeroDivisionError):
-        call_main(monkeypatch, train, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--compile"))
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        with pytest.raises(ZeroDivisionError):
+            call_main(monkeypatch, train, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--compile"))
+        assert torch._dynamo.config.optimize_ddp is False
     assert made[0].ddp_handler.to_kwargs() == {"gradient_as_bucket_view": True, "broadcast_buffers": False}
-    assert torch._dynamo.config.optimize_ddp is False
 
 
 # ---- FSDP's plugin ----
