@@ -30,21 +30,24 @@ def test_what_is_freed_goes_back_to_the_machine():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_a_step_finds_the_memory_of_the_one_before():
-    """In a process of its own, as the setting is for good: page faults of making 160 MB anew, in pieces of 20 MB.
+    """In a process of its own, as the setting is for good: page faults of 160 MB asked for again, in pieces of 20 MB.
 
-    The median of several steps counts: now and then one finds more or less than the others.
+    By malloc itself: whether a step's tensors lie at the end of the heap, where freed memory is given back, is chance.
     """
     code = """if True:
-        import resource, sys, torch, speed
+        import ctypes, resource, sys, speed
         if "tuned" in sys.argv:
             speed.tune(1, tf32=False)
-        faults = []
-        for _ in range(8):
+        library = ctypes.CDLL(None)
+        library.malloc.restype = ctypes.c_void_p
+        for _ in range(3):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            pieces = [torch.ones(5_000_000) for _ in range(8)]
-            del pieces
-            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-        print(sorted(faults)[4])"""
+            pieces = [ctypes.c_void_p(library.malloc(ctypes.c_size_t(20_000_000))) for _ in range(8)]
+            for piece in pieces:
+                ctypes.memset(piece, 1, 20_000_000)
+            for piece in reversed(pieces):
+                library.free(piece)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     faults = [int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, check=True, capture_output=True, text=True,
                                  env={**environment, "CUDA_VISIBLE_DEVICES": ""}).stdout) for how in ("tuned", "plain")]
