@@ -12,7 +12,7 @@ SIZES = {
     "T": {"depth": 5, "hidden_size": 160, "num_heads": 5, "projector_dim": 256, "encoder_depth": 3,
           "attn_pairs": ((1, 7), (2, 9)), "early_stop_point": 600},
     "XS": {"depth": 6, "hidden_size": 192, "num_heads": 6, "projector_dim": 384, "encoder_depth": 3,
-           "attn_pairs": ((2, 7), (3, 9)), "early_stop_point": 1000},
+           "attn_pairs": ((1, 6), (2, 8)), "early_stop_point": 1000},
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6, "encoder_depth": 5,
           "attn_pairs": ((2, 7), (3, 9), (4, 11)), "early_stop_point": 100_000},
     "B": {"depth": 12, "hidden_size": 768, "num_heads": 12, "encoder_depth": 5,
