@@ -1,12 +1,12 @@
-"""Train the small VAE of the embedded data set: a diffusers AutoencoderKL, factor 4, 4 latent channels, 64 px.
+"""Train a small VAE, a diffusers AutoencoderKL of factor 4, as assets/ has one for each embedded data set.
 
-    python preprocessing/embedded.py --dest data/emoji
     python preprocessing/train_vae.py --data data/emoji/train/images --out assets/vae-emoji
+    python preprocessing/train_vae.py --data data/cifar10/train/images --out assets/vae-cifar10 --channels 8 \\
+        --augment mirror --batch-size 16 --steps 12000
 
-Loss: mean |x - x'| + mean (x - x')^2 + kl_weight * KL per latent value, pictures shifted, mirrored and with their
-colours permuted. Only the training split is seen. At the end the latents are normalised once and for all: the channel
-means and the standard deviation are folded into the last encoder and first decoder convolution, so that the factor
-that every other VAE of this project has fits this one too.
+Loss: mean |x - x'| + mean (x - x')^2 + kl_weight * KL per latent value. Give it the training split only. At the end
+the channel means and the standard deviation of the latents are folded into the last convolution of the encoder and the
+first of the decoder, so that the scale 0.18215 fits this VAE too.
 """
 import argparse
 import sys
@@ -33,15 +33,22 @@ from files import (
     run_script,
     writing,
 )
+from storage import open_files
 
 FACTOR = 4  # pixels per latent pixel and side
 
 
 def read_images(folder):
-    """All images of a folder with dataset.json, float32 (N, 3, R, R) in [-1, 1]."""
+    """All images of a folder with dataset.json, or in the packed form: uint8 (N, 3, R, R)."""
     path = folder / "dataset.json"
     if not is_file(path):
         raise BadInput(f"{folder} has no dataset.json; build the data first (preprocessing/embedded.py).")
+    if is_file(folder / "index.npy"):
+        files = open_files(folder.parent, folder.name, ".png")
+        pixels = np.empty((len(files.listing.index), *files.shape), files.dtype)
+        for i in range(len(pixels)):
+            files.fill(i, pixels[i])
+        return torch.from_numpy(pixels)
     try:
         names = [check_inside(name, path) for name, _ in read_json(path)["labels"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -53,30 +60,45 @@ def read_images(folder):
         if picture.shape != pictures[0].shape or picture.shape[0] != picture.shape[1] or picture.shape[0] % FACTOR:
             raise BadInput(f"{folder / name} is {size_text(picture.shape[:2])}; all images must be squares of one size, a "
                            f"multiple of {FACTOR}.")
-    pixels = np.stack(pictures)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
-def augment(images, generator):
-    """Shift by up to 8 px (white comes in), mirror, permute the colours: (N, 3, R, R) -> the same."""
+def in_range(pixels):
+    """uint8 -> float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def mirror(images, generator):
+    """Mirror half of the images (N, 3, R, R)."""
+    return torch.where(torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5, images.flip(-1), images)
+
+
+def draw_anew(images, generator):
+    """Shift by up to 8 px (white comes in), mirror, permute the colours: (N, 3, R, R) -> the same. For drawings."""
     size = images.shape[-1]
     padded = F.pad(images, (8, 8, 8, 8), value=1.0)
     out = []
     for image in padded:
-        top, left, mirror, permute = torch.randint(0, 17, (4,), generator=generator).tolist()
+        top, left, side, permute = torch.randint(0, 17, (4,), generator=generator).tolist()
         image = image[:, top:top + size, left:left + size]
-        image = image.flip(-1) if mirror < 8 else image
+        image = image.flip(-1) if side < 8 else image
         out.append(image[torch.randperm(3, generator=generator)] if permute < 6 else image)
     return torch.stack(out)
+
+
+AUGMENTATIONS = {"drawings": draw_anew, "mirror": mirror}
 
 
 @torch.no_grad()
 def normalise_latents(vae, images):
     """Give the latents of `images` zero mean in each channel and the standard deviation 1 / VAE.SCALE, exactly.
 
+    images: uint8 (N, 3, R, R).
+
     mean' = a (mean - m) and logvar' = logvar + 2 log a in quant_conv; z = z' / a + m in post_quant_conv.
     """
-    means = torch.cat([vae.encode(batch).latent_dist.mean for batch in images.split(64)])  # (N, C, h, w)
+    batches = (in_range(batch).to(vae.device) for batch in images.split(64))
+    means = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])  # (N, C, h, w)
     shift = means.mean(dim=(0, 2, 3))
     factor = 1 / (VAE.SCALE * (means - shift.view(1, -1, 1, 1)).std())
     channels = len(shift)
@@ -91,6 +113,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of images with dataset.json")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, in diffusers' format")
+    parser.add_argument("--channels", type=int, default=4, help="of the latents (default 4)")
+    parser.add_argument("--augment", choices=AUGMENTATIONS, default="drawings", help="drawings: shift on white, mirror, "
+                        "permute colours; mirror: for photographs (default drawings)")
     parser.add_argument("--steps", type=int, default=9000, help="training steps (default 9000)")
     parser.add_argument("--batch-size", type=int, default=8, help="images a step (default 8)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak, decayed to 0 by a cosine (default 2e-3)")
@@ -98,14 +123,14 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     args = parser.parse_args()
     inf = float("inf")
-    check_bounds(args, {"steps": (2, inf), "batch_size": (1, inf), "learning_rate": (0, inf), "kl_weight": (0, inf),
-                        "seed": (0, LARGEST_SEED)})
+    check_bounds(args, {"channels": (1, 64), "steps": (2, inf), "batch_size": (1, inf), "learning_rate": (0, inf),
+                        "kl_weight": (0, inf), "seed": (0, LARGEST_SEED)})
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = read_images(args.data)
     check_writable(args.out)
-    vae = AutoencoderKL(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, latent_channels=4,
+    vae = AutoencoderKL(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, latent_channels=args.channels,
                         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
                         mid_block_add_attention=False, sample_size=images.shape[-1], scaling_factor=VAE.SCALE)
     vae = vae.to(device, memory_format=torch.channels_last)  # a fifth faster on a CPU
@@ -115,7 +140,8 @@ def main():
     generator = torch.Generator().manual_seed(args.seed)
     start = time.time()
     for step in tqdm(range(args.steps), mininterval=10):
-        x = augment(images[torch.randint(len(images), (args.batch_size,), generator=generator)], generator)
+        x = in_range(images[torch.randint(len(images), (args.batch_size,), generator=generator)])
+        x = AUGMENTATIONS[args.augment](x, generator)
         x = x.to(device, memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
@@ -132,7 +158,7 @@ def main():
             tqdm.write(f"step {step} loss {loss.item():.4f} kl {kl.item():.2f} "
                        f"PSNR {10 * torch.log10(4 / F.mse_loss(x, y)).item():.2f} dB, {time.time() - start:.0f} s")
     vae.eval()
-    normalise_latents(vae, images.to(device))
+    normalise_latents(vae, images)
     with writing(args.out):
         vae.save_pretrained(args.out)
 

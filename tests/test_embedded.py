@@ -152,11 +152,12 @@ def test_normalised_latents_decode_to_the_same():
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
                         up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1).eval()
-    images = torch.rand(6, 3, 16, 16)
+    pixels = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    images = train_vae.in_range(pixels)
     with torch.no_grad():
         before = vae.encode(images).latent_dist
         pictures = vae.decode(before.mean).sample
-        train_vae.normalise_latents(vae, images)
+        train_vae.normalise_latents(vae, pixels)
         after = vae.encode(images).latent_dist
         torch.testing.assert_close(vae.decode(after.mean).sample, pictures, rtol=1e-3, atol=1e-4)
     shift = before.mean.mean(dim=(0, 2, 3), keepdim=True)
