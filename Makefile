@@ -6,13 +6,13 @@ QUICKSTART ?= full
 SHELL := /bin/bash
 
 quickstart: $(VENV)/.installed
-	@PATH="$(abspath $(VENV))/bin:$$PATH" bash quickstart.sh classes $(QUICKSTART)
+	@PATH="$(abspath $(VENV))/bin:$$PATH" bash examples/quickstart.sh classes $(QUICKSTART)
 
 quickstart-t2i: $(VENV)/.installed
-	@PATH="$(abspath $(VENV))/bin:$$PATH" bash quickstart.sh captions $(QUICKSTART)
+	@PATH="$(abspath $(VENV))/bin:$$PATH" bash examples/quickstart.sh captions $(QUICKSTART)
 
 quickstart-cifar10: $(VENV)/.installed
-	@PATH="$(abspath $(VENV))/bin:$$PATH" bash quickstart.sh cifar10 $(QUICKSTART)
+	@PATH="$(abspath $(VENV))/bin:$$PATH" bash examples/quickstart.sh cifar10 $(QUICKSTART)
 
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

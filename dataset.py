@@ -24,10 +24,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from files import BadInput, is_file, load_array, parse_array, read_bytes, read_json, reading
-from listing import check_labels
-from loader import CAPTION, FLIP
-from storage import Packed, decode_image, form_of, open_files
+from data_io.index import check_labels
+from data_io.loader import CAPTION, FLIP
+from data_io.storage import Packed, form_of, open_files
+from runtime.errors import UserError
+from runtime.files import is_file, load_array, parse_array, read_bytes, read_json, reading
+from runtime.images import decode_image
 
 PIXELS = "none"      # --vae none: no VAE, the pixels are the latents
 SD_SCALE = 0.18215   # latents = moments x this, to unit variance: Stable Diffusion's factor
@@ -46,29 +48,29 @@ def pixel_moments(images):
 
 
 def check_moments(array, shape, name):
-    """`array`, the moments read from `name`, if they are finite float32 of `shape`; else raises BadInput."""
+    """`array`, the moments read from `name`, if they are finite float32 of `shape`; else raises UserError."""
     if array.shape != shape or array.dtype != np.float32 or not np.isfinite(array).all():
-        raise BadInput(f"{name} holds {array.dtype} {array.shape}; expected finite float32 {shape}; make it again.")
+        raise UserError(f"{name} holds {array.dtype} {array.shape}; expected finite float32 {shape}; make it again.")
     return array
 
 
 def check_shape(shape, resolution, name):
-    """`shape` of the moments in `name`, if they are square and can belong to images of `resolution`; else raises BadInput."""
+    """`shape` of the moments in `name`, if they are square and can belong to images of `resolution`; else raises UserError."""
     if len(shape) != 3 or shape[0] % 2 or shape[1] != shape[2]:
-        raise BadInput(f"{name} has shape {shape}; expected (2 x channels, side, side), mean and spread.")
+        raise UserError(f"{name} has shape {shape}; expected (2 x channels, side, side), mean and spread.")
     if resolution % shape[1]:
-        raise BadInput(f"{name} has {shape[1]} latent pixels a side, of which --resolution {resolution} is no multiple; "
+        raise UserError(f"{name} has {shape[1]} latent pixels a side, of which --resolution {resolution} is no multiple; "
                        "encode the data at this resolution or change it.")
     return shape
 
 
 def check_bytes(what, folder, files):
-    """Raise BadInput unless all `files`, pairs (name, bytes), are as large as the first."""
+    """Raise UserError unless all `files`, pairs (name, bytes), are as large as the first."""
     usual = None
     for name, size in files:
         usual = usual or size
         if size != usual:
-            raise BadInput(f"{folder / name} has {size} bytes, the first {what} {usual}: its shape is another or it is "
+            raise UserError(f"{folder / name} has {size} bytes, the first {what} {usual}: its shape is another or it is "
                            "truncated; make it again.")
 
 
@@ -102,7 +104,7 @@ class LatentImages(Dataset):
             pictures = open_files(data_dir, "images", ".png")
             named = self.same_labels(data_dir, named, check_labels(pictures, num_classes))
         if named.labels is None or not named.labels.size:
-            raise BadInput(f"{data_dir} has no labels in either dataset.json; class-conditional training needs them.")
+            raise UserError(f"{data_dir} has no labels in either dataset.json; class-conditional training needs them.")
         self.indices, self.labels = named.labelled, named.labels
         self.check_paired(self.latents, ".npy")
         self.moments_shape = self.shape_of(self.latents)
@@ -113,32 +115,32 @@ class LatentImages(Dataset):
             self.image(0)
         if hflip:
             if not form_of(data_dir, "vae-sd-hflip")[1].exists():
-                raise BadInput(f"--hflip needs latents of the mirrored images, and {data_dir} has no vae-sd-hflip; make them "
+                raise UserError(f"--hflip needs latents of the mirrored images, and {data_dir} has no vae-sd-hflip; make them "
                                "with preprocessing/dataset_tools.py encode --hflip.")
             self.mirrored = open_files(data_dir, "vae-sd-hflip", ".npy", labels=False)
             self.check_paired(self.mirrored, ".npy")
             if (shape := self.shape_of(self.mirrored)) != self.moments_shape:
-                raise BadInput(f"{self.mirrored.path} holds latents of shape {shape}, {self.latents.path} of "
+                raise UserError(f"{self.mirrored.path} holds latents of shape {shape}, {self.latents.path} of "
                                f"{self.moments_shape}; make the former again from the same images by the same VAE.")
 
     @staticmethod
     def same_labels(data_dir, latents, images):
-        """Of these two listings the one with labels; raises BadInput when neither has any or one entry has two."""
+        """Of these two listings the one with labels; raises UserError when neither has any or one entry has two."""
         if latents.labels is not None and images.labels is not None:
             common, a, b = np.intersect1d(latents.labelled, images.labelled, assume_unique=True, return_indices=True)
             for k in np.flatnonzero(latents.labels[a] != images.labels[b])[:1]:
-                raise BadInput(f"{data_dir}: index {common[k]} has label {images.labels[b][k]} in images/dataset.json and "
+                raise UserError(f"{data_dir}: index {common[k]} has label {images.labels[b][k]} in images/dataset.json and "
                                f"{latents.labels[a][k]} in vae-sd/dataset.json; make the data again.")
         return images if latents.labels is None else latents
 
     def check_paired(self, files, suffix):
-        """Raise BadInput unless `files` has exactly one of each of self.indices."""
+        """Raise UserError unless `files` has exactly one of each of self.indices."""
         found = files.listing.index
         if (missing := np.setdiff1d(self.indices, found, assume_unique=True)).size:
-            raise BadInput(f"{files.path} has no {suffix} file of index {missing[0]:08d}, which dataset.json names; make "
+            raise UserError(f"{files.path} has no {suffix} file of index {missing[0]:08d}, which dataset.json names; make "
                            "it again.")
         if (extra := np.setdiff1d(found, self.indices, assume_unique=True)).size:
-            raise BadInput(f"{files.name(int(np.searchsorted(found, extra[0])))} has no label or partner under its index; "
+            raise UserError(f"{files.name(int(np.searchsorted(found, extra[0])))} has no label or partner under its index; "
                            "make it again or remove it.")
 
     def shape_of(self, files):
@@ -150,7 +152,7 @@ class LatentImages(Dataset):
         """Entry i of `files` into `row`: moments float32 (2 C, h, w) or a picture uint8 (3, R, R)."""
         if isinstance(files, Packed):
             if (files.shape, files.dtype) != (row.shape, row.dtype):
-                raise BadInput(f"{files.path} holds rows of {files.dtype} {files.shape}; expected {row.dtype} {row.shape} "
+                raise UserError(f"{files.path} holds rows of {files.dtype} {files.shape}; expected {row.dtype} {row.shape} "
                                "(--resolution); pack the data again or change it.")
             files.fill(i, row)
         elif files is self.pictures:
@@ -232,7 +234,7 @@ class PixelImages(LatentImages):
         self.pictures = open_files(data_dir, "images", ".png")
         named = check_labels(self.pictures, num_classes)
         if named.labels is None or not named.labels.size:
-            raise BadInput(f"{self.pictures.path}/dataset.json has no labels; class-conditional training needs them.")
+            raise UserError(f"{self.pictures.path}/dataset.json has no labels; class-conditional training needs them.")
         self.indices, self.labels = named.labelled, named.labels
         self.check_paired(self.pictures, ".png")
         self.moments_shape = (6, resolution, resolution)
@@ -267,7 +269,7 @@ def scan_numbered(folder):
     pictures, moments, captions = set(), {}, {}
     with reading(folder):
         if not folder.is_dir():
-            raise BadInput(f"{folder} does not exist; --data-dir must hold train/, val/ and empty_context.npy.")
+            raise UserError(f"{folder} does not exist; --data-dir must hold train/, val/ and empty_context.npy.")
         with os.scandir(folder) as entries:
             for entry in entries:
                 match = NUMBERED.fullmatch(entry.name)
@@ -290,10 +292,10 @@ def read_texts(path, counts):
     try:
         texts = {int(i): [" ".join(text.split()) for text in captions] for i, captions in captions.items()}
     except (ValueError, AttributeError, TypeError) as error:
-        raise BadInput(f'{path} is not of the form {{"0": ["caption", ...], ...}}; make it again or remove it.') from error
+        raise UserError(f'{path} is not of the form {{"0": ["caption", ...], ...}}; make it again or remove it.') from error
     for i, count in counts.items():
         if len(texts.get(i, ())) != count:
-            raise BadInput(f"{path} has {len(texts.get(i, ()))} captions of image {i}, beside it are {count} "
+            raise UserError(f"{path} has {len(texts.get(i, ()))} captions of image {i}, beside it are {count} "
                            f"({i}_0.npy, ...); encode them again.")
     return texts
 
@@ -314,14 +316,14 @@ class CaptionedImages(Dataset):
         pictures, moments, captions = scan_numbered(self.folder)
         self.indices = sorted({*pictures, *moments, *captions})
         if not self.indices:
-            raise BadInput(f"{self.folder} holds no images; expected 0.png, 0.npy, 0_0.npy, ..., 1.png and so on.")
+            raise UserError(f"{self.folder} holds no images; expected 0.png, 0.npy, 0_0.npy, ..., 1.png and so on.")
         for i in self.indices:
             texts = captions.get(i, {})
             missing = ([f"moments ({i}.npy)"] * (latents and i not in moments)
                        + [f"picture ({i}.png)"] * (images and i not in pictures)
                        + [f"caption ({i}_{k}.npy)" for k in range(max(texts, default=0) + 1) if k not in texts])
             if missing:
-                raise BadInput(f"{self.folder}: image {i} has no {missing[0]}; make it again, or remove the image's other "
+                raise UserError(f"{self.folder}: image {i} has no {missing[0]}; make it again, or remove the image's other "
                                "files.")
         self.counts = [len(captions[i]) for i in self.indices]
         self.texts = read_texts(self.folder / "captions.json", dict(zip(self.indices, self.counts, strict=True)))
@@ -329,7 +331,7 @@ class CaptionedImages(Dataset):
         empty = self.folder.parent / "empty_context.npy"
         self.context_shape = load_array(empty).shape
         if len(self.context_shape) != 2:
-            raise BadInput(f"{empty} has shape {self.context_shape}; expected (tokens, width).")
+            raise UserError(f"{empty} has shape {self.context_shape}; expected (tokens, width).")
         self.empty_context = self.tokens(empty)
         self.condition(0)
         if latents:
@@ -358,7 +360,7 @@ class CaptionedImages(Dataset):
         """float32 (L, C) of one caption, or of none."""
         array = load_array(path)
         if array.shape != self.context_shape or array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise BadInput(f"{path} holds {array.dtype} {array.shape}; expected finite floats {self.context_shape}, the "
+            raise UserError(f"{path} holds {array.dtype} {array.shape}; expected finite floats {self.context_shape}, the "
                            "shape of empty_context.npy; encode all texts with one encoder.")
         return torch.from_numpy(array).float()
 

@@ -10,9 +10,9 @@ and load in Python by pipeline.py; weights and args are the same in each, bit fo
 import argparse
 from pathlib import Path
 
-from checkpoints import load_checkpoint, save_export
-from files import BadInput, reading, run_script
-from pipeline import load_network
+from models.checkpoint import load_checkpoint, load_network, save_export
+from runtime.errors import UserError, run_script
+from runtime.files import reading
 
 
 def main():
@@ -23,7 +23,7 @@ def main():
     with reading(args.out):
         there = args.out.exists()
     if there:
-        raise BadInput(f"{args.out} is there already and is not written over; name another file or folder, or delete it.")
+        raise UserError(f"{args.out} is there already and is not written over; name another file or folder, or delete it.")
     network, settings = load_network(args.ckpt)  # only what can be loaded again is worth exporting
     save_export(args.out, load_checkpoint(args.ckpt))
     print(f"{args.out}: {settings.get('model', 'EMA')}, {sum(p.numel() for p in network.parameters()):,} parameters")

@@ -21,26 +21,15 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoints import load_checkpoint, load_weights, sizes_of
-from encoders import open_vae, to_device
-from files import (
-    IMAGE_ERRORS,
-    MOST_CLASSES,
-    BadInput,
-    atomic_write,
-    check_bounds,
-    is_file,
-    open_image,
-    read_json,
-    remove_temporaries,
-    run_script,
-)
+from encoders.vae import open_vae
+from models.checkpoint import load_checkpoint, load_weights, sizes_of
 from models.sit import SIT_CONFIGS, SiT_models
-from pictures import image_grid
-from pipeline import VAES, choose_vae, sample
-from processes import leave, watch_others
-from runtime.setup import PROCESS_GROUP_TIMEOUT
-from speed import AUTOCAST, cast_weights, check_compiler, tune
+from runtime.errors import MOST_CLASSES, UserError, check_bounds, run_script
+from runtime.files import atomic_write, is_file, read_json, remove_temporaries
+from runtime.images import IMAGE_ERRORS, image_grid, open_image
+from runtime.processes import leave, watch_others
+from runtime.setup import AUTOCAST, PROCESS_GROUP_TIMEOUT, cast_weights, check_compiler, to_device, tune
+from sampling.pipeline import VAES, choose_vae, sample
 
 GRID_IMAGES = 72
 PNG_WRITERS = 4  # threads
@@ -97,28 +86,28 @@ def read_checkpoint(args, device, configs, landmark, **published):
     weights = checkpoint["ema"]
     for name in ("x_embedder.proj.weight", landmark):
         if name not in weights:
-            raise BadInput(f"{args.ckpt} is no checkpoint of this kind of model, having no {name}; generate.py takes those "
+            raise UserError(f"{args.ckpt} is no checkpoint of this kind of model, having no {name}; generate.py takes those "
                            "of train.py, generate_t2i.py those of train_t2i.py.")
     if args.model not in configs:
-        raise BadInput(f"--model {args.model} is not known; use one of {', '.join(configs)}.")
+        raise UserError(f"--model {args.model} is not known; use one of {', '.join(configs)}.")
     sizes = sizes_of(weights)
     widths = sizes["z_dims"]
     if args.projector_embed_dims and args.projector_embed_dims != ",".join(map(str, widths)):
-        raise BadInput(f"--projector-embed-dims {args.projector_embed_dims}: {args.ckpt} has projectors to "
+        raise UserError(f"--projector-embed-dims {args.projector_embed_dims}: {args.ckpt} has projectors to "
                        f"{','.join(map(str, widths)) or 'nothing'}; leave the flag out.")
     check_bounds(args, BOUNDS)
     if args.guidance_low > args.guidance_high:
-        raise BadInput(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}, so nothing would "
+        raise UserError(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}, so nothing would "
                        "be guided; swap them, or give --cfg-scale 1.")
     if args.heun and args.mode == "sde":
-        raise BadInput("--heun is for --mode ode; leave one of them out.")
+        raise UserError("--heun is for --mode ode; leave one of them out.")
     config = configs[args.model]
     patch, args.encoder_depth = config["patch_size"], args.encoder_depth or config["encoder_depth"]
     if not 1 <= args.encoder_depth <= config["depth"]:
-        raise BadInput(f"--encoder-depth {args.encoder_depth} is outside 1 to {config['depth']}, the model's depth.")
+        raise UserError(f"--encoder-depth {args.encoder_depth} is outside 1 to {config['depth']}, the model's depth.")
     vae = open_vae(VAES.get(args.vae, args.vae), device)
     if args.resolution % (vae.factor * patch):
-        raise BadInput(f"--resolution {args.resolution} is no multiple of {vae.factor * patch}, the VAE's factor "
+        raise UserError(f"--resolution {args.resolution} is no multiple of {vae.factor * patch}, the VAE's factor "
                        f"{vae.factor} times the patch of {args.model}.")
     side = args.resolution // vae.factor
     vae.check(sizes["in_channels"], side, args.resolution)
@@ -163,7 +152,7 @@ def sample_folder(args, name):
     if is_file(path) and (old := read_json(path)) != settings:
         changed = [f"{key} {old.get(key)} -> {settings.get(key)}" for key in {**old, **settings}
                    if old.get(key) != settings.get(key)]
-        raise BadInput(f"{folder} holds images of other settings ({', '.join(changed)}); delete it or name another "
+        raise UserError(f"{folder} holds images of other settings ({', '.join(changed)}); delete it or name another "
                        "--sample-dir.")
     state = PartialState()
     state.wait_for_everyone()  # all have read it
@@ -244,7 +233,7 @@ def setup(args):
     torch.set_grad_enabled(False)
     tune(state.num_processes, args.tf32)
     if args.mixed_precision == "fp16" and state.device.type == "cpu":
-        raise BadInput("--mixed-precision fp16 needs a GPU; use bf16 or no.")
+        raise UserError("--mixed-precision fp16 needs a GPU; use bf16 or no.")
     if args.compile:
         check_compiler(state.device)
     return state
@@ -264,12 +253,12 @@ def parse_args():
 
 
 def class_names(args):
-    """The names in --class-names, one for each class, or None. Raises BadInput."""
+    """The names in --class-names, one for each class, or None. Raises UserError."""
     if args.class_names is None:
         return None
     names = read_json(args.class_names, list)
     if len(names) != args.num_classes or not all(isinstance(name, str) for name in names):
-        raise BadInput(f"--class-names {args.class_names} must hold {args.num_classes} names, one for each class of "
+        raise UserError(f"--class-names {args.class_names} must hold {args.num_classes} names, one for each class of "
                        "the checkpoint; give its data's file, or leave it out.")
     return names
 

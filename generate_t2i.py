@@ -19,11 +19,12 @@ from typing import NamedTuple
 import torch
 
 from dataset import CaptionedImages
-from files import BadInput, atomic_write, run_script
 from generate import add_sampling_arguments, make_images, read_checkpoint, ready, sample_folder, setup, write_outputs
 from models.mmdit import MMDIT_CONFIGS, MMDiT_models
-from pipeline import CLIP
-from processes import leave
+from runtime.errors import UserError, run_script
+from runtime.files import atomic_write
+from runtime.processes import leave
+from sampling.pipeline import CLIP
 
 
 def parse_args():
@@ -48,10 +49,10 @@ def read_prompts(args):
     try:
         lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--prompts {args.prompts} cannot be read ({error}); give a text file, a line per image.") from error
+        raise UserError(f"--prompts {args.prompts} cannot be read ({error}); give a text file, a line per image.") from error
     prompts = [*args.prompt, *(line for line in lines if line.strip())]
     if not prompts:
-        raise BadInput(f"--prompts {args.prompts} holds no text; give a line per image.")
+        raise UserError(f"--prompts {args.prompts} holds no text; give a line per image.")
     return prompts
 
 
@@ -73,7 +74,7 @@ class Captions(NamedTuple):
 
 def own_texts(args, texts, device):
     """`texts` through --text-encoder, one at a time, so that none depends on its neighbours in a batch."""
-    from encoders import TextEncoder  # transformers takes seconds to import
+    from encoders.text import TextEncoder
     encoder = TextEncoder(args.text_encoder, device, length=args.context_shape and args.context_shape[0])
     return Captions(list(range(len(texts))), texts, lambda i: encoder([texts[i]])[0], encoder([""])[0])
 
@@ -83,7 +84,7 @@ def val_captions(args):
     k, data = args.caption_index, CaptionedImages(args.data_dir, "val", args.resolution, images=False, latents=False)
     for number, count in zip(data.indices, data.counts, strict=True):
         if not 0 <= k < count:
-            raise BadInput(f"--caption-index {k}: image {number} of {data.folder} has captions 0 to {count - 1}.")
+            raise UserError(f"--caption-index {k}: image {number} of {data.folder} has captions 0 to {count - 1}.")
     texts = [data.text(i, k) for i in range(len(data))] if data.texts else None
     return Captions(data.indices, texts, lambda i: data.condition(i, k), data.empty_context)
 
@@ -102,7 +103,7 @@ def main():
         args.text_encoder, captions = None, val_captions(args)
     shape, width = list(captions.empty.shape), sizes["context_dim"]
     if shape != (args.context_shape or [shape[0], width]):
-        raise BadInput(f"{args.ckpt} takes text of {args.context_shape or f'width {width}'}, {args.data_dir or args.text_encoder} "
+        raise UserError(f"{args.ckpt} takes text of {args.context_shape or f'width {width}'}, {args.data_dir or args.text_encoder} "
                        f"gives (tokens, width) = {shape}; use the text encoder and length it was trained with.")
     if state.is_main_process and captions.texts is None:
         print(f"{args.data_dir}/val has no captions.json: there will be no captions.txt")

@@ -14,17 +14,17 @@ import torch
 from accelerate.utils import set_seed
 
 from dataset import PIXELS, LatentImages, PixelImages
-from encoders import TEACHERS, Teacher, load_vit
+from encoders.teachers import TEACHERS, Teacher, load_vit
 from evaluations.features import FEATURES, PRESETS
 from evaluations.scores import METRICS
-from files import LARGEST_SEED, MOST_CLASSES, BadInput, check_bounds, run_script
 from loss import SILoss
 from models.sit import SIT_CONFIGS, SiT_models
-from presets import parse_with_preset
 from runtime import memory
-from runtime.setup import MOST_WORKERS, make_accelerator
-from training import needs_images, train
-from trigger import check_trigger
+from runtime.errors import LARGEST_SEED, MOST_CLASSES, UserError, check_bounds, run_script
+from training.early_stop import check_trigger
+from training.presets import parse_with_preset
+from training.start import MOST_WORKERS, make_accelerator
+from training.trainer import needs_images, train
 
 EARLY_STOP_512 = 300_000  # the paper's switch at 512 px, whatever the model
 INF, BELOW_1 = float("inf"), 1 - 2 ** -53
@@ -133,7 +133,7 @@ def parse_pairs(text):
     except ValueError:
         pairs = []
     if not pairs or any(len(pair) != 2 or min(pair) < 0 for pair in pairs):
-        raise BadInput(f'--attn-layers {text!r} is not understood; write student:teacher pairs such as "2:7,3:9,4:11".')
+        raise UserError(f'--attn-layers {text!r} is not understood; write student:teacher pairs such as "2:7,3:9,4:11".')
     return pairs
 
 
@@ -147,16 +147,16 @@ def resolve(args, config):
     if args.enc_type == "none" or args.proj_coeff == args.attn_coeff == 0:
         args.enc_type, args.proj_coeff, args.attn_coeff = "none", 0.0, 0.0
     if args.enc_type not in (*TEACHERS, "none"):
-        raise BadInput(f"--enc-type {args.enc_type} is not known; use one of {', '.join(TEACHERS)} or none.")
+        raise UserError(f"--enc-type {args.enc_type} is not known; use one of {', '.join(TEACHERS)} or none.")
     check_bounds(args, BOUNDS)
     if args.keep_every and not args.keep_checkpoints:
-        raise BadInput("--keep-every says what --keep-checkpoints spares; give both, or neither to keep all.")
+        raise UserError("--keep-every says what --keep-checkpoints spares; give both, or neither to keep all.")
     if args.eval_steps and not args.eval_ref:
-        raise BadInput("--eval-steps needs something to compare with; give --eval-ref an npz, statistics or folder.")
+        raise UserError("--eval-steps needs something to compare with; give --eval-ref an npz, statistics or folder.")
     if not 1 <= args.encoder_depth <= config["depth"]:
-        raise BadInput(f"--encoder-depth {args.encoder_depth} is outside 1 to {config['depth']}, the model's depth.")
+        raise UserError(f"--encoder-depth {args.encoder_depth} is outside 1 to {config['depth']}, the model's depth.")
     if any(student >= config["depth"] for student, _ in args.attn_layers):
-        raise BadInput(f"--attn-layers names a student block past {config['depth'] - 1}, the model's last.")
+        raise UserError(f"--attn-layers names a student block past {config['depth'] - 1}, the model's last.")
     if args.early_stop_trigger == "gradient":
         check_trigger(args)
 
@@ -172,7 +172,7 @@ def model_arguments(args, config, moments_shape):
     """Arguments that both kinds of model take, for latents of these moments."""
     channels, side, _ = moments_shape
     if side % config["patch_size"]:
-        raise BadInput(f"--model {args.model} cuts latents into patches of {config['patch_size']}, of which {side}, the "
+        raise UserError(f"--model {args.model} cuts latents into patches of {config['patch_size']}, of which {side}, the "
                        f"latents' side at --resolution {args.resolution}, is no multiple; choose another patch.")
     return {"input_size": side, "in_channels": channels // 2, "encoder_depth": args.encoder_depth,
             "attn_layers": [student for student, _ in args.attn_layers] if args.attn_coeff else [],
@@ -207,7 +207,7 @@ def main():
     config = SIT_CONFIGS[args.model]
     resolve(args, config)
     if args.hflip and args.teacher_cache:
-        raise BadInput("--hflip shows images that --teacher-cache has no outputs of; give one of them.")
+        raise UserError("--hflip shows images that --teacher-cache has no outputs of; give one of them.")
     accelerator, run = make_accelerator(args)
     with accelerator.local_main_process_first():  # it lists the files and keeps the index, which the others read
         kind = PixelImages if args.vae == PIXELS else LatentImages

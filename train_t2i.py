@@ -11,12 +11,12 @@ import argparse
 from accelerate.utils import set_seed
 
 from dataset import PIXELS, CaptionedImages
-from files import BadInput, run_script
 from models.mmdit import MMDIT_CONFIGS, MMDiT_models
-from presets import parse_with_preset
-from runtime.setup import make_accelerator
+from runtime.errors import UserError, run_script
 from train import add_training_arguments, align_and_train, model_arguments, resolve
-from training import logger, needs_images
+from training.presets import parse_with_preset
+from training.start import make_accelerator
+from training.trainer import logger, needs_images
 
 
 def parse_args():
@@ -34,7 +34,7 @@ def main():
     config = MMDIT_CONFIGS[args.model]
     resolve(args, config)
     if args.vae == PIXELS:
-        raise BadInput("--vae none, training on pixels, is for train.py; give train_t2i.py the VAE of its latents.")
+        raise UserError("--vae none, training on pixels, is for train.py; give train_t2i.py the VAE of its latents.")
     accelerator, run = make_accelerator(args)
     dataset = CaptionedImages(args.data_dir, "train", args.resolution, args.seed, images=needs_images(args, run))
     if dataset.texts is None:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import loss
 from benchmarks.measure import added_memory, alternate, machine, spread, table
 from models.layers import QK, attend
-from speed import tune
+from runtime.setup import tune
 
 SHAPES = (32, 5, 64, 32, 8, 12, 256, 64, 4, 12, 1024, 64)  # N, H, T, d of the embedded preset, of 256 px, of 512 px
 POWERS = (16, 18, 20, 22, 24)  # a tile has 2 ** power logits

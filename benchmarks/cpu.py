@@ -1,6 +1,6 @@
 """What training on a CPU gains from its settings: bfloat16, flushed denormals, memory kept, threads shared out.
 
-    python benchmarks/cpu.py        # after preprocessing/embedded.py; 2 minutes a round
+    python benchmarks/cpu.py        # after examples/emoji/prepare.py; 2 minutes a round
 
 Each setting runs train.py with the preset `embedded` in processes of its own, all settings in turns; the seconds of a step
 are those in metrics.csv, without the first rows. Before that, a product of denormal numbers, flushed and not.
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script sees benchmarks/ only
 
 from benchmarks.measure import alternate, machine, spread, table
-from files import BadInput, check_bounds, run_script
+from runtime.errors import UserError, check_bounds, run_script
 
 EVERY = 10  # steps of a row of metrics.csv
 WITHOUT = "import torch, speed; {} = lambda *_: None; import train, files; files.run_script(train.main)"
@@ -35,7 +35,7 @@ def settings():
         return [sys.executable, "-c", WITHOUT.format(what)], [], None
 
     return {"float32": (one, [], None), "float32, denormals kept": without("torch.set_flush_denormal"),
-            "float32, freed memory not kept": without("speed.keep_freed_memory"),
+            "float32, freed memory not kept": without("runtime.setup.keep_freed_memory"),
             "bf16": (one, ["--mixed-precision", "bf16"], None), "float32, one thread": (one, [], 1),
             f"float32, {CORES} processes of one thread": (all_cores, [], 1),
             f"float32, {CORES} processes of {CORES} threads": (all_cores, [], CORES)}
@@ -54,7 +54,7 @@ def step_seconds(args, start, flags, threads):
                    "--teacher-cache", args.data / "teacher-cache", *flags]
         done = subprocess.run([*map(str, command)], check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise BadInput(f"{' '.join(map(str, command))} ended with {done.returncode}: {done.stderr[-500:]}")
+            raise UserError(f"{' '.join(map(str, command))} ended with {done.returncode}: {done.stderr[-500:]}")
         with open(Path(folder) / "cpu/metrics.csv", newline="") as file:
             return [float(row["seconds"]) / EVERY for row in csv.DictReader(file)][1:]
 

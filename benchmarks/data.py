@@ -31,12 +31,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees benchmarks/ only
-import loader
 from benchmarks.measure import machine, status, table
 from benchmarks.synthetic import CLASSES, FORMS
+from data_io import loader
+from data_io.loader import StepBatches, load_batches, load_noise, step_noise
 from dataset import LatentImages
-from files import open_image
-from loader import StepBatches, load_batches, load_noise, step_noise
+from runtime.images import open_image
 
 VISITS = (1_000, 50_000)
 WARM_UP = 3  # batches

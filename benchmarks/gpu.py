@@ -41,8 +41,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.gpu_summary import tables
 from benchmarks.measure import alternate, machine, spread, synchronize, table
 from evaluations import features
-from files import run_script
-from speed import tune
+from runtime.errors import run_script
+from runtime.setup import tune
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGES = ("numpy", "timm", "accelerate", "transformers", "diffusers", "triton", "imagecodecs", "pytest")
@@ -156,7 +156,7 @@ def show_train(args):
     """Of train.py the median over its rows of ten steps, without the first row of each phase, and its usual loader."""
     import timm
 
-    from encoders import TEACHERS
+    from encoders.teachers import TEACHERS
     model, resolution, batch, entries, rows_a_phase, teacher = (
         ("SiT-T/2", 64, 2, 32, 2, "dinov2-vit-s") if args.dry else ("SiT-B/2", 256, 128, 4096, 8, "dinov2-vit-b"))
     phase_steps, precision, found = STEPS_A_ROW * rows_a_phase, "no" if args.dry else "bf16", []

@@ -6,7 +6,7 @@
 #     A  versions, copy and matrix products, attention kernels, tests/test_gpu.py
 #     B  training steps beside the published recipe's, a profile, train.py's own speed, the attention loss, sampling
 #     C  images/s of scoring and encoding, and for the rest of the time study.py on DATA, a folder as
-#        preprocessing/embedded.py makes it
+#        examples/emoji/prepare.py makes it
 #
 # SECONDS is the time for all sections (default 480, 540, 480). Each has a limit of its own as well and prints one line:
 # PASS, FAIL, or SKIP with the reason. A failure does not stop the next section, but makes the exit status 1. Raw output
@@ -134,7 +134,7 @@ case $part in
             skip encoding "diffusers is not installed"
         fi
         if [[ -z ${DATA:-} ]]; then
-            skip study "no data: set DATA to a folder as preprocessing/embedded.py makes it"
+            skip study "no data: set DATA to a folder as examples/emoji/prepare.py makes it"
         elif ! has diffusers; then
             skip study "diffusers is not installed"
         else

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from speed import GLIBC_KEEPS, give_back_memory, keep_freed_memory
+from runtime.setup import GLIBC_KEEPS, give_back_memory, keep_freed_memory
 
 
 def machine(device="cpu"):

@@ -8,7 +8,7 @@ device.
 import torch
 from torch import nn
 
-from encoders import VAE
+from encoders.vae import VAE
 from loss import feature_loss, interpolant, mean_flat
 from models.layers import QK, modulate, unpatchify
 

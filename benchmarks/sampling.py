@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import published
 from benchmarks.measure import alternate, machine, table
 from models.sit import SIT_CONFIGS, SiT_models
+from runtime.setup import cast_weights, tune
 from samplers import euler_maruyama_sampler, euler_sampler, guided
-from speed import cast_weights, tune
 
 VARIANTS = ("published", "ours", "bf16", "compiled", "compiled bf16")
 

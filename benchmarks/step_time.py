@@ -27,13 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import published
 from benchmarks.measure import added_memory, alternate, machine, spread, table
-from encoders import TEACHERS, Teacher, to_device
-from files import check_bounds
-from loader import StepBatches, load_noise
+from data_io.loader import StepBatches, load_noise
+from encoders.teachers import TEACHERS, Teacher
 from loss import SILoss
 from models.sit import SIT_CONFIGS, SiT_models
-from speed import tune
-from training import backward_and_step, batch_loss, update_ema
+from runtime.errors import check_bounds
+from runtime.setup import to_device, tune
+from training.trainer import backward_and_step, batch_loss, update_ema
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, bf16 and fp16, by the makers' data sheets
 VARIANTS = ("published", "ours", "bf16-teacher", "compiled", "plain")

@@ -40,13 +40,14 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.measure import machine
 from benchmarks.study_report import FEATURES, LOSS, METRICS, NO_STOP, SCORES, as_text, draw
-from encoders import VAE
+from encoders.vae import VAE
 from evaluations.student import open_dataset
-from files import BadInput, atomic_write, check_bounds, read_json, run_script
 from loss import SILoss
+from models.checkpoint import load_network
 from models.sit import SIT_CONFIGS
-from pipeline import load_network
-from presets import PRESETS
+from runtime.errors import UserError, check_bounds, run_script
+from runtime.files import atomic_write, read_json
+from training.presets import PRESETS
 
 # Per data set: its preset and folder, steps of a run, scores along it, samples a score and what they are compared with.
 STUDIES = {
@@ -94,12 +95,12 @@ def parse_args():
     args.every = args.every or args.steps // study["scores"]
     check_bounds(args, {name: (1, float("inf")) for name in ("steps", "every", "samples", "jobs")})
     if args.steps % 8:
-        raise BadInput(f"--steps {args.steps} is no multiple of 8, as stops and the trigger's start need; change it.")
+        raise UserError(f"--steps {args.steps} is no multiple of 8, as stops and the trigger's start need; change it.")
     if (args.steps // 4) % args.every:
-        raise BadInput(f"--every {args.every} does not divide a quarter of --steps {args.steps}, where runs part; "
+        raise UserError(f"--every {args.every} does not divide a quarter of --steps {args.steps}, where runs part; "
                        "change one of them.")
     if unknown := set(args.variants or ()) - set(variants(args.steps)):
-        raise BadInput(f"--variants {min(unknown)!r} is none of {', '.join(variants(args.steps))}.")
+        raise UserError(f"--variants {min(unknown)!r} is none of {', '.join(variants(args.steps))}.")
     return args
 
 
@@ -112,10 +113,10 @@ def check_settings(args):
             vars(args).update({name: found[name] for name in OF_ALL_RUNS})
         for name in OF_ALL_RUNS:
             if found[name] != getattr(args, name):
-                raise BadInput(f"{args.results} holds runs with --{name.replace('_', '-')} {found[name]}, not "
+                raise UserError(f"{args.results} holds runs with --{name.replace('_', '-')} {found[name]}, not "
                                f"{getattr(args, name)}; use another --out and --results.")
     elif args.report:
-        raise BadInput(f"{args.results} holds no study; leave --report out.")
+        raise UserError(f"{args.results} holds no study; leave --report out.")
     else:
         args.results.mkdir(parents=True, exist_ok=True)
         with atomic_write(path, "w") as file:
@@ -186,7 +187,7 @@ def train(args, seed, variant):
                           env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     if done.returncode:
         said = "".join(done.stderr.strip().splitlines()[-1:])
-        raise BadInput(f"{folder} ended with status {done.returncode}: {said}; mend that and give the same command "
+        raise UserError(f"{folder} ended with status {done.returncode}: {said}; mend that and give the same command "
                        "again.")
     write_result(args, seed, variant)
 
@@ -297,7 +298,7 @@ def report(args):
     """Write and print table.md, and draw curves.png."""
     found = collect(args)
     if not found:
-        raise BadInput(f"{args.results} holds no finished run; give more --minutes, or leave --report out.")
+        raise UserError(f"{args.results} holds no finished run; give more --minutes, or leave --report out.")
     protocol = (f"{args.model} on {args.data}, {args.steps} steps of {args.preset['batch_size']} images, precision "
                 f"{args.mixed_precision}; {args.samples} samples a score, of {SAMPLER_STEPS} Euler steps without "
                 "guidance. Mean (lowest to highest) over the seeds.")

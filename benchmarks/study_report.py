@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.measure import table
 from evaluations.during_training import score_names
-from files import atomic_write
+from runtime.files import atomic_write
 
 FEATURES, METRICS = "efficientnet-lite0", ("fid", "kid", "pr")
 LOSS = "held-out loss"

@@ -19,8 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees benchmarks/ only
-from files import BadInput, check_bounds, run_script
 from preprocessing import pack
+from runtime.errors import UserError, check_bounds, run_script
 
 FACTOR, CLASSES, FORMS = 8, 1000, ("folder", "zip", "packed")
 
@@ -80,7 +80,7 @@ def main():
     args = parser.parse_args()
     check_bounds(args, {"n": (1, 10 ** 8), "resolution": (FACTOR, 1 << 14), "distinct": (1, 1 << 16)})
     if args.resolution % FACTOR:
-        raise BadInput(f"--resolution {args.resolution} is no multiple of {FACTOR}, the latents' factor; choose one.")
+        raise UserError(f"--resolution {args.resolution} is no multiple of {FACTOR}, the latents' factor; choose one.")
     for form, write in (("folder", write_folder), ("zip", write_zip)):
         if form in args.forms:
             for kind in ("images", "vae-sd"):
@@ -88,7 +88,7 @@ def main():
     if "packed" in args.forms:
         source = next((args.dest / form for form in ("folder", "zip") if (args.dest / form).is_dir()), None)
         if source is None:
-            raise BadInput(f"{args.dest} has no folder or zip to pack; give --forms folder packed.")
+            raise UserError(f"{args.dest} has no folder or zip to pack; give --forms folder packed.")
         options = argparse.ArgumentParser()
         pack.add_arguments(options.add_argument)
         pack.run(options.parse_args(["--source", str(source), "--dest", str(args.dest / "packed"), "--resolution",

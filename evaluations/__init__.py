@@ -11,11 +11,11 @@ FEATURES = {
 }
 PRESETS = ("adm", "pytorch-fid")  # two ways to preprocess images for Inception; the other networks have one
 METRICS = {"is": 1, "fid": 2, "sfid": 2, "pr": 4, "kid": 2}  # metric -> fewest images a set may have
-EFFICIENTNET_PATH = "data/emoji/efficientnet-lite0.pth"  # written by preprocessing/embedded.py
+EFFICIENTNET_PATH = "data/emoji/efficientnet-lite0.pth"  # written by examples/emoji/prepare.py
 
 
 def start(parse_args, main):
     """Run a script's `main`. --help and wrong flags are answered first, before imports that take seconds."""
     parse_args()
-    from files import run_script
+    from runtime.errors import run_script
     run_script(main)

@@ -41,7 +41,7 @@ def image_sets(args, n, device):
     import numpy as np
     import torch
 
-    from encoders import VAE
+    from encoders.vae import VAE
     from evaluations.images import FolderImages, Reconstructions
     rng, vae = np.random.default_rng(args.seed), VAE(args.vae, device)
 
@@ -82,7 +82,8 @@ def main():
     from evaluations.features import load_extractor
     from evaluations.images import open_images
     from evaluations.scores import check_pair, load_set, score
-    from files import LARGEST_SEED, check_bounds, write_json
+    from runtime.errors import LARGEST_SEED, check_bounds
+    from runtime.files import write_json
     check_bounds(args, {"seed": (0, LARGEST_SEED), "reference_images": (2, float("inf"))})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for split in ("val", "train"):

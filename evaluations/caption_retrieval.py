@@ -23,22 +23,22 @@ from evaluations.evaluator import add_network_arguments, extractor_from, run
 
 def evaluate(args):
     """Scores -> dict for --json on process 0, None on the others."""
-    from encoders import VAE
+    from encoders.vae import VAE
     from evaluations.captioned import Clip, caption_texts, clip_scores, distinct, read_pictures, read_samples
     from evaluations.extract import join_processes, rank
     from evaluations.images import Reconstructions, size_text
     from evaluations.metrics import retrieval
     from evaluations.scores import load_set
-    from files import BadInput
+    from runtime.errors import UserError
     reference, numbers = read_pictures(args.reference)
     samples, made = read_samples(args.sample, args.reference)
     position = {number: i for i, number in enumerate(numbers)}
     unknown = [number for number in made if number not in position]
     if unknown:
-        raise BadInput(f"{args.sample} has an image of caption {unknown[0]}, {args.reference} no picture "
+        raise UserError(f"{args.sample} has an image of caption {unknown[0]}, {args.reference} no picture "
                        f"{unknown[0]}.png; give the split that the images were made for.")
     if samples.size != reference.size:
-        raise BadInput(f"{args.sample} has images of {size_text(samples.size)}, {args.reference} of "
+        raise UserError(f"{args.sample} has images of {size_text(samples.size)}, {args.reference} of "
                        f"{size_text(reference.size)}; compare sets of one size.")
     texts = caption_texts(args.reference, made, args.caption_index) if args.clip else None
     device = join_processes(args.device)

@@ -5,13 +5,14 @@ import torch
 import torch.nn.functional as F
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from data_io.index import scan
 from dataset import read_texts, scan_numbered
-from encoders import loading, quiet_transformers
+from encoders.text import quiet_transformers
+from encoders.vae import loading
 from evaluations.extract import gather_rows, shard
 from evaluations.features import full_float32, normalize, resize
 from evaluations.images import FolderImages, open_images
-from files import BadInput
-from listing import scan
+from runtime.errors import UserError
 
 
 def read_pictures(folder):
@@ -19,7 +20,7 @@ def read_pictures(folder):
     files = scan(folder, ".png") if folder.is_dir() else {}
     if not files:
         what = "holds no .png file" if folder.is_dir() else "is no folder"
-        raise BadInput(f"{folder} {what}; give a split with pictures such as 0.png, and samples of generate_t2i.py.")
+        raise UserError(f"{folder} {what}; give a split with pictures such as 0.png, and samples of generate_t2i.py.")
     numbers = sorted(files)
     return FolderImages(folder, [folder / files[i] for i in numbers]), numbers
 
@@ -30,7 +31,7 @@ def read_samples(source, split):
         return read_pictures(source)
     images, numbers = open_images(source), sorted(set().union(*scan_numbered(split)))
     if images.n > len(numbers):
-        raise BadInput(f"{source} has {images.n} images, {split} only {len(numbers)}; give the split that the images "
+        raise UserError(f"{source} has {images.n} images, {split} only {len(numbers)}; give the split that the images "
                        "were made for.")
     return images, numbers[:images.n]
 
@@ -40,11 +41,11 @@ def caption_texts(folder, numbers, k):
     path = folder / "captions.json"
     captions = read_texts(path, {})
     if captions is None:
-        raise BadInput(f"{path} does not exist; the CLIP score needs the captions in words, retrieval does not: leave "
+        raise UserError(f"{path} does not exist; the CLIP score needs the captions in words, retrieval does not: leave "
                        "--clip out.")
     for i in numbers:
         if not 0 <= k < len(captions.get(i, ())):
-            raise BadInput(f"--caption-index {k}: image {i} of {folder} has {len(captions.get(i, ()))} captions in "
+            raise UserError(f"--caption-index {k}: image {i} of {folder} has {len(captions.get(i, ()))} captions in "
                            "words, counted from 0; choose a lower one.")
     return [captions[i][k] for i in numbers]
 

@@ -25,7 +25,7 @@ def main():
     import matplotlib.pyplot as plt
 
     from evaluations.runs import TITLES, alignment_stop, is_switched_off, read_metrics
-    from files import atomic_write, read_json
+    from runtime.files import atomic_write, read_json
     out = args.out or args.runs[0] / "curves.png"
     found = {run: read_metrics(run) for run in args.runs}
     terms = dict.fromkeys(term for metrics in found.values() for term in metrics if not term.startswith("cosine_"))

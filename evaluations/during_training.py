@@ -9,7 +9,7 @@ from evaluations.extract import extract, shard
 from evaluations.features import load_extractor
 from evaluations.images import open_images, size_text
 from evaluations.scores import check_count, check_metrics, has_images, load_set, score
-from files import BadInput
+from runtime.errors import UserError
 from samplers import euler_sampler, guided
 
 CONDITIONS = 3  # a random stream of its own, beside those of loader.py
@@ -30,7 +30,7 @@ class Evaluation:
     args.eval_num_steps Euler steps without guidance make the samples: comparable between steps and runs, not with papers.
     Every process calls it and makes its part of the images. (args.seed, i) decides the noise of image i and the
     training entry whose condition it has, at every step and for any number of processes. No other random stream is
-    used. The reference's features are extracted once, here. Raises BadInput if samples and reference do not compare.
+    used. The reference's features are extracted once, here. Raises UserError if samples and reference do not compare.
     """
 
     def __init__(self, args, accelerator, dataset, vae, y_null, latent_shape):
@@ -44,7 +44,7 @@ class Evaluation:
             images = open_images(args.eval_ref)
             check_count(images.n, self.metrics, images.name)
             if tuple(images.size) != (args.resolution, args.resolution):
-                raise BadInput(f"--eval-ref {args.eval_ref} has images of {size_text(images.size)}, samples have "
+                raise UserError(f"--eval-ref {args.eval_ref} has images of {size_text(images.size)}, samples have "
                                f"--resolution {args.resolution}; give a reference of that size.")
         self.extractor = load_extractor(args.eval_features, args.eval_weights, accelerator.device, args.eval_preset)
         self.reference = load_set(args.eval_ref, self.extractor, self.metrics, is_reference=True, batch_size=self.batch_size)

@@ -87,8 +87,8 @@ def positive(text):
 
 def run(evaluate, lines, args):
     """Print the `lines` of the result of `evaluate(args)` and write it to args.json; logs go to stderr."""
-    from files import check_writable, write_json
-    from processes import leave
+    from runtime.files import check_writable, write_json
+    from runtime.processes import leave
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.json:
         check_writable(Path(args.json).parent)

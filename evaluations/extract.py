@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from evaluations.inception import SPATIAL_DIM
 from evaluations.metrics import Moments
-from files import BadInput
-from processes import watch_others
+from runtime.errors import UserError
+from runtime.processes import watch_others
 
 
 @dataclass
@@ -98,7 +98,7 @@ def join_processes(device=None):
     """Join torchrun's processes, if there are any -> this process's device (default: CUDA if there is a GPU)."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda was asked for, but PyTorch sees no GPU; use --device cpu.")
+        raise UserError("--device cuda was asked for, but PyTorch sees no GPU; use --device cpu.")
     if "WORLD_SIZE" in os.environ:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -9,7 +9,8 @@ from torch import nn
 
 from evaluations import EFFICIENTNET_PATH, FEATURES, PRESETS
 from evaluations.inception import Inception
-from files import BadInput, load_tensors, sha256_of
+from runtime.errors import UserError
+from runtime.files import load_tensors, sha256_of
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
@@ -103,17 +104,17 @@ def load_extractor(features="inception", weights=None, device="cpu", preset="adm
     """Extractor for a key of FEATURES. `weights` is a local file or None.
 
     Without `weights`, torch.hub downloads Inception and DINOv2, and EfficientNet-Lite0 is read from EFFICIENTNET_PATH.
-    `verify` refuses a file whose sha256 is not the published one. Draws no random numbers. Raises BadInput for a
+    `verify` refuses a file whose sha256 is not the published one. Draws no random numbers. Raises UserError for a
     missing or wrong file.
     """
     if features not in FEATURES:
-        raise BadInput(f"There are no features {features}; choose one of {', '.join(FEATURES)}.")
+        raise UserError(f"There are no features {features}; choose one of {', '.join(FEATURES)}.")
     if preset not in PRESETS or (preset != "adm" and features != "inception"):
-        raise BadInput(f"{features} has no preset {preset}; use adm, or pytorch-fid with inception.")
+        raise UserError(f"{features} has no preset {preset}; use adm, or pytorch-fid with inception.")
     if features == "efficientnet-lite0" and weights is None:
         weights = EFFICIENTNET_PATH
         if not os.path.isfile(weights):
-            raise BadInput(f"{weights} does not exist; make it with preprocessing/embedded.py, or give the path of "
+            raise UserError(f"{weights} does not exist; make it with examples/emoji/prepare.py, or give the path of "
                            "EfficientNet-Lite0's weights.")
     url, sha256 = {"inception": (INCEPTION_URL, INCEPTION_SHA256), "dinov2-vit-l": (DINOV2_URL, None),
                    "efficientnet-lite0": (None, EFFICIENTNET_SHA256)}[features]
@@ -145,21 +146,21 @@ def read_weights(path, url, sha256):
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True,
                                                       check_hash=sha256 is not None)
         except (OSError, RuntimeError) as error:
-            raise BadInput(f"{url} could not be fetched ({error}); download it elsewhere and give the path of the "
+            raise UserError(f"{url} could not be fetched ({error}); download it elsewhere and give the path of the "
                            "file.") from error
     if sha256 and os.path.isfile(path) and not (digest := sha256_of(path)).startswith(sha256):
-        raise BadInput(f"{path} has sha256 {digest[:16]}..., the published weights {sha256}...; get them again, "
+        raise UserError(f"{path} has sha256 {digest[:16]}..., the published weights {sha256}...; get them again, "
                        "or give evaluator.py --any-weights for scores that compare with nothing else.")
     state = load_tensors(path)
     if not isinstance(state, dict):
-        raise BadInput(f"{path} holds a {type(state).__name__}, not a state dict; give the published file.")
+        raise UserError(f"{path} holds a {type(state).__name__}, not a state dict; give the published file.")
     return state
 
 
 def dinov2_state(state, path):
     """torch.hub's or timm's DINOv2 weights with the position table resampled to 16 x 16 as DINOv2 does it."""
     if "pos_embed" not in state:
-        raise BadInput(f"{path} has no pos_embed; give torch.hub's or timm's file of DINOv2 ViT-L/14.")
+        raise UserError(f"{path} has no pos_embed; give torch.hub's or timm's file of DINOv2 ViT-L/14.")
     state = {key: value for key, value in state.items() if key != "mask_token"}       # torch.hub only; unused
     table = state["pos_embed"].float()                                               # (1, 1 + 37 * 37, D)
     side = round((table.shape[1] - 1) ** 0.5)
@@ -175,8 +176,8 @@ def efficientnet_state(state, expected, path):
     """The published weights under timm's names: both files list the same layers in the same order."""
     kinds, expected_kinds = ([key.rsplit(".", 1)[1] for key in keys] for keys in (state, expected))
     if kinds != expected_kinds:
-        raise BadInput(f"{path} does not hold the weights of EfficientNet-Lite0 ({len(state)} entries, expected "
-                       f"{len(expected)} in the published order); make it again with preprocessing/embedded.py.")
+        raise UserError(f"{path} does not hold the weights of EfficientNet-Lite0 ({len(state)} entries, expected "
+                       f"{len(expected)} in the published order); make it again with examples/emoji/prepare.py.")
     return dict(zip(expected, state.values(), strict=True))
 
 
@@ -189,7 +190,7 @@ def load_strictly(network, state, path, features):
              if key not in shapes or shapes[key] != getattr(state.get(key), "shape", None)]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise BadInput(f"{path} does not hold the weights of {features} (missing, unknown or of another shape: "
+        raise UserError(f"{path} does not hold the weights of {features} (missing, unknown or of another shape: "
                        f"{wrong[0]}{more}); give the published file.")
     floats = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     network.load_state_dict(floats, assign=True)

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from files import ARRAY_ERRORS, IMAGE_ERRORS, BadInput, array_header, first_line, open_image, reading
+from runtime.errors import UserError, first_line
+from runtime.files import ARRAY_ERRORS, array_header, reading
+from runtime.images import IMAGE_ERRORS, open_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 LARGEST = 1 << 29                 # bytes of a batch of uint8; as float32 it takes four times as much
@@ -44,24 +46,24 @@ class NpzImages:
 
     @contextmanager
     def member(self):
-        """(file at the first pixel, shape) of `arr_0`. Raises BadInput for damage, wrong dtype and wrong shape."""
+        """(file at the first pixel, shape) of `arr_0`. Raises UserError for damage, wrong dtype and wrong shape."""
         try:
             with zipfile.ZipFile(self.name) as archive, archive.open("arr_0.npy") as file:
                 try:
                     shape, fortran, dtype, start = array_header(file.peek(1024))  # ours have 128 bytes
                 except ValueError as error:
-                    raise BadInput(f"arr_0 of {self.name} has no readable .npy header ({error}); write it "
+                    raise UserError(f"arr_0 of {self.name} has no readable .npy header ({error}); write it "
                                    "again.") from error
                 check_layout(dtype, shape, f"arr_0 of {self.name}")
                 if fortran:
-                    raise BadInput(f"arr_0 of {self.name} is in Fortran order; make it contiguous.")
+                    raise UserError(f"arr_0 of {self.name} is in Fortran order; make it contiguous.")
                 pixels, there = math.prod(shape), archive.getinfo("arr_0.npy").file_size - start
                 if pixels != there:
                     raise EOFError(f"{pixels} bytes of pixels expected, {there} there")
                 read_exactly(file, start)
                 yield file, shape
         except ARRAY_ERRORS as error:
-            raise BadInput(f"{self.name} is damaged or cut short ({error}); write it again.") from error
+            raise UserError(f"{self.name} is damaged or cut short ({error}); write it again.") from error
 
     def batches(self, start, stop, batch_size):
         check_batch(self.name, min(batch_size, stop - start), self.size)
@@ -82,7 +84,7 @@ class FolderImages:
         with reading(path):
             self.files = files or sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in SUFFIXES)
         if not self.files:
-            raise BadInput(f"{path} holds no {', '.join(SUFFIXES)} file; give a folder of images or an npz.")
+            raise UserError(f"{path} holds no {', '.join(SUFFIXES)} file; give a folder of images or an npz.")
         self.n, self.size = len(self.files), decode(self.files[0]).shape[:2]
 
     def batches(self, start, stop, batch_size):
@@ -110,7 +112,7 @@ class Reconstructions:
 def open_images(source):
     """The images of an npz, a folder, a uint8 array (n, H, W, 3), or an object with n, size, name and batches().
 
-    Raises BadInput for anything but uint8 RGB images.
+    Raises UserError for anything but uint8 RGB images.
     """
     if hasattr(source, "batches"):
         return source
@@ -119,19 +121,19 @@ def open_images(source):
     if os.path.isdir(source):
         return FolderImages(source)
     if "arr_0" not in npz_keys(source):
-        raise BadInput(f"{source} has no key arr_0; store images there, uint8 (n, height, width, 3).")
+        raise UserError(f"{source} has no key arr_0; store images there, uint8 (n, height, width, 3).")
     return NpzImages(source)
 
 
 def npz_keys(path):
     """Names of the arrays in an npz file, read from its directory only."""
     if not os.path.exists(path):
-        raise BadInput(f"{path} does not exist; give an npz file or a folder of images.")
+        raise UserError(f"{path} does not exist; give an npz file or a folder of images.")
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
     except ARRAY_ERRORS as error:
-        raise BadInput(f"{path} is not a whole npz file ({error}); write or download it again.") from error
+        raise UserError(f"{path} is not a whole npz file ({error}); write or download it again.") from error
 
 
 def read_exactly(file, count):
@@ -143,33 +145,33 @@ def read_exactly(file, count):
 
 def check_layout(dtype, shape, name):
     if dtype != np.uint8:
-        raise BadInput(f"{name} has dtype {dtype}; images must be uint8, 0 to 255.")
+        raise UserError(f"{name} has dtype {dtype}; images must be uint8, 0 to 255.")
     if len(shape) != 4 or shape[3] != 3 or 0 in shape:
-        raise BadInput(f"{name} has shape {tuple(shape)}; images must be (n, height, width, 3), n at least 1.")
+        raise UserError(f"{name} has shape {tuple(shape)}; images must be (n, height, width, 3), n at least 1.")
     if shape[1] * shape[2] > Image.MAX_IMAGE_PIXELS:
-        raise BadInput(f"{name} has images of {size_text(shape[1:3])}, more than {Image.MAX_IMAGE_PIXELS} pixels; give "
+        raise UserError(f"{name} has images of {size_text(shape[1:3])}, more than {Image.MAX_IMAGE_PIXELS} pixels; give "
                        "smaller ones.")
 
 
 def check_batch(name, count, size):
-    """Raise BadInput for a batch that needs too much memory: a small file can hold huge black images."""
+    """Raise UserError for a batch that needs too much memory: a small file can hold huge black images."""
     if (needed := count * size[0] * size[1] * 3) > LARGEST:
-        raise BadInput(f"{count} images of {size_text(size)} of {name} take {needed} bytes at a time, more than "
+        raise UserError(f"{count} images of {size_text(size)} of {name} take {needed} bytes at a time, more than "
                        f"{LARGEST}; give a smaller --batch-size or smaller images.")
 
 
 def decode(file, size=None):
-    """Image file -> uint8 (H, W, 3). Raises BadInput unless it is RGB or grey and, if given, of `size` = (H, W)."""
+    """Image file -> uint8 (H, W, 3). Raises UserError unless it is RGB or grey and, if given, of `size` = (H, W)."""
     try:
         with open_image(file) as image:
             if image.mode not in ("RGB", "L") or "transparency" in image.info:
-                raise BadInput(f"{file} has mode {image.mode}; convert to 8-bit RGB without transparency.")
+                raise UserError(f"{file} has mode {image.mode}; convert to 8-bit RGB without transparency.")
             if size and (image.height, image.width) != tuple(size):
-                raise BadInput(f"{file} is {size_text((image.height, image.width))}, others of its set are "
+                raise UserError(f"{file} is {size_text((image.height, image.width))}, others of its set are "
                                f"{size_text(size)}; all images of a set must have one size.")
             return np.asarray(image.convert("RGB"))
     except IMAGE_ERRORS as error:
-        raise BadInput(f"{file} cannot be decoded ({first_line(error)}); write it again.") from error
+        raise UserError(f"{file} cannot be decoded ({first_line(error)}); write it again.") from error
 
 
 def size_text(size):

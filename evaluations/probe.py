@@ -32,28 +32,28 @@ def evaluate(args):
     from evaluations.extract import join_processes, rank
     from evaluations.metrics import cknna, linear_probe
     from evaluations.student import blocks_of, mean_tokens, open_split, open_teacher
-    from files import BadInput, check_bounds
-    from pipeline import load_network
+    from models.checkpoint import load_network
+    from runtime.errors import UserError, check_bounds
     at_least = {"seed": 0, "l2": 0, "enc_blocks": 1}
     check_bounds(args, {name: (low, float("inf")) for name, low in at_least.items()})
     for t in args.t:
         if not 0 <= t <= 1:
-            raise BadInput(f"--t has {t}; times go from 0, the image, to 1, noise alone.")
+            raise UserError(f"--t has {t}; times go from 0, the image, to 1, noise alone.")
     network, trained = load_network(args.ckpt)
     depth = len(blocks_of(network))
     blocks = args.blocks or list(range(1, depth + 1))
     if not all(1 <= block <= depth for block in blocks):
-        raise BadInput(f"--blocks names {max(blocks)}, the network has blocks 1 to {depth}; choose among these.")
+        raise UserError(f"--blocks names {max(blocks)}, the network has blocks 1 to {depth}; choose among these.")
     if args.enc_type not in (None, trained.get("enc_type")):  # the run's weights are another teacher's
         trained |= {"enc_weights": None, "enc_blocks": None}
     given = {name: getattr(args, name) for name in ("enc_type", "enc_weights", "enc_blocks", "resolution")}
     trained |= {name: value for name, value in given.items() if value is not None}
     data = args.data or trained.get("data_dir")
     if not data:
-        raise BadInput(f"{args.ckpt} does not say what it was trained on; give --data.")
+        raise UserError(f"{args.ckpt} does not say what it was trained on; give --data.")
     train, val = open_split(network, trained, data, args.val_data, args.images, args.seed)
     if len(val.positions) <= args.k:
-        raise BadInput(f"There are {len(val.positions)} held-out images, too few for --k {args.k} neighbours; give "
+        raise UserError(f"There are {len(val.positions)} held-out images, too few for --k {args.k} neighbours; give "
                        "more, or a smaller --k.")
     device = join_processes(args.device)
     network, teacher = network.to(device), open_teacher(network, trained).to(device)

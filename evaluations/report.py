@@ -42,7 +42,8 @@ def parse_args():
 def main():
     args = parse_args()
     from evaluations import runs
-    from files import atomic_write, check_bounds
+    from runtime.errors import check_bounds
+    from runtime.files import atomic_write
     check_bounds(args, {"images": (0, float("inf")), "t": (0, 1)})
     out = args.out or args.runs[0] / "report.html"
     settings = [runs.read_settings(run) for run in args.runs]

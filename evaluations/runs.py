@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoints import check_contents, saved_steps
 from evaluations.images import FolderImages, decode
 from evaluations.student import look_inside
-from files import BadInput, first_line, is_file, read_json, reading
-from pictures import image_grid
+from models.checkpoint import check_contents, saved_steps
+from runtime.errors import UserError, first_line
+from runtime.files import is_file, read_json, reading
+from runtime.images import image_grid
 
 TITLES = {"denoise": "denoising loss", "feature": "feature loss (-cosine)", "attention": "attention loss (nats)"}
 LARGEST = 768  # pixels a side of a picture on the page; larger ones are scaled down
@@ -31,12 +32,12 @@ def read_table(run):
     """{column: ([step], [value])} of run/metrics.csv, without the step; each column has the rows that have a value."""
     path = run / "metrics.csv"
     if not is_file(path):
-        raise BadInput(f"{path} does not exist; give the folder of a run of train.py.")
+        raise UserError(f"{path} does not exist; give the folder of a run of train.py.")
     try:
         with reading(path), open(path, newline="") as file:  # a run may be writing its last line
             rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
         if not rows:
-            raise BadInput(f"{path} has no rows yet; train first.")
+            raise UserError(f"{path} has no rows yet; train first.")
         table = {}
         for column in rows[0]:
             given = [row for row in rows if row[column]]
@@ -45,7 +46,7 @@ def read_table(run):
         if missing := {*TITLES, "seconds"} - table.keys():
             raise ValueError(f"it has no column {min(missing)}")
     except (ValueError, KeyError, csv.Error) as error:
-        raise BadInput(f"{path} is not a metrics.csv of train.py ({first_line(error)}); give another run's "
+        raise UserError(f"{path} is not a metrics.csv of train.py ({first_line(error)}); give another run's "
                        "folder.") from error
     return table
 
@@ -62,7 +63,7 @@ def read_settings(run):
     settings = read_json(run / "args.json")
     check_contents(run / "args.json", {"args": settings}, ())
     if not isinstance(settings.get("batch_size"), int):
-        raise BadInput(f"{run}/args.json has no batch_size; give the folder of a run of train.py.")
+        raise UserError(f"{run}/args.json has no batch_size; give the folder of a run of train.py.")
     return settings
 
 
@@ -146,7 +147,7 @@ def samples(path):
     """{name, settings, picture, scores} of a folder of generate.py, or of a picture."""
     with reading(path):
         if not path.exists():
-            raise BadInput(f"--samples {path} does not exist; give a folder of pictures or a picture.")
+            raise UserError(f"--samples {path} does not exist; give a folder of pictures or a picture.")
     grid, scores = (path.with_name(f"{path.name}-{name}") for name in ("grid.png", "scores.json"))  # beside the folder
     if is_file(path) or is_file(grid):
         pixels = decode(path if is_file(path) else grid)
@@ -164,7 +165,7 @@ def read_scores(path):
     """{set: {reference: {metric: value}}} from a file of baselines.py, or of evaluator.py, which has one of each."""
     scores = read_json(path).get("scores")
     if not isinstance(scores, dict) or not scores:
-        raise BadInput(f"{path} has no scores; make it again by baselines.py or evaluator.py --json, or remove it.")
+        raise UserError(f"{path} has no scores; make it again by baselines.py or evaluator.py --json, or remove it.")
     by_reference = [row for found in scores.values() for row in (found.values() if isinstance(found, dict) else [None])]
     return scores if all(isinstance(row, dict) for row in by_reference) else {"samples": {"": scores}}
 
@@ -176,7 +177,7 @@ def inside(run, count, t, teacher):
         return {"missing": "Left out (--images 0)." if not count else f"{run}/checkpoints holds no checkpoint yet."}
     try:
         found = look_inside(steps[max(steps)], count, t, teacher)
-    except BadInput as error:
+    except UserError as error:
         return {"missing": str(error)}
     for name in ("images", "teacher_colours", "student_colours"):
         found[name] = list(map(picture, found[name]))

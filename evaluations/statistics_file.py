@@ -12,7 +12,8 @@ import torch
 from evaluations.extract import FeatureSet, rank
 from evaluations.images import npz_keys
 from evaluations.inception import SPATIAL_DIM
-from files import ARRAY_ERRORS, BadInput, atomic_write, first_line
+from runtime.errors import UserError, first_line
+from runtime.files import ARRAY_ERRORS, atomic_write
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 LARGEST = 1 << 29     # bytes of one array: a covariance of 8,192 features in float64
@@ -24,14 +25,14 @@ logger = logging.getLogger(__name__)
 def read_statistics(source, extractor, required):
     """FeatureSet of the statistics in an npz, or None if it has none for this extractor.
 
-    With `required` that is an error. Raises BadInput for missing keys and wrong shapes.
+    With `required` that is an error. Raises UserError for missing keys and wrong shapes.
     """
     if not isinstance(source, (str, os.PathLike)) or os.path.isdir(source):
         return None
     keys = npz_keys(source)
     if not {"mu", "sigma"} & set(keys):
         if required:
-            raise BadInput(f"{source} has the keys {', '.join(keys) or '(none)'}; expected arr_0 (images), "
+            raise UserError(f"{source} has the keys {', '.join(keys) or '(none)'}; expected arr_0 (images), "
                            "or mu and sigma (statistics).")
         return None
     stored = read_arrays(source, [key for key in (*STATISTICS, "n", "features", "preset") if key in keys])
@@ -40,7 +41,7 @@ def read_statistics(source, extractor, required):
     if features != extractor.features or preset not in (None, extractor.preset):
         message = f"The statistics in {source} are of {features} with preset {preset}"
         if required:
-            raise BadInput(f"{message}, not of {extractor.features} with preset {extractor.preset}; choose the same "
+            raise UserError(f"{message}, not of {extractor.features} with preset {extractor.preset}; choose the same "
                            "with --preset (train.py: --eval-preset), or make them again with evaluations/stats.py.")
         logger.warning("%s: they are ignored, and the images beside them are used", message)
         return None
@@ -49,28 +50,28 @@ def read_statistics(source, extractor, required):
                        "adm, U-ViT's for COCO pytorch-fid", source, extractor.preset)
     for mu, sigma, dim in (("mu", "sigma", extractor.dim), ("mu_s", "sigma_s", SPATIAL_DIM)):
         if (mu in stored) != (sigma in stored):
-            raise BadInput(f"{source} has only one of {mu} and {sigma}; a statistics file needs both.")
+            raise UserError(f"{source} has only one of {mu} and {sigma}; a statistics file needs both.")
         for key, shape in ((mu, (dim,)), (sigma, (dim, dim))):
             if key in stored and (stored[key].shape != shape or stored[key].dtype.kind != "f"):
-                raise BadInput(f"{key} of {source} is {stored[key].dtype} {stored[key].shape}, expected "
+                raise UserError(f"{key} of {source} is {stored[key].dtype} {stored[key].shape}, expected "
                                f"floats of {shape}; it is not made with {features} features.")
             if key in stored and not np.isfinite(stored[key]).all():
-                raise BadInput(f"{key} of {source} holds nan or infinite numbers; make the statistics again.")
+                raise UserError(f"{key} of {source} holds nan or infinite numbers; make the statistics again.")
     tensors = {key: torch.from_numpy(value.astype(np.float64)) for key, value in stored.items()}
     return FeatureSet(str(source), features, preset, None if n is None else int(n), **tensors)
 
 
 def read_arrays(source, keys):
-    """{key: array} of an npz. Raises BadInput for damage and, before reading, for arrays that are too large."""
+    """{key: array} of an npz. Raises UserError for damage and, before reading, for arrays that are too large."""
     try:
         with zipfile.ZipFile(source) as archive:
             for key in keys:
                 if (size := archive.getinfo(f"{key}.npy").file_size) > LARGEST:
-                    raise BadInput(f"{key} of {source} has {size} bytes, far more than statistics have; make it again.")
+                    raise UserError(f"{key} of {source} has {size} bytes, far more than statistics have; make it again.")
         with np.load(source, allow_pickle=False) as file:
             return {key: file[key] for key in keys}
     except ARRAY_ERRORS as error:
-        raise BadInput(f"The statistics in {source} cannot be read ({first_line(error)}); make them again.") from error
+        raise UserError(f"The statistics in {source} cannot be read ({first_line(error)}); make them again.") from error
 
 
 def write_statistics(path, found, images=None, chosen=()):

@@ -36,15 +36,16 @@ def main():
     from evaluations.images import open_images
     from evaluations.scores import check_count
     from evaluations.statistics_file import write_statistics
-    from files import LARGEST_SEED, BadInput, check_bounds, check_writable
-    from processes import leave
+    from runtime.errors import LARGEST_SEED, UserError, check_bounds
+    from runtime.files import check_writable
+    from runtime.processes import leave
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_bounds(args, {"seed": (0, LARGEST_SEED)})
     check_writable(Path(args.out).parent)
     images = open_images(args.source)
     check_count(images.n, ("fid",), images.name)
     if not 0 <= args.images <= images.n:
-        raise BadInput(f"--images {args.images} is not between 0 and {images.n}; {images.name} has no more.")
+        raise UserError(f"--images {args.images} is not between 0 and {images.n}; {images.name} has no more.")
     extractor = extractor_from(args, join_processes(args.device))
     start, stop = shard(images.n)
     found = extract(images.batches(start, stop, args.batch_size), stop - start, extractor, images.name, keep=False)

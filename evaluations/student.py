@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from dataset import PIXELS, CaptionedImages, LatentImages, PixelImages
-from encoders import TEACHERS, VAE, Teacher, load_vit
+from encoders.teachers import TEACHERS, Teacher, load_vit
+from encoders.vae import VAE
 from evaluations.extract import gather_rows, shard
-from files import BadInput
 from loss import attention_loss, feature_loss, interpolant
+from models.checkpoint import load_network
 from models.layers import QK
-from pipeline import load_network
+from runtime.errors import UserError
 
 NOISE = 5  # a random stream of its own, beside those of dataset.py and during_training.py
 MAP_SIDE = 16  # attention maps are averaged down to this many tokens a side
@@ -35,20 +36,20 @@ def blocks_of(network):
 
 
 def open_dataset(network, args, data_dir, split="train"):
-    """The data folder of a SiT, or one split of an MMDiT's. Raises BadInput if its shapes are not the network's."""
+    """The data folder of a SiT, or one split of an MMDiT's. Raises UserError if its shapes are not the network's."""
     resolution = args.get("resolution") or 256
     if is_text(network):
         dataset = CaptionedImages(data_dir, split, resolution)
         width = network.context_embedder.in_features
         if dataset.context_shape[1] != width:
-            raise BadInput(f"{data_dir} has text of width {dataset.context_shape[1]}, the network takes {width}; give "
+            raise UserError(f"{data_dir} has text of width {dataset.context_shape[1]}, the network takes {width}; give "
                            "the data that it was trained on.")
     else:
         kind = PixelImages if args.get("vae") == PIXELS else LatentImages
         dataset = kind(data_dir, resolution, network.num_classes)
     channels, side, _ = network.latent_shape
     if dataset.moments_shape != (2 * channels, side, side):
-        raise BadInput(f"{data_dir} has moments of shape {dataset.moments_shape}, the network takes "
+        raise UserError(f"{data_dir} has moments of shape {dataset.moments_shape}, the network takes "
                        f"{(2 * channels, side, side)}; give the data that it was trained on.")
     return dataset
 
@@ -63,7 +64,7 @@ def open_split(network, args, data, val_data, count, seed):
 
     if is_text(network):
         if val_data:
-            raise BadInput("--val-data is for classes; for captioned images, --data has its own split val.")
+            raise UserError("--val-data is for classes; for captioned images, --data has its own split val.")
         held_out = open_dataset(network, args, data, "val")
         return Split(None, []), Split(held_out, order(held_out)[:count])
     dataset = open_dataset(network, args, data)
@@ -76,12 +77,12 @@ def open_split(network, args, data, val_data, count, seed):
 
 
 def open_teacher(network, args, attn_blocks=()):
-    """The Teacher in the args of a training, with as many tokens as `network`. Raises BadInput if there is none."""
+    """The Teacher in the args of a training, with as many tokens as `network`. Raises UserError if there is none."""
     enc_type = args.get("enc_type") or "none"
     if enc_type == "none":
-        raise BadInput("The run had no teacher, so there is none to compare with; name one, or a run that has one.")
+        raise UserError("The run had no teacher, so there is none to compare with; name one, or a run that has one.")
     if enc_type not in TEACHERS:
-        raise BadInput(f"The teacher {enc_type} is not known; use one of {', '.join(TEACHERS)}.")
+        raise UserError(f"The teacher {enc_type} is not known; use one of {', '.join(TEACHERS)}.")
     vit = load_vit(enc_type, args.get("enc_weights"))
     return Teacher(vit, network.input_size // network.patch_size, attn_blocks, args.get("enc_blocks"),
                    input_size=args.get("enc_size"))
@@ -178,14 +179,14 @@ def look_inside(path, count, t, teacher=None):
     side: tokens a side of a map, pairs: [{student, teacher: blocks, loss, entropy in nats, student_maps, teacher_maps:
     uint8 (count, side^2, side^2)}]}; without projected features there are no colours and no cosine. The student sees
     the images with their own conditions and noise of time `t`. A run without a teacher is compared with the one in
-    `teacher`, another run's settings. Raises BadInput if data or teacher are missing.
+    `teacher`, another run's settings. Raises UserError if data or teacher are missing.
     """
     network, args = load_network(path)
     if teacher and args.get("enc_type") == "none":
         names = ("enc_type", "enc_weights", "enc_blocks", "enc_size", "attn_heads")
         args |= {name: teacher.get(name) for name in names}
     if not args.get("data_dir"):
-        raise BadInput(f"{path} does not say what it was trained on; nothing is shown of its inside.")
+        raise UserError(f"{path} does not say what it was trained on; nothing is shown of its inside.")
     vit = open_teacher(network, args, [block for _, block in args["attn_layers"]])
     dataset = open_dataset(network, args, args["data_dir"])
     positions = np.random.default_rng(0).permutation(len(dataset))[:count].tolist()

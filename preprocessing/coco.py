@@ -29,25 +29,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
 from dataset import digest
-from encoders import VAE, TextEncoder
+from encoders.text import TextEncoder
+from encoders.vae import VAE
 from evaluations.images import SUFFIXES, decode
-from files import (
-    BadInput,
-    atomic_write,
-    check_bounds,
-    check_inside,
-    read_json,
-    remove_temporaries,
-    run_script,
-    weights_key,
-    write_json,
-)
 from preprocessing.convert import in_groups
 from preprocessing.destinations import MADE, NAMED, begin, check_space
 from preprocessing.encode import encoded, filled
 from preprocessing.pixels import center_crop, read_rgb
 from preprocessing.sources import Piece, read
-from processes import leave, watch_others
+from runtime.errors import UserError, check_bounds, run_script
+from runtime.files import atomic_write, check_inside, read_json, remove_temporaries, weights_key, write_json
+from runtime.processes import leave, watch_others
 from runtime.setup import PROCESS_GROUP_TIMEOUT
 
 SPLITS = ("train", "val")
@@ -61,10 +53,10 @@ def read_captions(path):
         captions = {image_id: [] for image_id in sorted(names)}
         annotations = [(entry["image_id"], " ".join(entry["caption"].split())) for entry in content["annotations"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f'{path} is not of the form {{"images": [{{"id", "file_name"}}, ...], "annotations": '
+        raise UserError(f'{path} is not of the form {{"images": [{{"id", "file_name"}}, ...], "annotations": '
                        f'[{{"image_id", "caption"}}, ...]}} ({type(error).__name__}: {error}); correct it.') from error
     if len(names) < len(content["images"]):
-        raise BadInput(f"{path} lists {len(content['images'])} images under {len(names)} different ids; every image "
+        raise UserError(f"{path} lists {len(content['images'])} images under {len(names)} different ids; every image "
                        "needs its own.")
     unknown = [image_id for image_id, _ in annotations if image_id not in captions]
     for image_id, caption in annotations:
@@ -77,7 +69,7 @@ def read_captions(path):
 def with_both(images, entries):
     """Those `entries` that have captions and whose file lies in the folder `images`; the others are named."""
     if not images.is_dir():
-        raise BadInput(f"{images} is no folder; give the one that holds the images of the captions file.")
+        raise UserError(f"{images} is no folder; give the one that holds the images of the captions file.")
     bare = [name for name, captions in entries if not captions]
     absent = [name for name, captions in entries if captions and not (images / name).is_file()]
     listed = {name for name, _ in entries}
@@ -88,7 +80,7 @@ def with_both(images, entries):
     left_out = {*bare, *absent}
     kept = [entry for entry in entries if entry[0] not in left_out]
     if not kept:
-        raise BadInput(f"No image of the captions file lies in {images}; give the folder that its file names start from.")
+        raise UserError(f"No image of the captions file lies in {images}; give the folder that its file names start from.")
     return kept
 
 
@@ -101,7 +93,7 @@ def tell(names, message):
 def centre_square(path, resolution):
     """Image file -> uint8 (R, R, 3): the centre square of the short side, resized with LANCZOS.
 
-    Transparency is white; all else as pixels.read_rgb has it. Raises BadInput for what is no picture.
+    Transparency is white; all else as pixels.read_rgb has it. Raises UserError for what is no picture.
     """
     image = read_rgb(read(Piece(str(path)), path), path, background="white")
     return np.asarray(center_crop(image, resolution))
@@ -118,7 +110,7 @@ def write_pictures(folder, todo, have, picture, vae, args):
         png = folder / f"{i}.png"
         try:
             pixels = decode(png) if png.name in have else picture(i)
-        except BadInput as error:
+        except UserError as error:
             return error
         if png.name not in have:
             with atomic_write(png) as file:
@@ -130,7 +122,7 @@ def write_pictures(folder, todo, have, picture, vae, args):
         results = encoded(vae, groups, load, args.batch_size, args.num_workers, spread="logvar")
         for group, moments in zip(groups, results, strict=True):
             for i, array in zip(group, moments, strict=True):
-                if isinstance(array, BadInput):
+                if isinstance(array, UserError):
                     failures.append(str(array))
                 elif f"{i}.npy" not in have:
                     save_array(folder / f"{i}.npy", array)
@@ -152,7 +144,7 @@ def build_split(folder, names, captions, picture, vae, encoder, args):
     """Write or complete one split. names: what each image is called; captions: its texts; picture(i) -> uint8 (R, R, 3).
 
     Process p makes the images i with i % processes = p and their captions. Returns a sentence for each picture that could
-    not be read; captions.json is then left out. Raises BadInput when `folder` was begun with other settings.
+    not be read; captions.json is then left out. Raises UserError when `folder` was begun with other settings.
     """
     state = PartialState()
     if state.is_main_process:
@@ -180,7 +172,7 @@ def load_encoders(args):
     device = PartialState().device
     vae = VAE(args.vae, device)
     if args.resolution % vae.factor:
-        raise BadInput(f"--resolution {args.resolution} is no multiple of {vae.factor}, the VAE's factor; choose one.")
+        raise UserError(f"--resolution {args.resolution} is no multiple of {vae.factor}, the VAE's factor; choose one.")
     return vae, TextEncoder(args.text_encoder, device, args.text_length)
 
 
@@ -195,7 +187,7 @@ def build(args, splits):
     PartialState().wait_for_everyone()
     if failures and PartialState().is_main_process:
         first = " ".join(failures[:NAMED]) + " ..." * (len(failures) > NAMED)
-        raise BadInput(f"{len(failures)} images could not be read, all else is done: {first} Replace them and run the same "
+        raise UserError(f"{len(failures)} images could not be read, all else is done: {first} Replace them and run the same "
                        f"command, or take them out of the captions file, delete {args.dest} and run it.")
     leave()
 
@@ -227,7 +219,7 @@ def main():
     args = parse_args()
     alone = (args.images, args.captions_json, args.split)
     if bool(args.coco) == any(alone) or any(alone) != all(alone):
-        raise BadInput("Give --coco alone, or --images, --captions-json and --split together.")
+        raise UserError("Give --coco alone, or --images, --captions-json and --split together.")
     PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
     watch_others()
     sources = {args.split: (args.images, args.captions_json)} if args.images else {

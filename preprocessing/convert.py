@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataset import digest
-from files import BadInput, check_bounds, first_line
 from preprocessing import destinations, pixels
 from preprocessing.sources import open_source, read
+from runtime.errors import UserError, check_bounds, first_line
 
 GROUP = 64  # pictures a worker takes at a time, and in a part of a zip
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -29,19 +29,19 @@ def make_transform(name, resolution, source):
     """(RGB image -> RGB square, its side), as --transform and --resolution ask for it; both may be None."""
     if resolution is None:
         if name:
-            raise BadInput(f"--transform {name} needs a --resolution; give one, such as 256x256.")
+            raise UserError(f"--transform {name} needs a --resolution; give one, such as 256x256.")
         side = first_side(source)
         return functools.partial(pixels.unchanged, side=side), side
     match = re.fullmatch(r"([1-9]\d*)[x,]([1-9]\d*)", resolution)
     if not match:
-        raise BadInput(f"--resolution {resolution} is not understood; write it as 256x256.")
+        raise UserError(f"--resolution {resolution} is not understood; write it as 256x256.")
     width, height = int(match[1]), int(match[2])
     if width * max(width, height) > pixels.Image.MAX_IMAGE_PIXELS:
-        raise BadInput(f"--resolution {resolution} is more than {pixels.Image.MAX_IMAGE_PIXELS} pixels; choose a smaller one.")
+        raise UserError(f"--resolution {resolution} is more than {pixels.Image.MAX_IMAGE_PIXELS} pixels; choose a smaller one.")
     if name == "center-crop-wide" and height < width:
         return functools.partial(pixels.center_crop_wide, width=width, height=height), width
     if name == "center-crop-wide" or width != height:
-        raise BadInput(f"--resolution {resolution}: it must be wider than high for center-crop-wide, which adds bars, and "
+        raise UserError(f"--resolution {resolution}: it must be wider than high for center-crop-wide, which adds bars, and "
                        "square for all else; change it or the --transform.")
     crop = {"center-crop": pixels.center_crop, "center-crop-dhariwal": pixels.center_crop_dhariwal, None: pixels.stretch}
     return functools.partial(crop[name], side=width), width
@@ -52,12 +52,12 @@ def first_side(source):
     for name, piece in zip(source.names, source.pieces, strict=True):
         try:
             width, height = pixels.read_rgb(read(piece, name), name).size
-        except BadInput:
+        except UserError:
             continue
         if width != height:
-            raise BadInput(f"{name} is {width}x{height} and no square; convert the pictures with a --resolution first.")
+            raise UserError(f"{name} is {width}x{height} and no square; convert the pictures with a --resolution first.")
         return width
-    raise BadInput(f"None of {len(source.names)} pictures can be read, {source.names[0]} being the first; get them again.")
+    raise UserError(f"None of {len(source.names)} pictures can be read, {source.names[0]} being the first; get them again.")
 
 
 def progress(what, total, done=0, disable=False):
@@ -96,7 +96,7 @@ def in_processes(work, groups, workers, bar):
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise BadInput(f"A worker process has ended ({first_line(error)}), perhaps for lack of memory; the same command "
+        raise UserError(f"A worker process has ended ({first_line(error)}), perhaps for lack of memory; the same command "
                        "goes on, with fewer --num-workers if need be.") from error
     return results
 
@@ -111,7 +111,7 @@ def convert_group(source, destination, transform, on_error, parent, places):
                 os._exit(1)  # nothing must be written beside the run that follows a killed one
             try:
                 yield destinations.image_name(i), convert_picture(source, transform, i)
-            except BadInput as error:
+            except UserError as error:
                 if on_error == "stop":
                     raise
                 failures[i] = str(error)
@@ -121,21 +121,21 @@ def convert_group(source, destination, transform, on_error, parent, places):
 
 
 def convert_picture(source, transform, i):
-    """The bytes of a PNG. Raises BadInput for what cannot be used."""
+    """The bytes of a PNG. Raises UserError for what cannot be used."""
     name = source.names[i]
     image = pixels.read_rgb(read(source.pieces[i], name), name)
     try:
         return pixels.png_bytes(transform(image))
     except ValueError as error:
-        raise BadInput(f"{name} cannot be used: {error}.") from error
+        raise UserError(f"{name} cannot be used: {error}.") from error
 
 
 def check_pictures(where, side, entries):
-    """Read PNGs back, pairs (name, Piece); raises BadInput for one that is not as it must be."""
+    """Read PNGs back, pairs (name, Piece); raises UserError for one that is not as it must be."""
     for name, piece in entries:
         size = pixels.read_rgb(read(piece, f"{where}/{name}"), f"{where}/{name}").size
         if size != (side, side):
-            raise BadInput(f"{where}/{name} is {size[0]}x{size[1]}, expected {side}x{side}; delete it and run the command "
+            raise UserError(f"{where}/{name} is {size[0]}x{size[1]}, expected {side}x{side}; delete it and run the command "
                            "again.")
 
 

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
-from files import run_script
 from preprocessing import convert, encode, pack
+from runtime.errors import run_script
 
 COMMANDS = {"convert": convert, "encode": encode, "pack": pack}  # each a module: docstring, add_arguments(add), run(args)
 

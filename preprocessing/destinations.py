@@ -16,11 +16,12 @@ from pathlib import Path
 
 from PIL import features
 
+from data_io.storage import read_member
 from dataset import digest
-from files import BadInput, atomic_write, is_file, read_json, reading, remove_temporaries, write_json
 from preprocessing.sources import LISTING, find, read
+from runtime.errors import UserError
+from runtime.files import atomic_write, is_file, read_json, reading, remove_temporaries, write_json
 from runtime.versions import version
-from storage import read_member
 
 MADE = "made.json"
 NAMED = 20   # skipped pictures named on the terminal
@@ -175,16 +176,16 @@ def destination_at(path, suffix):
 
 
 def open_destination(path, suffix, source):
-    """Folder, or Zip for a name in .zip. Raises BadInput when it is in the source or holds what was not made here."""
+    """Folder, or Zip for a name in .zip. Raises UserError when it is in the source or holds what was not made here."""
     ours, theirs = Path(path).resolve(), Path(source).resolve()
     if theirs in (ours, *ours.parents) or (theirs.is_dir() and ours in theirs.parents):
-        raise BadInput(f"--dest {path} and --source {source} lie in each other, so that output would become input; name "
+        raise UserError(f"--dest {path} and --source {source} lie in each other, so that output would become input; name "
                        "another --dest.")
     with reading(path):
         destination = destination_at(path, suffix)
         foreign = destination.holds_other_things()
     if foreign:
-        raise BadInput(f"{path} is there already and was not made by this tool; name another --dest, or remove it.")
+        raise UserError(f"{path} is there already and was not made by this tool; name another --dest, or remove it.")
     return destination
 
 
@@ -197,7 +198,7 @@ def origin(path):
 def begin(path, settings, more=None):
     """Note at `path` how the files beside it are being made, from `settings`, `more` and these versions -> the note.
 
-    Raises BadInput when it was begun with other settings.
+    Raises UserError when it was begun with other settings.
     """
     old = read_json(path) if path.is_file() else settings
     check_settings(path.parent, old, settings)
@@ -209,7 +210,7 @@ def begin(path, settings, more=None):
 def check_settings(where, old, settings):
     changed = ", ".join(key for key in settings if old.get(key) != settings[key])
     if changed:
-        raise BadInput(f"{where} was begun with other settings ({changed}); delete it or name another --dest.")
+        raise UserError(f"{where} was begun with other settings ({changed}); delete it or name another --dest.")
 
 
 def versions():
@@ -219,25 +220,25 @@ def versions():
 
 
 def check_space(folder, size):
-    """Raise BadInput unless `size` bytes fit into the disk of `folder`."""
+    """Raise UserError unless `size` bytes fit into the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise BadInput(f"{size / 1e9:.1f} GB are needed in {folder}, which has {free / 1e9:.1f} GB free; make room, or name "
+        raise UserError(f"{size / 1e9:.1f} GB are needed in {folder}, which has {free / 1e9:.1f} GB free; make room, or name "
                        "another --dest.")
 
 
 def check_names(destination, pieces, expected):
-    """Raise BadInput unless the files there are exactly those expected."""
+    """Raise UserError unless the files there are exactly those expected."""
     for name in sorted(pieces.keys() ^ set(expected)):
         wrong = "is missing from" if name not in pieces else "does not belong into"
-        raise BadInput(f"{name} {wrong} {destination.path}; was it changed meanwhile? Run the command again, or delete "
+        raise UserError(f"{name} {wrong} {destination.path}; was it changed meanwhile? Run the command again, or delete "
                        f"{destination.path} first.")
 
 
 def finish(destination, made, labels, skipped):
     """The last files, and a word on the terminal. labels: {name: label or None} of what was made; skipped: sentences."""
     if not labels:
-        raise BadInput(f"None of {len(skipped)} pictures could be used; the first: {skipped[0]}")
+        raise UserError(f"None of {len(skipped)} pictures could be used; the first: {skipped[0]}")
     entries = [[name, labels[name]] for name in sorted(labels)]
     made = {**made, "count": len(entries), "files": digest(entries), "skipped": skipped}
     destination.finish(made, {"labels": None if None in labels.values() else entries})

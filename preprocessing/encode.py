@@ -20,15 +20,15 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from dataset import digest
-from encoders import VAE
+from encoders.vae import VAE
 from evaluations.images import check_batch
-from files import ARRAY_ERRORS, BadInput, check_bounds, first_line, weights_key
 from preprocessing import destinations, pixels
 from preprocessing.convert import first_side, in_groups, progress
 from preprocessing.sources import open_source, read
-from processes import leave, watch_others
-from runtime.setup import PROCESS_GROUP_TIMEOUT
-from speed import tune
+from runtime.errors import UserError, check_bounds, first_line
+from runtime.files import ARRAY_ERRORS, weights_key
+from runtime.processes import leave, watch_others
+from runtime.setup import PROCESS_GROUP_TIMEOUT, tune
 
 BATCH_SIZE = 64
 THREADS = 8  # that read pictures
@@ -52,14 +52,14 @@ def ahead(load, groups, threads):
 
 
 def encoded(vae, groups, load, size, threads, spread="std"):
-    """For each group of at most `size` items, [moments (2 C, h, w) or BadInput, ...].
+    """For each group of at most `size` items, [moments (2 C, h, w) or UserError, ...].
 
-    load(item) -> uint8 (3, R, R), or the BadInput that says why there is no picture.
+    load(item) -> uint8 (3, R, R), or the UserError that says why there is no picture.
     """
     for loaded in ahead(load, groups, threads):
-        images = [item for item in loaded if not isinstance(item, BadInput)]
+        images = [item for item in loaded if not isinstance(item, UserError)]
         moments = iter(vae.encode(torch.stack(filled(images, size)), spread).numpy() if images else ())
-        yield [item if isinstance(item, BadInput) else next(moments) for item in loaded]
+        yield [item if isinstance(item, UserError) else next(moments) for item in loaded]
 
 
 # ---- the command ----
@@ -74,20 +74,20 @@ def indices_of(names):
 def load_vae(model_url, side):
     vae = VAE(model_url, PartialState().device)
     if side % vae.factor:
-        raise BadInput(f"The pictures have {side} pixels a side, no multiple of {vae.factor}, the factor of {model_url}; "
+        raise UserError(f"The pictures have {side} pixels a side, no multiple of {vae.factor}, the factor of {model_url}; "
                        "convert them at another --resolution.")
     return vae
 
 
 def load_picture(source, side, on_error, hflip, i):
-    """uint8 (3, side, side) of picture i, mirrored if asked, or the BadInput that says what is wrong with it."""
+    """uint8 (3, side, side) of picture i, mirrored if asked, or the UserError that says what is wrong with it."""
     name = source.names[i]
     try:
         image = pixels.read_rgb(read(source.pieces[i], name), name)
         if image.size != (side, side):
-            raise BadInput(f"{name} is {image.width}x{image.height}, the first picture {side}x{side}; convert them to one "
+            raise UserError(f"{name} is {image.width}x{image.height}, the first picture {side}x{side}; convert them to one "
                            "size.")
-    except BadInput as error:
+    except UserError as error:
         if on_error == "stop":
             raise
         return error
@@ -102,14 +102,14 @@ def npy_bytes(array):
 
 
 def check_latent(where, entry):
-    """Shape of the moments of an entry (name, Piece), read back; raises BadInput unless they are finite float32."""
+    """Shape of the moments of an entry (name, Piece), read back; raises UserError unless they are finite float32."""
     name, piece = entry
     try:
         array = np.lib.format.read_array(io.BytesIO(read(piece, f"{where}/{name}")), allow_pickle=False)
         if array.dtype != np.float32 or not np.isfinite(array).all():
             raise ValueError(f"it holds {array.dtype} or numbers that are not finite")
     except ARRAY_ERRORS as error:
-        raise BadInput(f"{where}/{name} is damaged ({first_line(error)}); delete it and run the command again.") from error
+        raise UserError(f"{where}/{name} is damaged ({first_line(error)}); delete it and run the command again.") from error
     return array.shape
 
 
@@ -121,10 +121,10 @@ def encode_groups(vae, groups, load, names, have, destination, batch_size, threa
         for (number, places), group in zip(groups.items(), results, strict=True):
             files = []
             for i, moments in zip(places, group, strict=True):
-                if isinstance(moments, BadInput):
+                if isinstance(moments, UserError):
                     failures[i] = str(moments)
                 elif not np.isfinite(moments).all():
-                    raise BadInput(f"The moments for {names[i]} are not finite; use another --model-url.")
+                    raise UserError(f"The moments for {names[i]} are not finite; use another --model-url.")
                 elif names[i] not in have:
                     files.append((names[i], npy_bytes(moments)))
             if written:
@@ -137,7 +137,7 @@ def encode_groups(vae, groups, load, names, have, destination, batch_size, threa
 
 def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE, threads=THREADS, on_error="skip",
            hflip=False):
-    """The whole command, by all processes together. Raises BadInput for what cannot be done, as the module says."""
+    """The whole command, by all processes together. Raises UserError for what cannot be done, as the module says."""
     state = PartialState()
     source = open_source(source_path, max_images)
     side = first_side(source)
@@ -177,7 +177,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
             bar.update(len(found))
     shapes = sorted(set(gather_object(list(shapes))))
     if len(shapes) > 1:
-        raise BadInput(f"{dest} holds moments of shapes {shapes[0]} and {shapes[1]}; delete it and run the command again.")
+        raise UserError(f"{dest} holds moments of shapes {shapes[0]} and {shapes[1]}; delete it and run the command again.")
     if state.is_main_process:
         destinations.finish(destination, made, labels, [failures[i] for i in sorted(failures)])
     state.wait_for_everyone()

@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data_io.storage import form_of
 from dataset import LatentImages, PixelImages, digest
-from files import BadInput, atomic_write, check_bounds, load_array, read_json, remove_temporaries, write_json, writing
 from preprocessing.destinations import check_space
-from storage import form_of
+from runtime.errors import UserError, check_bounds
+from runtime.files import atomic_write, load_array, read_json, remove_temporaries, write_json, writing
 
 ROWS = 10_000      # of a file, at least: 2 GB of pixels at 256 px
 FILES = 128        # of a kind, at most: each stays open while a run reads
@@ -38,23 +39,23 @@ def write_shard(path, entries, read, row, done, stop):
                                                     "shape": (len(entries), *row.shape)})
         for i in entries:
             if stop.is_set():
-                raise BadInput(f"{path} is left for the next start, as another file could not be made.")
+                raise UserError(f"{path} is left for the next start, as another file could not be made.")
             read(i, row)
             file.write(row)
             done()
 
 
 def begin(folder, made, table, parts):
-    """Make `folder` ready to be written or gone on with: made.json, index.npy. Raises BadInput when something else is there.
+    """Make `folder` ready to be written or gone on with: made.json, index.npy. Raises UserError when something else is there.
 
     A file of rows whose entries have changed in size since it was written goes.
     """
     if folder.is_dir() and any(not path.match(".*.tmp") for path in folder.iterdir()):
         if not (folder / "made.json").is_file():
-            raise BadInput(f"{folder} holds something that is not packed; name another --dest.")
+            raise UserError(f"{folder} holds something that is not packed; name another --dest.")
         if (old := read_json(folder / "made.json")) != made:
             changed = ", ".join(key for key in made if old.get(key) != made[key])
-            raise BadInput(f"{folder} was begun from other data ({changed}); delete it or name another --dest.")
+            raise UserError(f"{folder} was begun from other data ({changed}); delete it or name another --dest.")
         remove_temporaries(folder)
     else:
         write_json(folder / "made.json", made)
@@ -113,9 +114,9 @@ def add_arguments(add):
 def run(args):
     check_bounds(args, dict.fromkeys(("resolution", "rows", "num_workers"), (1, float("inf"))))
     if args.source.resolve() == args.dest.resolve():
-        raise BadInput(f"--dest {args.dest} is the source itself; name another.")
+        raise UserError(f"--dest {args.dest} is the source itself; name another.")
     if args.images_only and args.latents_only:
-        raise BadInput("--images-only and --latents-only together leave nothing to pack; give one of them.")
+        raise UserError("--images-only and --latents-only together leave nothing to pack; give one of them.")
     hflip = not args.images_only and form_of(args.source, "vae-sd-hflip")[1].exists()
     read = PixelImages if args.images_only else LatentImages
     data = read(args.source, args.resolution, None, images=not args.latents_only, hflip=hflip)
@@ -129,5 +130,5 @@ def run(args):
             pack_kind(data, files, args.dest / kind, row, args)
     packed = read(args.dest, args.resolution, None, images=not args.latents_only, hflip=hflip)
     if packed.fingerprint(files=True) != data.fingerprint(files=True):
-        raise BadInput(f"{args.source} has changed while it was packed; delete {args.dest} and pack it again.")
+        raise UserError(f"{args.source} has changed while it was packed; delete {args.dest} and pack it again.")
     print(f"{args.dest}: {len(packed)} entries")

@@ -12,18 +12,19 @@ import zlib
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from files import IMAGE_ERRORS, IMAGE_FORMATS, BadInput, first_line
+from runtime.errors import UserError, first_line
+from runtime.images import IMAGE_ERRORS, IMAGE_FORMATS
 
 FORMATS = (*IMAGE_FORMATS, "GIF", "WEBP", "BMP", "TIFF", "PPM")  # none that Pillow hands to another program
 DAMAGE = (*IMAGE_ERRORS, EOFError, LookupError, TypeError, OverflowError, MemoryError, struct.error, zlib.error)
 
 
 def read_rgb(data, name, background=None):
-    """Bytes of a picture -> RGB. Raises BadInput, which calls it `name`, for what is none."""
+    """Bytes of a picture -> RGB. Raises UserError, which calls it `name`, for what is none."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.mode in ("I", "F"):
-                raise BadInput(f"{name} has more than 16 bits a channel (mode {image.mode}); convert it to 8-bit RGB.")
+                raise UserError(f"{name} has more than 16 bits a channel (mode {image.mode}); convert it to 8-bit RGB.")
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if background and image.has_transparency_data:
@@ -31,9 +32,9 @@ def read_rgb(data, name, background=None):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
             return image.convert("RGB")
     except UnidentifiedImageError as error:
-        raise BadInput(f"{name} is no readable image ({'no known kind' if data else 'empty'}); replace or remove it.") from error
+        raise UserError(f"{name} is no readable image ({'no known kind' if data else 'empty'}); replace or remove it.") from error
     except DAMAGE as error:
-        raise BadInput(f"{name} is no readable image ({first_line(error)}); replace or remove it.") from error
+        raise UserError(f"{name} is no readable image ({first_line(error)}); replace or remove it.") from error
 
 
 def unchanged(image, side):

@@ -15,8 +15,9 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from files import BadInput, check_inside, first_line, read_json
-from storage import LARGEST, LARGEST_LISTING
+from data_io.storage import LARGEST, LARGEST_LISTING
+from runtime.errors import UserError, first_line
+from runtime.files import check_inside, read_json
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 LISTING = "dataset.json"
@@ -40,10 +41,10 @@ class Source(NamedTuple):
 
 
 def read(piece, name, largest=LARGEST):
-    """The bytes of a piece, which sentences call `name`. Raises BadInput for what is damaged or larger than `largest`."""
+    """The bytes of a piece, which sentences call `name`. Raises UserError for what is damaged or larger than `largest`."""
     try:
         if (os.path.getsize(piece.path) if piece.stored is None else max(piece.stored, piece.size or 0)) > largest:
-            raise BadInput(f"{name} has more than {largest >> 20} MiB, which no picture needs; replace it.")
+            raise UserError(f"{name} has more than {largest >> 20} MiB, which no picture needs; replace it.")
         with open(piece.path, "rb") as file:
             file.seek(piece.start)
             if piece.size is not None:
@@ -57,7 +58,7 @@ def read(piece, name, largest=LARGEST):
                 raise ValueError("its checksum is wrong")
     except (OSError, ValueError, struct.error, zlib.error) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise BadInput(f"{name} cannot be read ({reason}); replace or remove it.") from error
+        raise UserError(f"{name} cannot be read ({reason}); replace or remove it.") from error
     return data
 
 
@@ -70,11 +71,11 @@ def find(path, suffixes=SUFFIXES):
         elif path.suffix in (".zip", ".tar") and path.is_file():
             found = in_zip(path) if path.suffix == ".zip" else in_tar(path)
         else:
-            raise BadInput(f"{path} is no folder, .zip or .tar; give one that is there as --source.")
+            raise UserError(f"{path} is no folder, .zip or .tar; give one that is there as --source.")
         return {name: piece for name, piece in found if name.lower().endswith(suffixes) or name == LISTING}
     except (OSError, ValueError, EOFError, NotImplementedError, struct.error, tarfile.TarError, zipfile.BadZipFile) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise BadInput(f"{path} cannot be read ({reason}); get it again.") from error
+        raise UserError(f"{path} cannot be read ({reason}); get it again.") from error
 
 
 def in_folder(folder, prefix=""):
@@ -109,7 +110,7 @@ def members(file, path, prefix, base, nested):
             elif nested:
                 yield from members(tar.extractfile(member), path, name.removesuffix(".tar"), start, nested=False)
             else:
-                raise BadInput(f"{path} holds a tar, {member.name}, and lies in a folder or tar itself; give it as --source.")
+                raise UserError(f"{path} holds a tar, {member.name}, and lies in a folder or tar itself; give it as --source.")
         file.seek(tar.offset)  # where tarfile stopped, which takes a damaged header for the end
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"{prefix or 'it'} is damaged or cut short at byte {base + tar.offset}")
@@ -122,7 +123,7 @@ def in_zip(path):
             if name is None or info.is_dir() or stat.S_ISLNK(info.external_attr >> 16):
                 continue
             if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise BadInput(f"{path} is encrypted or packed by another method than deflate; zip its files again.")
+                raise UserError(f"{path} is encrypted or packed by another method than deflate; zip its files again.")
             yield name, Piece(str(path), info.header_offset, info.compress_size, info.file_size, info.CRC,
                               info.compress_type == zipfile.ZIP_DEFLATED)
 
@@ -135,12 +136,12 @@ def member_name(name, path, prefix=""):
 
 
 def open_source(path, max_images=None):
-    """The pictures of a source, the first `max_images` of them. Raises BadInput for what cannot be read or labelled."""
+    """The pictures of a source, the first `max_images` of them. Raises UserError for what cannot be read or labelled."""
     found = find(path)
     listing = found.pop(LISTING, None)
     names = sorted(found)
     if not names:
-        raise BadInput(f"{path} holds no pictures ({', '.join(SUFFIXES)}); give another --source.")
+        raise UserError(f"{path} holds no pictures ({', '.join(SUFFIXES)}); give another --source.")
     labels = class_labels(names, path) if listing is None else listed_labels(names, listing, Path(path) / LISTING)
     names = names[:max_images]
     return Source(names, [found[name] for name in names], labels and [labels[name] for name in names])
@@ -152,7 +153,7 @@ def class_labels(names, path):
     loose = next((name for name, top in tops.items() if top is None), None)
     numbers = {top: i for i, top in enumerate(sorted(set(tops.values()) - {None}))}
     if loose and numbers:
-        raise BadInput(f"{path} has pictures beside its folders, such as {loose}; move them into the folder of a class, "
+        raise UserError(f"{path} has pictures beside its folders, such as {loose}; move them into the folder of a class, "
                        f"or give labels in {LISTING}.")
     return {name: numbers[top] for name, top in tops.items()} if len(numbers) > 1 else None
 
@@ -165,14 +166,14 @@ def listed_labels(names, listing, path):
     try:
         labels = {PurePosixPath(check_inside(name, path)).as_posix(): label for name, label in entries}
     except (ValueError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
+        raise UserError(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
     there = set(names)
     for name, label in labels.items():
         if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-            raise BadInput(f"{path}: the label of {name} is {label}; it must be a whole number from 0 on.")
+            raise UserError(f"{path}: the label of {name} is {label}; it must be a whole number from 0 on.")
         if name not in there:
-            raise BadInput(f"{path} names {name}, which is not there; make {LISTING} again.")
+            raise UserError(f"{path} names {name}, which is not there; make {LISTING} again.")
     unlabelled = next((name for name in names if name not in labels), None)
     if unlabelled:
-        raise BadInput(f"{path} has no label of {unlabelled}; make it again, or remove the picture.")
+        raise UserError(f"{path} has no label of {unlabelled}; make it again, or remove the picture.")
     return labels

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from files import BadInput
+from runtime.errors import UserError
 
 GIB = 2 ** 30
 CPU_MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
@@ -56,7 +56,7 @@ def advice(images, accumulation, checkpointing, precision, weights, peak, capaci
 
 @contextlib.contextmanager
 def explained(args, accelerator, model):
-    """Turn running out of memory inside into BadInput that says what to change. `model` is whole, before any sharding."""
+    """Turn running out of memory inside into UserError that says what to change. `model` is whole, before any sharding."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     try:
         yield
@@ -65,5 +65,5 @@ def explained(args, accelerator, model):
             raise
         images = args.batch_size // (accelerator.num_processes * args.gradient_accumulation_steps)
         weights //= accelerator.num_processes if accelerator.is_fsdp2 else 1
-        raise BadInput(advice(images, args.gradient_accumulation_steps, args.grad_checkpointing, accelerator.mixed_precision,
+        raise UserError(advice(images, args.gradient_accumulation_steps, args.grad_checkpointing, accelerator.mixed_precision,
                               weights, *device_memory(accelerator.device))) from error

@@ -1,144 +1,86 @@
-"""The start of a training run: what the launcher says, processes, cores, run folder and log; versions and machine."""
-import collections
+"""Settings that make the same numbers come sooner, or in less memory: kernels, threads, the compiler, the allocator."""
+import ctypes
 import datetime
-import importlib.util
-import logging
 import os
-import platform
+import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    gather_object,
-)
 
-from files import BadInput, check_writable, writing
-from preemption import listen
-from processes import watch_others
-from runtime.versions import version
-from speed import tune
+from runtime.errors import UserError, first_line
 
 PROCESS_GROUP_TIMEOUT = datetime.timedelta(hours=2)  # others wait for previews and the teacher cache, not only for gradients
-# Flags that accelerate's launcher or its configuration may set instead: environment variable, our default, what it may be.
-LAUNCHER = {"mixed_precision": ("ACCELERATE_MIXED_PRECISION", "fp16", ("no", "fp16", "bf16")),
-            "gradient_accumulation_steps": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1, range(1, 10 ** 6))}
-# benchmarks/README.md: a worker decodes about 150 images/s of 256 px, so 4 feed the 500 of an XL on a GPU and 10 the 1,500 of
-# a B; more only take memory. Packed data need 1.
-MOST_WORKERS = 12
-
-logger = logging.getLogger("haste")
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # --mixed-precision -> dtype; "no" has none
 
 
-def take_from_launcher(args, environ):
-    """Fill in the flags of LAUNCHER that args have as None: by the launcher's variable in `environ`, else by our default.
+def tune(processes, tf32):
+    """For this process, one of `processes`: TF32 products on GPUs if asked for, no denormals, its share of the cores and,
+    without a GPU, freed memory kept for the next step.
 
-    A flag that was given wins; -> a sentence for each where the launcher says something else. Raises BadInput for a value
-    of the launcher's that would be used and is none of ours. accelerate launch says precision "no" whenever it was given
-    none, so that "no" counts as nothing said.
+    With OMP_NUM_THREADS the number of threads is the user's (torchrun sets it to 1 when it is not set).
     """
-    differing = []
-    for name, (variable, default, allowed) in LAUNCHER.items():
-        flag, given, said = f"--{name.replace('_', '-')}", getattr(args, name), environ.get(variable, "").strip().lower()
-        if said in ("", "no"):
-            said = None
-        elif isinstance(default, int) and said.isdecimal():
-            said = int(said)
-        if given is None and said is not None and said not in allowed:
-            raise BadInput(f"{variable} is {said}, set by the environment or accelerate's launcher; it must be "
-                           + (", ".join(allowed) if isinstance(allowed, tuple) else "a whole number from 1 on")
-                           + f". Change it or give {flag}, which wins.")
-        if None not in (given, said) and given != said:
-            differing.append(f"{flag} {given} is used; the launcher says {said} ({variable}).")
-        if given is None:
-            setattr(args, name, default if said is None else said)
-    return differing
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.set_flush_denormal(True)  # some CPUs are slow with denormals; benchmarks/README.md has one that is not
+    if "OMP_NUM_THREADS" not in os.environ:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        torch.set_num_threads(max(1, torch.get_num_threads() // here))
+    if not torch.cuda.is_available():
+        keep_freed_memory()
 
 
-def share_of_cores(mine, everyone):
-    """Cores for a process that may run on the cores `mine` = (machine, numbers), as `everyone` = [(machine, numbers)] may.
+def fast_bf16():
+    """Whether products in bfloat16 are faster here than in float32: by the GPU, or by instructions of the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = Path("/proc/cpuinfo")
+    return cpu.is_file() and any(name in cpu.read_text() for name in ("avx512_bf16", "amx_bf16"))
 
-    Each core is divided among the processes that may run on it: srun gives each process cores of its own, torchrun gives
-    all of a machine the same. At least 1.
+
+def cast_weights(network, precision):
+    """Give the linear layers and convolutions of a `network` that is not trained the dtype in which autocast uses them.
+
+    Autocast would cast them anew in each call: what it keeps lives no longer than its context, and is of weights that
+    require gradients. The numbers are the same.
     """
-    users = collections.Counter((machine, core) for machine, cores in everyone for core in cores)
-    machine, cores = mine
-    return max(1, int(sum(1 / users[machine, core] for core in cores) + 1e-6))
+    if precision in AUTOCAST:
+        for module in network.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                module.to(AUTOCAST[precision])
 
 
-def cores_of_this_process():
-    """share_of_cores of this process; all processes call it."""
-    numbers = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
-    mine = platform.node(), numbers
-    return share_of_cores(mine, gather_object([mine]))
+def check_compiler(device):
+    """Raise UserError where torch.compile cannot work: it needs a C++ compiler and, on a GPU, Triton."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except RuntimeError as error:
+        raise UserError(f"--compile does not work here ({first_line(error)}); install a C++ compiler such as g++, or leave "
+                       "the flag out.") from error
 
 
-def make_accelerator(args):
-    """Accelerator and run folder. fp16 needs a GPU: on a CPU the run is in float32, and says so.
+def from_c_library(name):
+    """glibc's function `name`; elsewhere one that does nothing."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return getattr(library, name, lambda *_: None)
 
-    Fills in what args leave to the launcher and to the machine: mixed_precision, gradient_accumulation_steps, num_workers.
+
+GLIBC_KEEPS = 64 << 20  # bytes of freed memory, by itself, once pieces of 32 MiB have been freed
+
+
+def keep_freed_memory(most=-1):
+    """Let glibc keep up to `most` bytes that have been freed, or all (-1), until give_back_memory.
+
+    A step frees what the next one needs again, and each page that comes back is filled with zeros first.
     """
-    listen()
-    run = Path(args.output_dir) / args.exp_name
-    differing = take_from_launcher(args, os.environ)
-    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
-        raise BadInput(f"--report-to {args.report_to} needs the package {args.report_to}; install it, or give --report-to none.")
-    precision = args.mixed_precision if torch.cuda.is_available() or args.mixed_precision != "fp16" else "no"
-    if args.compile:  # a block is compiled by itself; made for whole models, this would cut each at DDP's buckets
-        torch._dynamo.config.optimize_ddp = False
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # several processes without a GPU are a group only when told so
-        # Gradients live in DDP's buckets, not beside them; the only buffers are constant. No static_graph: without
-        # find_unused_parameters DDP does not walk the graph, so there is nothing to save.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT),
-                         DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
-        # As a plugin: the plain argument would give way to the launcher's variable.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
-        mixed_precision=precision, log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=args.output_dir,
-                                            logging_dir=str(Path(args.output_dir) / args.logging_dir)))
-    watch_others()
-    split = accelerator.num_processes * args.gradient_accumulation_steps
-    if args.batch_size < 1 or args.batch_size % split:
-        raise BadInput(f"--batch-size {args.batch_size} is global and must divide by processes x accumulation = {split}; "
-                       "change one of them.")
-    if args.enc_precision == "fp16" and not torch.cuda.is_available():
-        raise BadInput("--enc-precision fp16 needs a GPU; use bf16 or no.")
-    if args.early_stop_trigger == "gradient" and args.trigger_samples % accelerator.num_processes:
-        raise BadInput(f"--trigger-samples {args.trigger_samples} must divide by the number of processes = "
-                       f"{accelerator.num_processes}; change it.")
-    if args.num_workers is None:
-        args.num_workers = min(MOST_WORKERS, cores_of_this_process())
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
-    logging.raiseExceptions = False  # a full disk costs log.txt its lines, not the run
-    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    if accelerator.is_main_process:
-        with writing(run / "log.txt"):
-            run.mkdir(parents=True, exist_ok=True)
-            logger.handlers = [logging.FileHandler(run / "log.txt")]
-        logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        logger.info("started")  # the last line tells how the newest start has ended
-        for folder in ["checkpoints"] + ["previews"] * bool(args.sampling_steps):  # rather than after the first steps
-            check_writable(run / folder)
-    for sentence in differing:
-        logger.warning(sentence)
-    if precision != args.mixed_precision:
-        logger.warning("--mixed-precision fp16 needs a GPU: training in float32 on this CPU.")
-    tune(accelerator.num_processes, args.allow_tf32)
-    return accelerator, run
+    mallopt = from_c_library("mallopt")
+    mallopt(-1, most)  # M_TRIM_THRESHOLD
+    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, its highest: larger pieces that do not fit what is kept are mapped, and go back
 
 
-def environment(accelerator):
-    """Versions and machine, for args.json: the newest start's. No run is told from another by them."""
-    device, gpu = accelerator.device, accelerator.device.type == "cuda"
-    packages = ("accelerate", "timm", "diffusers", "transformers", "numpy")
-    return {"device": torch.cuda.get_device_name(device) if gpu else f"CPU, {platform.machine()}",
-            "processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
-            "CPU cores": os.cpu_count(), "threads a process": torch.get_num_threads(),
-            "python": platform.python_version(), "torch": str(torch.__version__),
-            **{name: version(name) for name in packages},
-            **({"CUDA": torch.version.cuda} if gpu else {}), "system": platform.platform()}
+def give_back_memory():
+    """Hand what has been freed back to the machine: glibc keeps it, and a run would seem to grow with each preview and score."""
+    from_c_library("malloc_trim")(0)
+
+
+def to_device(tensor, device):
+    """CPU tensor -> `device` without waiting for it: only from pinned memory does a copy to a GPU not block."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -16,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
-from checkpoints import load_checkpoint
+from models.checkpoint import load_checkpoint
 from tests import nano
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,7 +24,7 @@ import generate  # noqa: F401
 import generate_t2i  # noqa: F401
 import train  # noqa: F401
 import train_t2i  # noqa: F401
-from files import run_script
+from runtime.errors import run_script
 from tests import nano  # noqa: F401
 
 with contextlib.suppress(ImportError):  # tests that need none can run without it

@@ -5,7 +5,7 @@ import timm
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 
-from encoders import TEACHERS
+from encoders.teachers import TEACHERS
 from evaluations import features
 from models.layers import from_config
 from models.sit import SIT_CONFIGS, SiT, SiT_models

@@ -28,13 +28,17 @@ import generate
 import generate_t2i
 import train
 import train_t2i
-from checkpoints import load_checkpoint
 from evaluations import baselines, caption_retrieval, curves, evaluator, probe, report, statistics_file, stats
 from evaluations.images import decode, open_images
-from files import BadInput, load_tensors, run_script
+from examples import train_vae
+from examples.emoji import captions as embedded_captions
+from examples.emoji import prepare as embedded
+from models.checkpoint import load_checkpoint
 from models.mmdit import MMDiT_models
-from preprocessing import coco, convert, dataset_tools, embedded, embedded_captions, encode, pack, train_vae
-from storage import decode_image
+from preprocessing import coco, convert, dataset_tools, encode, pack
+from runtime.errors import UserError, run_script
+from runtime.files import load_tensors
+from runtime.images import decode_image
 from tests.conftest import (
     CLASSES,
     ROOT,
@@ -848,20 +852,20 @@ def test_a_namespace_in_a_checkpoint_is_read(world, tmp_path, monkeypatch):
 def test_statistics_that_unpack_to_too_much(monkeypatch, world):
     """An npz of zeros is a thousandth of what it unpacks to: refused by the size it claims."""
     monkeypatch.setattr(statistics_file, "LARGEST", 1 << 20)
-    with pytest.raises(BadInput, match="sigma of .* has 33554560 bytes, far more than statistics have"):
+    with pytest.raises(UserError, match="sigma of .* has 33554560 bytes, far more than statistics have"):
         statistics_file.read_statistics(world / "statistics.npz", None, required=True)
 
 
 def test_statistics_with_a_damaged_header(world, tmp_path):
     shutil.copy(world / "statistics.npz", tmp_path)
     blank("statistics.npz", b"}", "mu.npy")(tmp_path)
-    with pytest.raises(BadInput, match="The statistics in .* cannot be read"):
+    with pytest.raises(UserError, match="The statistics in .* cannot be read"):
         statistics_file.read_statistics(tmp_path / "statistics.npz", None, required=True)
 
 
 def test_images_that_unpack_to_too_much(monkeypatch, world):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    with pytest.raises(BadInput, match="images of 24x24, more than 500 pixels"):
+    with pytest.raises(UserError, match="images of 24x24, more than 500 pixels"):
         open_images(world / "samples.npz")
 
 
@@ -872,7 +876,7 @@ def test_batches_that_unpack_to_too_much(monkeypatch, world, name):
     size = 3 * images.size[0] * images.size[1]
     monkeypatch.setattr(evaluations.images, "LARGEST", 2 * size)
     assert len(next(images.batches(0, 7, 2))) == 2
-    with pytest.raises(BadInput, match=f"3 images of .* take {3 * size} bytes at a time, more than {2 * size}; give a smaller"):
+    with pytest.raises(UserError, match=f"3 images of .* take {3 * size} bytes at a time, more than {2 * size}; give a smaller"):
         next(images.batches(0, 3, 64))
 
 
@@ -885,7 +889,7 @@ def test_formats_that_pillow_hands_to_other_programs(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     picture.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n")
     for read in (lambda: decode_image(picture.read_bytes(), picture, 64), lambda: decode(picture), lambda: coco.centre_square(picture, 32)):
-        with pytest.raises(BadInput, match="img00000003.png (is no readable image|cannot be decoded)"):
+        with pytest.raises(UserError, match="img00000003.png (is no readable image|cannot be decoded)"):
             read()
     assert not generate.is_finished(picture, 64) and not ran.exists()
 
@@ -939,7 +943,7 @@ def test_weights_that_unpack_to_too_much(tmp_path):
     """torch.save never compresses; a file that does is no checkpoint."""
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/0", b"\0" * 10_000_000)
-    with pytest.raises(BadInput, match="claims to unpack to far more than it holds"):
+    with pytest.raises(UserError, match="claims to unpack to far more than it holds"):
         load_tensors(tmp_path / "bomb.pt")
 
 
@@ -953,7 +957,7 @@ def test_any_damage_to_a_checkpoint_is_a_sentence(world, tmp_path, seed):
         torn[place:place + 8] = rng.bytes(8)
         for content in (torn, data[:place]):
             path.write_bytes(content)
-            with contextlib.suppress(BadInput):  # bytes that no check covers may change without being noticed
+            with contextlib.suppress(UserError):  # bytes that no check covers may change without being noticed
                 load_checkpoint(path, verify=True)
 
 

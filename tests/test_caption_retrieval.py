@@ -10,7 +10,7 @@ from PIL import Image
 from evaluations import caption_retrieval, captioned
 from evaluations.captioned import Clip
 from evaluations.metrics import hits, nearest, retrieval
-from files import BadInput
+from runtime.errors import UserError
 from tests.conftest import ROOT, call_main
 from tests.test_evaluations_metrics import save_efficientnet
 
@@ -100,7 +100,7 @@ def test_pictures_are_paired_by_their_numbers(made, monkeypatch):
     for sample, n in (("some", 3), ("gaps.npz", 9)):
         result = run(made, monkeypatch, folder, made / sample)
         assert (result["n"], result["candidates"], top1(result)) == (n, len(numbers), 1.0)
-    with pytest.raises(BadInput, match="captions.json does not exist"):
+    with pytest.raises(UserError, match="captions.json does not exist"):
         run(made, monkeypatch, folder, made / "some", "--clip", "/nowhere")
 
 
@@ -119,9 +119,9 @@ def test_clip_score(made, clip_folder, monkeypatch):
             scores.append(model(**pixels, **tokenizer(text, return_tensors="pt")).logits_per_image.item())
     expected = np.maximum(np.array(scores) * 100 / model.logit_scale.exp().item(), 0).mean()
     assert abs(result["CLIP score"] - expected) < 0.01 and expected > 0
-    with pytest.raises(BadInput, match="--caption-index 1: image 4 of .* has 1 captions"):
+    with pytest.raises(UserError, match="--caption-index 1: image 4 of .* has 1 captions"):
         run(made, monkeypatch, made / "val", made / "right.npz", "--clip", clip_folder, "--caption-index", 1)
-    with pytest.raises(BadInput, match="The CLIP /nowhere could not be loaded .*give --clip a folder"):
+    with pytest.raises(UserError, match="The CLIP /nowhere could not be loaded .*give --clip a folder"):
         run(made, monkeypatch, made / "val", made / "right.npz", "--clip", "/nowhere")
 
 
@@ -154,5 +154,5 @@ def test_sets_that_cannot_be_compared(made, monkeypatch, reference, sample, mess
     (made / "holes/1.png").write_bytes((made / "val/1.png").read_bytes())
     for name, n, side in (("two", 2, 32), ("many", N + 1, 32), ("large", 2, 64)):
         np.savez(made / f"{name}.npz", arr_0=np.zeros((n, side, side, 3), np.uint8))
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(UserError, match=message):
         run(made, monkeypatch, made / reference, made / sample)

@@ -7,10 +7,10 @@ import torch
 from PIL import Image, ImageFont
 from torch.utils.data import DataLoader
 
+from data_io.loader import StepBatches
 from dataset import CaptionedImages, LatentImages
-from encoders import VAE
-from loader import StepBatches
-from pictures import MAX_LINES, image_grid, wrap
+from encoders.vae import VAE
+from runtime.images import MAX_LINES, image_grid, wrap
 from tests.conftest import CLASSES, write_tiny_captions
 
 COUNTS = (3, 5, 1, 2)

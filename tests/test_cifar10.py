@@ -13,8 +13,8 @@ from PIL import Image
 from dataset import PixelImages
 from evaluations.statistics_file import read_statistics
 from examples.cifar10 import prepare
-from files import BadInput
 from preprocessing import pack
+from runtime.errors import UserError
 
 BATCH = 12  # photographs in a file, here
 
@@ -86,7 +86,7 @@ def test_three_sources_give_the_same_bytes(photographs, monkeypatch, tmp_path):
         assert np.array_equal(read["image"], images[part]) and np.array_equal(read["y"], labels[part])
     assert json.loads((tmp_path / "made0/classes.json").read_text())[8] == "ship"
     prepare.build_photographs(tmp_path / "made0", str(tmp_path / "nowhere"), tmp_path, None)
-    with pytest.raises(BadInput, match="train/images holds 60 photographs, not 24; delete it"):
+    with pytest.raises(UserError, match="train/images holds 60 photographs, not 24; delete it"):
         prepare.build_photographs(tmp_path / "made0", "npm", tmp_path, 24)
     prepare.build_photographs(tmp_path / "few", "npm", tmp_path, 24)
     few = PixelImages(tmp_path / "few/train", 32, 10)
@@ -127,7 +127,7 @@ def test_pickles_are_not_read(monkeypatch, tmp_path, form):
     else:
         write_tar(tmp_path / "cifar-10-python.tar.gz", batches)
     name = {"folder": "cifar-10-batches-py", "archive": "cifar-10-python.tar.gz"}.get(form, ".")
-    with pytest.raises(BadInput, match="python version, which holds pickles.*Get the binary version"):
+    with pytest.raises(UserError, match="python version, which holds pickles.*Get the binary version"):
         prepare.build_photographs(tmp_path / "made", str(tmp_path / name), tmp_path, None)
     assert not (tmp_path / "made").exists()
 
@@ -135,7 +135,7 @@ def test_pickles_are_not_read(monkeypatch, tmp_path, form):
 def test_what_is_wrong_with_a_source(photographs, monkeypatch, tmp_path):
     """One sentence each, and nothing of a data set is left."""
     def refused(words, source="npm"):
-        with pytest.raises(BadInput, match=words):
+        with pytest.raises(UserError, match=words):
             prepare.build_photographs(tmp_path / "made", str(source), tmp_path, None)
         assert not (tmp_path / "made/train/images/dataset.json").exists()
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from encoders import VAE, TextEncoder
-from files import BadInput
-from preprocessing import coco, embedded
+from encoders.text import TextEncoder
+from encoders.vae import VAE
+from examples.emoji import prepare as embedded
+from preprocessing import coco
+from runtime.errors import UserError
 from tests.conftest import ROOT, call_main, script
 
 VAE_FOLDER = ROOT / "assets/vae-emoji"
@@ -197,9 +199,9 @@ def test_pictures_of_other_kinds(tmp_path):
     assert (read(Image.new("L", (20, 30), 7)) == 7).all()
     assert np.abs(read(Image.new("CMYK", (20, 20), (0, 255, 255, 0)), "a.jpg").astype(int) - (255, 0, 0)).max() < 8
     assert (read(Image.fromarray(np.full((20, 20), 7 * 256 + 200, np.uint16))) == 7).all()
-    with pytest.raises(BadInput, match="a.tif has more than 16 bits a channel"):
+    with pytest.raises(UserError, match="a.tif has more than 16 bits a channel"):
         read(Image.new("F", (20, 20)), "a.tif")
-    with pytest.raises(BadInput, match="missing.png cannot be read .No such file"):
+    with pytest.raises(UserError, match="missing.png cannot be read .No such file"):
         coco.centre_square(tmp_path / "missing.png", 16)
 
 
@@ -209,7 +211,7 @@ def test_an_unreadable_picture(source, made, clip_folder, tmp_path, monkeypatch,
     shutil.copytree(source, copy)
     whole = (copy / "photos/picture1.png").read_bytes()
     (copy / "photos/picture1.png").write_bytes(whole[:900])
-    with pytest.raises(BadInput, match="1 images could not be read, all else is done: .*picture1.png is no readable"):
+    with pytest.raises(UserError, match="1 images could not be read, all else is done: .*picture1.png is no readable"):
         call_main(monkeypatch, coco, *arguments(copy, tmp_path / "dest", clip_folder))
     there = contents(tmp_path / "dest/train")
     index = KEPT.index(1)
@@ -222,9 +224,9 @@ def test_an_unreadable_picture(source, made, clip_folder, tmp_path, monkeypatch,
 
 def test_other_settings_are_refused(source, made, clip_folder, tmp_path, monkeypatch):
     shutil.copytree(made, tmp_path / "dest")
-    with pytest.raises(BadInput, match=r"begun with other settings \(resolution\).*name another --dest"):
+    with pytest.raises(UserError, match=r"begun with other settings \(resolution\).*name another --dest"):
         call_main(monkeypatch, coco, *arguments(source, tmp_path / "dest", clip_folder, "--resolution", 64))
-    with pytest.raises(BadInput, match=r"other settings \(length\)"):
+    with pytest.raises(UserError, match=r"other settings \(length\)"):
         call_main(monkeypatch, coco, *arguments(source, tmp_path / "dest", clip_folder, "--text-length", 20))
 
 
@@ -273,14 +275,14 @@ def test_sentence_encoder(bert_folder):
 def test_weights_that_do_not_fit(bert_folder, clip_folder):
     whole = (bert_folder / "model.safetensors").read_bytes()
     (bert_folder / "model.safetensors").write_bytes((clip_folder / "model.safetensors").read_bytes())
-    with pytest.raises(BadInput, match="not those of its config.json, .* being missing"):
+    with pytest.raises(UserError, match="not those of its config.json, .* being missing"):
         TextEncoder(bert_folder)
     (bert_folder / "model.safetensors").write_bytes(whole[:5000])
-    with pytest.raises(BadInput, match="could not be loaded"):
+    with pytest.raises(UserError, match="could not be loaded"):
         TextEncoder(bert_folder)
     (bert_folder / "model.safetensors").unlink()
     torch.save({}, bert_folder / "pytorch_model.bin")  # a pickle, which is never opened
-    with pytest.raises(BadInput, match="could not be loaded"):
+    with pytest.raises(UserError, match="could not be loaded"):
         TextEncoder(bert_folder)
 
 

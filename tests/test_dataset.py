@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from data_io.loader import StepBatches, load_noise, microbatch_slice, step_noise, work_ahead
 from dataset import LatentImages
-from encoders import VAE
-from loader import StepBatches, load_noise, microbatch_slice, step_noise, work_ahead
+from encoders.vae import VAE
 from tests.conftest import CLASSES
 
 

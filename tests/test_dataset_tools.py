@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from dataset import LatentImages
-from encoders import VAE
-from files import BadInput
+from encoders.vae import VAE
 from preprocessing import convert, dataset_tools, destinations, encode
 from preprocessing.destinations import image_name, latent_name
+from runtime.errors import UserError
 from tests.conftest import ROOT, SERVER, call_main, script
 from tests.test_faults import wait_for
 from tests.test_sources import adm_crop, class_tars, odd_pictures, write_folder, write_tar, write_zip
@@ -163,7 +163,7 @@ def test_mirrored_pictures_have_latents_of_their_own(made, tmp_path, monkeypatch
         torch.testing.assert_close(data[visit]["moments"], expected, rtol=1e-5, atol=1e-4)
         assert torch.equal(data[visit]["image"], mirrored)
         assert (expected - data.moments(i).flip(-1)).abs().max() > 1e-3  # and not the latent mirrored
-    with pytest.raises(BadInput, match=r"begun with other settings \(hflip\)"):
+    with pytest.raises(UserError, match=r"begun with other settings \(hflip\)"):
         call_main(monkeypatch, dataset_tools, *encoding(made / "images", tmp_path / "vae-sd-hflip"))
 
 
@@ -238,7 +238,7 @@ def test_encoding_what_cannot_be_used(made, tmp_path, monkeypatch):
     shutil.copytree(made / "images", images)
     Image.new("RGB", (20, 20)).save(images / image_name(5))
     (images / image_name(6)).write_bytes(b"")
-    with pytest.raises(BadInput, match="img00000005.png is 20x20, the first picture 16x16"):
+    with pytest.raises(UserError, match="img00000005.png is 20x20, the first picture 16x16"):
         call_main(monkeypatch, dataset_tools, *encoding(images, tmp_path / "vae-sd", "--on-error=stop"))
     call_main(monkeypatch, dataset_tools, *encoding(images, tmp_path / "vae-sd"))
     found, whole = files(tmp_path / "vae-sd"), files(made / "vae-sd")
@@ -406,7 +406,7 @@ def test_a_worker_that_is_killed(source, tmp_path, monkeypatch):
     """As for lack of memory: a sentence, and the same command goes on."""
     picture = convert.convert_picture
     monkeypatch.setattr(convert, "convert_picture", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(BadInput, match="A worker process has ended .*the same command goes on, with fewer --num-workers"):
+    with pytest.raises(UserError, match="A worker process has ended .*the same command goes on, with fewer --num-workers"):
         call_main(monkeypatch, dataset_tools, *converting(source, tmp_path / "images", "--num-workers=2"))
     monkeypatch.setattr(convert, "convert_picture", picture)
     call_main(monkeypatch, dataset_tools, *converting(source, tmp_path / "images", "--num-workers=1"))
@@ -442,11 +442,11 @@ def test_other_settings(source, made, tmp_path, monkeypatch, kind):
                              ("pictures", [*converting(source, images), "--max-images=7"]),
                              ("batch_size", [*encoding(made / f"images{kind}", latents), "--batch-size=5"]),
                              ("vae", [*encoding(made / f"images{kind}", latents), "--model-url=other/vae"])):
-        with pytest.raises(BadInput, match=rf"was begun with other settings \({changed}\)"):
+        with pytest.raises(UserError, match=rf"was begun with other settings \({changed}\)"):
             call_main(monkeypatch, dataset_tools, *command)
     (images.unlink if kind else lambda: shutil.rmtree(images))()
     call_main(monkeypatch, dataset_tools, *converting(source, images, "--num-workers=1"), "--transform=center-crop")
-    with pytest.raises(BadInput, match=r"was begun with other settings \(pictures\)"):
+    with pytest.raises(UserError, match=r"was begun with other settings \(pictures\)"):
         call_main(monkeypatch, dataset_tools, *encoding(images, latents))
 
 
@@ -457,10 +457,10 @@ def test_what_is_not_ours(source, made, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "folder.zip").mkdir()
     for name in ("full", "full.zip", "file", "folder.zip"):
-        with pytest.raises(BadInput, match=f"{name} is there already and was not made by this tool"):
+        with pytest.raises(UserError, match=f"{name} is there already and was not made by this tool"):
             call_main(monkeypatch, dataset_tools, *converting(source, tmp_path / name))
     for dest in (source, source / "out", source.parent, source / "n01/x.zip"):
-        with pytest.raises(BadInput, match="lie in each other"):
+        with pytest.raises(UserError, match="lie in each other"):
             call_main(monkeypatch, dataset_tools, *converting(source, dest))
 
 
@@ -472,19 +472,19 @@ def test_a_file_that_changed_meanwhile(source, made, tmp_path, monkeypatch):
     path = tmp_path / "images" / image_name(3)
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(BadInput, match="images/00000/img00000003.png is no readable image"):
+    with pytest.raises(UserError, match="images/00000/img00000003.png is no readable image"):
         call_main(monkeypatch, dataset_tools, *images)
     Image.new("RGB", (8, 8)).save(path)
-    with pytest.raises(BadInput, match="img00000003.png is 8x8, expected 16x16"):
+    with pytest.raises(UserError, match="img00000003.png is 8x8, expected 16x16"):
         call_main(monkeypatch, dataset_tools, *images)
     path.write_bytes(whole)
     Image.new("RGB", (16, 16)).save(tmp_path / "images" / image_name(99))
-    with pytest.raises(BadInput, match="img00000099.png does not belong into"):
+    with pytest.raises(UserError, match="img00000099.png does not belong into"):
         call_main(monkeypatch, dataset_tools, *images)
     path, good = tmp_path / "vae-sd" / latent_name(3), np.load(tmp_path / "vae-sd" / latent_name(3))
     for wrong, words in ((np.where(good == good[0, 0, 0], np.nan, good).astype(np.float32), "not finite"),
                          (good.astype(np.float64), "it holds float64"), (good[:, :2], "moments of shapes"),
                          (np.array([{}]), "damaged")):
         np.save(path, wrong, allow_pickle=True)
-        with pytest.raises(BadInput, match=words):
+        with pytest.raises(UserError, match=words):
             call_main(monkeypatch, dataset_tools, *latents)

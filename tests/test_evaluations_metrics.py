@@ -14,7 +14,7 @@ from evaluations.extract import FeatureSet
 from evaluations.features import INCEPTION_URL, load_extractor, resize_tf1
 from evaluations.inception import Inception
 from evaluations.scores import score
-from files import BadInput
+from runtime.errors import UserError
 from tests.conftest import ROOT
 from tests.golden.fill import inception_state
 
@@ -266,7 +266,7 @@ def test_downloads_are_checked(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     torch.save({}, tmp_path / "weights-6726825d.pth")
     monkeypatch.setattr(features, "INCEPTION_URL", (tmp_path / "weights-6726825d.pth").as_uri())
-    with pytest.raises(BadInput, match="weights-6726825d.pth could not be fetched .invalid hash value"):
+    with pytest.raises(UserError, match="weights-6726825d.pth could not be fetched .invalid hash value"):
         load_extractor("inception")
     assert not list((tmp_path / "hub").rglob("*.pth"))
     assert INCEPTION_URL.endswith(f"-{features.INCEPTION_SHA256[:8]}.pth")

@@ -11,12 +11,12 @@ import torch
 import export
 import generate
 import generate_t2i
-from checkpoints import load_checkpoint
 from evaluations.images import open_images
-from files import BadInput
+from models.checkpoint import load_checkpoint, load_network
 from models.mmdit import MMDiT_models
 from models.sit import SIT_CONFIGS, SiT_models
-from pipeline import load_network, load_pipeline, taps
+from runtime.errors import UserError
+from sampling.pipeline import load_pipeline, taps
 from tests.conftest import CLASSES, ROOT, call_main
 from tests.test_generate import make_checkpoint
 from tests.test_generate_t2i import save_checkpoint
@@ -77,7 +77,7 @@ def test_text_from_python(monkeypatch, text, clip_folder, tmp_path):
         pipe = load_pipeline(path, vae=VAE, text_encoder=clip_folder)
         assert np.array_equal(np.stack(pipe(prompts, **SAMPLING)), made)
     assert not np.array_equal(np.stack(pipe(prompts[::-1], **SAMPLING)), made)
-    with pytest.raises(BadInput, match="takes text of width 16, .* gives 32; give the text encoder"):
+    with pytest.raises(UserError, match="takes text of width 16, .* gives 32; give the text encoder"):
         narrow = MMDiT_models["MMDiT-T"](input_size=16, context_dim=16, z_dims=())
         torch.save(narrow.state_dict(), tmp_path / "narrow.pt")
         load_pipeline(tmp_path / "narrow.pt", vae=VAE, text_encoder=clip_folder)
@@ -86,7 +86,7 @@ def test_text_from_python(monkeypatch, text, clip_folder, tmp_path):
 @pytest.mark.parametrize("name, more", [("SiT-T/2", {}), ("SiT-N/2", {"qk_norm": True, "projector_dim": 8})])
 def test_bare_weights_tell_their_network(monkeypatch, tmp_path, name, more):
     wider = {f"wider {row}": {**config, "hidden_size": 2 * config["hidden_size"]} for row, config in SIT_CONFIGS.items()}
-    monkeypatch.setattr("pipeline.SIT_CONFIGS", {**wider, **SIT_CONFIGS})
+    monkeypatch.setattr("models.checkpoint.SIT_CONFIGS", {**wider, **SIT_CONFIGS})
     model = SiT_models[name](input_size=16, num_classes=7, z_dims=(5, 6), **more)
     torch.save(model.state_dict(), tmp_path / "bare.pt")
     network, args = load_network(tmp_path / "bare.pt")
@@ -120,22 +120,22 @@ def test_a_published_namespace_without_our_options(tmp_path):
 def test_what_cannot_be_loaded(forms, tmp_path):
     weights = load_checkpoint(forms[0], mmap=False)["ema"]
     (tmp_path / "torn.safetensors").write_bytes(safetensors.torch.save(weights, {"config": "{"}))
-    with pytest.raises(BadInput, match="metadata that are no JSON"):
+    with pytest.raises(UserError, match="metadata that are no JSON"):
         load_pipeline(tmp_path / "torn.safetensors", vae=VAE)
     (tmp_path / "list.safetensors").write_bytes(safetensors.torch.save(weights, {"config": "[]"}))
-    with pytest.raises(BadInput, match="has a list as its config"):
+    with pytest.raises(UserError, match="has a list as its config"):
         load_pipeline(tmp_path / "list.safetensors", vae=VAE)
     torch.save({name: value for name, value in weights.items() if not name.startswith("blocks.4.")}, tmp_path / "four.pt")
-    with pytest.raises(BadInput, match="has 4 blocks of width 160 and patches of 2, which no model here has"):
+    with pytest.raises(UserError, match="has 4 blocks of width 160 and patches of 2, which no model here has"):
         load_pipeline(tmp_path / "four.pt", vae=VAE)
     pipe = load_pipeline(forms[1], vae=VAE)
     for classes in ([0, CLASSES], [-1], [0.5]):
-        with pytest.raises(BadInput, match="give whole numbers from 0 to 3"):
+        with pytest.raises(UserError, match="give whole numbers from 0 to 3"):
             pipe(classes, **SAMPLING)
     for one in ("cat", 2):
-        with pytest.raises(BadInput, match=r"is one condition; give a list, such as \["):
+        with pytest.raises(UserError, match=r"is one condition; give a list, such as \["):
             pipe(one, **SAMPLING)
-    with pytest.raises(BadInput, match="are texts; this network knows classes: give whole numbers from 0 to 3"):
+    with pytest.raises(UserError, match="are texts; this network knows classes: give whole numbers from 0 to 3"):
         pipe(["cat"], **SAMPLING)
-    with pytest.raises(BadInput, match="mode 'SDE' is not known; use 'ode' or 'sde'"):
+    with pytest.raises(UserError, match="mode 'SDE' is not known; use 'ode' or 'sde'"):
         pipe([1], **{**SAMPLING, "mode": "SDE"})

@@ -15,16 +15,16 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 
-import checkpoints
 import train
-import training
-from checkpoints import saved_steps
+from models import checkpoint as checkpoints
+from models.checkpoint import saved_steps
 from models.layers import TimestepEmbedder
-from preemption import EXIT_CODE, STOPPED_EARLY
 from tests.conftest import CLASSES, CPU, ROOT, SERVER, checkpoint, metrics, script, tiny_run, train_arguments
 from tests.test_generate import arguments as generate_arguments
 from tests.test_generate import make_checkpoint, pictures
 from tests.test_resume import assert_same_run, assert_same_state
+from training import trainer as training
+from training.preemption import EXIT_CODE, STOPPED_EARLY
 
 KILLS = 32
 

@@ -10,10 +10,10 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 import generate
-from checkpoints import load_checkpoint
-from encoders import VAE
-from files import BadInput
+from encoders.vae import VAE
+from models.checkpoint import load_checkpoint
 from models.sit import SiT_models
+from runtime.errors import UserError
 from tests.conftest import CLASSES, ROOT, call_main, script
 
 NAME = "SiT-T-2-0000005-size-64-vae-vae-emoji-cfg-2.0-seed-0-{mode}-high-0.9"
@@ -75,7 +75,7 @@ def test_restart_makes_only_what_is_missing(monkeypatch, ckpt, tmp_path):
     assert changed == ["000002.png", "000005.png"]
     call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, "--num-fid-samples", 3))
     assert np.array_equal(before[:3], pictures(tmp_path))
-    with pytest.raises(BadInput, match="num_steps 4 -> 5"):
+    with pytest.raises(UserError, match="num_steps 4 -> 5"):
         call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, "--num-steps", 5))
 
 
@@ -161,5 +161,5 @@ def test_class_names_stand_in_the_grid(monkeypatch, ckpt, tmp_path, labels):
         assert columns is None and texts == drawn and len(images) == 6
     for bad in ('["ant"]', "[1, 2, 3, 4]", "{}"):
         (tmp_path / "classes.json").write_text(bad)
-        with pytest.raises(BadInput, match="classes.json (must hold 4 names|holds a dict)"):
+        with pytest.raises(UserError, match="classes.json (must hold 4 names|holds a dict)"):
             call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, *more))

@@ -9,11 +9,11 @@ from PIL import Image
 import encoders
 import generate
 import generate_t2i
-from checkpoints import load_checkpoint
-from encoders import VAE
-from files import BadInput
+from encoders.vae import VAE
+from models.checkpoint import load_checkpoint
 from models.mmdit import MMDiT_models
 from models.sit import SiT_models
+from runtime.errors import UserError
 from samplers import euler_maruyama_sampler, guided
 from tests.conftest import ROOT, call_main, script, write_tiny_captions
 
@@ -104,7 +104,7 @@ def test_two_processes_and_a_restart(monkeypatch, ckpt, data, tmp_path, capsys):
     call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path / "a", "--data-dir", data))
     assert np.array_equal(one, pictures(tmp_path / "a")[1]) and (folder / "captions.txt").is_file()
     assert [n for n in names if times.get(n) != (folder / n).stat().st_mtime_ns] == [names[2]]
-    with pytest.raises(BadInput, match="other settings .caption_index 0 -> 1"):
+    with pytest.raises(UserError, match="other settings .caption_index 0 -> 1"):
         call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path / "a", "--data-dir", data, "--caption-index", 1))
     call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path / "a", "--data-dir", data, "--num-fid-samples", 2))
     with np.load(tmp_path / "a" / f"{folder.name}.npz", allow_pickle=False) as file:
@@ -153,7 +153,7 @@ def test_other_texts_have_another_folder(monkeypatch, ckpt, tmp_path):
     sample("--prompts", tmp_path / "animals.txt")
     assert pictures(tmp_path, "MMDiT-T-animals")[0] == ["000000.png"]
     (tmp_path / "animals.txt").write_text("dog\n")
-    with pytest.raises(BadInput, match="MMDiT-T-animals.* holds images of other settings"):
+    with pytest.raises(UserError, match="MMDiT-T-animals.* holds images of other settings"):
         sample("--prompts", tmp_path / "animals.txt")
 
 
@@ -172,7 +172,7 @@ def test_text_of_another_encoder(monkeypatch, ckpt, data, tmp_path):
             return super().__call__(texts)[..., :8]
 
     monkeypatch.setattr(encoders, "TextEncoder", Narrow, raising=False)
-    with pytest.raises(BadInput, match=r"takes text of \[6, 16\], other gives .* = \[6, 8\]"):
+    with pytest.raises(UserError, match=r"takes text of \[6, 16\], other gives .* = \[6, 8\]"):
         call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path, "--text-encoder", "other", "--data-dir", data,
                                                         "--prompt", "bus"))
     assert not list(tmp_path.glob("*.npz"))
@@ -182,9 +182,9 @@ def test_a_checkpoint_of_the_other_kind(monkeypatch, ckpt, data, tmp_path):
     """Each script says which one takes it; a plain state dict has neither sizes nor text length, and is enough."""
     sit = SiT_models["SiT-T/2"](input_size=16, num_classes=4, z_dims=())
     sit = save_checkpoint(tmp_path / "sit.pt", sit, model="SiT-T/2", num_classes=4)
-    with pytest.raises(BadInput, match="having no context_embedder.weight; generate.py takes those of train.py"):
+    with pytest.raises(UserError, match="having no context_embedder.weight; generate.py takes those of train.py"):
         call_main(monkeypatch, generate_t2i, *arguments(sit, tmp_path, "--data-dir", data))
-    with pytest.raises(BadInput, match="having no y_embedder.embedding_table.weight"):
+    with pytest.raises(UserError, match="having no y_embedder.embedding_table.weight"):
         call_main(monkeypatch, generate, *arguments(ckpt, tmp_path))
     torch.save(load_checkpoint(ckpt, mmap=False)["ema"], tmp_path / "bare.pt")
     call_main(monkeypatch, generate_t2i, *arguments(tmp_path / "bare.pt", tmp_path, "--data-dir", data, "--model", "MMDiT-T",

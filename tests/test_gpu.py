@@ -23,20 +23,20 @@ from PIL import Image
 
 import loss
 import train
-from checkpoints import saved_steps
-from encoders import Teacher
+from encoders.teachers import Teacher
 from evaluations import features
 from evaluations.features import load_extractor
 from loss import SILoss, attention_loss
+from models.checkpoint import saved_steps
 from models.layers import QK, Alignment, attend
-from preemption import EXIT_CODE
-from speed import AUTOCAST, tune
+from runtime.setup import AUTOCAST, tune
 from tests.conftest import ROOT, SERVER, call_main, checkpoint, metrics, script, train_arguments
 from tests.golden.fill import fill_value
 from tests.test_faults import wait_for
 from tests.test_golden import NETWORKS, SAMPLES, close, golden, golden_sit, golden_teacher, sample, sit_inputs
 from tests.test_resume import assert_same_run, assert_same_state
 from tests.test_teacher import small_vit
+from training.preemption import EXIT_CODE
 
 DEVICE = os.environ.get("HASTE_TEST_DEVICE", "cuda")
 if DEVICE == "cuda" and not torch.cuda.is_available():

@@ -14,9 +14,9 @@ from accelerate.utils import set_seed
 
 import train
 from benchmarks import published
+from data_io.loader import StepBatches, step_noise
 from dataset import LatentImages
-from encoders import Teacher, load_vit
-from loader import StepBatches, step_noise
+from encoders.teachers import Teacher, load_vit
 from models.sit import SIT_CONFIGS, SiT_models
 from tests.conftest import CLASSES, ROOT, call_main, checkpoint, script, train_arguments
 

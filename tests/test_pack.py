@@ -11,9 +11,9 @@ from PIL import Image
 
 import train
 from dataset import LatentImages
-from files import BadInput
 from preprocessing import dataset_tools
 from preprocessing import pack as pack_module
+from runtime.errors import UserError
 from tests.conftest import CLASSES, SERVER, call_main, write_tiny_data
 from tests.test_resume import assert_same_run
 from tests.test_storage import packed_into, write_mirrored
@@ -88,7 +88,7 @@ def test_killed_before_the_end_is_named(packed, tmp_path):
     """A folder without its last file is no data set yet."""
     shutil.copytree(packed, tmp_path / "packed")
     (tmp_path / "packed/vae-sd/dataset.json").unlink()
-    with pytest.raises(BadInput, match="vae-sd is not packed to its end, having no dataset.json; run the command"):
+    with pytest.raises(UserError, match="vae-sd is not packed to its end, having no dataset.json; run the command"):
         LatentImages(tmp_path / "packed", 64, CLASSES)
 
 
@@ -113,7 +113,7 @@ def test_a_bad_entry_ends_it_without_harm(source, packed, tmp_path):
     path = copy / "images/00000/img00000020.png"
     whole = path.read_bytes()
     path.write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(BadInput, match="img00000020.png is no readable image"):
+    with pytest.raises(UserError, match="img00000020.png is no readable image"):
         packed_into(copy, tmp_path / "dest", "--rows", 3)
     there, expected = contents(tmp_path / "dest"), contents(packed)
     assert not (tmp_path / "dest/images/dataset.json").exists() and not any(name.suffix == ".tmp" for name in there)
@@ -135,7 +135,7 @@ def test_an_image_replaced_after_it_was_packed(source, packed, tmp_path):
 
 def test_no_room(source, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("", (), {"free": 10 ** 5}))
-    with pytest.raises(BadInput, match="0.0 GB are needed in .*vae-sd, which has 0.0 GB free; make room, or name another --dest"):
+    with pytest.raises(UserError, match="0.0 GB are needed in .*vae-sd, which has 0.0 GB free; make room, or name another --dest"):
         packed_into(source, tmp_path / "dest")
 
 

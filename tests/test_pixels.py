@@ -11,14 +11,15 @@ import dataset
 import generate
 import train
 import train_t2i
+from data_io.loader import StepBatches
 from dataset import LatentImages, PixelImages, pixel_moments
-from encoders import VAE, Pixels, Teacher, open_vae
+from encoders.teachers import Teacher
+from encoders.vae import VAE, Pixels, open_vae
 from evaluations.student import look_inside, noised
-from files import BadInput
-from loader import StepBatches
 from loss import SILoss
-from pipeline import load_pipeline
 from preprocessing import dataset_tools
+from runtime.errors import UserError
+from sampling.pipeline import load_pipeline
 from tests.conftest import CLASSES, call_main, checkpoint, tiny_run, train_arguments, write_tiny_data
 from tests.test_generate import make_checkpoint
 from tests.test_resume import assert_same_run
@@ -82,7 +83,7 @@ def test_packed_images_alone(monkeypatch, pictures, tmp_path):
     one, other = plain.batch([3, 60]), packed.batch([3, 60])
     assert all(torch.equal(one[name], other[name]) for name in ("image", "moments", "y"))
     assert not (tmp_path / "packed/vae-sd").exists()
-    with pytest.raises(BadInput, match="leave nothing to pack"):
+    with pytest.raises(UserError, match="leave nothing to pack"):
         call_main(monkeypatch, dataset_tools, "pack", "--source", pictures, "--dest", tmp_path / "x", "--images-only",
                   "--latents-only")
 
@@ -142,7 +143,7 @@ def test_the_network_is_trained_on_scaled_pixels(monkeypatch, pictures, teacher_
 def test_scores_along_a_run(monkeypatch, pictures, tmp_path):
     """The evaluation is given Pixels to decode with."""
     seen = []
-    monkeypatch.setattr("training.Evaluation", lambda args, _a, data, vae, *_: seen.append(vae) or (lambda _: {}))
+    monkeypatch.setattr("training.trainer.Evaluation", lambda args, _a, data, vae, *_: seen.append(vae) or (lambda _: {}))
     call_main(monkeypatch, train, *arguments(
         pictures, tmp_path, "--enc-type", "none", "--max-train-steps", 1, "--eval-steps", 1, "--eval-ref",
         pictures / "images", "--eval-features", "efficientnet-lite0"))
@@ -152,7 +153,7 @@ def test_scores_along_a_run(monkeypatch, pictures, tmp_path):
 def test_what_does_not_go_together(monkeypatch, tiny_data, pictures, tmp_path):
     """One sentence each."""
     def refused(words, module, *argv):
-        with pytest.raises(BadInput, match=words):
+        with pytest.raises(UserError, match=words):
             call_main(monkeypatch, module, *argv)
 
     none = ("--enc-type", "none", "--max-train-steps", 1)
@@ -167,7 +168,7 @@ def test_what_does_not_go_together(monkeypatch, tiny_data, pictures, tmp_path):
     published = make_checkpoint(tmp_path / "0000005.pt")  # which does not say
     refused("--vae none is for pixels, 3 channels of 64 .*, but the latents have 4 channels", generate, "--ckpt",
             published, "--vae", "none", "--sample-dir", tmp_path)
-    with pytest.raises(BadInput, match="leave --vae out"):
+    with pytest.raises(UserError, match="leave --vae out"):
         load_pipeline(ckpt, vae="mse")
     refused("was trained with --vae none, and --vae is now stabilityai.*do not mix", train,
             *train_arguments(tiny_data, tmp_path / "pixels", *none, "--max-train-steps", 2))

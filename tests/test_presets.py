@@ -9,8 +9,8 @@ import train
 import train_t2i
 from models.mmdit import MMDIT_CONFIGS
 from models.sit import SIT_CONFIGS
-from presets import NEVER, PRESETS
 from tests.conftest import ROOT, call_main, script
+from training.presets import NEVER, PRESETS
 
 SCRIPTS = {"train.py": (train, SIT_CONFIGS), "train_t2i.py": (train_t2i, MMDIT_CONFIGS)}
 
@@ -59,7 +59,7 @@ def test_typed_flags_win(monkeypatch, form):
 
 def test_the_quickstart_looks_for_the_last_checkpoint_of_its_presets():
     steps = {PRESETS[name][1]["max_train_steps"] for name in ("embedded", "embedded-t2i", "cifar10")}
-    assert set(map(int, re.findall(r"quickstart\S* steps=(\d+)", (ROOT / "quickstart.sh").read_text()))) == steps
+    assert set(map(int, re.findall(r"quickstart\S* steps=(\d+)", (ROOT / "examples/quickstart.sh").read_text()))) == steps
 
 
 @pytest.mark.parametrize("module", [train, train_t2i])
@@ -83,4 +83,4 @@ def test_a_preset_trains(tiny_data, teacher_file, tmp_path):
 
 def test_the_cifar10_quickstart_names_its_presets_model():
     model = PRESETS["cifar10"][1]["model"].replace("/", "-")
-    assert f"samples/$name/{model}-$ending" in (ROOT / "quickstart.sh").read_text()
+    assert f"samples/$name/{model}-$ending" in (ROOT / "examples/quickstart.sh").read_text()

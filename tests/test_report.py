@@ -34,7 +34,7 @@ def folders(tiny_data, teacher_file, tmp_path_factory):
     more = ["--sampling-steps", 3, "--vae", ROOT / "assets/vae-emoji", "--enc-weights", teacher_file,
             "--early-stop-point", STOP]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.PREVIEW_STEPS", 2)
+        patch.setattr("training.previews.PREVIEW_STEPS", 2)
         call_main(patch, train, *train_arguments(tiny_data, folder, *more, "--exp-name", "haste"))
         call_main(patch, train, *train_arguments(tiny_data, folder, *more, "--exp-name", "plain", "--enc-type", "none",
                                                  "--logging-dir", "</script><b>"))

@@ -10,10 +10,12 @@ from accelerate import Accelerator
 
 import loss
 import train
-from checkpoints import prune_checkpoints, read_newest, save_checkpoint, saved_steps
-from files import BadInput, atomic_write
-from metrics import Metrics
+from models.checkpoint import saved_steps
+from runtime.errors import UserError
+from runtime.files import atomic_write
 from tests.conftest import call_main, checkpoint, metrics, script, train_arguments
+from training.checkpointing import prune_checkpoints, read_newest, save_checkpoint
+from training.metric_log import Metrics
 
 
 def run(monkeypatch, *arguments):
@@ -163,7 +165,7 @@ def test_a_skipped_step_changes_no_weight(monkeypatch, tiny_data, tmp_path):
 def test_too_many_skipped_steps_stop_the_run(monkeypatch, tiny_data, teacher_file, tmp_path, limit, stop):
     """Step and term are named; the weights at the stop are still whole, and the last checkpoint is the one before."""
     break_loss(monkeypatch, 2, 3, term="attention")
-    with pytest.raises(BadInput, match=f"^attention is not finite at step {stop} .*attention nan.*the last checkpoint is intact"):
+    with pytest.raises(UserError, match=f"^attention is not finite at step {stop} .*attention nan.*the last checkpoint is intact"):
         run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--max-skipped-steps", limit, "--checkpointing-steps", 1,
                                           "--enc-weights", teacher_file))
     assert sorted(saved_steps(tmp_path / "run/checkpoints")) == list(range(1, stop))
@@ -189,13 +191,13 @@ def test_scaler_skips_are_counted(monkeypatch, scaled, tiny_data, tmp_path):
 def test_a_scaler_lets_no_loss_pass_that_is_not_finite(monkeypatch, scaled, tiny_data, tmp_path):
     """No scale mends that."""
     break_loss(monkeypatch, 1)
-    with pytest.raises(BadInput, match="denoise is not finite at step 1"):
+    with pytest.raises(UserError, match="denoise is not finite at step 1"):
         run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 3))
 
 
 def test_weights_that_are_not_finite_are_never_saved(monkeypatch, tiny_data, tmp_path):
     """Finite gradients times an absurd learning rate."""
-    with pytest.raises(BadInput, match="of model is not finite at step 1, which is not saved"):
+    with pytest.raises(UserError, match="of model is not finite at step 1, which is not saved"):
         run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--learning-rate", "1e39",
                                           "--checkpointing-steps", 1))
     assert not saved_steps(tmp_path / "run/checkpoints")
@@ -264,9 +266,9 @@ def test_phase_two_goes_on_without_images(monkeypatch, tiny_data, teacher_file, 
     assert saved_steps(tmp_path / "run/checkpoints").keys() == {1, 2, 3, 4}
     for step in (2, 3, 4):
         os.truncate(tmp_path / f"run/checkpoints/{step:07d}.pt", 1000)
-    with pytest.raises(BadInput, match="goes on from step 1 with alignment, for which images are read; give the same"):
+    with pytest.raises(UserError, match="goes on from step 1 with alignment, for which images are read; give the same"):
         run(monkeypatch, *steps, "--max-train-steps", 4)
-    with pytest.raises(BadInput, match="images/dataset.json does not exist"):
+    with pytest.raises(UserError, match="images/dataset.json does not exist"):
         run(monkeypatch, *steps, "--max-train-steps", 4)
 
 
@@ -277,7 +279,7 @@ def test_a_disk_that_fails_for_a_while_makes_no_checkpoint_a_damaged_one(monkeyp
     def fail(*_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     monkeypatch.setattr(torch, "load", fail)
-    with pytest.raises(BadInput, match="0000002.pt cannot be read now .*Input/output error.*; mend that and try again"):
+    with pytest.raises(UserError, match="0000002.pt cannot be read now .*Input/output error.*; mend that and try again"):
         read_newest(tmp_path, 0, ("model",))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0000001.pt", "0000002.pt"]
 
@@ -293,7 +295,7 @@ def test_what_metrics_keep_for_the_first_row_after_a_restart(tmp_path):
     second.begin()
     assert 1000 <= second.seconds() < 1100
     second.add(broken)
-    with pytest.raises(BadInput, match="in 3 step"):
+    with pytest.raises(UserError, match="in 3 step"):
         second.write()
 
 
@@ -309,9 +311,9 @@ def test_a_damaged_checkpoint_is_none_of_those_to_keep(monkeypatch, tiny_data, t
 def test_no_checkpoint_left(tmp_path):
     for step in (1, 2):
         (tmp_path / f"{step:07d}.pt").write_bytes(b"torn")
-    with pytest.raises(BadInput, match="has no checkpoint that can be read"):
+    with pytest.raises(UserError, match="has no checkpoint that can be read"):
         read_newest(tmp_path, 0, ("model",))
-    with pytest.raises(BadInput, match="0000002.pt is damaged"):
+    with pytest.raises(UserError, match="0000002.pt is damaged"):
         read_newest(tmp_path, 2, ("model",))
     assert read_newest(tmp_path / "none", 0, ("model",)) is None
 
@@ -341,7 +343,7 @@ def test_full_disk_at_any_place(tmp_path, share):
     size, limits = (tmp_path / "0000001.pt").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), limits[1]))
     try:
-        with pytest.raises(BadInput, match="0000002.pt could not be written .File too large., what was there before is as it"):
+        with pytest.raises(UserError, match="0000002.pt could not be written .File too large., what was there before is as it"):
             save_checkpoint(tmp_path, 2, {"model": weights, "ema": weights})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -16,16 +16,16 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 import train
-from files import BadInput
 from preprocessing import destinations
-from runtime import setup
+from runtime.errors import UserError
 from runtime.memory import GIB, advice, images_that_fit, is_out_of_memory
-from runtime.setup import MOST_WORKERS, share_of_cores, take_from_launcher
 from runtime.versions import version
-from sharding import set_plugin
 from tests.conftest import CLASSES, CPU, ROOT, call_main, script, tiny_run, train_arguments
 from tests.test_models import nano_models
-from training import backward_and_step
+from training import start as setup
+from training.fsdp import set_plugin
+from training.start import MOST_WORKERS, share_of_cores, take_from_launcher
+from training.trainer import backward_and_step
 
 
 def settings_of(out):
@@ -73,7 +73,7 @@ def test_the_note_of_preprocessing_needs_no_optional_package(monkeypatch):
 
 def test_a_tracker_that_is_not_installed(monkeypatch, tiny_data, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(BadInput, match="--report-to wandb needs the package wandb; install it, or give --report-to none"):
+    with pytest.raises(UserError, match="--report-to wandb needs the package wandb; install it, or give --report-to none"):
         call_main(monkeypatch, train, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--report-to", "wandb"))
 
 
@@ -107,7 +107,7 @@ def test_the_launcher_fills_in_what_no_flag_says(given, said, used, differing):
     ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto", "is auto, .* a whole number from 1 on"),
     ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "0", "is 0, .* a whole number from 1 on")])
 def test_what_the_launcher_may_not_say(variable, value, message):
-    with pytest.raises(BadInput, match=f"{variable} {message}"):
+    with pytest.raises(UserError, match=f"{variable} {message}"):
         take_from_launcher(flags(None, None), {variable: value})
 
 
@@ -185,7 +185,7 @@ def test_what_users_set_of_fsdp(kind):
     set_plugin(plugin, model)
     assert plugin.transformer_cls_names_to_wrap == ["FinalLayer"]
     plugin.transformer_cls_names_to_wrap = ["LlamaDecoderLayer"]
-    with pytest.raises(BadInput, match="FSDP is to wrap LlamaDecoderLayer, which .* set fsdp_transformer_layer_cls_to_wrap to "):
+    with pytest.raises(UserError, match="FSDP is to wrap LlamaDecoderLayer, which .* set fsdp_transformer_layer_cls_to_wrap to "):
         set_plugin(plugin, model)
 
 

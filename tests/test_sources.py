@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from files import BadInput
 from preprocessing import pixels, sources
 from preprocessing.sources import find, open_source, read
+from runtime.errors import UserError
 
 
 def jpeg(value=0, size=(8, 8), **more):
@@ -107,7 +107,7 @@ def test_labels_of_a_listing(tmp_path):
 def test_no_labels_without_classes(tmp_path):
     assert open_source(write_folder(tmp_path / "one", {"a/1.png": b"", "a/2.png": b""})).labels is None
     assert open_source(write_folder(tmp_path / "flat", {"1.png": b"", "2.png": b""})).labels is None
-    with pytest.raises(BadInput, match="pictures beside its folders, such as 2.png"):
+    with pytest.raises(UserError, match="pictures beside its folders, such as 2.png"):
         open_source(write_folder(tmp_path / "both", {"a/1.png": b"", "2.png": b""}))
 
 
@@ -131,7 +131,7 @@ def test_what_is_passed_over(tmp_path):
     os.symlink(tmp_path / "s/a", tmp_path / "s/b")
     os.symlink("/nowhere", tmp_path / "s/c.png")
     assert sorted(find(tmp_path / "s")) == ["a/1.png", "b/1.png", "c.png"]
-    with pytest.raises(BadInput, match="c.png cannot be read .No such file"):
+    with pytest.raises(UserError, match="c.png cannot be read .No such file"):
         read(find(tmp_path / "s")["c.png"], "c.png")
 
 
@@ -140,7 +140,7 @@ def test_names_that_lead_out(tmp_path, name):
     for path in (write_tar(tmp_path / "s.tar", {name: b""}), write_zip(tmp_path / "s.zip", {name: b""}),
                  write_folder(tmp_path / "s", {"a.tar": write_tar(None, {name: b""})}),
                  write_folder(tmp_path / "t", {"1.png": b"", "dataset.json": json.dumps({"labels": [[name, 0]]}).encode()})):
-        with pytest.raises(BadInput, match="lies outside its folder"):
+        with pytest.raises(UserError, match="lies outside its folder"):
             open_source(path)
 
 
@@ -157,7 +157,7 @@ LISTINGS = {
 def test_a_listing_that_does_not_fit(tmp_path, listing):
     content = {"1.png": b"", "2.png": b"", "dataset.json": listing.encode()}
     for path in (write_folder(tmp_path / "s", content), write_zip(tmp_path / "s.zip", content)):
-        with pytest.raises(BadInput, match=LISTINGS[listing]):
+        with pytest.raises(UserError, match=LISTINGS[listing]):
             open_source(path)
 
 
@@ -171,13 +171,13 @@ def test_a_tar_that_is_cut_or_damaged(tmp_path):
         path.write_bytes(whole[:place])
         try:
             assert len(find(path)) == members, place
-        except BadInput as error:
+        except UserError as error:
             assert "cannot be read" in str(error)
     path.write_bytes(whole.replace(b"x_9.JPEG", b"\xff_9.JPEG"))
-    with pytest.raises(BadInput, match=r"s.tar cannot be read \(a is damaged or cut short at byte"):
+    with pytest.raises(UserError, match=r"s.tar cannot be read \(a is damaged or cut short at byte"):
         find(path)
     deeper = write_tar(tmp_path / "deep.tar", {"a.tar": write_tar(None, {"b.tar": write_tar(None, {"1.png": b""})})})
-    with pytest.raises(BadInput, match="holds a tar, b.tar, and lies in a folder or tar itself"):
+    with pytest.raises(UserError, match="holds a tar, b.tar, and lies in a folder or tar itself"):
         find(deeper)
 
 
@@ -187,11 +187,11 @@ def test_a_zip_that_is_damaged(tmp_path):
     broken = bytearray(data)
     broken[piece.start + 60] ^= 255
     path.write_bytes(broken)
-    with pytest.raises(BadInput, match="y cannot be read"):
+    with pytest.raises(UserError, match="y cannot be read"):
         read(piece, "y")
     for cut in (100, len(data) - 10):
         path.write_bytes(data[:cut])
-        with pytest.raises(BadInput, match="s.zip cannot be read"):
+        with pytest.raises(UserError, match="s.zip cannot be read"):
             find(path)
 
 
@@ -200,17 +200,17 @@ def test_bombs(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "LARGEST", 1 << 20)
     path = write_zip(tmp_path / "s.zip", {"1.png": bytes(1 << 21)}, zipfile.ZIP_DEFLATED)
     piece = find(path)["1.png"]
-    with pytest.raises(BadInput, match="1 has more than 1 MiB"):
+    with pytest.raises(UserError, match="1 has more than 1 MiB"):
         read(piece, "1", sources.LARGEST)
     tracemalloc.start()
-    with pytest.raises(BadInput, match="its checksum is wrong"):
+    with pytest.raises(UserError, match="its checksum is wrong"):
         read(piece._replace(size=1000), "1")  # a directory that lies
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
     big = tmp_path / "big.png"
     with open(big, "wb") as file:
         file.truncate(1 << 40)  # of holes
-    with pytest.raises(BadInput, match="big has more than 256 MiB"):
+    with pytest.raises(UserError, match="big has more than 256 MiB"):
         read(sources.Piece(str(big)), "big")
 
 
@@ -341,7 +341,7 @@ def test_pictures_of_all_kinds(monkeypatch):
             found = pixels.center_crop_dhariwal(pixels.read_rgb(data, name), 32)
             assert found.mode == "RGB" and found.size == (32, 32), name
             assert np.abs(np.array(found.getpixel((0, 0))) - expected).max() <= 4, (name, found.getpixel((0, 0)))
-        except (BadInput, ValueError) as error:
+        except (UserError, ValueError) as error:
             assert isinstance(expected, str) and expected in str(error), (name, error)
             assert "0x" not in str(error)  # an address would differ from run to run
 

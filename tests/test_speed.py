@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.soak import held
-from speed import cast_weights, fast_bf16, give_back_memory, tune
+from runtime.setup import cast_weights, fast_bf16, give_back_memory, tune
 from tests.conftest import ROOT
 from tests.test_models import nano_models
 
@@ -35,9 +35,10 @@ def test_a_step_finds_the_memory_of_the_one_before():
     By malloc itself: whether a step's tensors lie at the end of the heap, where freed memory is given back, is chance.
     """
     code = """if True:
-        import ctypes, resource, sys, speed
+        import ctypes, resource, sys
+        from runtime import setup
         if "tuned" in sys.argv:
-            speed.tune(1, tf32=False)
+            setup.tune(1, tf32=False)
         library = ctypes.CDLL(None)
         library.malloc.restype = ctypes.c_void_p
         for _ in range(3):

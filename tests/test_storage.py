@@ -13,15 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-import listing
-import storage
 from benchmarks import synthetic
 from benchmarks.data import Published
+from data_io import index as listing
+from data_io import storage
+from data_io.loader import StepBatches, load_batches
 from dataset import LatentImages
-from files import BadInput
-from loader import StepBatches, load_batches
 from preprocessing import dataset_tools
-from storage import decode_image
+from runtime.errors import UserError
+from runtime.images import decode_image
 from tests.conftest import CLASSES, call_main, write_tiny_data
 
 KINDS = {"images": ".png", "vae-sd": ".npy", "vae-sd-hflip": ".npy"}
@@ -172,7 +172,7 @@ def test_an_error_in_a_thread_is_the_sentence(data):
     dataset = LatentImages(data, 64, CLASSES, images=False)
     path = data / "vae-sd/00000/img-mean-std-00000003.npy"
     np.save(path, np.load(path) * np.nan)
-    with pytest.raises(BadInput, match="00000003.npy holds float32 .*expected finite float32"):
+    with pytest.raises(UserError, match="00000003.npy holds float32 .*expected finite float32"):
         batches_of(dataset, 2)
 
 
@@ -218,7 +218,7 @@ def test_numbers_of_many_names(names):
     def result(function):
         try:
             return list(function())
-        except BadInput as error:
+        except UserError as error:
             return str(error)
     expected = result(lambda: [listing.index_of(name) for name in names])
     assert result(lambda: listing.indices_of(np.array([name.encode() for name in names], "S"))) == expected
@@ -294,7 +294,7 @@ def test_any_change_is_seen(tmp_path, indexed, name):
     assert len(LatentImages(folder, 64, CLASSES)) == 8
     change(folder)
     if words:
-        with pytest.raises(BadInput, match=words):
+        with pytest.raises(UserError, match=words):
             LatentImages(folder, 64, CLASSES)
     else:
         assert len(LatentImages(folder, 64, CLASSES)) == 9
@@ -321,7 +321,7 @@ def test_a_file_written_over_in_place_is_found_when_it_is_read(tmp_path, indexed
     path = folder / "vae-sd/00000/img-mean-std-00000003.npy"
     os.truncate(path, 4000)
     data = LatentImages(folder, 64, CLASSES)
-    with pytest.raises(BadInput, match="00000003.npy is no readable .npy file .8192 bytes of numbers expected, 3872 there"):
+    with pytest.raises(UserError, match="00000003.npy is no readable .npy file .8192 bytes of numbers expected, 3872 there"):
         data[3]
 
 
@@ -373,5 +373,5 @@ def test_synthetic_data(tmp_path, monkeypatch):
 def test_a_listing_that_unpacks_to_too_much(monkeypatch, tiny_data, tmp_path):
     write_zips(tiny_data, tmp_path, zipfile.ZIP_DEFLATED)
     monkeypatch.setattr(storage, "LARGEST_LISTING", 100)
-    with pytest.raises(BadInput, match=r"vae-sd.zip/dataset.json claims \d+ bytes, more than any listing has"):
+    with pytest.raises(UserError, match=r"vae-sd.zip/dataset.json claims \d+ bytes, more than any listing has"):
         LatentImages(tmp_path, 64, CLASSES)

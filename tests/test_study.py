@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 
 from benchmarks import study, study_report
-from files import BadInput
+from runtime.errors import UserError
 from tests.conftest import call_main
 
 FD, _, _, KID, LOSS = study_report.SCORES
@@ -47,19 +47,19 @@ def test_steps_to_reach_a_score():
 def test_runs_of_other_settings_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "run_all", lambda args: None)
     monkeypatch.setattr(study, "report", lambda *args: None)
-    with pytest.raises(BadInput, match="holds no study; leave --report out"):
+    with pytest.raises(UserError, match="holds no study; leave --report out"):
         call_main(monkeypatch, study, "--out", tmp_path, "--report")
     call_main(monkeypatch, study, "--out", tmp_path, "--steps", 32)
     call_main(monkeypatch, study, "--out", tmp_path, "--report")  # takes the settings of what is there
-    with pytest.raises(BadInput, match="holds runs with --samples 2000, not 50; use another --out"):
+    with pytest.raises(UserError, match="holds runs with --samples 2000, not 50; use another --out"):
         call_main(monkeypatch, study, "--out", tmp_path, "--steps", 32, "--samples", 50)
-    with pytest.raises(BadInput, match="holds runs with --data cifar10, not emoji"):
+    with pytest.raises(UserError, match="holds runs with --data cifar10, not emoji"):
         call_main(monkeypatch, study, "--out", tmp_path, "--steps", 32, "--data", "emoji")
-    with pytest.raises(BadInput, match="--every 3 does not divide a quarter of --steps 32"):
+    with pytest.raises(UserError, match="--every 3 does not divide a quarter of --steps 32"):
         call_main(monkeypatch, study, "--out", tmp_path, "--steps", 32, "--every", 3)
-    with pytest.raises(BadInput, match="--steps 12 is no multiple of 8"):
+    with pytest.raises(UserError, match="--steps 12 is no multiple of 8"):
         call_main(monkeypatch, study, "--out", tmp_path, "--steps", 12)
-    with pytest.raises(BadInput, match="--variants 'HASTE' is none of vanilla, REPA"):
+    with pytest.raises(UserError, match="--variants 'HASTE' is none of vanilla, REPA"):
         call_main(monkeypatch, study, "--out", tmp_path, "--steps", 32, "--variants", "HASTE", "vanilla")
 
 

@@ -12,9 +12,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch._inductor.compile_fx import compile_fx
 
 from dataset import LatentImages
-from encoders import TEACHERS, CachedTeacher, Teacher, load_vit
-from files import BadInput
+from encoders.teacher_cache import CachedTeacher
+from encoders.teachers import TEACHERS, Teacher, load_vit
 from modify_dinov2.taps import TappedLinear
+from runtime.errors import UserError
 from tests.conftest import CLASSES, script, train_arguments
 from tests.golden.fill import fill_value
 from tests.test_golden import close, golden
@@ -76,7 +77,7 @@ def test_a_teacher_on_a_finer_grid():
     assert out.attention[2].scale == expected.attention[2].scale
     assert len({teacher.key(), coarse.key(), fine.key()}) == 3
     assert Teacher(small_vit(), 4, (2,), input_size=56).key() == coarse.key()
-    with pytest.raises(BadInput, match="--enc-size 100 is no multiple of 14"):
+    with pytest.raises(UserError, match="--enc-size 100 is no multiple of 14"):
         Teacher(small_vit(), 4, (2,), input_size=100)
 
 
@@ -119,7 +120,7 @@ def test_stops_after_the_last_needed_block():
     assert len(teacher.vit.blocks) == 3
     assert teacher(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).features == []
     assert len(Teacher(small_vit(), 4, (1,), num_blocks=4).vit.blocks) == 4
-    with pytest.raises(BadInput, match="5 blocks"):
+    with pytest.raises(UserError, match="5 blocks"):
         Teacher(small_vit(), 4, (5,))
 
 
@@ -157,13 +158,13 @@ def test_hub_file_and_wrong_files(tmp_path):
     torch.save({**state, "mask_token": torch.zeros(1, 384)}, teacher_file)
     vit = load_vit("dinov2-vit-s", teacher_file)
     assert torch.equal(vit.state_dict()["norm.weight"], torch.load(teacher_file, weights_only=True)["norm.weight"])
-    with pytest.raises(BadInput, match="dinov2-vit-b"):
+    with pytest.raises(UserError, match="dinov2-vit-b"):
         load_vit("dinov2-vit-b", teacher_file)
-    with pytest.raises(BadInput, match="dinov2reg-vit-s"):
+    with pytest.raises(UserError, match="dinov2reg-vit-s"):
         load_vit("dinov2reg-vit-s", teacher_file)
-    with pytest.raises(BadInput, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         load_vit("dinov2-vit-s", tmp_path / "no.pth")
-    with pytest.raises(BadInput, match="--enc-weights"):
+    with pytest.raises(UserError, match="--enc-weights"):
         load_vit("dinov2-vit-s")  # offline
 
 
@@ -218,7 +219,7 @@ def test_a_stopped_cache_goes_on(monkeypatch, caplog, tiny_data, tmp_path):
     whole = make("whole")
     assert len(calls) == 1 + 6 and whole.arrays["features0"].shape == (64, 16, 96)
     assert whole.arrays["block1"].shape == (64, 2, 6, 16, 16)
-    monkeypatch.setattr("encoders.FLUSH_SECONDS", -1)  # after each batch
+    monkeypatch.setattr("encoders.teacher_cache.FLUSH_SECONDS", -1)  # after each batch
     caplog.set_level("INFO", "haste")
     calls.clear()
     stop_at.append(5)

@@ -14,13 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import dataset
 import encoders
 import train
-import training
 from evaluations import features, scores
 from evaluations.during_training import Evaluation
 from evaluations.inception import Inception
 from evaluations.scores import load_set, score
-from files import BadInput
 from models.sit import SIT_CONFIGS, SiT_models
+from runtime.errors import UserError
 from tests.conftest import (
     CLASSES,
     ROOT,
@@ -33,6 +32,7 @@ from tests.conftest import (
     train_arguments,
     write_tiny_data,
 )
+from training import trainer as training
 
 
 def run(monkeypatch, *arguments):
@@ -253,7 +253,7 @@ def test_other_latents_under_the_same_names_are_other_data(monkeypatch, data, tm
     run(monkeypatch, *arguments, 1)
     for path in (data / "vae-sd").rglob("*.npy"):
         np.save(path, -3 * np.load(path))
-    with pytest.raises(BadInput, match="belongs to another run: data was"):
+    with pytest.raises(UserError, match="belongs to another run: data was"):
         run(monkeypatch, *arguments, 2)
 
 
@@ -261,7 +261,7 @@ def test_another_run_is_refused_before_its_first_checkpoint(monkeypatch, tiny_da
     run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 1))
     (tmp_path / "run/checkpoints/0000001.pt").unlink()
     before = (tmp_path / "run/metrics.csv").read_bytes()
-    with pytest.raises(BadInput, match="args.json belongs to another run: model was SiT-N/2"):
+    with pytest.raises(UserError, match="args.json belongs to another run: model was SiT-N/2"):
         run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--model", "SiT-S/8"))
     assert (tmp_path / "run/metrics.csv").read_bytes() == before
 
@@ -364,7 +364,7 @@ def test_scores_by_coco_s_protocol(monkeypatch, data, tmp_path):
     np.savez(tmp_path / "coco.npz", mu=np.zeros(2048), sigma=np.eye(2048), n=30, features="inception", preset="pytorch-fid")
     arguments = ["--enc-type", "none", "--max-train-steps", 1, "--eval-steps", 1, "--eval-samples", 2, "--vae",
                  ROOT / "assets/vae-emoji", "--eval-weights", tmp_path / "inception.pth", "--eval-ref"]
-    with pytest.raises(BadInput, match="with preset pytorch-fid, not of .* --eval-preset"):
+    with pytest.raises(UserError, match="with preset pytorch-fid, not of .* --eval-preset"):
         run(monkeypatch, *train_arguments(data, tmp_path / "adm", *arguments, tmp_path / "coco.npz"))
     run(monkeypatch, *train_arguments(data, tmp_path, *arguments, tmp_path / "coco.npz", "--eval-preset", "pytorch-fid"))
     assert metrics(tmp_path)[0]["FID"] == "1.5" and metrics(tmp_path)[0]["KID"] == ""
@@ -390,12 +390,12 @@ def test_scores_of_two_processes_are_those_of_one(tiny_captions, data, scorer, t
     (["--eval-features", "inception"], "the published weights 6726825d0af5f729"),
 ])
 def test_scores_that_cannot_be_made(monkeypatch, data, scorer, tmp_path, more, message):
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(UserError, match=message):
         run(monkeypatch, *train_arguments(data, tmp_path, "--enc-type", "none", *scoring(data / "images", scorer, *more)))
     assert not list((tmp_path / "run").rglob("*.pt"))
 
 
 def test_scores_need_a_reference_of_their_size(monkeypatch, data, scorer, tmp_path):
     other = write_tiny_data(tmp_path / "other", 8, 32) / "images"
-    with pytest.raises(BadInput, match="has images of 32x32, samples have --resolution 64"):
+    with pytest.raises(UserError, match="has images of 32x32, samples have --resolution 64"):
         run(monkeypatch, *train_arguments(data, tmp_path, "--enc-type", "none", *scoring(data / "images", scorer, "--eval-ref", other)))

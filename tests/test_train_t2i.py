@@ -10,8 +10,7 @@ from PIL import Image
 
 import train
 import train_t2i
-from loader import CAPTION
-from metrics import COLUMNS
+from data_io.loader import CAPTION
 from tests.conftest import (
     ROOT,
     call_main,
@@ -22,6 +21,7 @@ from tests.conftest import (
     train_arguments,
     write_tiny_captions,
 )
+from training.metric_log import COLUMNS
 
 
 def arguments(data, out, *more):

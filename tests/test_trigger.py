@@ -9,9 +9,8 @@ import torch
 import dataset
 import train
 import train_t2i
-import training
-from encoders import Teacher, load_vit
-from loader import step_noise
+from data_io.loader import step_noise
+from encoders.teachers import Teacher, load_vit
 from tests.conftest import (
     CLASSES,
     call_main,
@@ -23,7 +22,8 @@ from tests.conftest import (
     write_tiny_captions,
 )
 from tests.test_resume import assert_same_state, log, scaled  # noqa: F401 - a fixture
-from trigger import alignment_weight
+from training import trainer as training
+from training.early_stop import alignment_weight
 
 TIMES = (0.05, 0.5, 0.9)
 TRIGGER = ["--early-stop-trigger", "gradient", "--trigger-start", 3, "--trigger-every", 2, "--trigger-samples", 12,

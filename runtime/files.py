@@ -1,4 +1,4 @@
-"""Files, read and written so that nothing is half there: atomic writes, safe loading, one sentence per bad input."""
+"""Atomic writes, safe loading, file hashes and locks."""
 import argparse
 import contextlib
 import errno
@@ -9,15 +9,11 @@ import io
 import json
 import lzma
 import math
-import multiprocessing
 import os
 import pickle
-import signal
 import stat
-import sys
 import tempfile
 import tokenize
-import traceback
 import zipfile
 import zlib
 from pathlib import Path
@@ -26,76 +22,18 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from PIL import Image
 
-from processes import ENDED, end_at_once, is_watched, others_ended
+from runtime.errors import Unreadable, UserError, first_line
 
-# What opening and decoding a damaged image may raise; the bomb is a header that claims more than MAX_IMAGE_PIXELS.
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-IMAGE_FORMATS = ("PNG", "JPEG")  # Pillow knows many more, and hands some of them (EPS) to other programs
-# The same of a damaged .npy or .npz: NumPy parses a header as Python, zipfile refuses methods and encryption.
+# What reading a damaged .npy or .npz may raise: NumPy parses a header as Python, zipfile refuses methods and encryption.
 ARRAY_ERRORS = (OSError, ValueError, EOFError, OverflowError, MemoryError, SyntaxError, TypeError, tokenize.TokenError,
                 RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
-LARGEST_SEED, MOST_CLASSES = 2 ** 32 - 1, 10 ** 6  # NumPy's; more classes are a slip of the keyboard
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class BadInput(Exception):
-    """Something the user gave cannot be used. The message is the sentence to show: what, where, what to do."""
-
-
-class Unreadable(BadInput):
-    """A file is damaged, or holds code, which is not run."""
-
-
-def first_line(error):
-    """The first line of an exception's message, for use inside a sentence."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def end_workers():
-    """End loader processes that are idle or stuck when the script is over; they ignore SIGTERM."""
-    for worker in multiprocessing.active_children():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader that is still there would raise an error about it
-        worker.kill()
-        worker.join(1)
-
-
-def run_script(main):
-    """Call `main()`; a BadInput ends the process with its sentence on stderr and exit status 1, without a traceback.
-
-    The same goes for what happens to a process of several when another one is gone.
-    """
-    said = None
-    try:
-        main()
-    except BadInput as error:
-        sentence = str(error).rsplit("BadInput: ", 1)[-1].strip()  # a loader's worker wraps it in a traceback's text
-        said = f"error: {sentence}"
-    except Exception:
-        if not is_watched():
-            raise
-        said = ENDED if others_ended() else traceback.format_exc()
-    finally:
-        end_workers()
-    if said and is_watched():
-        end_at_once(said)
-    if said:
-        sys.exit(said)
-
-
-def check_bounds(args, bounds):
-    """Raise BadInput for a number in `args` outside its (lowest, highest) or infinite; None, not given, is fine."""
-    for name, (low, high) in bounds.items():
-        value = getattr(args, name, None)
-        if value is not None and not (low <= value <= high and abs(value) < float("inf")):  # nan is outside too
-            limits = f"at least {low} and finite" if high == float("inf") else f"from {low} to {high}"
-            raise BadInput(f"--{name.replace('_', '-')} is {value}; it must be {limits}.")
 
 
 @contextlib.contextmanager
 def writing(path):
-    """Turn a failure to write `path` (no space, no permission, no such folder) into BadInput."""
+    """Turn a failure to write `path` (no space, no permission, no such folder) into UserError."""
     path = Path(path)
     try:
         yield
@@ -108,28 +46,28 @@ def writing(path):
         if named and named not in path.parents and named.parent != path.parent and path not in named.parents:
             raise  # about another file, which the caller was reading
         remedy = "make room" if error.errno in NO_ROOM else "name a folder that can be written to"
-        raise BadInput(f"{path} could not be written ({error.strerror or error}), what was there before is as it was; "
+        raise UserError(f"{path} could not be written ({error.strerror or error}), what was there before is as it was; "
                        f"{remedy} and run the command again.") from error
 
 
 @contextlib.contextmanager
 def reading(path):
-    """Turn a failure to look at `path` or below it (no permission, a link to nowhere, too long a name) into BadInput."""
+    """Turn a failure to look at `path` or below it (no permission, a link to nowhere, too long a name) into UserError."""
     try:
         yield
     except OSError as error:
         name = os.fsdecode(error.filename or path)
-        raise BadInput(f"{name} cannot be read ({error.strerror or error}); give another path, or make this one "
+        raise UserError(f"{name} cannot be read ({error.strerror or error}); give another path, or make this one "
                        "readable.") from error
 
 
 def is_file(path):
-    """Whether `path` is a file. Raises BadInput where that cannot be told."""
+    """Whether `path` is a file. Raises UserError where that cannot be told."""
     return stat.S_ISREG(mode_of(path))
 
 
 def is_folder(path):
-    """Whether `path` is a folder. Raises BadInput where that cannot be told."""
+    """Whether `path` is a folder. Raises UserError where that cannot be told."""
     return stat.S_ISDIR(mode_of(path))
 
 
@@ -143,7 +81,7 @@ def mode_of(path):
 
 
 def check_writable(folder):
-    """Make `folder` if it is not there; raises BadInput unless files can be made in it. None is left behind."""
+    """Make `folder` if it is not there; raises UserError unless files can be made in it. None is left behind."""
     with writing(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -153,7 +91,7 @@ def check_writable(folder):
 def atomic_write(path, mode="wb"):
     """Open a temporary file beside `path`; it takes the name `path` only once written in full and flushed to disk.
 
-    Raises BadInput when it cannot be written; `path` is as it was then.
+    Raises UserError when it cannot be written; `path` is as it was then.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -191,32 +129,27 @@ def locked(path, wanted=True):
 
 
 def check_inside(name, where):
-    """`name`, a relative path out of the file `where`; raises BadInput when it would lead out of its folder."""
+    """`name`, a relative path out of the file `where`; raises UserError when it would lead out of its folder."""
     if name.startswith(("/", "\\")) or (".." in name and ".." in name.replace("\\", "/").split("/")):
-        raise BadInput(f"{where} names {name}, which lies outside its folder; only relative paths below it are read.")
+        raise UserError(f"{where} names {name}, which lies outside its folder; only relative paths below it are read.")
     return name
 
 
 def read_json(path, kind=dict, data=None):
-    """The value in a JSON file, or in the bytes `data` of it. Raises BadInput when it is missing, not JSON or not a `kind`."""
+    """The value in a JSON file, or in the bytes `data` of it. Raises UserError when it is missing, not JSON or not a `kind`."""
     try:
         value = json.loads((Path(path).read_bytes() if data is None else data).decode())
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise BadInput(f"{path} cannot be read as JSON ({reason}); make it again.") from error
+        raise UserError(f"{path} cannot be read as JSON ({reason}); make it again.") from error
     if not isinstance(value, kind):
-        raise BadInput(f"{path} holds a {type(value).__name__}, expected a {kind.__name__}; make it again.")
+        raise UserError(f"{path} holds a {type(value).__name__}, expected a {kind.__name__}; make it again.")
     return value
 
 
 def write_json(path, value, indent=None):
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=indent)
-
-
-def open_image(file):
-    """Pillow's image of a path or an open file, of IMAGE_FORMATS only. Raises IMAGE_ERRORS."""
-    return Image.open(file, formats=IMAGE_FORMATS)
 
 
 def sha256_of(path):
@@ -238,12 +171,12 @@ def load_tensors(path, mmap=False, verify=False):
     """Tensors and plain values of a `.safetensors` file or of anything `torch.save` wrote, without running code from it.
 
     Published checkpoints hold an argparse.Namespace, the only class allowed beside tensors and plain values.
-    `mmap` leaves tensors on disk until they are used; `verify` reads them all and compares checksums. Raises BadInput for
+    `mmap` leaves tensors on disk until they are used; `verify` reads them all and compares checksums. Raises UserError for
     a missing file, Unreadable for a damaged or refused one.
     """
     path = Path(path)
     if not is_file(path):
-        raise BadInput(f"{path} does not exist; give the path of a weight or checkpoint file.")
+        raise UserError(f"{path} does not exist; give the path of a weight or checkpoint file.")
     damaged = f"{path} is damaged or not a torch file"
     if path.suffix == ".safetensors":
         try:
@@ -266,7 +199,7 @@ def load_tensors(path, mmap=False, verify=False):
     except (RuntimeError, EOFError, KeyError, ValueError, OSError, AttributeError, TypeError, IndexError, MemoryError,
             zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk's fault, not the file's
-            raise BadInput(f"{path} cannot be read now ({first_line(error)}); mend that and try again.") from error
+            raise UserError(f"{path} cannot be read now ({first_line(error)}); mend that and try again.") from error
         raise Unreadable(f"{damaged} ({first_line(error)}); get it again.") from error
 
 
@@ -297,7 +230,7 @@ def array_header(data):
 
 
 def parse_array(data, name):
-    """The array in the bytes of a `.npy` file, in their memory. Raises BadInput, calling the file `name`."""
+    """The array in the bytes of a `.npy` file, in their memory. Raises UserError, calling the file `name`."""
     try:
         shape, fortran, dtype, start = array_header(data)
         count = math.prod(shape)
@@ -305,12 +238,12 @@ def parse_array(data, name):
             raise ValueError(f"{count * dtype.itemsize} bytes of numbers expected, {len(data) - start} there")
         return np.frombuffer(data, dtype, count, start).reshape(shape, order="F" if fortran else "C")
     except ValueError as error:
-        raise BadInput(f"{name} is no readable .npy file ({first_line(error)}); make it again with the "
+        raise UserError(f"{name} is no readable .npy file ({first_line(error)}); make it again with the "
                        "preprocessing.") from error
 
 
 def load_array(path):
-    """The array of a `.npy` file. Raises BadInput when it is missing, truncated or holds Python objects."""
+    """The array of a `.npy` file. Raises UserError when it is missing, truncated or holds Python objects."""
     return parse_array(read_bytes(path), path).copy()
 
 
@@ -322,4 +255,4 @@ def read_bytes(path):
     except OSError as error:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
         reason = "is missing" if missing else f"cannot be read ({error.strerror or error})"
-        raise BadInput(f"{path} {reason}; make it again with the preprocessing.") from error
+        raise UserError(f"{path} {reason}; make it again with the preprocessing.") from error

@@ -1,10 +1,19 @@
-"""Many images as one picture, with a caption under each if there is text."""
+"""Decode images; put many of them into one picture, with a caption under each if there is text."""
+import io
 import math
+import struct
 import textwrap
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+from runtime.errors import UserError, first_line
+
+try:
+    import imagecodecs
+except ImportError:  # data are read all the same, by Pillow
+    imagecodecs = None
 
 MIN_CELL = 64  # pixels: smaller images are shown larger, by whole pixels
 MAX_LINES = 4  # of a caption; a longer one ends in "..."
@@ -52,3 +61,40 @@ def wrap(text, width, length):
         if all(length(line) <= width for line in lines):
             break
     return lines
+
+# What opening and decoding a damaged image may raise; the bomb is a header that claims more than MAX_IMAGE_PIXELS.
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+IMAGE_FORMATS = ("PNG", "JPEG")  # Pillow knows many more, and hands some of them (EPS) to other programs
+
+
+def open_image(file):
+    """Pillow's image of a path or an open file, of IMAGE_FORMATS only. Raises IMAGE_ERRORS."""
+    return Image.open(file, formats=IMAGE_FORMATS)
+
+
+def decode_image(data, name, resolution):
+    """The bytes of a picture of `resolution` pixels a side -> uint8 (3, R, R). Raises UserError, calling the picture `name`.
+
+    A plain RGB PNG goes to imagecodecs, whose libpng takes two thirds of Pillow's time (benchmarks/README.md) and refuses
+    every damaged file, of which Pillow shows some; all else goes to Pillow.
+    """
+    if imagecodecs is not None and data[12:26] == struct.pack(">4sIIBB", b"IHDR", resolution, resolution, 8, 2):
+        try:
+            pixels = imagecodecs.png_decode(data)
+        except imagecodecs.PngError as error:
+            raise unreadable(name, error) from error
+        if pixels.shape == (resolution, resolution, 3):  # not where one colour is marked as transparent
+            return pixels.transpose(2, 0, 1)
+    try:
+        with open_image(io.BytesIO(data)) as picture:
+            if picture.mode not in ("RGB", "L", "P") or picture.size != (resolution, resolution):
+                raise UserError(f"{name} is {picture.mode} of {picture.width}x{picture.height}; expected RGB of "
+                               f"{resolution}x{resolution} (--resolution).")
+            picture.load()
+            return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+    except IMAGE_ERRORS as error:
+        raise unreadable(name, error) from error
+
+
+def unreadable(name, error):
+    return UserError(f"{name} is no readable image ({first_line(error)}); make it again.")

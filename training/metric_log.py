@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from files import BadInput, atomic_write, check_writable, is_file, reading, writing
+from runtime.errors import UserError
+from runtime.files import atomic_write, check_writable, is_file, reading, writing
 
 TERMS = ("loss", "denoise", "feature", "attention", "grad_norm")
 COLUMNS = ["step", *TERMS, "skipped", "seconds"]
@@ -29,7 +30,7 @@ def start_trackers(accelerator, args):
     try:
         accelerator.init_trackers("HASTE", config=config, init_kwargs={"wandb": {"name": args.exp_name, "dir": str(folder)}})
     except (wandb.errors.Error, ValueError) as error:  # a ValueError: of its environment variables
-        raise BadInput(f"wandb could not start ({error}); run `wandb login`, set WANDB_MODE=offline, or use --report-to "
+        raise UserError(f"wandb could not start ({error}); run `wandb login`, set WANDB_MODE=offline, or use --report-to "
                        "none.") from error
 
 
@@ -75,7 +76,7 @@ class Metrics:
     def settle(self):
         """Look at the terms since the last look, the only sync with the device, and put them to the pending ones.
 
-        A step with a term that is not finite has changed no weight; it is logged. Raises BadInput naming step and term
+        A step with a term that is not finite has changed no weight; it is logged. Raises UserError naming step and term
         when there are more than `max_skipped` in a row. By default none is let pass but gradients that fp16's scale was
         too high for, SCALER_SKIPS of them.
         """
@@ -92,7 +93,7 @@ class Metrics:
             scaled = self.accelerator.scaler is not None and culprit == "grad_norm"
             allowed = SCALER_SKIPS * scaled if self.max_skipped is None else self.max_skipped
             if self.in_a_row > allowed:
-                raise BadInput(f"{culprit} is not finite at step {self.step} ({terms}), in {self.in_a_row} step(s) in a row; "
+                raise UserError(f"{culprit} is not finite at step {self.step} ({terms}), in {self.in_a_row} step(s) in a row; "
                                "no weight was changed by them and the last checkpoint is intact. Lower --learning-rate, use "
                                "--mixed-precision bf16, or allow more of them with --max-skipped-steps.")
             logger.info(f"step {self.step} is skipped: {culprit} is not finite ({terms})")

@@ -7,48 +7,19 @@ For use elsewhere the EMA alone is exported to safetensors, with {"steps": N, "a
 import argparse
 import json
 import logging
-import os
+import math
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
 
-from dataset import PIXELS
-from files import BadInput, Unreadable, atomic_write, first_line, load_tensors, read_json, reading, writing
+from models.mmdit import MMDIT_CONFIGS, MMDiT_models
+from models.sit import SIT_CONFIGS, SiT_models
+from runtime.errors import UserError, first_line
+from runtime.files import atomic_write, load_tensors, read_json, reading
 
 logger = logging.getLogger("haste")
-
-# What must be equal for a run to go on; everything else may change and is reported. `data` is the fingerprint.
-IDENTITY = ("model", "num_classes", "resolution", "qk_norm", "path_type", "prediction", "weighting", "enc_type",
-            "encoder_depth", "attn_layers", "data")
-
-
-def save_checkpoint(folder, step, state):
-    """Write `state` (plain values and tensors) as step `step`; a half-written file never has the final name.
-
-    Raises BadInput, and writes nothing, when a weight is not finite or there is no room; older files are as they were.
-    """
-    path = Path(folder) / f"{step:07d}.pt"
-    for part in ("model", "ema"):
-        for name, value in state[part].items():
-            if not value.isfinite().all():
-                raise BadInput(f"{name} of {part} is not finite at step {step}, which is not saved; the checkpoint before "
-                               "it is intact. Lower --learning-rate and run the command again.")
-    with atomic_write(path) as file:
-        torch.save({**state, "steps": step}, file)
-    return path
-
-
-def prune_checkpoints(folder, step, keep, every=0):
-    """Delete checkpoints up to `step` but for the newest `keep` (0: all) and those of multiples of `every` (0: none).
-
-    Later ones stay: --resume-step has gone back behind them, and the run will write them again.
-    """
-    past = sorted(number for number in saved_steps(folder) if number <= step)
-    for number in past[:-keep] if keep else ():
-        if not every or number % every:
-            (Path(folder) / f"{number:07d}.pt").unlink(missing_ok=True)
 
 
 def is_state(value):
@@ -90,33 +61,38 @@ ARGS = {  # the same of what is used of its args after training; all may be miss
 
 
 def check_contents(path, state, needed):
-    """Raise BadInput for one of the entries `needed` of a checkpoint, or of its args, that is not of its kind."""
+    """Raise UserError for one of the entries `needed` of a checkpoint, or of its args, that is not of its kind."""
     entries = [(repr(name), state[name], *CONTENTS[name]) for name in CONTENTS if name in state and name in needed]
     if isinstance(state["args"], dict):
         entries += [(f"{name!r} in its args", state["args"][name], *kind) for name, kind in ARGS.items()
                     if state["args"].get(name) is not None]
     for name, value, is_right, words in entries:
         if not is_right(value):
-            raise BadInput(f"{path} has a {type(value).__name__} for {name}, which is not {words}; give a checkpoint of "
+            raise UserError(f"{path} has a {type(value).__name__} for {name}, which is not {words}; give a checkpoint of "
                            "train.py.")
+
+
+def saved_steps(folder):
+    """{step: path} of all checkpoints in `folder`."""
+    return {int(path.stem): path for path in Path(folder).glob("*.pt") if path.stem.isdigit()}
 
 
 def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):
     """A checkpoint of ours or of the published code, an export, or a plain state dict (as `ema`), with `args` as a dict.
 
-    Raises BadInput when one of the keys in `needed` is not there; `verify` as in load_tensors.
+    Raises UserError when one of the keys in `needed` is not there; `verify` as in load_tensors.
     """
     path = Path(path)
     with reading(path):
         exported = path.suffix == ".safetensors" or path.is_dir()
     state = read_export(path) if exported else load_tensors(path, mmap=mmap, verify=verify)
     if not isinstance(state, dict):
-        raise BadInput(f"{path} holds a {type(state).__name__}, not a checkpoint; give a file of train.py.")
+        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint; give a file of train.py.")
     if state and all(isinstance(value, torch.Tensor) for value in state.values()):
         state = {"ema": state}
     for key in needed:
         if key not in state:
-            raise BadInput(f"{path} has no '{key}'; give a checkpoint of train.py.")
+            raise UserError(f"{path} has no '{key}'; give a checkpoint of train.py.")
     args = state.get("args", {})
     state = {**state, "args": vars(args) if isinstance(args, argparse.Namespace) else args}
     check_contents(path, state, {*needed, "args", "metrics"})
@@ -132,9 +108,9 @@ def read_export(path):
         with safetensors.safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {}).get("config", "{}"))
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path} has metadata that are no JSON ({first_line(error)}); export the checkpoint again.") from error
+        raise UserError(f"{path} has metadata that are no JSON ({first_line(error)}); export the checkpoint again.") from error
     if not isinstance(config, dict):
-        raise BadInput(f"{path} has a {type(config).__name__} as its config, not a dict; export the checkpoint again.")
+        raise UserError(f"{path} has a {type(config).__name__} as its config, not a dict; export the checkpoint again.")
     return {**config, "ema": weights}
 
 
@@ -179,58 +155,46 @@ def load_weights(module, weights, path):
     theirs = {name: tuple(value.shape) for name, value in weights.items()}
     for name in [*ours, *theirs]:
         if ours.get(name) != theirs.get(name):
-            raise BadInput(f"{path} is a checkpoint of another model: {name} is {theirs.get(name, 'missing')} there "
+            raise UserError(f"{path} is a checkpoint of another model: {name} is {theirs.get(name, 'missing')} there "
                            f"and {ours.get(name, 'unknown')} here; give the --model and options it was trained with.")
     module.load_state_dict(weights)
 
 
-def saved_steps(folder):
-    """{step: path} of all checkpoints in `folder`."""
-    return {int(path.stem): path for path in Path(folder).glob("*.pt") if path.stem.isdigit()}
+def taps(args, config):
+    """{encoder_depth, attn_layers}: where alignment taps a network of the row `config`, by the args of its training where
+    they name blocks that it has, else by the row."""
+    depth, pairs = args.get("encoder_depth"), args.get("attn_layers")
+    fits = isinstance(pairs, list) and pairs and all(
+        isinstance(pair, (list, tuple)) and [type(block) for block in pair] == [int, int] and 0 <= pair[0] < config["depth"]
+        and pair[1] >= 0 for pair in pairs)
+    return {"encoder_depth": depth if depth in range(1, config["depth"] + 1) else config["encoder_depth"],
+            "attn_layers": [list(pair) for pair in (pairs if fits else config["attn_pairs"])]}
 
 
-def read_newest(folder, step, needed):
-    """(path, state) of the checkpoint of `step` in `folder`, for 0 of the newest that can be read; None when it is empty.
+def load_network(path):
+    """(network with the EMA of `path`, in eval mode; args of its training as far as they are known, and its `taps`).
 
-    A damaged one is named in the log and the one before it is tried; when that is good, *.pt.damaged is its name from
-    then on, so that it is no longer one of those to keep. Raises BadInput when none is left.
+    `path` is whatever load_checkpoint takes. All sizes are read from the weights, so that a file without args will do.
+    Raises UserError.
     """
-    found, damaged = saved_steps(folder), []
-    if step and step not in found:
-        there = ", ".join(map(str, sorted(found))) or "none"
-        raise BadInput(f"{folder} has no checkpoint of step {step} (there: {there}); choose another --resume-step.")
-    for number in [step] if step else sorted(found, reverse=True):
-        try:
-            state = load_checkpoint(found[number], needed, verify=True)
-        except Unreadable as error:
-            if step:
-                raise
-            logger.warning(f"{error} Trying the checkpoint before it.")
-            damaged.append(found[number])
-            continue
-        for path in damaged:
-            with writing(path):
-                os.replace(path, f"{path}.damaged")
-        return found[number], state
-    if found:
-        raise BadInput(f"{folder} has no checkpoint that can be read; put a whole one there, or delete them to start anew.")
-    return None
-
-
-def check_same_run(path, saved, args):
-    """Refuse to go on with another run's checkpoint; return the other settings that changed, as (name, old, new).
-
-    Values that a checkpoint does not know, such as the data of a published one, are not compared.
-    """
-    def plain(value):
-        return [list(v) if isinstance(v, tuple) else v for v in value] if isinstance(value, (list, tuple)) else value
-
-    if "vae" in saved and "vae" in args and (PIXELS == saved["vae"]) != (PIXELS == args["vae"]):
-        raise BadInput(f"{path} was trained with --vae {saved['vae']}, and --vae is now {args['vae']}: pixels and a "
-                       "VAE's latents do not mix; use another --exp-name, or the --vae of that run.")
-    for name in IDENTITY:
-        if name in saved and name in args and plain(saved[name]) != plain(args[name]):
-            raise BadInput(f"{path} belongs to another run: {name} was {saved[name]} and is now {args[name]}; use "
-                           "another --exp-name, or the settings of that run.")
-    return [(name, saved[name], value) for name, value in args.items()
-            if name in saved and name not in IDENTITY and plain(saved[name]) != plain(value)]
+    state = load_checkpoint(path)
+    weights, args = state["ema"], state["args"]
+    is_text = "context_embedder.weight" in weights
+    landmarks = ("x_embedder.proj.weight", "pos_embed", *(() if is_text else ("y_embedder.embedding_table.weight",)))
+    if not all(name in weights for name in landmarks):
+        raise UserError(f"{path} holds the weights of neither SiT nor MMDiT; give a checkpoint of train.py or train_t2i.py.")
+    configs, networks = (MMDIT_CONFIGS, MMDiT_models) if is_text else (SIT_CONFIGS, SiT_models)
+    width, _, _, patch = weights["x_embedder.proj.weight"].shape
+    depth = 1 + max((int(name.split(".")[1]) for name in weights if "blocks." in name), default=-1)
+    fitting = [name for name, config in configs.items() if (config["depth"], config["patch_size"]) == (depth, patch)
+               and config.get("hidden_size", width) == width]
+    if not fitting:
+        raise UserError(f"{path} has {depth} blocks of width {width} and patches of {patch}, which no model here has; add its "
+                       "sizes to the table in models/.")
+    name = args["model"] if args.get("model") in fitting else fitting[0]
+    args = {**args, **taps(args, configs[name])}
+    side = patch * math.isqrt(weights["pos_embed"].shape[1])
+    network = networks[name](input_size=side, **sizes_of(weights), encoder_depth=args["encoder_depth"],
+                             attn_layers=[student for student, _ in args["attn_layers"]])
+    load_weights(network, weights, path)
+    return network.eval().requires_grad_(False), args

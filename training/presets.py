@@ -7,7 +7,7 @@ import argparse
 import sys
 import textwrap
 
-from files import BadInput
+from runtime.errors import UserError
 
 NEVER = 10 ** 9  # REPA aligns from the first step to the last
 REPA = {"attn_coeff": 0.0, "early_stop_point": NEVER}
@@ -64,7 +64,7 @@ def listing():
 def parse_with_preset(parser, script):
     """`script`'s arguments, with those of --preset in the place of the defaults; `--preset list` prints and exits.
 
-    Raises BadInput for a name that is not known or that is another script's.
+    Raises UserError for a name that is not known or that is another script's.
     """
     finder = argparse.ArgumentParser(add_help=False)
     for p in (parser, finder):
@@ -76,9 +76,9 @@ def parse_with_preset(parser, script):
         sys.exit()
     if name is not None:
         if name not in PRESETS:
-            raise BadInput(f"--preset {name} is not known; `--preset list` shows all of them.")
+            raise UserError(f"--preset {name} is not known; `--preset list` shows all of them.")
         owner, arguments, _ = PRESETS[name]
         if owner != script:
-            raise BadInput(f"--preset {name} is a run of {owner}; give it there, or choose another from `--preset list`.")
+            raise UserError(f"--preset {name} is a run of {owner}; give it there, or choose another from `--preset list`.")
         parser.set_defaults(**arguments)
     return parser.parse_args()

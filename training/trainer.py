@@ -1,4 +1,4 @@
-"""The one training loop, for classes and for text: train.py and train_t2i.py bring model, data and teacher."""
+"""The training loop, for classes and for text; train.py and train_t2i.py bring model, data and teacher."""
 import copy
 import functools
 import gc
@@ -8,63 +8,31 @@ import math
 import sys
 import time
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from PIL import Image
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from checkpoints import check_same_run, load_weights, prune_checkpoints, read_newest, save_checkpoint, saved_steps
+from data_io.loader import NOISE_STREAM, StepBatches, load_batches, load_noise
 from dataset import PIXELS, latent_scale
-from encoders import VAE, CachedTeacher, open_vae, to_device
+from encoders.teacher_cache import CachedTeacher
+from encoders.vae import VAE, open_vae
 from evaluations.during_training import Evaluation, score_names
-from files import BadInput, atomic_write, is_file, read_json, remove_temporaries
-from loader import NOISE_STREAM, StepBatches, load_batches, load_noise
 from loss import sample_t
-from metrics import Metrics, start_trackers
-from pictures import image_grid
-from preemption import EXIT_CODE, STOP, Preemption
-from processes import leave
-from runtime.setup import PROCESS_GROUP_TIMEOUT, environment
-from samplers import euler_sampler, guided
-from sharding import is_sharded, load_optimizer, shard, whole, whole_module, whole_state
-from speed import check_compiler, give_back_memory
-from trigger import MEAN, alignment_weight, is_probe, probe, trigger_columns
-
-PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_CFG = 16, 50, 4.0
+from models.checkpoint import load_weights, saved_steps
+from runtime.errors import UserError
+from runtime.files import atomic_write, is_file, read_json, remove_temporaries
+from runtime.processes import leave
+from runtime.setup import PROCESS_GROUP_TIMEOUT, check_compiler, give_back_memory, to_device
+from training.checkpointing import check_same_run, prune_checkpoints, read_newest, save_checkpoint
+from training.early_stop import MEAN, alignment_weight, is_probe, probe, trigger_columns
+from training.fsdp import is_sharded, load_optimizer, shard, whole, whole_module, whole_state
+from training.metric_log import Metrics, start_trackers
+from training.preemption import EXIT_CODE, STOP, Preemption, ignore_signals
+from training.previews import Previews
+from training.start import environment
 
 logger = logging.getLogger("haste")
-
-
-class Previews:
-    """Sample grids of the EMA, with the noise and conditions of 16 fixed entries, beside what those entries are."""
-
-    def __init__(self, args, accelerator, folder, dataset, vae, y_null):
-        self.accelerator, self.folder, self.vae = accelerator, folder, vae
-        rng = np.random.default_rng(args.seed)
-        entries = [int(i) for i in rng.permutation(len(dataset))[:PREVIEW_IMAGES]]
-        self.y = torch.stack([torch.as_tensor(dataset.condition(i)) for i in entries]).to(accelerator.device)
-        self.y_null = y_null.to(accelerator.device).expand_as(self.y)
-        self.texts = [dataset.text(i) for i in entries] if dataset.texts else None
-        moments = torch.stack([dataset.moments(i) for i in entries])
-        self.noise = torch.from_numpy(rng.standard_normal(moments.chunk(2, dim=1)[0].shape, dtype=np.float32))
-        self.truth = VAE.latents(moments, torch.zeros_like(self.noise), dataset.latent_scale)
-
-    def save(self, name, latents, step=None):
-        images = self.vae.decode(latents)
-        grid = image_grid(images, texts=self.texts)
-        with atomic_write(self.folder / f"{name}.png") as file:
-            Image.fromarray(grid).save(file, "PNG")
-        for tracker in self.accelerator.trackers:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"truth" if step is None else "samples": grid[None]}, step=step, **layout)
-
-    def make(self, ema, step):
-        velocity = guided(ema, self.y, self.y_null, PREVIEW_CFG)
-        with self.accelerator.autocast():
-            latents = euler_sampler(velocity, self.noise.to(self.accelerator.device), PREVIEW_STEPS)
-        self.save(f"{step:07d}", latents, step)
 
 
 @torch.no_grad()
@@ -214,7 +182,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
         evaluation = Evaluation(args, accelerator, dataset, vae, y_null, model.latent_shape) if scores else None
     early_stop = args.early_stop_point if fired is None else fired
     if load_teacher and step < early_stop and not dataset.images:  # the checkpoint that was to be read was damaged
-        raise BadInput(f"{run} goes on from step {step} with alignment, for which images are read; give the same command "
+        raise UserError(f"{run} goes on from step {step} with alignment, for which images are read; give the same command "
                        "again.")
     teacher = load_teacher().to(device) if load_teacher and step < early_stop else None
     if args.compile and teacher:
@@ -261,7 +229,7 @@ def train(args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null)
             split = (accelerator.process_index, accelerator.num_processes, args.gradient_accumulation_steps)
             batches = StepBatches(len(dataset), args.batch_size, seed, first, end, *split)
             pin = device.type == "cuda"
-            loader = zip(load_batches(dataset, batches, args.num_workers, pin),
+            loader = zip(load_batches(dataset, batches, args.num_workers, pin, ignore_signals),
                          load_noise(batches, model.latent_shape, pin), strict=True)
             for step in range(first, end):
                 shares = []

@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from preemption import ignore_signals
-
 AHEAD = 2  # batches in preparation per worker, as DataLoader has it
 
 
@@ -23,16 +21,16 @@ def work_ahead(work, items, threads):
             yield coming.popleft().result()
 
 
-def load_batches(dataset, batches, workers, pin):
+def load_batches(dataset, batches, workers, pin, worker_init=None):
     """Read the `batches` of `dataset`, in order and ahead of their use, into pinned memory if `pin` says so.
 
     Where something has to be decoded, by `workers` processes. Where there is only reading to do, by as many threads:
     between processes each batch would be copied and mapped once more, which takes longer than to read it, and a thread
-    that reads does not hold the interpreter. No number of either changes what a batch holds.
+    that reads does not hold the interpreter. No number of either changes what a batch holds. `worker_init` is DataLoader's worker_init_fn.
     """
     if dataset.decodes:
         yield from DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
-                              worker_init_fn=ignore_signals)
+                              worker_init_fn=worker_init)
         return
 
     def load(visits):

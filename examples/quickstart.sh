@@ -20,7 +20,7 @@ case $form in
 esac
 ending=$(printf %07d $steps)-size-$size-vae-${vae##*/}-cfg-$cfg-seed-0-ode-high-1.0
 precision=no
-python -c 'import sys, speed; sys.exit(not speed.fast_bf16())' && precision=bf16
+python -c 'import sys; from runtime import setup; sys.exit(not setup.fast_bf16())' && precision=bf16
 
 echo "To repeat a command by hand: export PATH=$(dirname "$(command -v python)"):\$PATH"
 stages=()
@@ -42,7 +42,7 @@ sampling=(--ckpt "exps/$name/checkpoints/$(printf %07d $steps).pt" --vae $vae --
     --per-proc-batch-size $batch --sample-dir samples/$name)
 
 if [ $task = classes ]; then
-    stage data python preprocessing/embedded.py --dest data/emoji --vae $vae
+    stage data python examples/emoji/prepare.py --dest data/emoji --vae $vae
     stage train python train.py --preset embedded "${training[@]}"
     stage sample python generate.py "${sampling[@]}" --num-fid-samples $images --labels balanced
     made=samples/$name/SiT-T-2-$ending
@@ -65,8 +65,8 @@ elif [ $task = cifar10 ]; then
          $made-scores.json (against $references held-out photographs)"
 else
     captions=data/emoji-captions
-    stage data python preprocessing/embedded.py --dest data/emoji
-    stage captions python preprocessing/embedded_captions.py --dest $captions --vae $vae
+    stage data python examples/emoji/prepare.py --dest data/emoji
+    stage captions python examples/emoji/captions.py --dest $captions --vae $vae
     stage train python train_t2i.py --preset embedded-t2i "${training[@]}"
     stage sample python generate_t2i.py "${sampling[@]}" --num-fid-samples $images \
         --data-dir $captions

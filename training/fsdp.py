@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from files import BadInput
+from runtime.errors import UserError
 
 logger = logging.getLogger("haste")
 
@@ -21,7 +21,7 @@ def is_sharded(accelerator):
     if accelerator.distributed_type != DistributedType.FSDP:
         return False
     if not accelerator.is_fsdp2:
-        raise BadInput("Of FSDP only version 2 is supported; set fsdp_version: 2 in accelerate's configuration, or give "
+        raise UserError("Of FSDP only version 2 is supported; set fsdp_version: 2 in accelerate's configuration, or give "
                        "accelerate launch --fsdp_version 2.")
     return True
 
@@ -50,7 +50,7 @@ def set_plugin(plugin, model):
     """Settings of accelerate's FSDP plugin with which a step has the numbers of DDP's, split by block.
 
     The user's reshard_after_forward, offloading and transformer_cls_names_to_wrap stay; activation checkpointing becomes
-    the model's own, as accelerate's renames the blocks. Raises BadInput for a class to wrap that the model has not.
+    the model's own, as accelerate's renames the blocks. Raises UserError for a class to wrap that the model has not.
     """
     plugin.cpu_ram_efficient_loading = False  # accelerate launch has it on; here every process has the weights already
     # accelerate's policy would cast weights and inputs to 16 bits, t among them, and sum gradients in them. This one leaves
@@ -60,7 +60,7 @@ def set_plugin(plugin, model):
     names = plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or list(model._no_split_modules)
     unknown = set(names) - {type(module).__name__ for module in model.modules()}
     if unknown:
-        raise BadInput(f"FSDP is to wrap {', '.join(sorted(unknown))}, which {type(model).__name__} does not have; set "
+        raise UserError(f"FSDP is to wrap {', '.join(sorted(unknown))}, which {type(model).__name__} does not have; set "
                        f"fsdp_transformer_layer_cls_to_wrap to {', '.join(model._no_split_modules)}, or leave it out.")
     if plugin.activation_checkpointing:
         plugin.activation_checkpointing, model.grad_checkpointing = False, True
@@ -113,14 +113,14 @@ def load_optimizer(optimizer, saved, path):
     """Load a whole optimizer state dict; what is shaped like its parameter is split as the parameter is.
 
     Of the saved groups only which parameters they hold counts: options, such as fused, are those of `optimizer`. Raises
-    BadInput, naming the checkpoint at `path`, for the state of other parameters.
+    UserError, naming the checkpoint at `path`, for the state of other parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     counts, theirs = ([len(group["params"]) for group in each] for each in (optimizer.param_groups, saved["param_groups"]))
     shapes = {i: value.shape for i, entry in saved["state"].items() for value in entry.values() if torch.is_tensor(value)
               and value.dim()}
     if counts != theirs or any(i >= len(parameters) or parameters[i].shape != shape for i, shape in shapes.items()):
-        raise BadInput(f"{path} has the optimizer's state of another model or optimizer, for {theirs} parameters instead "
+        raise UserError(f"{path} has the optimizer's state of another model or optimizer, for {theirs} parameters instead "
                        f"of {counts} or of other shapes; give the --model and options it was trained with.")
     groups = [{**theirs, **{name: value for name, value in ours.items() if name != "params"}}
               for theirs, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)]

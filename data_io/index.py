@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import ARRAY_ERRORS, BadInput, atomic_write, check_inside, is_file, read_json, reading
+from runtime.errors import UserError
+from runtime.files import ARRAY_ERRORS, atomic_write, check_inside, is_file, read_json, reading
 
 INDEX_FROM = 20_000        # entries; fewer are listed anew at each start, which takes no time
 SETTLED = 2.0              # seconds: what changed this recently could change again under the same time stamp
@@ -39,7 +40,7 @@ def index_of(name):
     """The number a file name ends in: '00000/img00000012.png' -> 12. Images and latents are paired by it."""
     match = re.search(r"(\d+)\.\w+$", name)
     if not match or len(match[1]) > 18:  # as many digits as int64 holds
-        raise BadInput(f"{name} has no index in its name; expected names such as 00000/img00000012.png.")
+        raise UserError(f"{name} has no index in its name; expected names such as 00000/img00000012.png.")
     return int(match[1])
 
 
@@ -82,12 +83,12 @@ def parse_labels(content, path):
         names = encoded([check_inside(name, path) for name, _ in entries or ()])
         numbers = indices_of(names)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
+        raise UserError(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
     if (different := len(np.unique(numbers))) < len(numbers):
-        raise BadInput(f"{path} has {len(numbers)} entries of {different} different indices; each image needs its own.")
+        raise UserError(f"{path} has {len(numbers)} entries of {different} different indices; each image needs its own.")
     for k, label in enumerate(labels):
         if type(label) is not int or abs(label) >= LAST_LABEL:
-            raise BadInput(f"{path}: the label of index {numbers[k]} is {label}; it must be a whole number from 0 on.")
+            raise UserError(f"{path}: the label of index {numbers[k]} is {label}; it must be a whole number from 0 on.")
     order = np.argsort(numbers)
     return numbers[order], None if entries is None else np.array(labels, np.int64)[order], names[order]
 
@@ -95,21 +96,21 @@ def parse_labels(content, path):
 def arranged(path, names, where):
     """(index, names, where) in the order of the index. names: bytes (n,), where: (n, k).
 
-    Raises BadInput where two entries have one index.
+    Raises UserError where two entries have one index.
     """
     index = indices_of(names)
     order = np.argsort(index, kind="stable")
     index, names = index[order], names[order]
     if (twice := np.flatnonzero(np.diff(index) == 0)).size:
         one, other = map(os.fsdecode, names[twice[0]:twice[0] + 2])
-        raise BadInput(f"{path}: {one} and {other} have one index; remove one.")
+        raise UserError(f"{path}: {one} and {other} have one index; remove one.")
     return index, names, where[order]
 
 
 def check_equal_sizes(path, names, sizes):
-    """Raise BadInput unless all files, of latents, are as large as the first: another size is another shape or a cut file."""
+    """Raise UserError unless all files, of latents, are as large as the first: another size is another shape or a cut file."""
     if (odd := np.flatnonzero(sizes != sizes[:1])).size:
-        raise BadInput(f"{path}/{os.fsdecode(names[odd[0]])} has {sizes[odd[0]]} bytes, the first latent {sizes[0]}: its "
+        raise UserError(f"{path}/{os.fsdecode(names[odd[0]])} has {sizes[odd[0]]} bytes, the first latent {sizes[0]}: its "
                        "shape is another or it is truncated; make it again.")
 
 
@@ -121,18 +122,18 @@ def labels_of(path):
 
 
 def check_labels(files, num_classes):
-    """The Listing of `files`; raises BadInput for a label outside 0 .. num_classes - 1 (None: without that limit)."""
+    """The Listing of `files`; raises UserError for a label outside 0 .. num_classes - 1 (None: without that limit)."""
     listing = files.listing
     if listing.labels is not None:
         for k in np.flatnonzero((listing.labels < 0) | (listing.labels >= (num_classes or LAST_LABEL)))[:1]:
             limits = f"a number from 0 to {num_classes - 1} (--num-classes {num_classes})" if num_classes else "0 or more"
-            raise BadInput(f"{files.path}/dataset.json: the label of index {listing.labelled[k]} is {listing.labels[k]}; it "
+            raise UserError(f"{files.path}/dataset.json: the label of index {listing.labelled[k]} is {listing.labels[k]}; it "
                            f"must be {limits}.")
     return listing
 
 
 def missing_labels(path):
-    return BadInput(f"{path} does not exist; --data-dir must hold images/ and vae-sd/, or zips of these names, each with "
+    return UserError(f"{path} does not exist; --data-dir must hold images/ and vae-sd/, or zips of these names, each with "
                     "a dataset.json.")
 
 
@@ -206,6 +207,6 @@ def indexed(cache, key, make):
     try:
         with atomic_write(cache) as file:
             np.savez(file, known=known, **arrays)
-    except BadInput as error:
+    except UserError as error:
         logger.info(f"{error} Until then the data are listed anew at each start.")
     return listing

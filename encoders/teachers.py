@@ -1,0 +1,124 @@
+"""The frozen teacher: DINOv2 of timm, with taps on the attention of some of its blocks."""
+import contextlib
+import hashlib
+import logging
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import checkpoint_filter_fn
+
+from loss import resample_qk, resample_tokens
+from models.layers import Alignment, compile_blocks
+from modify_dinov2.taps import take_attention, tap_attention
+from runtime.errors import UserError, first_line
+from runtime.files import load_tensors
+from runtime.setup import AUTOCAST, cast_weights
+
+logger = logging.getLogger("haste")
+
+# --enc-type -> (timm's name, width of its tokens)
+TEACHERS = {f"dinov2{reg}-vit-{size[0]}": (f"vit_{size}_patch14{'_reg4' if reg else ''}_dinov2", width)
+            for size, width in (("small", 384), ("base", 768), ("large", 1024), ("giant", 1536)) for reg in ("", "reg")}
+
+
+def load_vit(enc_type, weights=None):
+    """timm's frozen DINOv2 called `enc_type` (a key of TEACHERS), with weights from the hub or from the file `weights`.
+
+    A file holds timm's or torch.hub's state dict. Raises UserError for weights of another model.
+    """
+    name = TEACHERS[enc_type][0]
+    if weights is None:
+        try:
+            vit = timm.create_model(name, pretrained=True, num_classes=0)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"The weights of {enc_type} could not be fetched from the hub "
+                           f"({first_line(error)}); give a local file with --enc-weights.") from error
+    else:
+        vit = timm.create_model(name, pretrained=False, num_classes=0)
+        state = load_tensors(weights)
+        try:
+            vit.load_state_dict(checkpoint_filter_fn(state, vit))
+        except Exception as error:  # timm takes the state dict apart before it compares any shape
+            raise UserError(f"{weights} does not hold the weights of {enc_type} ({name}); give its timm or "
+                           "torch.hub file, or the matching --enc-type.") from error
+    return vit.eval().requires_grad_(False)
+
+
+class Teacher:
+    """A frozen timm ViT: images uint8 (N, 3, R, R) -> Alignment of their patch tokens.
+
+    Images are resized to patch * `grid` pixels, so that the teacher has `grid` x `grid` tokens as the student does.
+    With `input_size` they are resized to that, and the outputs are resampled to the student's grid.
+    `attn_blocks` (0-based) are the blocks whose q and k are handed out. `num_blocks` keeps only the first blocks; the
+    features are the final norm of the last one kept. Without `features` no block after the last tapped one runs.
+    `precision` is that of its products, "no" (float32), "fp16" or "bf16"; None: that of the autocast around it.
+    """
+
+    def __init__(self, vit, grid, attn_blocks=(), num_blocks=None, features=True, precision=None, input_size=None):
+        num_blocks = num_blocks or len(vit.blocks)
+        if num_blocks > len(vit.blocks) or any(not 0 <= block < num_blocks for block in attn_blocks):
+            raise UserError(f"The teacher has {len(vit.blocks)} blocks, of which {num_blocks} are to be used and "
+                           f"{list(attn_blocks)} aligned to; choose --enc-blocks and --attn-layers inside.")
+        if not features:
+            num_blocks = max(attn_blocks) + 1
+        vit.blocks = vit.blocks[:num_blocks]
+        patch = vit.patch_embed.patch_size[0]
+        if input_size and input_size % patch:
+            raise UserError(f"--enc-size {input_size} is no multiple of {patch}, the teacher's patch; change it or "
+                           "leave it out.")
+        self.grid, self.input_size = grid, input_size or grid * patch
+        vit.set_input_size((self.input_size, self.input_size))  # resamples the position table, bicubic, antialiased
+        self.vit, self.features, self.num_blocks, self.precision = vit, features, num_blocks, precision
+        self.attn_blocks = sorted(set(attn_blocks))
+        tap_attention(vit, self.attn_blocks)
+        self.mean = torch.tensor(IMAGENET_DEFAULT_MEAN).view(1, 3, 1, 1)
+        self.std = torch.tensor(IMAGENET_DEFAULT_STD).view(1, 3, 1, 1)
+
+    def to(self, device):
+        self.vit, self.mean, self.std = self.vit.to(device), self.mean.to(device), self.std.to(device)
+        return self
+
+    def compile(self):
+        """In place, block by block."""
+        compile_blocks(self.vit.blocks)
+
+    def cast(self, around):
+        """Cast weights once instead of in each call; `around` is the precision of the autocast around the calls."""
+        cast_weights(self.vit, self.precision or around)
+
+    def autocast(self, device_type):
+        """What the blocks run under."""
+        if self.precision is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device_type, AUTOCAST.get(self.precision), enabled=self.precision != "no")
+
+    @torch.no_grad()  # not inference_mode, whose results no loss could keep for its backward pass
+    def __call__(self, images):
+        x = (images.to(self.mean.device, non_blocking=True).float() / 255 - self.mean) / self.std
+        x = F.interpolate(x, size=self.input_size, mode="bicubic", align_corners=False)
+        with self.autocast(x.device.type):
+            tokens = self.vit.forward_features(x)[:, self.vit.num_prefix_tokens:]  # (N, T, C), after the final norm
+            attention = take_attention(self.vit, self.attn_blocks)
+        attention = {block: resample_qk(qk, self.grid ** 2) for block, qk in attention.items()}
+        if tokens.shape[1] != self.grid ** 2:
+            tokens = resample_tokens(tokens.float(), self.grid ** 2)
+        return Alignment([tokens] if self.features else [], attention)
+
+    def key(self):
+        """Text that changes with the weights and with everything else that shapes an output."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.vit.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
+        return f"{digest.hexdigest()} {self.input_size} {self.num_blocks} {self.grid}"
+
+    def outputs(self, alignment):
+        """{name: (N, ...)} of an Alignment of this teacher: the features, and q beside k per block."""
+        flat = {f"features{i}": value for i, value in enumerate(alignment.features)}
+        return flat | {f"block{block}": torch.stack([qk.q, qk.k], dim=1) for block, qk in alignment.attention.items()}
+
+    def names(self):
+        """Names of the outputs."""
+        return ["features0"] * self.features + [f"block{block}" for block in self.attn_blocks]

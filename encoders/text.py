@@ -1,0 +1,56 @@
+"""The frozen text encoder of captions: CLIP's text model or a BERT-like sentence encoder."""
+
+import torch
+
+from encoders.vae import loading
+from runtime.errors import UserError
+
+
+def quiet_transformers():
+    """transformers without its bars and its report of weights left out, such as CLIP's image tower."""
+    import transformers  # seconds to import, and only captions need it
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+class TextEncoder:
+    """Captions -> the last hidden states of a frozen CLIP text model or of a BERT-like sentence encoder.
+
+    `source` is a local folder or a hub name, its weights safetensors; `length` the tokens per caption (default: the
+    tokenizer's maximum, 77 for CLIP), to which every caption is padded or cut. CLIP is run as published, without an
+    attention mask: its padding repeats the end token, and causal attention keeps it out of the words. A BERT-like
+    model sees words in both directions: padding is masked, and its positions hold zeros. Raises UserError when `source`
+    cannot be loaded.
+    """
+
+    def __init__(self, source, device="cpu", length=None):
+        transformers = quiet_transformers()
+        with loading("The text encoder", source, "a folder with config.json, model.safetensors and the tokenizer"):
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+            self.is_clip = config.model_type in ("clip", "clip_text_model")
+            kind = transformers.CLIPTextModel if self.is_clip else transformers.AutoModel
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            model, info = kind.from_pretrained(source, trust_remote_code=False, use_safetensors=True,
+                                               output_loading_info=True)
+        missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)  # transformers makes them up
+        if missing:
+            raise UserError(f"The weights in {source} are not those of its config.json, {missing[0]} being missing; get "
+                           "them again.")
+        most = min(self.tokenizer.model_max_length, model.config.max_position_embeddings)
+        self.length = length or most
+        if self.length > most:
+            raise UserError(f"The text encoder {source} takes at most {most} tokens a caption, not {length}; ask for fewer.")
+        self.model, self.device = model.to(device, torch.float32).eval().requires_grad_(False), device
+        self.width = model.config.hidden_size
+
+    @torch.no_grad()
+    def __call__(self, captions):
+        """N strings -> float32 (N, L, C) on the CPU."""
+        tokens = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=self.length,
+                                return_tensors="pt").to(self.device)
+        if self.is_clip:
+            return self.model(input_ids=tokens.input_ids).last_hidden_state.cpu()
+        states = self.model(**tokens).last_hidden_state
+        return (states * tokens.attention_mask[..., None]).cpu()
+

@@ -1,0 +1,43 @@
+"""Sample grids along a run."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from encoders.vae import VAE
+from runtime.files import atomic_write
+from runtime.images import image_grid
+from samplers import euler_sampler, guided
+
+PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_CFG = 16, 50, 4.0
+
+
+class Previews:
+    """Sample grids of the EMA, with the noise and conditions of 16 fixed entries, beside what those entries are."""
+
+    def __init__(self, args, accelerator, folder, dataset, vae, y_null):
+        self.accelerator, self.folder, self.vae = accelerator, folder, vae
+        rng = np.random.default_rng(args.seed)
+        entries = [int(i) for i in rng.permutation(len(dataset))[:PREVIEW_IMAGES]]
+        self.y = torch.stack([torch.as_tensor(dataset.condition(i)) for i in entries]).to(accelerator.device)
+        self.y_null = y_null.to(accelerator.device).expand_as(self.y)
+        self.texts = [dataset.text(i) for i in entries] if dataset.texts else None
+        moments = torch.stack([dataset.moments(i) for i in entries])
+        self.noise = torch.from_numpy(rng.standard_normal(moments.chunk(2, dim=1)[0].shape, dtype=np.float32))
+        self.truth = VAE.latents(moments, torch.zeros_like(self.noise), dataset.latent_scale)
+
+    def save(self, name, latents, step=None):
+        images = self.vae.decode(latents)
+        grid = image_grid(images, texts=self.texts)
+        with atomic_write(self.folder / f"{name}.png") as file:
+            Image.fromarray(grid).save(file, "PNG")
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"truth" if step is None else "samples": grid[None]}, step=step, **layout)
+
+    def make(self, ema, step):
+        velocity = guided(ema, self.y, self.y_null, PREVIEW_CFG)
+        with self.accelerator.autocast():
+            latents = euler_sampler(velocity, self.noise.to(self.accelerator.device), PREVIEW_STEPS)
+        self.save(f"{step:07d}", latents, step)
+

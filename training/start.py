@@ -1,0 +1,143 @@
+"""The start of a training run: what the launcher says, processes, cores, run folder and log; versions and machine."""
+import collections
+import importlib.util
+import logging
+import os
+import platform
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+)
+
+from runtime.errors import UserError
+from runtime.files import check_writable, writing
+from runtime.processes import watch_others
+from runtime.setup import PROCESS_GROUP_TIMEOUT, tune
+from runtime.versions import version
+from training.preemption import listen
+
+# Flags that accelerate's launcher or its configuration may set instead: environment variable, our default, what it may be.
+LAUNCHER = {"mixed_precision": ("ACCELERATE_MIXED_PRECISION", "fp16", ("no", "fp16", "bf16")),
+            "gradient_accumulation_steps": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1, range(1, 10 ** 6))}
+# benchmarks/README.md: a worker decodes about 150 images/s of 256 px, so 4 feed the 500 of an XL on a GPU and 10 the 1,500 of
+# a B; more only take memory. Packed data need 1.
+MOST_WORKERS = 12
+
+logger = logging.getLogger("haste")
+
+
+def take_from_launcher(args, environ):
+    """Fill in the flags of LAUNCHER that args have as None: by the launcher's variable in `environ`, else by our default.
+
+    A flag that was given wins; -> a sentence for each where the launcher says something else. Raises UserError for a value
+    of the launcher's that would be used and is none of ours. accelerate launch says precision "no" whenever it was given
+    none, so that "no" counts as nothing said.
+    """
+    differing = []
+    for name, (variable, default, allowed) in LAUNCHER.items():
+        flag, given, said = f"--{name.replace('_', '-')}", getattr(args, name), environ.get(variable, "").strip().lower()
+        if said in ("", "no"):
+            said = None
+        elif isinstance(default, int) and said.isdecimal():
+            said = int(said)
+        if given is None and said is not None and said not in allowed:
+            raise UserError(f"{variable} is {said}, set by the environment or accelerate's launcher; it must be "
+                           + (", ".join(allowed) if isinstance(allowed, tuple) else "a whole number from 1 on")
+                           + f". Change it or give {flag}, which wins.")
+        if None not in (given, said) and given != said:
+            differing.append(f"{flag} {given} is used; the launcher says {said} ({variable}).")
+        if given is None:
+            setattr(args, name, default if said is None else said)
+    return differing
+
+
+def share_of_cores(mine, everyone):
+    """Cores for a process that may run on the cores `mine` = (machine, numbers), as `everyone` = [(machine, numbers)] may.
+
+    Each core is divided among the processes that may run on it: srun gives each process cores of its own, torchrun gives
+    all of a machine the same. At least 1.
+    """
+    users = collections.Counter((machine, core) for machine, cores in everyone for core in cores)
+    machine, cores = mine
+    return max(1, int(sum(1 / users[machine, core] for core in cores) + 1e-6))
+
+
+def cores_of_this_process():
+    """share_of_cores of this process; all processes call it."""
+    numbers = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
+    mine = platform.node(), numbers
+    return share_of_cores(mine, gather_object([mine]))
+
+
+def make_accelerator(args):
+    """Accelerator and run folder. fp16 needs a GPU: on a CPU the run is in float32, and says so.
+
+    Fills in what args leave to the launcher and to the machine: mixed_precision, gradient_accumulation_steps, num_workers.
+    """
+    listen()
+    run = Path(args.output_dir) / args.exp_name
+    differing = take_from_launcher(args, os.environ)
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        raise UserError(f"--report-to {args.report_to} needs the package {args.report_to}; install it, or give --report-to none.")
+    precision = args.mixed_precision if torch.cuda.is_available() or args.mixed_precision != "fp16" else "no"
+    if args.compile:  # a block is compiled by itself; made for whole models, this would cut each at DDP's buckets
+        torch._dynamo.config.optimize_ddp = False
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # several processes without a GPU are a group only when told so
+        # Gradients live in DDP's buckets, not beside them; the only buffers are constant. No static_graph: without
+        # find_unused_parameters DDP does not walk the graph, so there is nothing to save.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT),
+                         DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        # As a plugin: the plain argument would give way to the launcher's variable.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
+        mixed_precision=precision, log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir,
+                                            logging_dir=str(Path(args.output_dir) / args.logging_dir)))
+    watch_others()
+    split = accelerator.num_processes * args.gradient_accumulation_steps
+    if args.batch_size < 1 or args.batch_size % split:
+        raise UserError(f"--batch-size {args.batch_size} is global and must divide by processes x accumulation = {split}; "
+                       "change one of them.")
+    if args.enc_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--enc-precision fp16 needs a GPU; use bf16 or no.")
+    if args.early_stop_trigger == "gradient" and args.trigger_samples % accelerator.num_processes:
+        raise UserError(f"--trigger-samples {args.trigger_samples} must divide by the number of processes = "
+                       f"{accelerator.num_processes}; change it.")
+    if args.num_workers is None:
+        args.num_workers = min(MOST_WORKERS, cores_of_this_process())
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
+    logging.raiseExceptions = False  # a full disk costs log.txt its lines, not the run
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    if accelerator.is_main_process:
+        with writing(run / "log.txt"):
+            run.mkdir(parents=True, exist_ok=True)
+            logger.handlers = [logging.FileHandler(run / "log.txt")]
+        logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logger.info("started")  # the last line tells how the newest start has ended
+        for folder in ["checkpoints"] + ["previews"] * bool(args.sampling_steps):  # rather than after the first steps
+            check_writable(run / folder)
+    for sentence in differing:
+        logger.warning(sentence)
+    if precision != args.mixed_precision:
+        logger.warning("--mixed-precision fp16 needs a GPU: training in float32 on this CPU.")
+    tune(accelerator.num_processes, args.allow_tf32)
+    return accelerator, run
+
+
+def environment(accelerator):
+    """Versions and machine, for args.json: the newest start's. No run is told from another by them."""
+    device, gpu = accelerator.device, accelerator.device.type == "cuda"
+    packages = ("accelerate", "timm", "diffusers", "transformers", "numpy")
+    return {"device": torch.cuda.get_device_name(device) if gpu else f"CPU, {platform.machine()}",
+            "processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
+            "CPU cores": os.cpu_count(), "threads a process": torch.get_num_threads(),
+            "python": platform.python_version(), "torch": str(torch.__version__),
+            **{name: version(name) for name in packages},
+            **({"CUDA": torch.version.cuda} if gpu else {}), "system": platform.platform()}
