@@ -1,5 +1,7 @@
 """The losses of HASTE (arXiv 2505.16792): velocity matching, feature alignment and attention alignment."""
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -146,12 +148,54 @@ def attention_loss(student, teacher, num_heads=12, tile=attention_tile):
     return torch.stack(losses).mean()
 
 
+def feature_term(loss_fn, student, teacher):
+    """feature_loss of each teacher, averaged."""
+    losses = [feature_loss(p, z) for p, z in zip(student.features, teacher.features, strict=True)]
+    return torch.stack(losses).mean()
+
+
+def attention_term(loss_fn, student, teacher):
+    """attention_loss over the pairs of blocks."""
+    return attention_loss([student.attention[block] for block, _ in loss_fn.attn_pairs],
+                          [teacher.attention[block] for _, block in loss_fn.attn_pairs], loss_fn.num_heads, loss_fn.tile)
+
+
+class AlignmentLoss(NamedTuple):
+    """A row of ALIGNMENT_LOSSES."""
+    flag: str           # of its weight in the total loss: "proj_coeff" is --proj-coeff
+    default: float      # of that weight
+    taps: str           # what it compares: "features" or "attention" of an Alignment
+    function: Callable  # (SILoss, student's Alignment, teacher's Alignment) -> float32 scalar
+    help: str
+
+
+# All that knows of an alignment loss reads this table: flags, training step, metrics.csv, trigger, curves, report.
+ALIGNMENT_LOSSES = {
+    "feature": AlignmentLoss("proj_coeff", 0.5, "features", feature_term, "weight of the feature loss"),
+    "attention": AlignmentLoss("attn_coeff", 0.5, "attention", attention_term, "weight of the attention loss"),
+}
+
+
+def uses(weights, taps):
+    """Whether a loss of `weights`, {name: weight}, compares `taps`, "features" or "attention"."""
+    return any(weight > 0 and ALIGNMENT_LOSSES[name].taps == taps for name, weight in weights.items())
+
+
+def weighted_sum(terms, weights, factor=1.0, start=0.0):
+    """start + the sum of factor * weight * term over `weights`, {name: weight}: the total loss, for start = denoising's."""
+    return sum((factor * weight * terms[name] for name, weight in weights.items()), start)
+
+
 class SILoss:
-    """All losses of one batch. `attn_pairs` = (student block, teacher block), 0-based; () leaves attention out."""
+    """All losses of one batch.
+
+    attn_pairs: (student block, teacher block), 0-based; () leaves attention out. `terms` names the rows of
+    ALIGNMENT_LOSSES that are computed.
+    """
 
     def __init__(self, path_type="linear", weighting="uniform", attn_pairs=((4, 8), (5, 9), (6, 10), (7, 11)),
-                 num_heads=12):
-        self.path_type, self.weighting = path_type, weighting
+                 num_heads=12, terms=tuple(ALIGNMENT_LOSSES)):
+        self.path_type, self.weighting, self.terms = path_type, weighting, terms
         self.attn_pairs, self.num_heads, self.tile = tuple(attn_pairs), num_heads, attention_tile
 
     def compile(self):
@@ -159,10 +203,10 @@ class SILoss:
         self.tile = torch.compile(attention_tile, dynamic=False)
 
     def __call__(self, model, x, y, teacher=None, t=None, noise=None):
-        """Latents x (N, C, R, R), condition y -> dict(denoise (N,), feature scalar, attention scalar), float32.
+        """Latents x (N, C, R, R), condition y -> dict(denoise (N,), and a scalar per name of `terms`), float32.
 
-        `teacher` is an Alignment of the same images, or None in Phase II: then there is only `denoise` and no tap is
-        open. `t` (N,) and `noise` like x are drawn when not given.
+        `teacher` is an Alignment of the same images, or None in Phase II: then there is only `denoise`, and the model
+        hands out no alignment. A loss whose taps are empty is 0. `t` (N,) and `noise`, like x, are drawn when not given.
         """
         if t is None:
             t = sample_t(torch.rand(len(x), device=x.device), self.weighting, self.path_type)
@@ -174,13 +218,10 @@ class SILoss:
             return {"denoise": mean_flat((model(x_t, t, y).float() - target) ** 2)}
         v, student = model(x_t, t, y, return_alignment=True)
         losses = {"denoise": mean_flat((v.float() - target) ** 2)}
-        zero = losses["denoise"].new_zeros(())
-        features = [feature_loss(p, z) for p, z in zip(student.features, teacher.features, strict=True)] \
-            if student.features else [zero]
-        losses["feature"] = torch.stack(features).mean()
-        losses["attention"] = attention_loss(
-            [student.attention[s] for s, _ in self.attn_pairs], [teacher.attention[e] for _, e in self.attn_pairs],
-            self.num_heads, self.tile) if self.attn_pairs else zero
+        tapped = {"features": student.features, "attention": self.attn_pairs}
+        for name in self.terms:
+            row = ALIGNMENT_LOSSES[name]
+            losses[name] = row.function(self, student, teacher) if tapped[row.taps] else x.new_zeros(())
         return losses
 
 

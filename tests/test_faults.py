@@ -15,7 +15,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 
-import train
+import dataset
 from models import checkpoint as checkpoints
 from models.checkpoint import saved_steps
 from models.layers import TimestepEmbedder
@@ -23,6 +23,7 @@ from tests.conftest import CLASSES, CPU, ROOT, SERVER, checkpoint, metrics, scri
 from tests.test_generate import arguments as generate_arguments
 from tests.test_generate import make_checkpoint, pictures
 from tests.test_resume import assert_same_run, assert_same_state
+from training import checkpointing
 from training import trainer as training
 from training.preemption import EXIT_CODE, STOPPED_EARLY
 
@@ -117,8 +118,8 @@ def test_a_stuck_loader_process_ends_with_the_run(tiny_data, tmp_path):
 def stuck_reader():
     """The loader process stops in its fifth batch, which the steps before do not need."""
     slow_steps()
-    main, calls, moments = os.getpid(), itertools.count(), train.LatentImages.moments
-    train.LatentImages.moments = lambda self, i: time.sleep(
+    main, calls, moments = os.getpid(), itertools.count(), dataset.LatentImages.moments
+    dataset.LatentImages.moments = lambda self, i: time.sleep(
         60 if os.getpid() != main and next(calls) > 4 * 8 else 0) or moments(self, i)
 
 
@@ -189,7 +190,7 @@ def test_a_signal_before_the_first_step(tiny_data, tmp_path, number):
 
 
 def slow_start():
-    training.read_newest = lambda *_: time.sleep(60)
+    checkpointing.read_newest = lambda *_: time.sleep(60)
 
 
 ENDED = "error: another process of this run has ended before its time; what it says tells why.\n"

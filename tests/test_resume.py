@@ -14,6 +14,7 @@ from models.checkpoint import saved_steps
 from runtime.errors import UserError
 from runtime.files import atomic_write
 from tests.conftest import call_main, checkpoint, metrics, script, train_arguments
+from training import start
 from training.checkpointing import prune_checkpoints, read_newest, save_checkpoint
 from training.metric_log import Metrics
 
@@ -110,7 +111,7 @@ def test_a_run_of_the_older_noise_stream_goes_on_and_says_so_once(monkeypatch, t
 @pytest.fixture
 def scaled(monkeypatch):
     """A loss scaler on the CPU, which fp16 has on a GPU; every second step its scale doubles."""
-    make = train.make_accelerator
+    make = start.make_accelerator
 
     def make_accelerator(args):
         accelerator, folder = make(args)
@@ -118,7 +119,7 @@ def scaled(monkeypatch):
         accelerator.unscale_gradients = lambda: [accelerator.scaler.unscale_(o.optimizer) for o in accelerator._optimizers]
         return accelerator, folder
 
-    monkeypatch.setattr(train, "make_accelerator", make_accelerator)
+    monkeypatch.setattr(start, "make_accelerator", make_accelerator)
 
 
 def test_scaler_goes_on(monkeypatch, scaled, tiny_data, tmp_path):
@@ -137,14 +138,14 @@ def test_scaler_goes_on(monkeypatch, scaled, tiny_data, tmp_path):
 
 def break_loss(monkeypatch, *steps, term="denoise"):
     """The loss of these steps (1-based, of the next run) is not a number."""
-    plain, calls = train.SILoss.__call__, []
+    plain, calls = loss.SILoss.__call__, []
 
     def broken(self, *args):
         calls.append(1)
         losses = plain(self, *args)
         return {**losses, term: losses[term] * float("nan")} if len(calls) in steps else losses
 
-    monkeypatch.setattr(train.SILoss, "__call__", broken)
+    monkeypatch.setattr(loss.SILoss, "__call__", broken)
 
 
 def test_a_skipped_step_changes_no_weight(monkeypatch, tiny_data, tmp_path):

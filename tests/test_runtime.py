@@ -25,7 +25,7 @@ from tests.test_models import nano_models
 from training import start as setup
 from training.fsdp import set_plugin
 from training.start import MOST_WORKERS, share_of_cores, take_from_launcher
-from training.trainer import backward_and_step
+from training.step import backward_and_step
 
 
 def settings_of(out):

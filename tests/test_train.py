@@ -32,7 +32,9 @@ from tests.conftest import (
     train_arguments,
     write_tiny_data,
 )
+from training import start
 from training import trainer as training
+from training.config import add_training_flags, finalize_args
 
 
 def run(monkeypatch, *arguments):
@@ -63,7 +65,7 @@ def test_the_teacher_is_cast_once(monkeypatch, tiny_data, teacher_file, tmp_path
 def test_both_phases(monkeypatch, tiny_data, teacher_file, tmp_path):
     """The teacher is called exactly early-stop-point times; loss terms and images are there before and gone after."""
     calls, teachers, freed = count_teacher(monkeypatch), [], []
-    load_vit, update_ema = train.load_vit, training.update_ema
+    load_vit, update_ema = start.load_vit, training.update_ema
 
     def load(*args):
         vit = load_vit(*args)
@@ -72,7 +74,7 @@ def test_both_phases(monkeypatch, tiny_data, teacher_file, tmp_path):
 
     decode_image, images = dataset.decode_image, []
     monkeypatch.setattr(dataset, "decode_image", lambda *args: images.append(1) or decode_image(*args))
-    monkeypatch.setattr(train, "load_vit", load)
+    monkeypatch.setattr(start, "load_vit", load)
     monkeypatch.setattr(training, "update_ema", lambda *args: freed.append(teachers[0]() is None) or update_ema(*args))
     run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, "--early-stop-point", 4,
                                       "--checkpointing-steps", 4))
@@ -280,10 +282,10 @@ def test_defaults_follow_the_model_and_resolution():
     for model, resolution, depth, early_stop in (("SiT-XL/2", 256, 8, 250_000), ("SiT-XL/2", 512, 8, 300_000),
                                                  ("SiT-B/2", 256, 5, 100_000)):
         parser = argparse.ArgumentParser()
-        train.add_training_arguments(parser)
+        add_training_flags(parser)
         args = parser.parse_args(["--exp-name", "x", "--resolution", str(resolution)])
         args.encoder_depth = args.early_stop_point = None
-        train.resolve(args, SIT_CONFIGS[model])
+        finalize_args(args, SIT_CONFIGS[model])
         assert (args.encoder_depth, args.early_stop_point) == (depth, early_stop)
         assert args.attn_layers == [list(pair) for pair in SIT_CONFIGS[model]["attn_pairs"]]
 
@@ -323,7 +325,7 @@ def test_scores_while_training(monkeypatch, data, scorer, tmp_path):
 
 def test_scores_are_those_of_the_samples(monkeypatch, data, scorer, tmp_path):
     """Shares of 4 + 2 images, made by two processes or in one batch, are the same six images."""
-    entries = train.LatentImages(data, 64, CLASSES)
+    entries = dataset.LatentImages(data, 64, CLASSES)
     found = []
     for size, spans in ((8, [(0, 6)]), (4, [(0, 4), (4, 6)])):
         args = argparse.Namespace(seed=0, batch_size=size, gradient_accumulation_steps=1, resolution=64, eval_samples=6,

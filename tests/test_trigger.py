@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import dataset
+import loss
 import train
 import train_t2i
 from data_io.loader import step_noise
 from encoders.teachers import Teacher, load_vit
+from models.sit import SiT_models
 from tests.conftest import (
     CLASSES,
     call_main,
@@ -22,8 +24,9 @@ from tests.conftest import (
     write_tiny_captions,
 )
 from tests.test_resume import assert_same_state, log, scaled  # noqa: F401 - a fixture
+from training import start
 from training import trainer as training
-from training.early_stop import alignment_weight
+from training.early_stop import align_decay
 
 TIMES = (0.05, 0.5, 0.9)
 TRIGGER = ["--early-stop-trigger", "gradient", "--trigger-start", 3, "--trigger-every", 2, "--trigger-samples", 12,
@@ -70,8 +73,8 @@ def written_out(model, block, items, y_null, teacher, pairs, coefficients, sampl
             entropies.append(-(theirs * ours.log()).sum(-1).mean())
         attention = sum(entropies) / len(entropies)
         a, b = (torch.cat([torch.zeros(p.numel()).double() if g is None else g.flatten().double() for p, g in zip(
-            block.parameters(), torch.autograd.grad(loss, block.parameters(), retain_graph=True, allow_unused=True), strict=True)])
-            for loss in (coefficients[0] * feature + coefficients[1] * attention, denoise))
+            block.parameters(), torch.autograd.grad(term, block.parameters(), retain_graph=True, allow_unused=True), strict=True)])
+            for term in (coefficients[0] * feature + coefficients[1] * attention, denoise))
         found.append(float((a * b).sum() / (a * a).sum().sqrt() / (b * b).sum().sqrt()))
     return [sum(found) / len(found), *found]
 
@@ -87,9 +90,9 @@ def test_cosines_are_the_written_out_ones(monkeypatch, tiny_data, teacher_file, 
         script("train.py", *arguments, processes=2, before="tests.test_faults.fsdp_on_a_cpu" if how == "FSDP" else None)
     else:
         run(monkeypatch, *arguments)
-    model = train.SiT_models["SiT-N/2"](input_size=16, num_classes=CLASSES, z_dims=(48,))
+    model = SiT_models["SiT-N/2"](input_size=16, num_classes=CLASSES, z_dims=(48,))
     model.load_state_dict(checkpoint(tmp_path, 3)["model"])
-    expected = written_out(model, model.blocks[1], train.LatentImages(tiny_data, 64, CLASSES), torch.tensor(CLASSES),
+    expected = written_out(model, model.blocks[1], dataset.LatentImages(tiny_data, 64, CLASSES), torch.tensor(CLASSES),
                            Teacher(load_vit("dinov2-vit-n", teacher_file), 8, [7, 9], 10), ((0, 7), (1, 9)), (0.5, 0.2))
     first, _, last = metrics(tmp_path)
     assert cosines(last) == pytest.approx(expected, abs=1e-2 if how == "cache" else 1e-5)
@@ -124,14 +127,14 @@ def test_one_loss_alone(monkeypatch, tiny_data, teacher_file, tmp_path, coeffici
 
 def tie_alignment_to_denoising(monkeypatch, sign):
     """The feature loss becomes `sign` times the denoising loss, and the attention loss nothing: gradients agree, or conflict."""
-    plain = train.SILoss.__call__
+    plain = loss.SILoss.__call__
 
     def tied(self, *args):
         losses = plain(self, *args)
         return {**losses, "feature": sign * losses["denoise"].mean(), "attention": 0 * losses["attention"]} \
             if "feature" in losses else losses
 
-    monkeypatch.setattr(train.SILoss, "__call__", tied)
+    monkeypatch.setattr(loss.SILoss, "__call__", tied)
 
 
 def test_conflict_ends_alignment(monkeypatch, tiny_data, teacher_file, tmp_path):
@@ -150,7 +153,7 @@ def test_conflict_ends_alignment(monkeypatch, tiny_data, teacher_file, tmp_path)
         assert_same_state(a[part], b[part])
     assert checkpoint(tmp_path / "gradient", 3)["trigger_fired"] == a["trigger_fired"] == 3 and b["trigger_fired"] is None
     # What was recorded holds for the gradient trigger alone: a step that is typed decides by itself.
-    monkeypatch.setattr(train, "load_vit", None)
+    monkeypatch.setattr(start, "load_vit", None)
     run(monkeypatch, *train_arguments(tiny_data, tmp_path / "gradient", *more, *TRIGGER, "--max-train-steps", 7))
     with pytest.raises(TypeError):
         run(monkeypatch, *train_arguments(tiny_data, tmp_path / "gradient", *more, "--max-train-steps", 8))
@@ -176,19 +179,18 @@ def states(accelerator, model):
 
 def test_a_comparison_changes_nothing(monkeypatch, scaled, tiny_data, teacher_file, tmp_path):  # noqa: F811
     """No random stream, gradient or loss scale; so weights, averages and optimizer are those of a run without, bit for bit."""
-    plain, compared = training.probe, []
+    plain, compared = training.gradient_cosine, []
 
-    def watched(args, accelerator, *rest):
-        model = rest[-2]
-        before = states(accelerator, model)
-        measured = plain(args, accelerator, *rest)
-        assert_same_state(before, states(accelerator, model))
-        assert all(parameter.grad is None for parameter in model.parameters())
+    def watched(trainer):
+        before = states(trainer.accelerator, trainer.model)
+        measured = plain(trainer)
+        assert_same_state(before, states(trainer.accelerator, trainer.model))
+        assert all(parameter.grad is None for parameter in trainer.model.parameters())
         return compared.append(1) or measured
 
     more = ["--enc-weights", teacher_file, "--gradient-accumulation-steps", 2, "--mixed-precision", "bf16"]
     run(monkeypatch, *train_arguments(tiny_data, tmp_path / "without", *more))
-    monkeypatch.setattr(training, "probe", watched)
+    monkeypatch.setattr(training, "gradient_cosine", watched)
     run(monkeypatch, *train_arguments(tiny_data, tmp_path / "with", *more, *TRIGGER, *NEVER, "--log-every", 4))
     a, b = (checkpoint(tmp_path / name, 6) for name in ("without", "with"))
     for part in ("model", "ema", "opt", "scaler"):
@@ -226,10 +228,10 @@ def test_samples_divide_by_the_processes(tiny_data, teacher_file, tmp_path):
 
 # ---- decay ----
 
-def test_alignment_weight():
-    assert [alignment_weight("none", step, 8) for step in (0, 7)] == [1, 1]
-    assert [alignment_weight("linear", step, 8) for step in (0, 2, 4, 7, 8)] == [1, 0.75, 0.5, 0.125, 0]
-    assert [alignment_weight("cosine", step, 8) for step in (0, 2, 4, 6, 8)] == pytest.approx(
+def test_align_decay():
+    assert [align_decay("none", step, 8) for step in (0, 7)] == [1, 1]
+    assert [align_decay("linear", step, 8) for step in (0, 2, 4, 7, 8)] == [1, 0.75, 0.5, 0.125, 0]
+    assert [align_decay("cosine", step, 8) for step in (0, 2, 4, 6, 8)] == pytest.approx(
         [1, 0.5 + 0.5 ** 1.5, 0.5, 0.5 - 0.5 ** 1.5, 0])
 
 

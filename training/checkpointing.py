@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from dataset import PIXELS
 from models.checkpoint import load_checkpoint, saved_steps
@@ -18,7 +19,7 @@ MUST_MATCH_ON_RESUME = ("model", "num_classes", "resolution", "qk_norm", "path_t
 
 
 def save_checkpoint(folder, step, state):
-    """Write `state` (plain values and tensors) as step `step`; a half-written file never has the final name.
+    """Write `state`, plain values and tensors, as the checkpoint of `step`, atomically.
 
     Raises UserError, and writes nothing, when a weight is not finite or there is no room; older files are as they were.
     """
@@ -36,7 +37,7 @@ def save_checkpoint(folder, step, state):
 def prune_checkpoints(folder, step, keep, every=0):
     """Delete checkpoints up to `step` but for the newest `keep` (0: all) and those of multiples of `every` (0: none).
 
-    Later ones stay: --resume-step has gone back behind them, and the run will write them again.
+    Later ones stay: --resume-step went back behind them, and the run will write them again.
     """
     past = sorted(number for number in saved_steps(folder) if number <= step)
     for number in past[:-keep] if keep else ():
@@ -45,10 +46,10 @@ def prune_checkpoints(folder, step, keep, every=0):
 
 
 def read_newest(folder, step, needed):
-    """(path, state) of the checkpoint of `step` in `folder`, for 0 of the newest that can be read; None when it is empty.
+    """(path, state) of the checkpoint of `step` in `folder`; 0: the newest that can be read. None if there is none.
 
-    A damaged one is named in the log and the one before it is tried; when that is good, *.pt.damaged is its name from
-    then on, so that it is no longer one of those to keep. Raises UserError when none is left.
+    For a damaged one, log it and try the one before; if that is good, rename the damaged one to *.pt.damaged, so that
+    pruning no longer counts it. Raises UserError when none is left.
     """
     found, damaged = saved_steps(folder), []
     if step and step not in found:
@@ -70,6 +71,22 @@ def read_newest(folder, step, needed):
     if found:
         raise UserError(f"{folder} has no checkpoint that can be read; put a whole one there, or delete them to start anew.")
     return None
+
+
+def read_for_all(accelerator, folder, step, needed):
+    """read_newest for all processes: rank 0 picks the checkpoint; all ranks load it, or raise."""
+    found = read_newest(folder, step, needed) if accelerator.is_main_process else None
+    [chosen] = broadcast_object_list([found and int(found[0].stem)])
+    return found if accelerator.is_main_process or chosen is None else read_newest(folder, chosen, needed)
+
+
+def describe_resume(path, saved, changed):
+    """Log the checkpoint, the settings that changed, and what they mean for the numbers."""
+    logger.info(f"continuing from {path}" + "".join(f"; {name} was {old}, is {new}" for name, old, new in changed))
+    if {"processes", "gradient_accumulation_steps"} & {name for name, _, _ in changed}:
+        logger.info("data, noise and order stay the same; sums over the batch are rounded in another order from here on")
+    if "noise_stream" not in saved:
+        logger.info("the noise stream has changed since: timesteps, noise and condition drop are other numbers from here on")
 
 
 def check_same_run(path, saved, args):

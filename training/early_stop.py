@@ -12,89 +12,91 @@ from accelerate.utils import broadcast
 from torch.utils.data import default_collate
 
 from data_io.loader import StepBatches, step_noise
+from loss import weighted_sum
 from runtime.errors import UserError
 from runtime.setup import to_device
 from training.fsdp import is_sharded, whole
 
-MEAN = "cosine"  # the column that decides; those of the single timesteps are cosine_0.02 and so on
+COSINE_COLUMN = "cosine"  # the mean, which decides; those of the single timesteps are cosine_0.02 and so on
 HEADROOM = 16  # fp16: gradients are scaled by that much less than in training, as nothing halves the scale here
 
 logger = logging.getLogger("haste")
 
 
-def alignment_weight(decay, step, end):
-    """Factor on the weights of both alignment losses at `step` of Phase I, which ends at step `end` at the latest.
+def align_decay(kind, step, end):
+    """Factor on the alignment losses at `step` of Phase I, which ends at step `end` at the latest.
 
     none: 1. linear: 1 - step / end. cosine: (1 + cos(pi step / end)) / 2.
     """
-    if decay == "none":
+    if kind == "none":
         return 1.0
-    return 1 - step / end if decay == "linear" else (1 + math.cos(math.pi * step / end)) / 2
+    return 1 - step / end if kind == "linear" else (1 + math.cos(math.pi * step / end)) / 2
 
 
-def check_trigger(args):
-    """Fill in --trigger-block of args that ask for the gradient trigger; raises UserError for what can never decide."""
-    if args.enc_type == "none":
+def check_trigger(args, reached):
+    """Fill in --trigger-block; raises UserError for a trigger that can never decide.
+
+    `reached` is the deepest block, 1-based, that has a gradient of an alignment loss; 0 if there is no such loss.
+    """
+    if not reached:
         raise UserError("--early-stop-trigger gradient compares the gradient of an alignment loss, and this run has none; "
-                       "give --enc-type and a coefficient above 0, or leave the trigger at step.")
-    reached = max([args.encoder_depth] * (args.proj_coeff > 0)
-                  + [student + 1 for student, _ in args.attn_layers] * (args.attn_coeff > 0))
+                        "give --enc-type and a coefficient above 0, or leave the trigger at step.")
     args.trigger_block = args.trigger_block or reached
     if args.trigger_block > reached:
-        raise UserError(f"--trigger-block {args.trigger_block} has no gradient of the alignment loss, which reaches the blocks "
-                       f"1 to {reached}; choose one of them.")
-    times = args.trigger_timesteps
-    if len(set(trigger_columns(args))) <= len(times) or not all(0 <= t <= 1 for t in times):
-        raise UserError(f"--trigger-timesteps {' '.join(map(str, times))} must be different numbers from 0 to 1.")
+        raise UserError(f"--trigger-block {args.trigger_block} has no gradient of the alignment loss, which reaches the "
+                        f"blocks 1 to {reached}; choose one of them.")
+    if len(set(trigger_columns(args))) <= len(args.trigger_timesteps):
+        times = " ".join(map(str, args.trigger_timesteps))
+        raise UserError(f"--trigger-timesteps {times} must be different numbers from 0 to 1.")
     if args.trigger_start >= args.early_stop_point:
-        raise UserError(f"--trigger-start {args.trigger_start} is not before --early-stop-point {args.early_stop_point}, where "
-                       "alignment ends in any case; lower the one or raise the other.")
+        raise UserError(f"--trigger-start {args.trigger_start} is not before --early-stop-point {args.early_stop_point}, "
+                        "where alignment ends in any case; lower the one or raise the other.")
 
 
 def trigger_columns(args):
-    """Names of what `probe` measures, for metrics.csv."""
+    """Columns of metrics.csv for what gradient_cosine measures."""
     gradient = args.early_stop_trigger == "gradient"
-    return [MEAN, *(f"{MEAN}_{t:g}" for t in args.trigger_timesteps)] if gradient else []
+    return [COSINE_COLUMN, *(f"{COSINE_COLUMN}_{t:g}" for t in args.trigger_timesteps)] if gradient else []
 
 
-def is_probe(args, done):
-    """Whether the gradients are compared after `done` steps of Phase I."""
-    since = done - args.trigger_start
+def is_trigger_step(args, step):
+    """Whether the gradients are compared after `step` steps of Phase I."""
+    since = step - args.trigger_start
     return (args.early_stop_trigger == "gradient" and since >= 0 and since % args.trigger_every == 0
-            and done < args.early_stop_point)
+            and step < args.early_stop_point)
 
 
-def probe(args, accelerator, dataset, loss_fn, inputs, done, model, teacher):
+def gradient_cosine(trainer):
     """{column: cosine}, the same on all processes, which call it together, each with its part of the images.
 
-    Per timestep t of args.trigger_timesteps: the cosine between the gradients of proj_coeff L_feat + attn_coeff L_attn and
-    of L_diff, both at t, by all weights of block args.trigger_block (0 where a loss does not reach). Each is the gradient
-    of the mean over all args.trigger_samples images, summed over micro-batches and processes before the two are compared:
-    cosines of single batches are pulled towards 0 by each batch's noise, the more so the smaller it is. What decides is the
-    mean of the cosines over the timesteps. Images, captions, condition drop and noise are those that step 0 of a run with
-    so many images a step sees, the same at every probe, so that the cosines of a run differ by its weights alone.
+    Per timestep t: the cosine between the gradients of the weighted alignment losses and of L_diff, both at t, by all
+    weights of block args.trigger_block (0 where a loss does not reach). Each gradient is that of the mean over all
+    args.trigger_samples images, summed over micro-batches and processes before the two are compared: the noise of a
+    small batch would pull its cosine towards 0. The mean over the timesteps decides.
 
-    `inputs(teacher, batch, draws)` -> latents, condition and the teacher's Alignment as in training; `model` is the bare
-    one, not DDP's. Neither gradients, nor random streams, nor fp16's scaler are changed: a run that probes and goes on is
-    bit for bit the run that does not.
+    Images, captions, condition drop and noise are those of step 0 of a run with so many images a step, the same each
+    time, so that the cosines of a run differ by its weights alone. Gradients, random streams and fp16's scaler are left
+    as they are: a run that compares and goes on is bit for bit the run that does not.
     """
+    args, accelerator, model = trainer.args, trainer.accelerator, trainer.model
     process, processes = accelerator.process_index, accelerator.num_processes
-    batches = StepBatches(len(dataset), args.trigger_samples, args.seed, 0, 1, process, processes)
-    [visits], draws = batches, step_noise(args.seed, 0, *batches.places, model.latent_shape)
+    order = StepBatches(len(trainer.dataset), args.trigger_samples, args.seed, 0, 1, process, processes)
+    [samples], draws = order, step_noise(args.seed, 0, *order.places, model.latent_shape)
     micro = args.batch_size // (processes * args.gradient_accumulation_steps)
-    parameters = list((model.blocks if hasattr(model, "blocks") else model.joint_blocks)[args.trigger_block - 1].parameters())
+    blocks = model.blocks if hasattr(model, "blocks") else model.joint_blocks
+    parameters = list(blocks[args.trigger_block - 1].parameters())
     sums = torch.zeros(len(args.trigger_timesteps), 2, sum(p.numel() for p in parameters), device=accelerator.device)
     scale = accelerator.scaler.get_scale() / HEADROOM if accelerator.scaler is not None else 1.0
 
-    for start in range(0, len(visits), micro):
-        batch = default_collate([dataset[visit] for visit in visits[start:start + micro]])
+    for start in range(0, len(samples), micro):
+        batch = default_collate([trainer.dataset[sample] for sample in samples[start:start + micro]])
         mine = {name: to_device(value[start:start + micro], accelerator.device) for name, value in draws.items()}
-        x, y, target = inputs(teacher, batch, mine)
+        x, y, target = trainer.inputs(batch, mine)
         for both, t in zip(sums, args.trigger_timesteps, strict=True):
             for which, total in enumerate(both):  # a forward pass each: compiled models and FSDP allow one backward
-                terms = loss_fn(model, x, y, target, torch.full((len(x),), t, device=x.device), mine["noise"])
-                alignment = args.proj_coeff * terms["feature"] + args.attn_coeff * terms["attention"]
-                loss = (alignment, terms["denoise"].mean())[which]
+                times = torch.full((len(x),), t, device=x.device)
+                terms = trainer.loss_fn(model, x, y, target, times, mine["noise"])
+                loss = (weighted_sum(terms, trainer.weights), terms["denoise"].mean())[which]
                 total.add_(gradient(accelerator, scale * loss, model, parameters), alpha=len(x))
 
     cosines = []
@@ -104,7 +106,7 @@ def probe(args, accelerator, dataset, loss_fn, inputs, done, model, teacher):
     cosines = torch.stack(cosines)
     values = broadcast(torch.cat([cosines.mean()[None], cosines])).tolist()
     measured = dict(zip(trigger_columns(args), values, strict=True))
-    logger.info(f"step {done}: gradients of alignment and denoising by block {args.trigger_block}, "
+    logger.info(f"step {trainer.step}: gradients of alignment and denoising by block {args.trigger_block}, "
                 + ", ".join(f"{name} {value:.4f}" for name, value in measured.items()))
     return measured
 

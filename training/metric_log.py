@@ -1,4 +1,4 @@
-"""Loss terms of a run: kept on the device, checked for numbers that went wrong, written to metrics.csv and the tracker."""
+"""Loss terms of a run: kept on the device, checked for NaN and infinity, written to metrics.csv and the tracker."""
 import csv
 import logging
 import math
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
+from loss import ALIGNMENT_LOSSES
 from runtime.errors import UserError
 from runtime.files import atomic_write, check_writable, is_file, reading, writing
 
-TERMS = ("loss", "denoise", "feature", "attention", "grad_norm")
-COLUMNS = ["step", *TERMS, "skipped", "seconds"]
+TERMS = ("loss", "denoise", *ALIGNMENT_LOSSES, "grad_norm")
+COLUMNS = ["step", *TERMS, "learning_rate", "skipped", "seconds"]
 SCALER_SKIPS = 20  # in a row: each halves fp16's loss scale, which starts at 2 ** 16, so more will not help
 
 logger = logging.getLogger("haste")
@@ -46,15 +47,17 @@ def rows_of(path):
 class Metrics:
     """Loss terms of each step, kept on the device until `write` puts their means into metrics.csv and the tracker.
 
-    `state` is what a checkpoint of `start_step` has from state_dict(): the terms of the last steps, that no row has yet,
-    which took `seconds`. With them a run that was stopped anywhere writes the rows of one that was not. `scores` names
-    more columns, for what `write` is given.
+    `state`, state_dict() of the checkpoint of `start_step`, and `seconds`: metrics not yet written when the checkpoint was
+    saved, and the time since the last row. With them a run that was stopped anywhere writes the rows of one that was not.
+    `scores` names more columns, for what `write` is given.
     """
 
     def __init__(self, path, accelerator, start_step, state=None, scores=(), max_skipped=None, seconds=0.0):
         self.path, self.accelerator, self.columns = path, accelerator, [*COLUMNS, *scores]
         self.step, self.unseen = start_step, []
-        self.names, self.pending = (state["names"], list(state["rows"])) if state else (TERMS, [])
+        self.names, self.pending = TERMS, []
+        if state and state["rows"].shape[1] == len(TERMS):  # else of a version with other losses
+            self.names, self.pending = state["names"], list(state["rows"])
         self.max_skipped, self.in_a_row = max_skipped, (state or {}).get("in_a_row", 0)
         self.started = time.time() - seconds
 
@@ -73,12 +76,11 @@ class Metrics:
                                         for name in TERMS]))
         self.names = [name for name in TERMS if name in terms]
 
-    def settle(self):
-        """Look at the terms since the last look, the only sync with the device, and put them to the pending ones.
+    def flush(self):
+        """Move the terms of the steps since the last call to `pending`. This is the only sync with the device.
 
-        A step with a term that is not finite has changed no weight; it is logged. Raises UserError naming step and term
-        when there are more than `max_skipped` in a row. By default none is let pass but gradients that fp16's scale was
-        too high for, SCALER_SKIPS of them.
+        A step with a term that is not finite changed no weight; it is logged. Raises UserError, naming step and term,
+        for more than `max_skipped` in a row; by default for the first, and for SCALER_SKIPS if fp16's scale was too high.
         """
         rows = self.accelerator.reduce(torch.stack(self.unseen), reduction="mean").cpu() if self.unseen else []
         self.unseen = []
@@ -100,8 +102,8 @@ class Metrics:
         self.pending += rows
 
     def state_dict(self):
-        """For a checkpoint: the terms that no row has yet, (n, len(TERMS)). Every process calls it; raises as settle does."""
-        self.settle()
+        """For a checkpoint: the terms not written yet, (n, len(TERMS)). All processes call it; raises as flush does."""
+        self.flush()
         rows = torch.stack(self.pending) if self.pending else torch.zeros(0, len(TERMS))
         return {"names": list(self.names), "rows": rows, "in_a_row": self.in_a_row}
 
@@ -109,18 +111,19 @@ class Metrics:
         """Since the last row."""
         return time.time() - self.started
 
-    def write(self, measures=()):
-        """One row: means over the steps since the last row and all processes, {name: value}; skipped steps are counted.
+    def write(self, measures=(), **more):
+        """Write one row and return its values: means over the steps since the last row and over all processes.
 
-        What the functions `measures` return, {name: value}, goes into the same row; their time is not counted as the steps'.
+        Skipped steps are counted, not averaged. `more` values go into the same row, and what the functions `measures`
+        return, {name: value}; their time does not count as the steps'.
         """
-        self.settle()
+        self.flush()
         rows = torch.stack(self.pending)
         finite = rows.isfinite().all(dim=1)
         means = {name: value for name, value in zip(TERMS, rows[finite].mean(dim=0).tolist(), strict=True)
                  if name in self.names}
         seconds = self.seconds()
-        values = {**means, "skipped": int((~finite).sum())}
+        values = {**means, **more, "skipped": int((~finite).sum())}
         for measure in measures:
             values |= measure()
         if self.accelerator.is_main_process:

@@ -1,5 +1,6 @@
-"""The start of a training run: what the launcher says, processes, cores, run folder and log; versions and machine."""
+"""The start of a training run: what the launcher says, processes, cores, run folder, log, model and teacher."""
 import collections
+import functools
 import importlib.util
 import logging
 import os
@@ -16,19 +17,21 @@ from accelerate.utils import (
     gather_object,
 )
 
+from encoders.teachers import TEACHERS, Teacher, load_vit
+from loss import SILoss, uses
+from models.checkpoint import saved_steps
+from runtime import memory
 from runtime.errors import UserError
 from runtime.files import check_writable, writing
 from runtime.processes import watch_others
 from runtime.setup import PROCESS_GROUP_TIMEOUT, tune
-from runtime.versions import version
+from training.config import MOST_WORKERS, loss_weights
 from training.preemption import listen
+from training.trainer import Trainer
 
 # Flags that accelerate's launcher or its configuration may set instead: environment variable, our default, what it may be.
 LAUNCHER = {"mixed_precision": ("ACCELERATE_MIXED_PRECISION", "fp16", ("no", "fp16", "bf16")),
             "gradient_accumulation_steps": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1, range(1, 10 ** 6))}
-# benchmarks/README.md: a worker decodes about 150 images/s of 256 px, so 4 feed the 500 of an XL on a GPU and 10 the 1,500 of
-# a B; more only take memory. Packed data need 1.
-MOST_WORKERS = 12
 
 logger = logging.getLogger("haste")
 
@@ -131,13 +134,39 @@ def make_accelerator(args):
     return accelerator, run
 
 
-def environment(accelerator):
-    """Versions and machine, for args.json: the newest start's. No run is told from another by them."""
-    device, gpu = accelerator.device, accelerator.device.type == "cuda"
-    packages = ("accelerate", "timm", "diffusers", "transformers", "numpy")
-    return {"device": torch.cuda.get_device_name(device) if gpu else f"CPU, {platform.machine()}",
-            "processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
-            "CPU cores": os.cpu_count(), "threads a process": torch.get_num_threads(),
-            "python": platform.python_version(), "torch": str(torch.__version__),
-            **{name: version(name) for name in packages},
-            **({"CUDA": torch.version.cuda} if gpu else {}), "system": platform.platform()}
+def needs_images(args, run):
+    """Whether alignment is ahead, by the newest checkpoint's name; in Phase II no images are read."""
+    newest = args.resume_step or max(saved_steps(run / "checkpoints"), default=0)
+    return args.enc_type != "none" and newest < args.early_stop_point
+
+
+def load_teacher(args, grid):
+    """The Teacher that args ask for, with `grid` tokens a side."""
+    weights = loss_weights(args)
+    blocks = [teacher for _, teacher in args.attn_layers] if uses(weights, "attention") else []
+    return Teacher(load_vit(args.enc_type, args.enc_weights), grid, blocks, args.enc_blocks,
+                   features=uses(weights, "features"), precision=args.enc_precision, input_size=args.enc_size)
+
+
+def model_arguments(args, config, moments_shape):
+    """Arguments that both kinds of model take, for latents of these moments."""
+    channels, side, _ = moments_shape
+    if side % config["patch_size"]:
+        raise UserError(f"--model {args.model} cuts latents into patches of {config['patch_size']}, and their side, {side} at "
+                        f"--resolution {args.resolution}, is no multiple of it; choose another patch.")
+    weights = loss_weights(args)
+    return {"input_size": side, "in_channels": channels // 2, "encoder_depth": args.encoder_depth,
+            "attn_layers": [student for student, _ in args.attn_layers] if uses(weights, "attention") else [],
+            "z_dims": TEACHERS[args.enc_type][1:] if uses(weights, "features") else (),
+            "qk_norm": args.qk_norm, "fused_attn": args.fused_attn, "grad_checkpointing": args.grad_checkpointing}
+
+
+def align_and_train(args, accelerator, run, model, dataset, y_null):
+    """Train with the losses and the teacher that args ask for."""
+    weights = loss_weights(args)
+    loss_fn = SILoss(args.path_type, args.weighting, args.attn_layers if uses(weights, "attention") else [],
+                     args.attn_heads, tuple(weights))
+    grid = model.input_size // model.patch_size
+    teacher = None if args.enc_type == "none" else functools.partial(load_teacher, args, grid)
+    with memory.explained(args, accelerator, model):
+        Trainer(args, accelerator, run, model, dataset, teacher, loss_fn, y_null).run()

@@ -1,0 +1,171 @@
+"""The flags of train.py and train_t2i.py in groups, each with its range beside it, and what follows from the model."""
+import argparse
+
+from evaluations import FEATURES, METRICS, PRESETS
+from loss import ALIGNMENT_LOSSES, uses
+from runtime.errors import LARGEST_SEED, UserError
+from runtime.flags import number, whole
+from training.schedule import SCHEDULES
+
+EARLY_STOP_512 = 300_000  # the paper's switch at 512 px, whatever the model
+# benchmarks/README.md: a worker decodes about 150 images/s of 256 px, so 4 feed the 500 of an XL on a GPU and 10 the
+# 1,500 of a B; more only take memory. Packed data need 1.
+MOST_WORKERS = 12
+PRECISIONS = ["no", "fp16", "bf16"]
+BELOW_1 = 1 - 2 ** -53
+
+
+def add_training_flags(parser):
+    """The flags of both training scripts. Defaults are the paper's run."""
+    on_off = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("run").add_argument
+    add("--exp-name", required=True, help="name of this run, a folder in --output-dir")
+    add("--output-dir", default="exps", help="folder of all runs (default exps)")
+    add("--max-train-steps", type=whole(1), default=400_000, help="optimizer steps (default 400000)")
+    add("--epochs", type=whole(1), default=1400, help="upper limit on passes over the data (default 1400)")
+    add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of weights, data order and noise (default 0)")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--resolution", type=whole(1), default=256, help="image side in pixels (default 256)")
+    add("--batch-size", type=whole(1), default=256, help="images a step over all processes (default 256)")
+    add("--num-workers", type=whole(0), help="loader processes per process; threads where nothing is decoded (default: the "
+        f"process's share of the cores, at most {MOST_WORKERS})")
+    add("--vae", default="stabilityai/sd-vae-ft-mse", help="VAE of previews and scores: hub name or diffusers folder; "
+        "none: train on pixels, without a VAE (train.py)")
+    add("--cfg-prob", type=number(0, 1), default=0.1, help="share of conditions dropped for guidance (default 0.1)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--qk-norm", action=on_off, default=False, help="LayerNorm on q and k (default off)")
+    add("--path-type", choices=["linear", "cosine"], default="linear", help="interpolant (default linear)")
+    add("--weighting", choices=["uniform", "lognormal"], default="uniform", help="of t (default uniform)")
+    add("--prediction", choices=["v"], default="v", help="what the network predicts: the velocity")
+
+    add = parser.add_argument_group("alignment").add_argument
+    for row in ALIGNMENT_LOSSES.values():
+        add(f"--{row.flag.replace('_', '-')}", type=number(0), default=row.default,
+            help=f"{row.help} (default {row.default:g})")
+    add("--enc-type", default="dinov2-vit-b", help="teacher, dinov2-vit-{s,b,l,g} or dinov2reg-vit-{s,b,l,g}, or none "
+        "(default dinov2-vit-b)")
+    add("--enc-weights", help="the teacher's weights: timm's or torch.hub's file (default: from the hub)")
+    add("--enc-blocks", type=whole(1), help="use the teacher's first N blocks only; features are the last one's, after the "
+        "final norm (default all)")
+    add("--enc-size", type=whole(1), help="pixels a side that the teacher sees; its outputs are resampled to the student's "
+        "tokens (default: its patch x the student's tokens a side)")
+    add("--teacher-cache", help="folder that keeps the teacher's outputs for all images, computed once (default: none)")
+    add("--encoder-depth", type=whole(1), help="1-based block whose output is projected (default: the paper's for the model)")
+    add("--attn-layers", help='pairs student:teacher of 0-based blocks, such as "2:7,3:9,4:11" (default: the paper\'s)')
+    add("--attn-heads", type=whole(1), default=12, help="heads aligned, at most what both sides have (default 12)")
+
+    add = parser.add_argument_group("early stop").add_argument
+    add("--early-stop-point", type=whole(0), help="first step without alignment (default: the paper's for the model)")
+    add("--align-decay", choices=["none", "linear", "cosine"], default="none", help="factor on the alignment losses at step "
+        "s of early-stop point E: linear 1 - s/E, cosine (1 + cos(pi s/E))/2 (default none: 1)")
+    add("--early-stop-trigger", choices=["step", "gradient"], default="step", help="gradient: alignment also ends once its "
+        "gradient points away from denoising's, see training/early_stop.py (default step)")
+    add("--trigger-start", type=whole(0), default=50_000, help="step of the first comparison (default 50000)")
+    add("--trigger-every", type=whole(1), default=10_000, help="steps between comparisons (default 10000)")
+    add("--trigger-samples", type=whole(1), default=2048, help="training images of a comparison (default 2048)")
+    add("--trigger-timesteps", type=number(0, 1), nargs="+", default=[0.02, 0.1, 0.5, 0.8], metavar="T",
+        help="default 0.02 0.1 0.5 0.8")
+    add("--trigger-block", type=whole(1), help="1-based block whose weights' gradients are compared (default: the deepest "
+        "that alignment reaches; the paper: 5 for SiT-B/2)")
+    add("--trigger-threshold", type=number(-1, 1), default=-0.05, help="alignment ends when the mean cosine over the "
+        "timesteps is less (default -0.05)")
+
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--learning-rate", type=number(0), default=1e-4, help="AdamW's, after warm-up (default 1e-4)")
+    add("--lr-schedule", choices=SCHEDULES, default="constant", help="cosine and linear end at 0 (default constant)")
+    add("--lr-warmup-steps", type=whole(0), default=0, help="steps of linear warm-up (default 0)")
+    add("--adam-beta1", type=number(0, BELOW_1), default=0.9, help="default 0.9")
+    add("--adam-beta2", type=number(0, BELOW_1), default=0.999, help="default 0.999")
+    add("--adam-weight-decay", type=number(0), default=0.0, help="default 0")
+    add("--adam-epsilon", type=number(0), default=1e-8, help="default 1e-8")
+    add("--max-grad-norm", type=number(0), default=1.0, help="gradients are clipped to this norm (default 1)")
+    add("--max-skipped-steps", type=whole(0), help="stop after more steps in a row than this whose loss or gradient is not "
+        "finite; such a step changes no weight (default 0; for gradients under fp16's scaler 20)")
+    add("--ema-decay", type=number(0, 1), default=0.9999, help="of the weights' average, per step (default 0.9999)")
+
+    add = parser.add_argument_group("precision and speed").add_argument
+    add("--mixed-precision", choices=PRECISIONS, help="default: fp16 or bf16 if accelerate's launcher says so, else fp16 on a "
+        "GPU and float32 on a CPU. The flag wins over the launcher")
+    add("--enc-precision", choices=PRECISIONS, help="of the teacher alone (default: that of --mixed-precision)")
+    add("--allow-tf32", action="store_true", help="TF32 matrix products on Ampere and newer")
+    add("--gradient-accumulation-steps", type=whole(1), help="micro-batches a step (default: what accelerate's launcher says, "
+        "else 1)")
+    add("--grad-checkpointing", action="store_true", help="keep no activations inside blocks: less memory, more time")
+    add("--fused-attn", action=on_off, default=True, help="fused attention (default on)")
+    add("--compile", action="store_true", help="torch.compile the blocks of model and teacher: a minute more at the start")
+
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--checkpointing-steps", type=whole(1), default=50_000, help="steps between checkpoints (default 50000)")
+    add("--checkpoint-minutes", type=number(0), default=0, help="also save when this many minutes have passed since the last "
+        "checkpoint, 0 = never (default 0)")
+    add("--keep-checkpoints", type=whole(0), default=0, help="keep the newest N only, 0 = all (default 0)")
+    add("--keep-every", type=whole(0), default=0, help="with --keep-checkpoints: keep multiples of N steps too (default 0)")
+    add("--resume-step", type=whole(0), default=0, help="continue from this checkpoint (default 0: the newest)")
+
+    add = parser.add_argument_group("logging").add_argument
+    add("--log-every", type=whole(1), default=50, help="steps between rows of metrics.csv, each a sync with the device "
+        "(default 50)")
+    add("--sampling-steps", type=whole(0), default=10_000, help="steps between preview grids, 0 = none (default 10000)")
+    add("--report-to", choices=["wandb", "tensorboard", "none"], default="wandb", help="tracker beside log.txt and "
+        "metrics.csv (default wandb)")
+    add("--logging-dir", default="logs", help="tracker files, inside --output-dir (default logs)")
+
+    add = parser.add_argument_group("scores").add_argument
+    add("--eval-steps", type=whole(0), default=0, help="steps between scores of the EMA's samples, 0 = none (default 0)")
+    add("--eval-samples", type=whole(1), default=5000, help="images made for a score (default 5000)")
+    add("--eval-num-steps", type=whole(1), default=50, help="Euler steps that make them, without guidance (default 50)")
+    add("--eval-metrics", nargs="+", choices=METRICS, default=["fid", "kid"], help="default fid kid; pr: precision, recall")
+    add("--eval-ref", help="what they are compared with: npz, statistics file or folder of images")
+    add("--eval-features", choices=FEATURES, default="inception", help="features of the scores (default inception)")
+    add("--eval-preset", choices=PRESETS, default="adm", help="how Inception is fed: adm (default), or pytorch-fid for COCO")
+    add("--eval-weights", help="weights of that network: a file (default: from the hub, or the embedded one)")
+
+
+def loss_weights(args):
+    """{name of an alignment loss: its weight} of those that are trained."""
+    weights = {name: getattr(args, row.flag) for name, row in ALIGNMENT_LOSSES.items()}
+    return {name: weight for name, weight in weights.items() if weight > 0}
+
+
+def parse_pairs(text):
+    """'2:7,3:9' -> [[2, 7], [3, 9]]."""
+    try:
+        pairs = [[int(block) for block in pair.split(":")] for pair in text.split(",")]
+    except ValueError:
+        pairs = []
+    if not pairs or any(len(pair) != 2 or min(pair) < 0 for pair in pairs):
+        raise UserError(f'--attn-layers {text!r} is not understood; write student:teacher pairs such as "2:7,3:9,4:11".')
+    return pairs
+
+
+def finalize_args(args, config):
+    """Fill in what depends on the model, a row `config` of its table, and refuse what contradicts."""
+    if args.encoder_depth is None:
+        args.encoder_depth = config["encoder_depth"]
+    if args.early_stop_point is None:
+        args.early_stop_point = EARLY_STOP_512 if args.resolution == 512 else config["early_stop_point"]
+    args.attn_layers = parse_pairs(args.attn_layers) if args.attn_layers else [list(p) for p in config["attn_pairs"]]
+    if args.enc_type == "none" or not loss_weights(args):
+        args.enc_type = "none"
+        vars(args).update({row.flag: 0.0 for row in ALIGNMENT_LOSSES.values()})
+    if args.enc_type != "none":
+        from encoders.teachers import TEACHERS  # imports timm, which --help does not need
+        if args.enc_type not in TEACHERS:
+            raise UserError(f"--enc-type {args.enc_type} is not known; use one of {', '.join(TEACHERS)} or none.")
+    if args.keep_every and not args.keep_checkpoints:
+        raise UserError("--keep-every says what --keep-checkpoints spares; give both, or neither to keep all.")
+    if args.eval_steps and not args.eval_ref:
+        raise UserError("--eval-steps needs something to compare with; give --eval-ref an npz, statistics or folder.")
+    if args.encoder_depth > config["depth"]:
+        raise UserError(f"--encoder-depth {args.encoder_depth} is outside 1 to {config['depth']}, the model's depth.")
+    if any(student >= config["depth"] for student, _ in args.attn_layers):
+        raise UserError(f"--attn-layers names a student block past {config['depth'] - 1}, the model's last.")
+    if args.early_stop_trigger == "gradient":
+        from training.early_stop import check_trigger  # imports accelerate, which --help does not need
+        weights = loss_weights(args)
+        reached = [args.encoder_depth] * uses(weights, "features")
+        reached += [student + 1 for student, _ in args.attn_layers] * uses(weights, "attention")
+        check_trigger(args, max(reached, default=0))
