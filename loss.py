@@ -70,8 +70,8 @@ def resample_qk(qk, count):
 def tile_size(device):
     """Logits formed at a time. benchmarks/attention.py measures what that is worth, so far on CPUs only.
 
-    A GPU wants few, large tiles, as each takes some twenty kernels, but small enough for its cache: 2^22 logits of student
-    and teacher in float32 are 32 MiB, of an H100's 50 MB.
+    A GPU wants few, large tiles, as each takes some twenty kernels, but small enough for its cache: 2^22 logits of
+    student and teacher in float32 are 32 MiB, of an H100's 50 MB.
     """
     return 2 ** 20 if device.type == "cpu" else 2 ** 22
 
@@ -98,7 +98,8 @@ def attention_tile(q, k, scale, teacher_q, teacher_k, teacher_scale):
 
 
 class AttentionCrossEntropy(torch.autograd.Function):
-    """sum_i [ logsumexp_j S_ij - sum_j P_ij S_ij ] over all rows i, with S the student's logits and P the teacher's map.
+    """sum_i [ logsumexp_j S_ij - sum_j P_ij S_ij ] over all rows i, with S the student's logits and P the teacher's
+    map.
 
     Its derivative by S is Q - P, so both gradients are formed tile by tile beside the value, with no more products than
     autograd would do, and no T x T map is kept: memory is linear in T.
@@ -156,8 +157,9 @@ def feature_term(loss_fn, student, teacher):
 
 def attention_term(loss_fn, student, teacher):
     """attention_loss over the pairs of blocks."""
-    return attention_loss([student.attention[block] for block, _ in loss_fn.attn_pairs],
-                          [teacher.attention[block] for _, block in loss_fn.attn_pairs], loss_fn.num_heads, loss_fn.tile)
+    ours = [student.attention[block] for block, _ in loss_fn.attn_pairs]
+    theirs = [teacher.attention[block] for _, block in loss_fn.attn_pairs]
+    return attention_loss(ours, theirs, loss_fn.num_heads, loss_fn.tile)
 
 
 class AlignmentLoss(NamedTuple):
@@ -182,7 +184,10 @@ def uses(weights, taps):
 
 
 def weighted_sum(terms, weights, factor=1.0, start=0.0):
-    """start + the sum of factor * weight * term over `weights`, {name: weight}: the total loss, for start = denoising's."""
+    """start + the sum of factor * weight * term over `weights`, {name: weight}.
+
+    With start = the denoising loss this is the total loss.
+    """
     return sum((factor * weight * terms[name] for name, weight in weights.items()), start)
 
 
@@ -206,7 +211,8 @@ class SILoss:
         """Latents x (N, C, R, R), condition y -> dict(denoise (N,), and a scalar per name of `terms`), float32.
 
         `teacher` is an Alignment of the same images, or None in Phase II: then there is only `denoise`, and the model
-        hands out no alignment. A loss whose taps are empty is 0. `t` (N,) and `noise`, like x, are drawn when not given.
+        hands out no alignment. A loss whose taps are empty is 0. `t` (N,) and `noise`, like x, are drawn when not
+        given.
         """
         if t is None:
             t = sample_t(torch.rand(len(x), device=x.device), self.weighting, self.path_type)

@@ -2,9 +2,9 @@
 
     accelerate launch train.py --model SiT-XL/2 --enc-type dinov2-vit-b --data-dir DATA --exp-name sitxl_haste
 
-One process on a CPU or GPU: the same with `python train.py`. The same command again continues from the newest checkpoint
-of {output-dir}/{exp-name}, which also holds log.txt, args.json, metrics.csv and previews/. --enc-type none is plain SiT,
---attn-coeff 0 is REPA. Defaults are the paper's run; --preset list shows its other runs.
+One process on a CPU or GPU: the same with `python train.py`. The same command again continues from the newest
+checkpoint of {output-dir}/{exp-name}, which also holds log.txt, args.json, metrics.csv and previews/. --enc-type none
+is plain SiT, --attn-coeff 0 is REPA. Defaults are the paper's run; --preset list shows its other runs.
 """
 from models.sit import SIT_CONFIGS, SiT_models
 from runtime.errors import MOST_CLASSES, UserError, run_script
@@ -18,11 +18,11 @@ def parse_args():
     add = parser.add_argument_group("this task").add_argument
     add("--model", choices=SIT_CONFIGS, default="SiT-XL/2", metavar="NAME", help=f"{', '.join(SIT_CONFIGS)} "
         "(default SiT-XL/2)")
-    add("--data-dir", default="../data/imagenet256", help="folder with images/ and, for a VAE, vae-sd/, zips of them, or "
-        "what `dataset_tools.py pack` made")
+    add("--data-dir", default="../data/imagenet256", help="folder with images/ and, for a VAE, vae-sd/, zips of them, "
+        "or what `dataset_tools.py pack` made")
     add("--num-classes", type=whole(1, MOST_CLASSES), default=1000, help="default 1000")
-    add("--hflip", action="store_true", help="show every image as it is or mirrored, at random; needs DATA/vae-sd-hflip, or "
-        "--vae none (default off, as published)")
+    add("--hflip", action="store_true", help="show every image as it is or mirrored, at random; needs "
+        "DATA/vae-sd-hflip, or --vae none (default off, as published)")
     add_training_flags(parser)
     args = parse_with_preset(parser, "train.py")
     finalize_args(args, SIT_CONFIGS[args.model])
@@ -42,8 +42,8 @@ def main():
     accelerator, run = make_accelerator(args)
     with accelerator.local_main_process_first():  # it writes the index of the files, which the others read
         layout = PixelImages if args.vae == PIXELS else LatentImages
-        dataset = layout(args.data_dir, args.resolution, args.num_classes, images=needs_images(args, run), seed=args.seed,
-                         hflip=args.hflip)
+        dataset = layout(args.data_dir, args.resolution, args.num_classes, images=needs_images(args, run),
+                         seed=args.seed, hflip=args.hflip)
     sizes = model_arguments(args, SIT_CONFIGS[args.model], dataset.moments_shape)
     set_seed(args.seed)
     model = SiT_models[args.model](num_classes=args.num_classes, **sizes)

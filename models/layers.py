@@ -196,15 +196,18 @@ def adaln_zero(blocks, final_layer):
 
 
 def run_block(block, *arguments, checkpointing=False):
-    """block(*arguments), whose activations are, with `checkpointing`, made again in the backward pass instead of kept."""
+    """block(*arguments). With `checkpointing` its activations are recomputed in the backward pass, not kept."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)  # no block draws numbers
     return block(*arguments)
 
 
 def compile_blocks(blocks):
-    """torch.compile in place, one by one: all share a graph or two, which take seconds where the whole takes minutes, and
-    which the change from Phase I to Phase II leaves as they are."""
+    """torch.compile in place, block by block.
+
+    All blocks share a graph or two: compiling them takes seconds, where the whole network takes minutes, and the
+    change from Phase I to Phase II compiles nothing anew.
+    """
     for block in blocks:
         block.compile(dynamic=False)
 

@@ -96,7 +96,8 @@ class SiT(nn.Module):
         features, attention = [], {}
         for i, block in enumerate(self.blocks):
             tapped = return_alignment and i in self.attn_layers
-            tokens, qk = layers.run_block(block, tokens, c, self.fused_attn, tapped, checkpointing=self.grad_checkpointing)
+            tokens, qk = layers.run_block(block, tokens, c, self.fused_attn, tapped,
+                                          checkpointing=self.grad_checkpointing)
             if tapped:
                 attention[i] = qk
             if return_alignment and i + 1 == self.encoder_depth:

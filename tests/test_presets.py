@@ -73,9 +73,9 @@ def test_list(monkeypatch, capsys, module):
 def test_a_preset_trains(tiny_data, teacher_file, tmp_path):
     """By the command line; the run's folder says which preset it was."""
     script("train.py", "--preset", "sit-b-2-haste", *shlex.split(
-        f"--exp-name run --output-dir {tmp_path} --data-dir {tiny_data} --resolution 64 --num-classes 4 --batch-size 4 --model "
-        f"SiT-N/2 --enc-type dinov2-vit-n --enc-weights {teacher_file} --enc-blocks 10 --report-to none --num-workers 0 "
-        "--mixed-precision no --max-train-steps 1 --sampling-steps 0"))
+        f"--exp-name run --output-dir {tmp_path} --data-dir {tiny_data} --resolution 64 --num-classes 4 --batch-size 4 "
+        f"--model SiT-N/2 --enc-type dinov2-vit-n --enc-weights {teacher_file} --enc-blocks 10 --report-to none "
+        "--num-workers 0 --mixed-precision no --max-train-steps 1 --sampling-steps 0"))
     assert '"preset": "sit-b-2-haste"' in (tmp_path / "run/args.json").read_text()
 
 

@@ -50,7 +50,8 @@ def assert_same_run(one, other, step):
     assert without_time(metrics(one)) == without_time(metrics(other))
 
 
-# 64 images: batches of 16 end an epoch after 4 and 8 steps, and the stops are after 5 and 9. Metrics are means of 5 steps.
+# 64 images: batches of 16 end an epoch after 4 and 8 steps, and the stops are after 5 and 9. Metrics are means of 5
+# steps.
 RUNS = {
     "across the early stop": ["--early-stop-point", 6],
     "at the early stop": ["--early-stop-point", 5],

@@ -14,8 +14,8 @@ from runtime.files import atomic_write, writing
 logger = logging.getLogger("haste")
 
 # What must be equal for a run to go on; everything else may change and is reported. `data` is the fingerprint.
-MUST_MATCH_ON_RESUME = ("model", "num_classes", "resolution", "qk_norm", "path_type", "prediction", "weighting", "enc_type",
-            "encoder_depth", "attn_layers", "data")
+MUST_MATCH_ON_RESUME = ("model", "num_classes", "resolution", "qk_norm", "path_type", "prediction", "weighting",
+                        "enc_type", "encoder_depth", "attn_layers", "data")
 
 
 def save_checkpoint(folder, step, state):
@@ -27,8 +27,8 @@ def save_checkpoint(folder, step, state):
     for part in ("model", "ema"):
         for name, value in state[part].items():
             if not value.isfinite().all():
-                raise UserError(f"{name} of {part} is not finite at step {step}, which is not saved; the checkpoint before "
-                               "it is intact. Lower --learning-rate and run the command again.")
+                raise UserError(f"{name} of {part} is not finite at step {step}, which is not saved; the checkpoint "
+                               "before it is intact. Lower --learning-rate and run the command again.")
     with atomic_write(path) as file:
         torch.save({**state, "steps": step}, file)
     return path
@@ -69,7 +69,8 @@ def read_newest(folder, step, needed):
                 os.replace(path, f"{path}.damaged")
         return found[number], state
     if found:
-        raise UserError(f"{folder} has no checkpoint that can be read; put a whole one there, or delete them to start anew.")
+        raise UserError(f"{folder} has no checkpoint that can be read; put a whole one there, or delete them to start "
+                        "anew.")
     return None
 
 
@@ -84,9 +85,11 @@ def describe_resume(path, saved, changed):
     """Log the checkpoint, the settings that changed, and what they mean for the numbers."""
     logger.info(f"continuing from {path}" + "".join(f"; {name} was {old}, is {new}" for name, old, new in changed))
     if {"processes", "gradient_accumulation_steps"} & {name for name, _, _ in changed}:
-        logger.info("data, noise and order stay the same; sums over the batch are rounded in another order from here on")
+        logger.info("data, noise and order stay the same; sums over the batch are rounded in another order from here "
+                    "on")
     if "noise_stream" not in saved:
-        logger.info("the noise stream has changed since: timesteps, noise and condition drop are other numbers from here on")
+        logger.info("the noise stream has changed since: timesteps, noise and condition drop are other numbers from "
+                    "here on")
 
 
 def check_same_run(path, saved, args):

@@ -29,8 +29,8 @@ def add_training_flags(parser):
     add = parser.add_argument_group("data").add_argument
     add("--resolution", type=whole(1), default=256, help="image side in pixels (default 256)")
     add("--batch-size", type=whole(1), default=256, help="images a step over all processes (default 256)")
-    add("--num-workers", type=whole(0), help="loader processes per process; threads where nothing is decoded (default: the "
-        f"process's share of the cores, at most {MOST_WORKERS})")
+    add("--num-workers", type=whole(0), help="loader processes per process; threads where nothing is decoded (default: "
+        f"the process's share of the cores, at most {MOST_WORKERS})")
     add("--vae", default="stabilityai/sd-vae-ft-mse", help="VAE of previews and scores: hub name or diffusers folder; "
         "none: train on pixels, without a VAE (train.py)")
     add("--cfg-prob", type=number(0, 1), default=0.1, help="share of conditions dropped for guidance (default 0.1)")
@@ -48,28 +48,29 @@ def add_training_flags(parser):
     add("--enc-type", default="dinov2-vit-b", help="teacher, dinov2-vit-{s,b,l,g} or dinov2reg-vit-{s,b,l,g}, or none "
         "(default dinov2-vit-b)")
     add("--enc-weights", help="the teacher's weights: timm's or torch.hub's file (default: from the hub)")
-    add("--enc-blocks", type=whole(1), help="use the teacher's first N blocks only; features are the last one's, after the "
-        "final norm (default all)")
-    add("--enc-size", type=whole(1), help="pixels a side that the teacher sees; its outputs are resampled to the student's "
-        "tokens (default: its patch x the student's tokens a side)")
+    add("--enc-blocks", type=whole(1), help="use the teacher's first N blocks only; features are the last one's, after "
+        "the final norm (default all)")
+    add("--enc-size", type=whole(1), help="pixels a side that the teacher sees; its outputs are resampled to the "
+        "student's tokens (default: its patch x the student's tokens a side)")
     add("--teacher-cache", help="folder that keeps the teacher's outputs for all images, computed once (default: none)")
-    add("--encoder-depth", type=whole(1), help="1-based block whose output is projected (default: the paper's for the model)")
+    add("--encoder-depth", type=whole(1), help="1-based block whose output is projected (default: the paper's for the "
+        "model)")
     add("--attn-layers", help='pairs student:teacher of 0-based blocks, such as "2:7,3:9,4:11" (default: the paper\'s)')
     add("--attn-heads", type=whole(1), default=12, help="heads aligned, at most what both sides have (default 12)")
 
     add = parser.add_argument_group("early stop").add_argument
     add("--early-stop-point", type=whole(0), help="first step without alignment (default: the paper's for the model)")
-    add("--align-decay", choices=["none", "linear", "cosine"], default="none", help="factor on the alignment losses at step "
-        "s of early-stop point E: linear 1 - s/E, cosine (1 + cos(pi s/E))/2 (default none: 1)")
-    add("--early-stop-trigger", choices=["step", "gradient"], default="step", help="gradient: alignment also ends once its "
-        "gradient points away from denoising's, see training/early_stop.py (default step)")
+    add("--align-decay", choices=["none", "linear", "cosine"], default="none", help="factor on the alignment losses at "
+        "step s of early-stop point E: linear 1 - s/E, cosine (1 + cos(pi s/E))/2 (default none: 1)")
+    add("--early-stop-trigger", choices=["step", "gradient"], default="step", help="gradient: alignment also ends once "
+        "its gradient points away from denoising's, see training/early_stop.py (default step)")
     add("--trigger-start", type=whole(0), default=50_000, help="step of the first comparison (default 50000)")
     add("--trigger-every", type=whole(1), default=10_000, help="steps between comparisons (default 10000)")
     add("--trigger-samples", type=whole(1), default=2048, help="training images of a comparison (default 2048)")
     add("--trigger-timesteps", type=number(0, 1), nargs="+", default=[0.02, 0.1, 0.5, 0.8], metavar="T",
         help="default 0.02 0.1 0.5 0.8")
-    add("--trigger-block", type=whole(1), help="1-based block whose weights' gradients are compared (default: the deepest "
-        "that alignment reaches; the paper: 5 for SiT-B/2)")
+    add("--trigger-block", type=whole(1), help="1-based block whose weights' gradients are compared (default: the "
+        "deepest that alignment reaches; the paper: 5 for SiT-B/2)")
     add("--trigger-threshold", type=number(-1, 1), default=-0.05, help="alignment ends when the mean cosine over the "
         "timesteps is less (default -0.05)")
 
@@ -82,27 +83,29 @@ def add_training_flags(parser):
     add("--adam-weight-decay", type=number(0), default=0.0, help="default 0")
     add("--adam-epsilon", type=number(0), default=1e-8, help="default 1e-8")
     add("--max-grad-norm", type=number(0), default=1.0, help="gradients are clipped to this norm (default 1)")
-    add("--max-skipped-steps", type=whole(0), help="stop after more steps in a row than this whose loss or gradient is not "
-        "finite; such a step changes no weight (default 0; for gradients under fp16's scaler 20)")
+    add("--max-skipped-steps", type=whole(0), help="stop after more steps in a row than this whose loss or gradient is "
+        "not finite; such a step changes no weight (default 0; for gradients under fp16's scaler 20)")
     add("--ema-decay", type=number(0, 1), default=0.9999, help="of the weights' average, per step (default 0.9999)")
 
     add = parser.add_argument_group("precision and speed").add_argument
-    add("--mixed-precision", choices=PRECISIONS, help="default: fp16 or bf16 if accelerate's launcher says so, else fp16 on a "
-        "GPU and float32 on a CPU. The flag wins over the launcher")
+    add("--mixed-precision", choices=PRECISIONS, help="default: fp16 or bf16 if accelerate's launcher says so, else "
+        "fp16 on a GPU and float32 on a CPU. The flag wins over the launcher")
     add("--enc-precision", choices=PRECISIONS, help="of the teacher alone (default: that of --mixed-precision)")
     add("--allow-tf32", action="store_true", help="TF32 matrix products on Ampere and newer")
-    add("--gradient-accumulation-steps", type=whole(1), help="micro-batches a step (default: what accelerate's launcher says, "
-        "else 1)")
+    add("--gradient-accumulation-steps", type=whole(1), help="micro-batches a step (default: what accelerate's "
+        "launcher says, else 1)")
     add("--grad-checkpointing", action="store_true", help="keep no activations inside blocks: less memory, more time")
     add("--fused-attn", action=on_off, default=True, help="fused attention (default on)")
-    add("--compile", action="store_true", help="torch.compile the blocks of model and teacher: a minute more at the start")
+    add("--compile", action="store_true", help="torch.compile the blocks of model and teacher: a minute more at the "
+        "start")
 
     add = parser.add_argument_group("checkpoints").add_argument
     add("--checkpointing-steps", type=whole(1), default=50_000, help="steps between checkpoints (default 50000)")
-    add("--checkpoint-minutes", type=number(0), default=0, help="also save when this many minutes have passed since the last "
-        "checkpoint, 0 = never (default 0)")
+    add("--checkpoint-minutes", type=number(0), default=0, help="also save when this many minutes have passed since "
+        "the last checkpoint, 0 = never (default 0)")
     add("--keep-checkpoints", type=whole(0), default=0, help="keep the newest N only, 0 = all (default 0)")
-    add("--keep-every", type=whole(0), default=0, help="with --keep-checkpoints: keep multiples of N steps too (default 0)")
+    add("--keep-every", type=whole(0), default=0, help="with --keep-checkpoints: keep multiples of N steps too "
+        "(default 0)")
     add("--resume-step", type=whole(0), default=0, help="continue from this checkpoint (default 0: the newest)")
 
     add = parser.add_argument_group("logging").add_argument
@@ -114,13 +117,16 @@ def add_training_flags(parser):
     add("--logging-dir", default="logs", help="tracker files, inside --output-dir (default logs)")
 
     add = parser.add_argument_group("scores").add_argument
-    add("--eval-steps", type=whole(0), default=0, help="steps between scores of the EMA's samples, 0 = none (default 0)")
+    add("--eval-steps", type=whole(0), default=0, help="steps between scores of the EMA's samples, 0 = none (default "
+        "0)")
     add("--eval-samples", type=whole(1), default=5000, help="images made for a score (default 5000)")
     add("--eval-num-steps", type=whole(1), default=50, help="Euler steps that make them, without guidance (default 50)")
-    add("--eval-metrics", nargs="+", choices=METRICS, default=["fid", "kid"], help="default fid kid; pr: precision, recall")
+    add("--eval-metrics", nargs="+", choices=METRICS, default=["fid", "kid"], help="default fid kid; pr: precision, "
+        "recall")
     add("--eval-ref", help="what they are compared with: npz, statistics file or folder of images")
     add("--eval-features", choices=FEATURES, default="inception", help="features of the scores (default inception)")
-    add("--eval-preset", choices=PRESETS, default="adm", help="how Inception is fed: adm (default), or pytorch-fid for COCO")
+    add("--eval-preset", choices=PRESETS, default="adm", help="how Inception is fed: adm (default), or pytorch-fid for "
+        "COCO")
     add("--eval-weights", help="weights of that network: a file (default: from the hub, or the embedded one)")
 
 
@@ -137,7 +143,8 @@ def parse_pairs(text):
     except ValueError:
         pairs = []
     if not pairs or any(len(pair) != 2 or min(pair) < 0 for pair in pairs):
-        raise UserError(f'--attn-layers {text!r} is not understood; write student:teacher pairs such as "2:7,3:9,4:11".')
+        raise UserError(f"--attn-layers {text!r} is not understood; write student:teacher pairs such as "
+                        '"2:7,3:9,4:11".')
     return pairs
 
 

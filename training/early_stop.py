@@ -1,8 +1,8 @@
 """Ways to end alignment beside a step given in advance: the gradient trigger, and weights that fade out.
 
-The trigger is the one of arXiv 2505.16792, appendix A: every so many steps the gradients of the alignment loss and of the
-denoising loss by the weights of one block are compared over many training images; once they point away from each other,
-alignment has done its work and is switched off.
+The trigger is the one of arXiv 2505.16792, appendix A: every so many steps the gradients of the alignment loss and of
+the denoising loss by the weights of one block are compared over many training images; once they point away from each
+other, alignment has done its work and is switched off.
 """
 import logging
 import math
@@ -39,18 +39,18 @@ def check_trigger(args, reached):
     `reached` is the deepest block, 1-based, that has a gradient of an alignment loss; 0 if there is no such loss.
     """
     if not reached:
-        raise UserError("--early-stop-trigger gradient compares the gradient of an alignment loss, and this run has none; "
-                        "give --enc-type and a coefficient above 0, or leave the trigger at step.")
+        raise UserError("--early-stop-trigger gradient compares the gradient of an alignment loss, and this run has "
+                        "none; give --enc-type and a coefficient above 0, or leave the trigger at step.")
     args.trigger_block = args.trigger_block or reached
     if args.trigger_block > reached:
-        raise UserError(f"--trigger-block {args.trigger_block} has no gradient of the alignment loss, which reaches the "
-                        f"blocks 1 to {reached}; choose one of them.")
+        raise UserError(f"--trigger-block {args.trigger_block} has no gradient of the alignment loss, which reaches "
+                        f"the blocks 1 to {reached}; choose one of them.")
     if len(set(trigger_columns(args))) <= len(args.trigger_timesteps):
         times = " ".join(map(str, args.trigger_timesteps))
         raise UserError(f"--trigger-timesteps {times} must be different numbers from 0 to 1.")
     if args.trigger_start >= args.early_stop_point:
-        raise UserError(f"--trigger-start {args.trigger_start} is not before --early-stop-point {args.early_stop_point}, "
-                        "where alignment ends in any case; lower the one or raise the other.")
+        raise UserError(f"--trigger-start {args.trigger_start} is not before --early-stop-point "
+                        f"{args.early_stop_point}, where alignment ends in any case; lower the one or raise the other.")
 
 
 def trigger_columns(args):

@@ -21,8 +21,8 @@ def is_sharded(accelerator):
     if accelerator.distributed_type != DistributedType.FSDP:
         return False
     if not accelerator.is_fsdp2:
-        raise UserError("Of FSDP only version 2 is supported; set fsdp_version: 2 in accelerate's configuration, or give "
-                       "accelerate launch --fsdp_version 2.")
+        raise UserError("Of FSDP only version 2 is supported; set fsdp_version: 2 in accelerate's configuration, or "
+                       "give accelerate launch --fsdp_version 2.")
     return True
 
 
@@ -35,7 +35,8 @@ def split_as(tensor, parameter):
     """`tensor` split as `parameter` is; every process has the whole, so nothing is sent."""
     if not isinstance(parameter, DTensor):
         return tensor
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    whole_tensor, mesh = tensor.to(parameter.device), parameter.device_mesh
+    return distribute_tensor(whole_tensor, mesh, parameter.placements, src_data_rank=None)
 
 
 def replace_parameters(module, function):
@@ -49,19 +50,23 @@ def replace_parameters(module, function):
 def set_plugin(plugin, model):
     """Settings of accelerate's FSDP plugin with which a step has the numbers of DDP's, split by block.
 
-    The user's reshard_after_forward, offloading and transformer_cls_names_to_wrap stay; activation checkpointing becomes
-    the model's own, as accelerate's renames the blocks. Raises UserError for a class to wrap that the model has not.
+    The user's reshard_after_forward, offloading and transformer_cls_names_to_wrap stay; activation checkpointing
+    becomes the model's own, as accelerate's renames the blocks. Raises UserError for a class to wrap that the model has
+    not.
     """
     plugin.cpu_ram_efficient_loading = False  # accelerate launch has it on; here every process has the weights already
-    # accelerate's policy would cast weights and inputs to 16 bits, t among them, and sum gradients in them. This one leaves
-    # all in float32, and autocast does the rest. Autocast's casts of the weights, 2 bytes each, live until the backward pass.
+    # accelerate's policy would cast weights and inputs to 16 bits, t among them, and sum gradients in them. This one
+    # leaves all in float32, and autocast does the rest. Autocast's casts of the weights, 2 bytes each, live until the
+    # backward pass.
     plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    plugin.auto_wrap_policy = transformer_auto_wrap_policy  # by size, ModuleLists would be chosen, which cannot be units
+    # By size, ModuleLists would be chosen, which cannot be units
+    plugin.auto_wrap_policy = transformer_auto_wrap_policy
     names = plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or list(model._no_split_modules)
     unknown = set(names) - {type(module).__name__ for module in model.modules()}
     if unknown:
-        raise UserError(f"FSDP is to wrap {', '.join(sorted(unknown))}, which {type(model).__name__} does not have; set "
-                       f"fsdp_transformer_layer_cls_to_wrap to {', '.join(model._no_split_modules)}, or leave it out.")
+        raise UserError(f"FSDP is to wrap {', '.join(sorted(unknown))}, which {type(model).__name__} does not have; "
+                       f"set fsdp_transformer_layer_cls_to_wrap to {', '.join(model._no_split_modules)}, or leave it "
+                       "out.")
     if plugin.activation_checkpointing:
         plugin.activation_checkpointing, model.grad_checkpointing = False, True
         logger.info("fsdp_activation_checkpointing is --grad-checkpointing"
@@ -116,12 +121,13 @@ def load_optimizer(optimizer, saved, path):
     UserError, naming the checkpoint at `path`, for the state of other parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    counts, theirs = ([len(group["params"]) for group in each] for each in (optimizer.param_groups, saved["param_groups"]))
-    shapes = {i: value.shape for i, entry in saved["state"].items() for value in entry.values() if torch.is_tensor(value)
-              and value.dim()}
+    counts, theirs = ([len(group["params"]) for group in groups]
+                      for groups in (optimizer.param_groups, saved["param_groups"]))
+    shapes = {i: value.shape for i, entry in saved["state"].items() for value in entry.values()
+              if torch.is_tensor(value) and value.dim()}
     if counts != theirs or any(i >= len(parameters) or parameters[i].shape != shape for i, shape in shapes.items()):
-        raise UserError(f"{path} has the optimizer's state of another model or optimizer, for {theirs} parameters instead "
-                       f"of {counts} or of other shapes; give the --model and options it was trained with.")
+        raise UserError(f"{path} has the optimizer's state of another model or optimizer, for {theirs} parameters "
+                       f"instead of {counts} or of other shapes; give the --model and options it was trained with.")
     groups = [{**theirs, **{name: value for name, value in ours.items() if name != "params"}}
               for theirs, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)]
     state = {i: {name: split_as(value, parameters[i]) if value.shape == parameters[i].shape else value

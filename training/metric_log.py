@@ -29,14 +29,15 @@ def start_trackers(accelerator, args):
             return accelerator.init_trackers(args.exp_name, config=config)
     import wandb  # only when asked for
     try:
-        accelerator.init_trackers("HASTE", config=config, init_kwargs={"wandb": {"name": args.exp_name, "dir": str(folder)}})
+        accelerator.init_trackers("HASTE", config=config,
+                                  init_kwargs={"wandb": {"name": args.exp_name, "dir": str(folder)}})
     except (wandb.errors.Error, ValueError) as error:  # a ValueError: of its environment variables
-        raise UserError(f"wandb could not start ({error}); run `wandb login`, set WANDB_MODE=offline, or use --report-to "
-                       "none.") from error
+        raise UserError(f"wandb could not start ({error}); run `wandb login`, set WANDB_MODE=offline, or use "
+                       "--report-to none.") from error
 
 
 def rows_of(path):
-    """(column names, rows) of a metrics.csv, without the lines that a crash has cut short or filled with other bytes."""
+    """(column names, rows) of a metrics.csv, without lines that a crash cut short or filled with other bytes."""
     with reading(path):
         text = path.read_text(encoding="utf-8", errors="replace")
     reader = csv.DictReader(line for line in text.splitlines() if line.isascii() and line.isprintable())
@@ -47,9 +48,9 @@ def rows_of(path):
 class Metrics:
     """Loss terms of each step, kept on the device until `write` puts their means into metrics.csv and the tracker.
 
-    `state`, state_dict() of the checkpoint of `start_step`, and `seconds`: metrics not yet written when the checkpoint was
-    saved, and the time since the last row. With them a run that was stopped anywhere writes the rows of one that was not.
-    `scores` names more columns, for what `write` is given.
+    `state`, state_dict() of the checkpoint of `start_step`, and `seconds`: metrics not yet written when the checkpoint
+    was saved, and the time since the last row. With them a run that was stopped anywhere writes the rows of one that
+    was not. `scores` names more columns, for what `write` is given.
     """
 
     def __init__(self, path, accelerator, start_step, state=None, scores=(), max_skipped=None, seconds=0.0):
@@ -80,7 +81,8 @@ class Metrics:
         """Move the terms of the steps since the last call to `pending`. This is the only sync with the device.
 
         A step with a term that is not finite changed no weight; it is logged. Raises UserError, naming step and term,
-        for more than `max_skipped` in a row; by default for the first, and for SCALER_SKIPS if fp16's scale was too high.
+        for more than `max_skipped` in a row; by default for the first, and for SCALER_SKIPS if fp16's scale was too
+        high.
         """
         rows = self.accelerator.reduce(torch.stack(self.unseen), reduction="mean").cpu() if self.unseen else []
         self.unseen = []
@@ -95,9 +97,10 @@ class Metrics:
             scaled = self.accelerator.scaler is not None and culprit == "grad_norm"
             allowed = SCALER_SKIPS * scaled if self.max_skipped is None else self.max_skipped
             if self.in_a_row > allowed:
-                raise UserError(f"{culprit} is not finite at step {self.step} ({terms}), in {self.in_a_row} step(s) in a row; "
-                               "no weight was changed by them and the last checkpoint is intact. Lower --learning-rate, use "
-                               "--mixed-precision bf16, or allow more of them with --max-skipped-steps.")
+                raise UserError(f"{culprit} is not finite at step {self.step} ({terms}), in {self.in_a_row} step(s) in "
+                               "a row; no weight was changed by them and the last checkpoint is intact. Lower "
+                               "--learning-rate, use --mixed-precision bf16, or allow more of them with "
+                               "--max-skipped-steps.")
             logger.info(f"step {self.step} is skipped: {culprit} is not finite ({terms})")
         self.pending += rows
 

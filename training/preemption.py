@@ -49,7 +49,8 @@ class Listener:
             if number not in SIGNALS or self.phase == AFTER:
                 continue
             if self.phase == BEFORE:
-                if logger.isEnabledFor(logging.INFO) and logger.handlers:  # into log.txt and, by the root's handler, to stderr
+                # Into log.txt and, by the root's handler, to stderr
+                if logger.isEnabledFor(logging.INFO) and logger.handlers:
                     logger.info(STOPPED_EARLY)
                 else:
                     os.write(2, f"{STOPPED_EARLY}\n".encode())

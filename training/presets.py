@@ -1,4 +1,5 @@
-"""Runs by name, `train.py --preset sit-b-2-haste`: the rows of the paper's tables, and the quickstart's. Typed flags win.
+"""Runs by name, `train.py --preset sit-b-2-haste`: the rows of the paper's tables, and the quickstart's. Typed flags
+win.
 
 A preset says what differs from the defaults, which are the paper's; what follows from the model (encoder depth, aligned
 blocks, early-stop point) is in the table of models/sit.py or models/mmdit.py.
@@ -12,15 +13,17 @@ from runtime.errors import UserError
 NEVER = 10 ** 9  # REPA aligns from the first step to the last
 REPA = {"attn_coeff": 0.0, "early_stop_point": NEVER}
 EMBEDDED = {
-    "resolution": 64, "vae": "assets/vae-emoji", "enc_type": "dinov2-vit-s", "enc_weights": "data/emoji/teacher.safetensors",
-    "enc_blocks": 10, "early_stop_point": 600, "max_train_steps": 1200, "checkpointing_steps": 600, "sampling_steps": 300,
+    "resolution": 64, "vae": "assets/vae-emoji", "enc_type": "dinov2-vit-s", "enc_blocks": 10,
+    "enc_weights": "data/emoji/teacher.safetensors",
+    "early_stop_point": 600, "max_train_steps": 1200, "checkpointing_steps": 600, "sampling_steps": 300,
     "log_every": 30, "batch_size": 32, "learning_rate": 1e-3, "ema_decay": 0.995, "num_workers": 0, "report_to": "none"}
 
 # name -> script, arguments, what arXiv 2505.16792 reports of the run
 PRESETS = {
     "sit-xl-2-haste": ("train.py", {"model": "SiT-XL/2", "max_train_steps": 500_000},
-                       ("FID 15.9 at 100K steps, 9.9 at 200K, 8.4 at 250K, 7.3 at 400K, 5.3 at 500K; guided: 1.74 at 500K "
-                       "(--cfg-scale 1.825 --guidance-high 0.6), 1.42 at 2.5M (--cfg-scale 1.65 --guidance-high 0.72)")),
+                       ("FID 15.9 at 100K steps, 9.9 at 200K, 8.4 at 250K, 7.3 at 400K, 5.3 at 500K; guided: 1.74 at "
+                       "500K (--cfg-scale 1.825 --guidance-high 0.6), 1.42 at 2.5M (--cfg-scale 1.65 --guidance-high "
+                       "0.72)")),
     "sit-xl-2-repa": ("train.py", {"model": "SiT-XL/2", **REPA}, "FID 7.9 at 400K steps"),
     "sit-xl-2-vanilla": ("train.py", {"model": "SiT-XL/2", "enc_type": "none"}, "FID 17.2 at 400K steps"),
     "sit-l-2-haste": ("train.py", {"model": "SiT-L/2"}, "FID 19.6 at 100K steps, 12.1 at 200K, 8.9 at 400K"),
@@ -28,7 +31,8 @@ PRESETS = {
     "sit-l-2-vanilla": ("train.py", {"model": "SiT-L/2", "enc_type": "none"}, "FID 18.8 at 400K steps"),
     "sit-b-2-haste": ("train.py", {"model": "SiT-B/2"}, "FID 39.9 at 100K steps, 25.7 at 200K, 19.6 at 400K"),
     "sit-b-2-haste-trigger": ("train.py", {"model": "SiT-B/2", "early_stop_trigger": "gradient"},
-                              "mean cosine 0.0030 at 50K steps, 0.0041 at 60K, 0.0225 at 70K, -0.0668 at 80K: alignment ends"),
+                              ("mean cosine 0.0030 at 50K steps, 0.0041 at 60K, 0.0225 at 70K, -0.0668 at 80K: "
+                              "alignment ends")),
     "sit-b-2-repa": ("train.py", {"model": "SiT-B/2", **REPA}, "FID 24.4 at 400K steps"),
     "sit-b-2-vanilla": ("train.py", {"model": "SiT-B/2", "enc_type": "none"}, "FID 33.0 at 400K steps"),
     "mmdit-haste": ("train_t2i.py", {"model": "MMDiT", "early_stop_point": 200_000, "max_train_steps": 250_000},
@@ -47,8 +51,8 @@ PRESETS["cifar10"] = ("train.py", {
     "log_every": 50, "batch_size": 64, "learning_rate": 2e-3, "ema_decay": 0.995, "num_workers": 0,
     "report_to": "none"},
     "no paper's run: that of `make quickstart-cifar10`")
-HEADING = ("Typed flags win over a preset's. The numbers are the paper's, not ours: FID by ADM's evaluation of 50,000 samples "
-           "of an SDE in 250 steps, without guidance where not said otherwise.")
+HEADING = ("Typed flags win over a preset's. The numbers are the paper's, not ours: FID by ADM's evaluation of 50,000 "
+           "samples of an SDE in 250 steps, without guidance where not said otherwise.")
 
 
 def listing():
@@ -56,8 +60,9 @@ def listing():
     lines = [textwrap.fill(HEADING, 110)]
     for name, (script, arguments, reported) in PRESETS.items():
         flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in arguments.items())
-        lines += ["", name, *(textwrap.fill(text, 110, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False)
-                              for text in (f"{script} {flags}", reported))]
+        paragraphs = (textwrap.fill(text, 110, initial_indent="    ", subsequent_indent="        ",
+                                    break_on_hyphens=False) for text in (f"{script} {flags}", reported))
+        lines += ["", name, *paragraphs]
     return "\n".join(lines)
 
 
@@ -68,8 +73,8 @@ def parse_with_preset(parser, script):
     """
     finder = argparse.ArgumentParser(add_help=False)
     for p in (parser, finder):
-        p.add_argument("--preset", metavar="NAME", help="the settings of one of the paper's runs, which typed flags change; "
-                       "`--preset list` shows them with the numbers that the paper reports")
+        p.add_argument("--preset", metavar="NAME", help="the settings of one of the paper's runs, which typed flags "
+                       "change; `--preset list` shows them with the numbers that the paper reports")
     name = finder.parse_known_args()[0].preset
     if name == "list":
         print(listing())
@@ -79,6 +84,7 @@ def parse_with_preset(parser, script):
             raise UserError(f"--preset {name} is not known; `--preset list` shows all of them.")
         owner, arguments, _ = PRESETS[name]
         if owner != script:
-            raise UserError(f"--preset {name} is a run of {owner}; give it there, or choose another from `--preset list`.")
+            raise UserError(f"--preset {name} is a run of {owner}; give it there, or choose another from `--preset "
+                            "list`.")
         parser.set_defaults(**arguments)
     return parser.parse_args()

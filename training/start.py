@@ -29,7 +29,8 @@ from training.config import MOST_WORKERS, loss_weights
 from training.preemption import listen
 from training.trainer import Trainer
 
-# Flags that accelerate's launcher or its configuration may set instead: environment variable, our default, what it may be.
+# Flags that accelerate's launcher or its configuration may set instead: environment variable, our default, what it may
+# be.
 LAUNCHER = {"mixed_precision": ("ACCELERATE_MIXED_PRECISION", "fp16", ("no", "fp16", "bf16")),
             "gradient_accumulation_steps": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1, range(1, 10 ** 6))}
 
@@ -37,15 +38,17 @@ logger = logging.getLogger("haste")
 
 
 def take_from_launcher(args, environ):
-    """Fill in the flags of LAUNCHER that args have as None: by the launcher's variable in `environ`, else by our default.
+    """Fill in the flags of LAUNCHER that args have as None: by the launcher's variable in `environ`, else by our
+    default.
 
-    A flag that was given wins; -> a sentence for each where the launcher says something else. Raises UserError for a value
-    of the launcher's that would be used and is none of ours. accelerate launch says precision "no" whenever it was given
-    none, so that "no" counts as nothing said.
+    A flag that was given wins; -> a sentence for each where the launcher says something else. Raises UserError for a
+    value of the launcher's that would be used and is none of ours. accelerate launch says precision "no" whenever it
+    was given none, so that "no" counts as nothing said.
     """
     differing = []
     for name, (variable, default, allowed) in LAUNCHER.items():
-        flag, given, said = f"--{name.replace('_', '-')}", getattr(args, name), environ.get(variable, "").strip().lower()
+        flag, given = f"--{name.replace('_', '-')}", getattr(args, name)
+        said = environ.get(variable, "").strip().lower()
         if said in ("", "no"):
             said = None
         elif isinstance(default, int) and said.isdecimal():
@@ -62,10 +65,11 @@ def take_from_launcher(args, environ):
 
 
 def share_of_cores(mine, everyone):
-    """Cores for a process that may run on the cores `mine` = (machine, numbers), as `everyone` = [(machine, numbers)] may.
+    """Cores for a process that may run on the cores `mine` = (machine, numbers), as `everyone` = [(machine, numbers)]
+    may.
 
-    Each core is divided among the processes that may run on it: srun gives each process cores of its own, torchrun gives
-    all of a machine the same. At least 1.
+    Each core is divided among the processes that may run on it: srun gives each process cores of its own, torchrun
+    gives all of a machine the same. At least 1.
     """
     users = collections.Counter((machine, core) for machine, cores in everyone for core in cores)
     machine, cores = mine
@@ -82,13 +86,15 @@ def cores_of_this_process():
 def make_accelerator(args):
     """Accelerator and run folder. fp16 needs a GPU: on a CPU the run is in float32, and says so.
 
-    Fills in what args leave to the launcher and to the machine: mixed_precision, gradient_accumulation_steps, num_workers.
+    Fills in what args leave to the launcher and to the machine: mixed_precision, gradient_accumulation_steps,
+    num_workers.
     """
     listen()
     run = Path(args.output_dir) / args.exp_name
     differing = take_from_launcher(args, os.environ)
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
-        raise UserError(f"--report-to {args.report_to} needs the package {args.report_to}; install it, or give --report-to none.")
+        raise UserError(f"--report-to {args.report_to} needs the package {args.report_to}; install it, or give "
+                        "--report-to none.")
     precision = args.mixed_precision if torch.cuda.is_available() or args.mixed_precision != "fp16" else "no"
     if args.compile:  # a block is compiled by itself; made for whole models, this would cut each at DDP's buckets
         torch._dynamo.config.optimize_ddp = False
@@ -106,8 +112,8 @@ def make_accelerator(args):
     watch_others()
     split = accelerator.num_processes * args.gradient_accumulation_steps
     if args.batch_size < 1 or args.batch_size % split:
-        raise UserError(f"--batch-size {args.batch_size} is global and must divide by processes x accumulation = {split}; "
-                       "change one of them.")
+        raise UserError(f"--batch-size {args.batch_size} is global and must divide by processes x accumulation = "
+                       f"{split}; change one of them.")
     if args.enc_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--enc-precision fp16 needs a GPU; use bf16 or no.")
     if args.early_stop_trigger == "gradient" and args.trigger_samples % accelerator.num_processes:
@@ -152,8 +158,8 @@ def model_arguments(args, config, moments_shape):
     """Arguments that both kinds of model take, for latents of these moments."""
     channels, side, _ = moments_shape
     if side % config["patch_size"]:
-        raise UserError(f"--model {args.model} cuts latents into patches of {config['patch_size']}, and their side, {side} at "
-                        f"--resolution {args.resolution}, is no multiple of it; choose another patch.")
+        raise UserError(f"--model {args.model} cuts latents into patches of {config['patch_size']}, and their side, "
+                        f"{side} at --resolution {args.resolution}, is no multiple of it; choose another patch.")
     weights = loss_weights(args)
     return {"input_size": side, "in_channels": channels // 2, "encoder_depth": args.encoder_depth,
             "attn_layers": [student for student, _ in args.attn_layers] if uses(weights, "attention") else [],

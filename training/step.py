@@ -12,7 +12,10 @@ def update_ema(ema, model, decay):
 
 
 def backward_and_step(args, accelerator, loss, model, optimizer, ddp_optimizer):
-    """Backward pass of one micro-batch. After the last one of a step: clip, update. Returns the gradients' norm then."""
+    """Backward pass of one micro-batch; after the last one of a step, clip the gradients and update the weights.
+
+    Returns the gradients' norm after the last micro-batch, else None.
+    """
     accelerator.backward(loss)
     norm = None
     if accelerator.sync_gradients:

@@ -50,7 +50,7 @@ def is_due(every, step, last):
 
 @dataclass
 class Phase:
-    """Training from where the run is up to step `end`, with or without alignment. The gradient trigger may lower `end`."""
+    """Training up to step `end`, with or without alignment. The gradient trigger may lower `end`."""
     aligned: bool
     end: int
 
@@ -111,8 +111,10 @@ class Trainer:
         self.metrics = Metrics(self.run_folder / "metrics.csv", self.accelerator, self.step, saved.get("metrics"),
                                columns + trigger_columns(self.args), self.args.max_skipped_steps,
                                saved.get("seconds", 0.0))
-        self.preemption = Preemption(self.accelerator.num_processes, self.args.checkpoint_minutes, PROCESS_GROUP_TIMEOUT)
-        self.bar = tqdm(total=self.max_steps, initial=self.step, disable=not self.accelerator.is_main_process, mininterval=1)
+        self.preemption = Preemption(self.accelerator.num_processes, self.args.checkpoint_minutes,
+                                     PROCESS_GROUP_TIMEOUT)
+        self.bar = tqdm(total=self.max_steps, initial=self.step, mininterval=1,
+                        disable=not self.accelerator.is_main_process)
         self.describe()
 
     def phases(self):
@@ -123,7 +125,7 @@ class Trainer:
             yield Phase(False, self.max_steps)
 
     def start_phase(self, phase):
-        """Set projector, DDP and loader for `phase`; returns an iterator of (batch, draws), whose first is read already."""
+        """Set projector, DDP and loader for `phase`; returns an iterator of (batch, draws) after reading the first."""
         if not phase.aligned and self.teacher is not None:
             self.teacher = None
             gc.collect()
@@ -223,15 +225,15 @@ class Trainer:
     def batches(self, phase):
         """Iterator of (batch, draws on the device) of each micro-batch of this process, up to the end of `phase`."""
         args, accelerator = self.args, self.accelerator
-        order = StepBatches(len(self.dataset), args.batch_size, args.seed, self.step, phase.end, accelerator.process_index,
-                            accelerator.num_processes, args.gradient_accumulation_steps)
+        order = StepBatches(len(self.dataset), args.batch_size, args.seed, self.step, phase.end,
+                            accelerator.process_index, accelerator.num_processes, args.gradient_accumulation_steps)
         pin = accelerator.device.type == "cuda"
         loader = load_batches(self.dataset, order, args.num_workers, pin, ignore_signals)
         for batch, draws in zip(loader, load_noise(order, self.model.latent_shape, pin), strict=True):
             yield batch, {name: to_device(value, accelerator.device) for name, value in draws.items()}
 
     def wrap(self):
-        """Prepare model and optimizer anew for a phase; FSDP's, and a single process's second phase, stay as they are."""
+        """Prepare model and optimizer for a phase. FSDP, and one process in Phase II, have nothing to prepare anew."""
         if self.ddp_model is self.model:
             return
         if self.ddp_model is not None:
@@ -249,7 +251,7 @@ class Trainer:
     # ---- start and end ----
 
     def resume(self):
-        """Load the newest checkpoint, or that of --resume-step. Returns its state without tensors of the weights, or {}."""
+        """Load the newest checkpoint, or that of --resume-step. Returns its state but for the weights; {} if none."""
         run, settings = self.run_folder, self.settings
         needed = ("model", "ema", "opt", "args", "steps")
         found = read_for_all(self.accelerator, run / "checkpoints", self.args.resume_step, needed)
@@ -289,8 +291,8 @@ class Trainer:
         """The teacher, or the cache of its outputs."""
         args, accelerator = self.args, self.accelerator
         if not self.dataset.images:  # the checkpoint of Phase II that was to be read was damaged
-            raise UserError(f"{self.run_folder} goes on from step {self.step} with alignment, for which images are read; "
-                            "give the same command again.")
+            raise UserError(f"{self.run_folder} goes on from step {self.step} with alignment, for which images are "
+                            "read; give the same command again.")
         self.teacher = self.load_teacher().to(accelerator.device)
         if args.compile:
             self.teacher.compile()
@@ -317,7 +319,7 @@ class Trainer:
             self.previews.save("truth", self.previews.truth)
 
     def save(self):
-        """Write a checkpoint of this step, then delete those that --keep-checkpoints gives up. All processes call it."""
+        """Write a checkpoint, then delete those that --keep-checkpoints does not keep. All processes call it."""
         args, accelerator = self.args, self.accelerator
         pending = self.metrics.state_dict()  # first, as it raises when a loss or gradient went wrong
         state = {"args": self.settings, "metrics": pending, "seconds": self.metrics.seconds(),
@@ -339,6 +341,6 @@ class Trainer:
             alignment += " or until the gradients point apart" if args.early_stop_trigger == "gradient" else ""
         elif self.load_teacher:
             alignment = f"alignment ended at step {self.alignment_end}"
-        logger.info(f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {len(self.dataset):,} images, steps "
-                    f"{self.step} to {self.max_steps}, {accelerator.num_processes} process(es) on {accelerator.device}, "
-                    f"precision {accelerator.mixed_precision}, {alignment}")
+        logger.info(f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {len(self.dataset):,} images, "
+                    f"steps {self.step} to {self.max_steps}, {accelerator.num_processes} process(es) on "
+                    f"{accelerator.device}, precision {accelerator.mixed_precision}, {alignment}")
