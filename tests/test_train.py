@@ -125,7 +125,7 @@ def test_one_loss_alone(monkeypatch, tiny_data, teacher_file, tmp_path, coeffici
     run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, "--max-train-steps", 2,
                                       "--proj-coeff", coefficients[0], "--attn-coeff", coefficients[1]))
     row = metrics(tmp_path)[0]
-    assert (float(row["feature"]) != 0, float(row["attention"]) != 0) == (feature, attention)
+    assert (row["feature"] != "", row["attention"] != "") == (feature, attention)
     assert any(name.startswith("projectors") for name in checkpoint(tmp_path, 2)["model"]) == feature
 
 

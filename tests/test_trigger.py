@@ -12,6 +12,7 @@ import train
 import train_t2i
 from data_io.loader import step_noise
 from encoders.teachers import Teacher, load_vit
+from models.mmdit import MMDiT_models
 from models.sit import SiT_models
 from tests.conftest import (
     CLASSES,
@@ -106,9 +107,9 @@ def test_cosines_of_an_mmdit(monkeypatch, teacher_file, tmp_path):
     call_main(monkeypatch, train_t2i, *tiny_run(
         "MMDiT-T", data, tmp_path, "--enc-weights", teacher_file, *TRIGGER, *NEVER, "--cfg-prob", 0.5, "--max-train-steps", 3,
         "--batch-size", 4))
-    model = train_t2i.MMDiT_models["MMDiT-T"](input_size=16, context_dim=16, z_dims=(48,))
+    model = MMDiT_models["MMDiT-T"](input_size=16, context_dim=16, z_dims=(48,))
     model.load_state_dict(checkpoint(tmp_path, 3)["model"])
-    items = train_t2i.CaptionedImages(data, "train", 64)
+    items = dataset.CaptionedImages(data, "train", 64)
     expected = written_out(model, model.joint_blocks[2], items, items.empty_context,
                            Teacher(load_vit("dinov2-vit-n", teacher_file), 8, [7, 9], 10), ((1, 7), (2, 9)), (0.5, 0.5))
     assert cosines(metrics(tmp_path)[-1]) == pytest.approx(expected, abs=1e-5)
