@@ -5,14 +5,14 @@
     python benchmarks/synthetic.py DATA --n 1281167 --resolution 8
     python benchmarks/data.py DATA --resolution 8 --start
 
-"published" restates the released loader: lists of names, Pillow, np.load, a DataLoader that shuffles. It reads the image
-in both phases; "latent only" is the same without the image. Ours is timed in Phase I (image and latent) and Phase II
-(latent). All files are read once, so that they come from memory if they fit; then the loaders take turns, --rounds
+"published" restates the released loader: lists of names, Pillow, np.load, a DataLoader that shuffles. It reads the
+image in both phases; "latent only" is the same without the image. Ours is timed in Phase I (image and latent) and Phase
+II (latent). All files are read once, so that they come from memory if they fit; then the loaders take turns, --rounds
 times, and the medians are printed.
 
-With --start each row is a process of its own: seconds to the first entry, without and with the index; MiB that this adds
-at its peak, and keeps; and MiB that a forked loader process shares with no other after some visits to entries, which
-must not grow with their number. Linux only.
+With --start each row is a process of its own: seconds to the first entry, without and with the index; MiB that this
+adds at its peak, and keeps; and MiB that a forked loader process shares with no other after some visits to entries,
+which must not grow with their number. Linux only.
 """
 import argparse
 import functools
@@ -46,11 +46,13 @@ class Published(Dataset):
 
     def __init__(self, folder, images=True):
         self.folder, self.with_images = folder, images
-        self.images, self.latents = (sorted(os.path.relpath(os.path.join(root, name), folder / kind)
-                                            for root, _, names in os.walk(folder / kind) for name in names
-                                            if name.endswith(suffix)) for kind, suffix in (("images", ".png"), ("vae-sd", ".npy")))
+        self.images, self.latents = self.names("images", ".png"), self.names("vae-sd", ".npy")
         labels = dict(json.loads((folder / "vae-sd/dataset.json").read_text())["labels"])
         self.labels = np.array([labels[name] for name in self.latents])
+
+    def names(self, kind, suffix):
+        return sorted(os.path.relpath(os.path.join(root, name), self.folder / kind)
+                      for root, _, names in os.walk(self.folder / kind) for name in names if name.endswith(suffix))
 
     def __len__(self):
         return len(self.latents)
@@ -65,7 +67,8 @@ class Published(Dataset):
 
 
 def published_batches(folder, images, args):
-    loader = DataLoader(Published(folder, images), args.batch_size, shuffle=True, num_workers=args.workers, drop_last=True)
+    data = Published(folder, images)
+    loader = DataLoader(data, args.batch_size, shuffle=True, num_workers=args.workers, drop_last=True)
     while True:
         yield from loader
 
@@ -98,8 +101,9 @@ def show_speed(args):
                         shutil.copyfileobj(file, nowhere)
         rounds = [[rate(way(folders[way], images, args), args) for way in folders for images in (True, False)]
                   for _ in range(args.rounds)]
-        print(f"rounds, {form}: {[[round(value) for value in values] for values in rounds]}", file=sys.stderr, flush=True)
-        medians = published, latent_only, first, second = [statistics.median(values) for values in zip(*rounds, strict=True)]
+        print(f"rounds, {form}: {[list(map(round, values)) for values in rounds]}", file=sys.stderr, flush=True)
+        medians = [statistics.median(values) for values in zip(*rounds, strict=True)]
+        published, latent_only, first, second = medians
         ratios = [f"{ratio:.1f}" for ratio in (first / published, second / published, second / latent_only)]
         rows.append([form, *(round(value) for value in medians), *ratios])
     print(table(["form", "published", "the same, latent only", "Phase I", "Phase II", "Phase I to published",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
+import torch.nn.functional as F
 
 from dataset import LatentImages
 from evaluations import metrics, probe
@@ -19,40 +20,29 @@ from tests.test_generate_t2i import save_checkpoint
 
 def plain_cknna(a, b, k):
     """The formula in probe.py, number by number."""
-    def length(v):
-        return math.sqrt(sum(x * x for x in v))
-
-    a, b = ([[x / length(row) for x in row] for row in features] for features in (a.tolist(), b.tolist()))
+    first, second = ((rows @ rows.T).numpy() for rows in (F.normalize(a, dim=1), F.normalize(b, dim=1)))
     n = len(a)
-    kernels = [[[sum(x * y for x, y in zip(u, v, strict=True)) for v in f] for u in f] for f in (a, b)]
 
     def near(kernel, i):
-        return set(sorted((j for j in range(n) if j != i), key=lambda j: -kernel[i][j])[:k])
+        return set(sorted(set(range(n)) - {i}, key=lambda j: -kernel[i, j])[:k])
 
     def alignment(kernel, other):
-        return sum((kernel[i][j] - sum(kernel[i]) / n) * (other[i][j] - sum(other[i]) / n)
+        return sum((kernel[i, j] - kernel[i].mean()) * (other[i, j] - other[i].mean())
                    for i in range(n) for j in near(kernel, i) & near(other, i))
 
-    first, second = kernels
     return alignment(first, second) / math.sqrt(alignment(first, first) * alignment(second, second))
 
 
-@pytest.fixture
-def features():
-    """40 points in two spaces that share a part of their structure."""
-    rng = np.random.default_rng(0)
-    shared = rng.standard_normal((40, 4))
-    a = np.concatenate([shared, rng.standard_normal((40, 3))], axis=1)
-    b = np.concatenate([shared @ rng.standard_normal((4, 6)), rng.standard_normal((40, 5))], axis=1) + 0.3
-    return torch.from_numpy(a), torch.from_numpy(b)
-
-
 @pytest.mark.parametrize("k", [1, 5, 39])
-def test_cknna_is_its_formula(monkeypatch, features, k):
+def test_cknna_is_its_formula(monkeypatch, k):
+    """Of 40 points in two spaces that share a part of their structure."""
     monkeypatch.setattr(metrics, "ROWS", 16)  # parts of 16, 16 and 8 rows
-    assert metrics.cknna(*features, k) == pytest.approx(plain_cknna(*features, k), abs=1e-12)
-    a, _ = features
-    rotation = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
+    generator = torch.Generator().manual_seed(0)
+    shared, more, mix, other = (torch.randn(size, dtype=torch.float64, generator=generator)
+                                for size in ((40, 4), (40, 3), (4, 6), (40, 5)))
+    a, b = torch.cat([shared, more], dim=1), torch.cat([shared @ mix, other], dim=1) + 0.3
+    assert metrics.cknna(a, b, k) == pytest.approx(plain_cknna(a, b, k), abs=1e-12)
+    rotation = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64, generator=generator)).Q
     assert metrics.cknna(a, 3 * a @ rotation, k) == pytest.approx(1, abs=1e-12)  # equal neighbourhoods
 
 
