@@ -2,6 +2,7 @@
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +130,7 @@ def load_extractor(features="inception", weights=None, device="cpu", preset="adm
     try:
         network.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()  # the first line names the class alone
+        reason = shorten(str(error).strip().splitlines()[-1], 100, placeholder=" ...")  # it can name hundreds of keys
         raise UserError(f"{path} does not hold the weights of {features} ({reason}); give the published "
                        "file.") from error
     device = torch.device(device)

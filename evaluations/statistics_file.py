@@ -56,15 +56,17 @@ def read_statistics(source, extractor, required):
     if preset is None and features == "inception" and rank() == 0:
         logger.warning("%s does not say how Inception was fed; it is taken to be preset %s. ADM's reference files need "
                        "adm, U-ViT's for COCO pytorch-fid", source, extractor.preset)
-    for mu, sigma, dim in (("mu", "sigma", extractor.dim), ("mu_s", "sigma_s", SPATIAL_DIM)):
+    for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if (mu in stored) != (sigma in stored):
             raise UserError(f"{source} has only one of {mu} and {sigma}; a statistics file needs both.")
-        for key, shape in ((mu, (dim,)), (sigma, (dim, dim))):
-            if key in stored and (stored[key].shape != shape or stored[key].dtype.kind != "f"):
-                raise UserError(f"{key} of {source} is {stored[key].dtype} {stored[key].shape}, expected "
-                               f"floats of {shape}; it is not made with {features} features.")
-            if key in stored and not np.isfinite(stored[key]).all():
-                raise UserError(f"{key} of {source} holds nan or infinite numbers; make the statistics again.")
+    for key, array in stored.items():
+        dim = SPATIAL_DIM if key.endswith("_s") else extractor.dim
+        shape = (dim, dim) if key.startswith("sigma") else (dim,)
+        if array.shape != shape or array.dtype.kind != "f":
+            raise UserError(f"{key} of {source} is {array.dtype} {array.shape}, expected floats of {shape}; it is not "
+                           f"made with {features} features.")
+        if not np.isfinite(array).all():
+            raise UserError(f"{key} of {source} holds nan or infinite numbers; make the statistics again.")
     tensors = {key: torch.from_numpy(value.astype(np.float64)) for key, value in stored.items()}
     return FeatureSet(str(source), features, preset, None if n is None else int(n), **tensors)
 

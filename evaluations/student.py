@@ -143,8 +143,7 @@ def mean_map(qk, heads):
 def colours(teacher, student):
     """Tokens (N, T, C) of both -> two uint8 (N, s, s, 3), the teacher's three principal components as red, green, blue.
 
-    The student's are its coordinates along the teacher's components, so one colour is one feature on both sides. Tokens
-    are normalized first, because the feature loss sees directions only.
+    One colour is one feature on both sides. Tokens are normalized, because the feature loss sees directions only.
     """
     teacher, student = (F.normalize(tokens.double(), dim=2) for tokens in (teacher, student))
     flat = teacher.flatten(0, 1)

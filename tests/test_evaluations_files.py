@@ -261,10 +261,11 @@ def test_wrong_weights(made, tmp_path):
     other_shape, extra = (state | {key: torch.zeros(1)} for key in ("fc.weight", "extra"))
     for content, words in ((other_shape, "not hold the weights of inception .*size mismatch for fc.weight"),
                            (extra, "Unexpected .*extra"), (state | {"fc.weight": 3}, "fc.weight"),
-                           ([1], "holds a list")):
+                           ({"a": torch.zeros(1)}, "Unexpected"), ([1], "holds a list")):
         torch.save(content, tmp_path / "changed.pth")
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=words) as error:
             load_extractor("inception", tmp_path / "changed.pth", verify=False)
+        assert len(str(error.value)) < 200 + len(str(tmp_path))    # a sentence, however many keys are wrong
     with pytest.raises(UserError, match="EfficientNet-Lite0"):
         load_extractor("efficientnet-lite0", made / "inception.pth", verify=False)
 
