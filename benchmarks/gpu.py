@@ -15,7 +15,7 @@ import argparse
 import collections
 import contextlib
 import csv
-import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -43,6 +43,7 @@ from benchmarks.measure import alternate, machine, spread, synchronize, table
 from evaluations import features
 from runtime.errors import run_script
 from runtime.setup import tune
+from runtime.versions import version
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGES = ("numpy", "timm", "accelerate", "transformers", "diffusers", "triton", "imagecodecs", "pytest")
@@ -56,13 +57,6 @@ def call(script, *arguments):
     if done.returncode:
         sys.exit(f"{done.stdout}\n{done.stderr}\nerror: {' '.join(command[1:])} ended with status {done.returncode}")
     return done.stdout
-
-
-def version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def show_machine(args):
@@ -270,25 +264,33 @@ def show_scoring(args):
 
 
 def show_encoding(args):
-    """Whole commands without imports, by a VAE of Stable Diffusion's sizes."""
+    """Whole commands without imports, with a VAE of Stable Diffusion's sizes."""
     from diffusers import AutoencoderKL
 
-    from benchmarks import preprocessing
     from benchmarks.synthetic import make_png
     from preprocessing import encode
     resolution, count, widths = (64, 4, (32,) * 4) if args.dry else (256, 512, (128, 256, 512, 512))
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=widths, layers_per_block=2, latent_channels=4,
                         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    parser = argparse.ArgumentParser()
+    encode.add_arguments(parser.add_argument)
     with tempfile.TemporaryDirectory() as folder:
         folder, rng = Path(folder), np.random.default_rng(0)
         vae.save_pretrained(folder / "vae")
         (folder / "source").mkdir()
         for i in range(count):
             (folder / f"source/img{i:08d}.png").write_bytes(make_png(resolution, rng))
-        works = {name: preprocessing.command(encode, folder / "source", folder / name, f"--model-url={folder / 'vae'}",
-                                             *more)[0] for name, more in (("float32", []), ("tf32", ["--allow-tf32"]))}
-        found = alternate(works, 1, DEVICE)
+
+        def command(name, *more):
+            def run():
+                shutil.rmtree(folder / name, ignore_errors=True)
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    encode.run(parser.parse_args([f"--source={folder / 'source'}", f"--dest={folder / name}",
+                                                  f"--model-url={folder / 'vae'}", *more]))
+            return run
+
+        found = alternate({"float32": command("float32"), "tf32": command("tf32", "--allow-tf32")}, 1, DEVICE)
     print(f"{resolution} px, {count} images\n")
     print(table(["products", "images/s"], [[name, f"{count / statistics.median(s):.1f}"] for name, s in found.items()]))
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: variants timed in turns, peak memory, and the machine in words."""
+"""What the benchmarks share: variants timed in turns, peak memory, and a line about the machine."""
 import datetime
 import os
 import platform
@@ -27,10 +27,9 @@ def machine(device="cpu"):
 def alternate(variants, rounds, device="cpu", untuned=()):
     """{name: function} -> {name: seconds of a call in each of `rounds` rounds}, after one that does not count.
 
-    In turns, so that what else the machine does meets all of them: compare within one run. On a GPU a turn is several calls,
-    waited for together: that the host waits inside a call, or runs ahead, then counts as in training. On a CPU those in
-    `untuned` run with the C library's own ways with freed memory, which speed.py changes for the others; at each change one
-    more call goes untimed.
+    They take turns, so that other work of the machine meets all of them: compare within one run. On a GPU a turn is
+    several calls, waited for together as in training. On a CPU those in `untuned` run with the C library's own handling
+    of freed memory, which runtime.setup changes for the others; at each change one more call goes untimed.
     """
     on_gpu = torch.device(device).type == "cuda"
     seconds, calls, is_untuned = {name: [] for name in variants}, 5 if on_gpu else 1, None

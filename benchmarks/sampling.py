@@ -1,4 +1,4 @@
-"""Images a second when sampling: the published network call, ours, in bf16, compiled; and calls of the network, counted.
+"""Images a second when sampling: the published network call, ours, in bf16, compiled; and how often it is called.
 
     python benchmarks/sampling.py --model SiT-B/2 --batch-size 8
 
@@ -79,16 +79,18 @@ def main():
             return euler_sampler(velocity, z, args.num_steps, heun=mode == "heun")
 
         works = {variant: (lambda variant=variant, sample=sample: sample(variant)) for variant in args.variants}
-        seconds = {variant: statistics.median(s) for variant, s in alternate(works, args.rounds, device, ["published"]).items()}
+        timed = alternate(works, args.rounds, device, ["published"])
+        seconds = {variant: statistics.median(s) for variant, s in timed.items()}
         for variant, median in seconds.items():
             calls.clear()
             works[variant]()
             ratio = f"{seconds['published'] / median:.2f}" if "published" in seconds else "-"
             rows.append([mode, variant, f"{median:.2f}", f"{args.batch_size / median:.3f}", ratio,
                          f"{calls.count(args.batch_size)} + {calls.count(2 * args.batch_size)} doubled"])
-    print(f"\n{args.model}, {args.resolution} px, batch {args.batch_size}, {args.num_steps} steps, guidance {args.cfg_scale} on "
-          f"[0, {args.guidance_high}]\n")
-    print(table(["sampler", "variant", "seconds a batch", "images/s", "times faster than published", "network calls"], rows))
+    print(f"\n{args.model}, {args.resolution} px, batch {args.batch_size}, {args.num_steps} steps, "
+          f"guidance {args.cfg_scale} on [0, {args.guidance_high}]\n")
+    print(table(["sampler", "variant", "seconds a batch", "images/s", "times faster than published", "network calls"],
+                rows))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
     python benchmarks/step_time.py --model SiT-B/2 --batch-size 8 --mixed-precision no
     python benchmarks/step_time.py --model SiT-XL/2 --batch-size 32 64 --mixed-precision bf16 fp16
 
-All variants run in one process, in turns, `published` without what speed.tune does to memory. Weights are random, data
-are in memory, noise is drawn ahead of each step as in training: what is measured is the step. `plain` is SiT without
-teacher, taps and projector: the floor. `bf16-teacher` is ours with --enc-precision bf16. Memory is weights, average,
-optimizer state and teacher, and what the step adds to them at its highest. FLOPs are the products of forward, backward
-and teacher; on a GPU those of ours give the MFU of all variants but plain.
+All variants run in one process and take turns, `published` without what runtime.setup.tune does to memory. Weights are
+random, data are in memory, noise is drawn ahead of each step as in training. `plain` is SiT without teacher, taps and
+projector: the floor. `bf16-teacher` is ours with --enc-precision bf16. Memory is weights, average, optimizer state and
+teacher, and what the step adds to them at its highest. FLOPs are the products of forward, backward and teacher; on a
+GPU those of ours give the MFU of all variants but plain.
 """
 import argparse
 import copy
@@ -94,24 +94,25 @@ class Run:
         self.batch = {"moments": torch.cat([torch.randn(batch_size, *shape, generator=generator),
                                             torch.full((batch_size, *shape), 0.1)], dim=1).to(self.device),
                       "y": torch.randint(1000, (batch_size,), generator=generator).to(self.device),
-                      "image": torch.randint(256, (batch_size, 3, options.resolution, options.resolution), dtype=torch.uint8,
-                                             generator=generator).to(self.device)}
+                      "image": torch.randint(256, (batch_size, 3, options.resolution, options.resolution),
+                                             dtype=torch.uint8, generator=generator).to(self.device)}
         self.y_null = torch.tensor(1000, device=self.device)
         self.parts = {}
 
     def model(self, variant):
-        """(model, average, optimizer, prepared model, prepared optimizer), made once: compiled and plain have their own,
-        published its own optimizer."""
-        if variant == "published":
-            if variant not in self.parts:
-                model, ema, _, wrapped, _ = self.model("ours")
-                unfused = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0)
-                # Not by prepare(): the accelerator would unscale fp16's gradients once for each optimizer of these weights.
-                self.parts[variant] = (model, ema, unfused, wrapped,
-                                       AcceleratedOptimizer(unfused, scaler=self.accelerator.scaler))
-            return self.parts[variant]
+        """(model, average, optimizer, prepared model, prepared optimizer), made once.
+
+        compiled and plain have a model of their own, published only an optimizer of its own.
+        """
         key = "ours" if variant == "bf16-teacher" else variant
-        if key not in self.parts:
+        if key in self.parts:
+            return self.parts[key]
+        if key == "published":
+            model, ema, _, wrapped, _ = self.model("ours")
+            optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0)
+            # Not by prepare(): fp16's gradients would be unscaled once for each optimizer of these weights.
+            prepared = wrapped, AcceleratedOptimizer(optimizer, scaler=self.accelerator.scaler)
+        else:
             torch.manual_seed(0)
             model = SiT_models[self.name](z_dims=() if key == "plain" else (self.width,), **self.sizes).to(self.device)
             with torch.no_grad():  # off the zeros of adaLN, as after some training
@@ -121,7 +122,8 @@ class Run:
             if key == "compiled":
                 model.compile()
             optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0, fused=True)
-            self.parts[key] = (model, ema, optimizer, *self.accelerator.prepare(model, optimizer))
+            prepared = self.accelerator.prepare(model, optimizer)
+        self.parts[key] = model, ema, optimizer, *prepared
         return self.parts[key]
 
     def draws(self):
@@ -143,8 +145,8 @@ class Run:
 
         def work():
             model.projectors.requires_grad_(aligned)
-            loss, _ = batch_loss(self.args, self.accelerator, loss_fn, wrapped, teacher if aligned else None, self.batch,
-                                 self.draws(), self.y_null)
+            loss, _ = batch_loss(self.args, self.accelerator, loss_fn, wrapped, teacher if aligned else None,
+                                 self.batch, self.draws(), self.y_null)
             backward_and_step(self.args, self.accelerator, loss, model, optimizer, wrapped_optimizer)
             update_ema(ema, model, self.args.ema_decay)
         return work
@@ -176,7 +178,8 @@ def measure(options, batch_size, precision):
         gc.collect()
         memory = (added_memory(work, run.device) + run.held(variant, phase)) / 2 ** 30
         done = flops(run.step("ours" if variant == "compiled" else variant, phase))  # compiled products are not seen
-        median, base = statistics.median(seconds[variant, phase]), variant != "plain" and seconds.get(("published", phase))
+        median = statistics.median(seconds[variant, phase])
+        base = None if variant == "plain" else seconds.get(("published", phase))
         peak = next((peak for gpu, peak in PEAK_FLOPS.items()
                      if run.device.type == "cuda" and gpu in torch.cuda.get_device_name()), None)
         needed = flops(run.step("ours", phase)) if peak and variant == "published" else done

@@ -19,8 +19,6 @@ images. Written to --results: table.md and curves.png, with the spread over the 
 """
 import argparse
 import concurrent.futures
-import csv
-import json
 import os
 import re
 import shlex
@@ -41,12 +39,13 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.measure import machine
 from benchmarks.study_report import FEATURES, LOSS, METRICS, NO_STOP, SCORES, as_text, draw
 from encoders.vae import VAE
+from evaluations.runs import read_table
 from evaluations.student import open_dataset
 from loss import SILoss
 from models.checkpoint import load_network
 from models.sit import SIT_CONFIGS
 from runtime.errors import UserError, check_bounds, run_script
-from runtime.files import atomic_write, read_json
+from runtime.files import atomic_write, read_json, write_json
 from training.presets import PRESETS
 
 # Per data set: its preset and folder, steps of a run, scores along it, samples a score and what they are compared with.
@@ -61,25 +60,20 @@ OF_ALL_RUNS = ("data", "model", "steps", "every", "samples", "mixed_precision")
 HELD_OUT, TIMES = 2000, 8  # images of the held-out loss, and times for each: one in each eighth of (0, 1)
 
 
-def whole_path(text):
-    return Path(text).resolve()
-
-
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", choices=STUDIES, default="cifar10", help="data set, with its preset and steps (default cifar10)")
-    add("--data-dir", type=whole_path, help="where its folder is (default data/NAME)")
-    add("--out", type=whole_path, help="folder of the runs (default exps/study-NAME)")
-    add("--results", type=whole_path, help="folder of what the runs gave (default OUT/results)")
+    add("--data-dir", type=lambda text: Path(text).resolve(), help="where its folder is (default data/NAME)")
+    add("--out", type=lambda text: Path(text).resolve(), help="folder of the runs (default exps/study-NAME)")
+    add("--results", type=lambda text: Path(text).resolve(), help="folder of what the runs gave (default OUT/results)")
     add("--model", choices=SIT_CONFIGS, help="default: the preset's")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     add("--variants", nargs="+", metavar="NAME", help="only these, by their names in the table (default all)")
     add("--steps", type=int, help="of each run, a multiple of 8 (default: emoji 640, cifar10 16000)")
     add("--every", type=int, help="steps between scores (default: emoji a quarter, cifar10 an eighth of --steps)")
     add("--samples", type=int, help="images of a score (default: emoji 178, cifar10 2000)")
-    add("--minutes", type=float, default=float("inf"), help="start no run that would end later (default: no "
-        "limit)")
+    add("--minutes", type=float, default=float("inf"), help="start no run that would end later (default: no limit)")
     add("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time, which share the cores "
         "(default: one a core)")
     add("--mixed-precision", choices=["no", "fp16", "bf16"], default="no", help="default no")
@@ -118,9 +112,7 @@ def check_settings(args):
     elif args.report:
         raise UserError(f"{args.results} holds no study; leave --report out.")
     else:
-        args.results.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path, "w") as file:
-            json.dump(mine, file, indent=1)
+        write_json(path, mine, indent=1)
 
 
 # ---- what is run ----
@@ -195,7 +187,8 @@ def train(args, seed, variant):
 def write_result(args, seed, variant):
     """Put what a finished run gave into --results, and delete the checkpoints that no other run starts from."""
     folder, (_, shared) = args.out / name_of(seed, variant), variants(args.steps)[variant]
-    curves, seconds = read_scores(folder / "metrics.csv")
+    table = read_table(folder)
+    curves = {score: dict(zip(*table[score], strict=True)) for score in SCORES if score in table}
     paths = sorted((folder / "checkpoints").glob("*.pt"))
     losses = held_out_losses(args, [path for path in paths if int(path.stem) % args.every == 0])
     if shared:
@@ -203,10 +196,10 @@ def write_result(args, seed, variant):
         losses |= {int(step): loss for step, loss in phase_one.items() if int(step) < shared}
     state = torch.load(folder / f"checkpoints/{args.steps:07d}.pt", weights_only=True, mmap=True)
     curves[LOSS] = {step: statistics.mean(by_t) for step, by_t in sorted(losses.items())}
-    with atomic_write(result_of(args, seed, variant), "w") as file:
-        json.dump({"machine": machine("cuda" if torch.cuda.is_available() else "cpu"),
-                   "seconds of training": round(seconds), "trigger fired": state["trigger_fired"],
-                   "scores": curves, "held-out loss by t": losses}, file, indent=1)
+    write_json(result_of(args, seed, variant), indent=1, value={
+        "machine": machine("cuda" if torch.cuda.is_available() else "cpu"),
+        "seconds of training": round(sum(table["seconds"][1])), "trigger fired": state["trigger_fired"],
+        "scores": curves, "held-out loss by t": losses})
     for path in paths:
         is_start = variant == NO_STOP and int(path.stem) % (args.steps // 4) == 0
         if not is_start and int(path.stem) != args.steps:
@@ -255,18 +248,6 @@ def run_all(args):
 
 # ---- what the runs gave ----
 
-def read_scores(path):
-    """({score: {step: value}}, seconds of training) of a metrics.csv."""
-    curves, seconds = {}, 0.0
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            seconds += float(row["seconds"])
-            for score in SCORES[:-1]:
-                if row.get(score):
-                    curves.setdefault(score, {})[int(row["step"])] = float(row[score])
-    return curves, seconds
-
-
 @torch.no_grad()
 def held_out_losses(args, paths):
     """{step: [L_diff of the EMA in each eighth of t]} over HELD_OUT images; the same draws for every checkpoint."""
@@ -287,16 +268,11 @@ def held_out_losses(args, paths):
     return losses
 
 
-def collect(args):
-    """{variant: {seed: result}} of the runs that have ended, in the order of the table."""
-    found = {name: {seed: read_json(path) for seed in args.seeds if (path := result_of(args, seed, name)).is_file()}
-             for name in variants(args.steps)}
-    return {name: results for name, results in found.items() if results}
-
-
 def report(args):
     """Write and print table.md, and draw curves.png."""
-    found = collect(args)
+    found = {name: {seed: read_json(path) for seed in args.seeds if (path := result_of(args, seed, name)).is_file()}
+             for name in variants(args.steps)}
+    found = {name: results for name, results in found.items() if results}
     if not found:
         raise UserError(f"{args.results} holds no finished run; give more --minutes, or leave --report out.")
     protocol = (f"{args.model} on {args.data}, {args.steps} steps of {args.preset['batch_size']} images, precision "

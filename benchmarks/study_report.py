@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 
 from benchmarks.measure import table
-from evaluations.during_training import score_names
+from evaluations.scores import score_names
 from runtime.files import atomic_write
 
 FEATURES, METRICS = "efficientnet-lite0", ("fid", "kid", "pr")

@@ -26,7 +26,8 @@ FACTOR, CLASSES, FORMS = 8, 1000, ("folder", "zip", "packed")
 
 
 def make_png(resolution, rng):
-    colours = Image.fromarray(rng.integers(0, 256, (17, 17, 3), np.uint8)).resize((resolution, resolution), Image.BICUBIC)
+    colours = Image.fromarray(rng.integers(0, 256, (17, 17, 3), np.uint8))
+    colours = colours.resize((resolution, resolution), Image.BICUBIC)
     pixels = np.clip(np.asarray(colours) + rng.normal(0, 1.2, (resolution, resolution, 3)), 0, 255).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -53,12 +54,9 @@ def entries(kind, args):
 
 
 def write_folder(dest, kind, args):
-    seen = set()
     for name, content in entries(kind, args):
         path = dest / kind / name
-        if path.parent not in seen:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            seen.add(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
 
 

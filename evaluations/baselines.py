@@ -7,9 +7,8 @@ training images, and writes the same numbers to SAMPLES-scores.json:
     held-out, training through the VAE   encoded and decoded: the cost of the VAE alone. These training images are not
                                          in the reference; the held-out ones are, which flatters that cell
     noise                                latents from N(0, 1), decoded: a model that has learned nothing
-A Fréchet distance of few images is biased upwards, equally for sets of one n: compare the rows of one table. Both
-references have one n too, all held-out images and a seeded choice of training images, so columns compare as well.
-Balanced labels cost the samples a little, because the classes of the data are not balanced.
+A Fréchet distance of few images is biased upwards, equally for sets of one n: compare within one table. Balanced labels
+cost the samples a little, because the classes of the data are not balanced.
 """
 import argparse
 import logging
@@ -17,23 +16,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
-from evaluations import EFFICIENTNET_PATH, FEATURES, start
+from evaluations import EFFICIENTNET_PATH, FEATURES
+from runtime.errors import LARGEST_SEED, check_bounds, run_script
 
 METRICS = ("fid", "kid")
 BATCH_SIZE = 16  # images at a time: a third faster than 64 on a CPU
 NAMES = [FEATURES["efficientnet-lite0"][kind] for kind in ("distance", "kid")]
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("samples", metavar="SAMPLES.npz", type=Path, help="what generate.py wrote")
-    add("--data", type=Path, default=Path("data/emoji"), help="the embedded data (default data/emoji)")
-    add("--vae", default="assets/vae-emoji", help="its VAE (default assets/vae-emoji)")
-    add("--efficientnet-weights", help=f"default {EFFICIENTNET_PATH}")
-    add("--reference-images", type=int, help="of each split (default: all held-out, as many of training)")
-    add("--seed", type=int, default=0, help="of the choice of images and the noise (default 0)")
-    return parser.parse_args()
 
 
 def image_sets(args, n, device):
@@ -45,50 +33,55 @@ def image_sets(args, n, device):
     from evaluations.images import FolderImages, Reconstructions
     rng, vae = np.random.default_rng(args.seed), VAE(args.vae, device)
 
-    def shuffled(split, count):
+    def shuffled(split):
         files = FolderImages(args.data / split / "images").files
-        return [files[i] for i in rng.permutation(len(files))[:count]]
+        return [files[i] for i in rng.permutation(len(files))]
 
     def images(files):
         return FolderImages(args.data, files)
 
-    held_out = shuffled("val", args.reference_images)
-    count = len(held_out)
-    training = shuffled("train", count + n)
+    held_out, training = shuffled("val")[:args.reference_images], shuffled("train")
+    count = len(held_out)  # of both references
     references = {"held-out": images(held_out), "training": images(training[:count])}
-    latent = vae.vae.config.latent_channels, *(side // vae.factor for side in references["held-out"].size)
+    latent = vae.channels, *(side // vae.factor for side in references["held-out"].size)
     noise = vae.decode(torch.from_numpy(rng.standard_normal((n, *latent), dtype=np.float32)), BATCH_SIZE)
     return references, {
         "samples": args.samples,
         "held-out through the VAE": Reconstructions(images(held_out[:n]), vae),
-        "training through the VAE": Reconstructions(images(training[count:]), vae),
+        "training through the VAE": Reconstructions(images(training[count:count + n]), vae),
         "noise": noise.permute(0, 2, 3, 1).cpu().numpy()}
 
 
 def print_table(scores, references, counts):
     width = max(map(len, scores))
-    cells = {(name, split): f"{name}, {split}" for name in NAMES for split in references}
+    columns = [(name, split, f"{name}, {split}") for name in NAMES for split in references]
     print(f"n = {counts['samples']} images a set, {counts['held-out']} of each reference")
-    print(f"{'':{width}}  {'  '.join(cells.values())}")
+    print(" " * width, *(head for _, _, head in columns), sep="  ")
     for set_name, row in scores.items():
-        values = (f"{row[split][name]:{len(head)}.4g}" for (name, split), head in cells.items())
-        print(f"{set_name:{width}}  {'  '.join(values)}")
+        values = (f"{row[split][name]:{len(head)}.4g}" for name, split, head in columns)
+        print(f"{set_name:{width}}", *values, sep="  ")
 
 
 def main():
-    args = parse_args()
-    import torch
-
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("samples", metavar="SAMPLES.npz", type=Path, help="what generate.py wrote")
+    add("--data", type=Path, default=Path("data/emoji"), help="the embedded data (default data/emoji)")
+    add("--vae", default="assets/vae-emoji", help="its VAE (default assets/vae-emoji)")
+    add("--efficientnet-weights", help=f"default {EFFICIENTNET_PATH}")
+    add("--reference-images", type=int, help="of each split (default: all held-out, as many of training)")
+    add("--seed", type=int, default=0, help="of the choice of images and the noise (default 0)")
+    args = parser.parse_args()
+    check_bounds(args, {"seed": (0, LARGEST_SEED), "reference_images": (2, float("inf"))})
+    from evaluations.extract import pick_device
     from evaluations.features import load_extractor
     from evaluations.images import open_images
     from evaluations.scores import check_pair, load_set, score
-    from runtime.errors import LARGEST_SEED, check_bounds
     from runtime.files import write_json
-    check_bounds(args, {"seed": (0, LARGEST_SEED), "reference_images": (2, float("inf"))})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for split in ("val", "train"):
         check_pair(args.data / split / "images", args.samples, METRICS)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device()
     extractor = load_extractor("efficientnet-lite0", args.efficientnet_weights, device)
     references, sets = (
         {name: load_set(images, extractor, METRICS, batch_size=BATCH_SIZE) for name, images in each.items()}
@@ -103,4 +96,4 @@ def main():
 
 
 if __name__ == "__main__":
-    start(parse_args, main)
+    run_script(main)

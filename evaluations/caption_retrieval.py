@@ -17,8 +17,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
-from evaluations import FEATURES, start
+from evaluations import FEATURES
 from evaluations.evaluator import add_network_arguments, extractor_from, run
+from runtime.errors import UserError, run_script
 
 
 def evaluate(args):
@@ -29,12 +30,10 @@ def evaluate(args):
     from evaluations.images import Reconstructions, size_text
     from evaluations.metrics import retrieval
     from evaluations.scores import load_set
-    from runtime.errors import UserError
     reference, numbers = read_pictures(args.reference)
     samples, made = read_samples(args.sample, args.reference)
     position = {number: i for i, number in enumerate(numbers)}
-    unknown = [number for number in made if number not in position]
-    if unknown:
+    if unknown := [number for number in made if number not in position]:
         raise UserError(f"{args.sample} has an image of caption {unknown[0]}, {args.reference} no picture "
                        f"{unknown[0]}.png; give the split that the images were made for.")
     if samples.size != reference.size:
@@ -43,23 +42,23 @@ def evaluate(args):
     texts = caption_texts(args.reference, made, args.caption_index) if args.clip else None
     device = join_processes(args.device)
     extractor = extractor_from(args, device)
-    sources = {"samples": samples}
+    sets = {"reference": reference, "samples": samples}
     if args.vae:
-        sources["VAE reconstructions"] = Reconstructions(reference, VAE(args.vae, device))
-    pools = {name: load_set(source, extractor, ("kid",), batch_size=args.batch_size)
-             for name, source in {"reference": reference, **sources}.items()}
+        sets["VAE reconstructions"] = Reconstructions(reference, VAE(args.vae, device))
+    features = {name: load_set(images, extractor, ("kid",), batch_size=args.batch_size)
+                for name, images in sets.items()}
     scores = clip_scores(Clip(args.clip, device), samples, texts, args.batch_size) if args.clip else None
     if rank():
         return None
     first, place = distinct(reference, args.batch_size)
     truths = {"samples": place[[position[number] for number in made]], "VAE reconstructions": place}
+    candidates = features.pop("reference").pool[first]
     result = {"features": args.features, "n": samples.n, "candidates": len(first), "sample": str(args.sample),
               "reference": str(args.reference), "any_weights": args.any_weights, "retrieval": {}}
-    for name in sources:
-        found = retrieval(pools[name].pool, pools["reference"].pool[first], truths[name])
+    for name, found in features.items():
         result["retrieval"][name] = {
             f"top-{k}": dict(zip(("accuracy", "chance", "shuffled mean", "shuffled highest"), values, strict=True))
-            for k, values in found.items()}
+            for k, values in retrieval(found.pool, candidates, truths[name]).items()}
     if args.clip:
         result["CLIP score"], result["clip"] = scores.mean().item(), str(args.clip)
     return result
@@ -77,7 +76,7 @@ def lines(result):
         yield f"CLIP score (n = {result['n']}, {result['clip']}): {result['CLIP score']:.4f}"
 
 
-def parse_args():
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("reference", metavar="DATA/SPLIT", type=Path, help="split with {i}.png, for --clip also captions.json")
@@ -88,12 +87,8 @@ def parse_args():
     add("--caption-index", type=int, default=0, help="which caption of an image the CLIP score takes; default 0")
     add("--vae", metavar="SOURCE", help="also score the split's pictures through this VAE: folder or hub name")
     add("--json", metavar="OUT", help="also write the scores, with n, features and paths, to this file")
-    return parser.parse_args()
-
-
-def main():
-    run(evaluate, lines, parse_args())
+    run(evaluate, lines, parser.parse_args())
 
 
 if __name__ == "__main__":
-    start(parse_args, main)
+    run_script(main)

@@ -1,6 +1,7 @@
 """Pictures, samples and captions of a split in the text-to-image layout, and CLIP; for caption_retrieval.py."""
 import hashlib
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -21,8 +22,7 @@ def read_pictures(folder):
     if not files:
         what = "holds no .png file" if folder.is_dir() else "is no folder"
         raise UserError(f"{folder} {what}; give a split with pictures such as 0.png, and samples of generate_t2i.py.")
-    numbers = sorted(files)
-    return FolderImages(folder, [folder / files[i] for i in numbers]), numbers
+    return FolderImages(folder, [folder / files[i] for i in sorted(files)]), sorted(files)
 
 
 def read_samples(source, split):
@@ -51,16 +51,11 @@ def caption_texts(folder, numbers, k):
 
 
 def distinct(images, batch_size):
-    """(positions of the first of each set of equal pictures, place among these of every picture), two int64 tensors."""
-    places, first, place = {}, [], []
-    for batch in images.batches(0, images.n, batch_size):
-        for image in batch:
-            digest = hashlib.sha256(image.tobytes()).digest()
-            if digest not in places:
-                places[digest] = len(first)
-                first.append(len(place))
-            place.append(places[digest])
-    return torch.tensor(first), torch.tensor(place)
+    """(position of one of each set of equal pictures, place among these of every picture), two int64 tensors."""
+    digests = [hashlib.sha256(image.tobytes()).hexdigest() for batch in images.batches(0, images.n, batch_size)
+               for image in batch]
+    _, first, place = np.unique(digests, return_index=True, return_inverse=True)
+    return torch.from_numpy(first), torch.from_numpy(place)
 
 
 class Clip:
@@ -93,12 +88,11 @@ class Clip:
 
 
 def clip_scores(clip, images, texts, batch_size):
-    """100 max(cos, 0) of each image with its text, (n,) on process 0; None on the others."""
+    """100 max(cos, 0) of each image with its text, (n, 1) on process 0; None on the others."""
     start, stop = shard(images.n)
-    rows = [torch.zeros(0, 1)]
-    for i, batch in enumerate(images.batches(start, stop, batch_size)):
-        first = start + i * batch_size
-        cosine = F.cosine_similarity(clip.images(batch), clip.captions(texts[first:first + len(batch)]))
+    rows, texts = [torch.zeros(0, 1)], texts[start:stop]
+    for batch in images.batches(start, stop, batch_size):
+        cosine = F.cosine_similarity(clip.images(batch), clip.captions(texts[:len(batch)]))
         rows.append(100 * cosine.clamp(min=0)[:, None].cpu())
-    scores = gather_rows(torch.cat(rows))
-    return None if scores is None else scores[:, 0]
+        texts = texts[len(batch):]
+    return gather_rows(torch.cat(rows))

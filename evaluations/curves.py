@@ -8,35 +8,32 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
-from evaluations import start
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folders of runs")
-    parser.add_argument("--out", type=Path, help="picture to write (default curves.png in the first run)")
-    return parser.parse_args()
+from runtime.errors import run_script
 
 
 def main():
-    args = parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folders of runs")
+    parser.add_argument("--out", type=Path, help="picture to write (default curves.png in the first run)")
+    args = parser.parse_args()
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from evaluations.runs import TITLES, alignment_stop, is_switched_off, read_metrics
+    from evaluations.runs import TITLES, alignment_stop, read_table, shown
     from runtime.files import atomic_write, read_json
-    out = args.out or args.runs[0] / "curves.png"
-    found = {run: read_metrics(run) for run in args.runs}
-    terms = dict.fromkeys(term for metrics in found.values() for term in metrics if not term.startswith("cosine_"))
+    out, found = args.out or args.runs[0] / "curves.png", []
+    for run in args.runs:
+        table = read_table(run)
+        stop, columns = alignment_stop(table, read_json(run / "args.json")), list(table)
+        terms = [*TITLES, *columns[columns.index("seconds") + 1:]]  # the scores come after the seconds
+        found.append((run.name, stop, {term: shown(table).get(term, ([], [])) for term in terms
+                                       if not term.startswith("cosine_")}))
+    terms = dict.fromkeys(term for _, _, metrics in found for term in metrics)
     figure, axes = plt.subplots(1, len(terms), figsize=(4.3 * len(terms), 3.6), constrained_layout=True)
-    for run, metrics in found.items():
-        stop = alignment_stop(metrics, read_json(run / "args.json"))
+    for name, stop, metrics in found:
         for axis, term in zip(axes, terms, strict=True):
-            steps, values = metrics.get(term, ([], []))
-            if is_switched_off(term, values):
-                steps, values = [], []
-            line, = axis.plot(steps, values, label=run.name)
+            line, = axis.plot(*metrics.get(term, ([], [])), label=name)
             if stop is not None:
                 axis.axvline(stop, color=line.get_color(), linestyle=":", linewidth=1)
             axis.set(title=TITLES.get(term, term), xlabel="step")
@@ -48,4 +45,4 @@ def main():
 
 
 if __name__ == "__main__":
-    start(parse_args, main)
+    run_script(main)

@@ -4,11 +4,10 @@ import logging
 import numpy as np
 import torch
 
-from evaluations import FEATURES
 from evaluations.extract import extract, shard
 from evaluations.features import load_extractor
 from evaluations.images import open_images, size_text
-from evaluations.scores import check_count, check_metrics, has_images, load_set, score
+from evaluations.scores import check_count, check_metrics, load_set, score, score_names
 from runtime.errors import UserError
 from samplers import euler_sampler, guided
 
@@ -17,20 +16,13 @@ CONDITIONS = 3  # a random stream of its own, beside those of loader.py
 logger = logging.getLogger("haste")
 
 
-def score_names(features, metrics):
-    """Columns that an Evaluation with these features and metrics, keys of scores.METRICS, fills."""
-    names = {"is": ["Inception Score"], "fid": [FEATURES[features]["distance"]], "sfid": ["sFID"],
-             "pr": ["Precision", "Recall"], "kid": [FEATURES[features]["kid"]]}
-    return [name for metric in metrics for name in names[metric]]
-
-
 class Evaluation:
     """`evaluation(ema)` -> {name: score} of args.eval_samples images against args.eval_ref, on the main process.
 
-    args.eval_num_steps Euler steps without guidance make the samples: comparable between steps and runs, not with papers.
-    Every process calls it and makes its part of the images. (args.seed, i) decides the noise of image i and the
-    training entry whose condition it has, at every step and for any number of processes. No other random stream is
-    used. The reference's features are extracted once, here. Raises UserError if samples and reference do not compare.
+    Samples take args.eval_num_steps Euler steps without guidance: scores compare between steps and runs, not with
+    papers. Every process calls it and makes its part of the images. (args.seed, i) decides the noise of image i and the
+    training entry whose condition it has, at every step and for any number of processes; no other random stream is
+    used. The reference's features are extracted once. Raises UserError if samples and reference do not compare.
     """
 
     def __init__(self, args, accelerator, dataset, vae, y_null, latent_shape):
@@ -40,18 +32,18 @@ class Evaluation:
         self.metrics, self.num_steps = args.eval_metrics, args.eval_num_steps
         check_metrics(self.metrics, args.eval_features)
         check_count(self.count, self.metrics, "--eval-samples")
-        if has_images(args.eval_ref):
-            images = open_images(args.eval_ref)
+        if images := open_images(args.eval_ref, required=False):
             check_count(images.n, self.metrics, images.name)
             if tuple(images.size) != (args.resolution, args.resolution):
                 raise UserError(f"--eval-ref {args.eval_ref} has images of {size_text(images.size)}, samples have "
                                f"--resolution {args.resolution}; give a reference of that size.")
         self.extractor = load_extractor(args.eval_features, args.eval_weights, accelerator.device, args.eval_preset)
-        self.reference = load_set(args.eval_ref, self.extractor, self.metrics, is_reference=True, batch_size=self.batch_size)
+        self.reference = load_set(args.eval_ref, self.extractor, self.metrics, is_reference=True,
+                                  batch_size=self.batch_size)
         if self.reference is not None:
             names = ", ".join(score_names(args.eval_features, self.metrics))
-            logger.info(f"scores: {names} ({args.eval_features}, preset {args.eval_preset}), of n = {self.count} samples "
-                        f"against {args.eval_ref}, n = {self.reference.n or 'unknown'}")
+            logger.info(f"scores: {names} ({args.eval_features}, preset {args.eval_preset}), of n = {self.count} "
+                        f"samples against {args.eval_ref}, n = {self.reference.n or 'unknown'}")
 
     def __call__(self, ema):
         start, stop = shard(self.count)

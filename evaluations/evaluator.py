@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
-from evaluations import EFFICIENTNET_PATH, FEATURES, METRICS, PRESETS, start
+from evaluations import EFFICIENTNET_PATH, FEATURES, METRICS, PRESETS
+from runtime.errors import run_script
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +62,7 @@ def add_network_arguments(parser):
         help="how images are prepared for Inception: adm (default) for ImageNet, pytorch-fid for COCO")
     add("--inception-weights", metavar="PTH", help="pt_inception-2015-12-05-6726825d.pth; downloaded if not given")
     add("--dinov2-weights", metavar="FILE", help="DINOv2 ViT-L/14, .pth or .safetensors; downloaded if not given")
-    add("--efficientnet-weights", metavar="FILE", default=EFFICIENTNET_PATH,
-        help="EfficientNet-Lite0's .pth; default %(default)s")
+    add("--efficientnet-weights", metavar="FILE", help=f"EfficientNet-Lite0's .pth; default {EFFICIENTNET_PATH}")
     add("--any-weights", action="store_true",
         help="accept weights other than the published ones; such scores compare with nothing")
     add("--batch-size", type=positive, default=64, help="images at a time; default 64")
@@ -100,24 +100,20 @@ def run(evaluate, lines, args):
     leave()
 
 
-def parse_args():
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("reference", metavar="REF", help="npz, folder or statistics")
     add("sample", metavar="SAMPLE", help="npz, folder or statistics")
     add_network_arguments(parser)
-    add("--metrics", help=f"comma-separated, of {','.join(METRICS)}; default is,fid,sfid,pr for inception, fid for its "
-        "preset pytorch-fid, fid,kid for other features")
+    add("--metrics", help=f"comma-separated, of {','.join(METRICS)}; default is,fid,sfid,pr, fid with --preset "
+        "pytorch-fid, fid,kid for other features")
     add("--pr-dtype", choices=("float16", "float32"), default="float16",
         help="precision of the distances for precision and recall; default float16, as ADM's")
     add("--num-samples", type=positive, metavar="N", help="score the first N of SAMPLE; default all")
     add("--json", metavar="OUT", help="also write the scores, with n, features and paths, to this file")
-    return parser.parse_args()
-
-
-def main():
-    run(evaluate, lines, parse_args())
+    run(evaluate, lines, parser.parse_args())
 
 
 if __name__ == "__main__":
-    start(parse_args, main)
+    run_script(main)

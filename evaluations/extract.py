@@ -14,6 +14,7 @@ from evaluations.inception import SPATIAL_DIM
 from evaluations.metrics import Moments
 from runtime.errors import UserError
 from runtime.processes import watch_others
+from runtime.setup import keep_freed_memory
 
 
 @dataclass
@@ -38,32 +39,33 @@ def extract(batches, n, extractor, name="samples", keep=True):
     and may be 0; sets are joined in rank order. `keep` keeps the pool features, which Inception Score, KID, precision
     and recall need. Draws no random numbers.
     """
-    moments = [Moments(extractor.dim, extractor.device)]
+    moments = {("mu", "sigma"): Moments(extractor.dim, extractor.device)}
     if extractor.features == "inception":
-        moments.append(Moments(SPATIAL_DIM, extractor.device))
-    kept = torch.empty(n if keep else 0, extractor.dim)
+        moments["mu_s", "sigma_s"] = Moments(SPATIAL_DIM, extractor.device)
+    kept, done = torch.empty(n if keep else 0, extractor.dim), 0
     with tqdm(total=n, desc=f"{extractor.features} features of {name}", unit="image",
               disable=True if rank() else None) as progress:             # None: only on a terminal
         for images in batches:
             found = extractor(images)                                    # pool and, for Inception, spatial features
             if keep:
-                kept[moments[0].n:moments[0].n + len(found[0])] = found[0]
-            for each, rows in zip(moments, found, strict=False):
+                kept[done:done + len(images)] = found[0]
+            for each, rows in zip(moments.values(), found, strict=False):
                 each.add(rows)
-            progress.update(len(found[0]))
-    if moments[0].n != n:
-        raise ValueError(f"{n} images were announced for {name}, {moments[0].n} came")
-    for each in moments:
-        sum_over_processes(each)
+            done += len(images)
+            progress.update(len(images))
+    for each in moments.values() if dist.is_initialized() else ():
+        count = torch.tensor([each.n], dtype=torch.float64, device=each.sum.device)
+        for total in (count, each.sum, each.outer):
+            dist.all_reduce(total)
+        each.n = int(count)
     kept = gather_rows(kept) if keep else None
     if rank():
         return None
-    known = {}
-    if moments[0].n > 1:
-        for names, each in zip((("mu", "sigma"), ("mu_s", "sigma_s")), moments, strict=False):
+    total, known = moments["mu", "sigma"].n, {}
+    if total > 1:
+        for names, each in moments.items():
             known |= dict(zip(names, each.result(), strict=True))
-    return FeatureSet(name, extractor.features, extractor.preset, moments[0].n, kept, **known,
-                      classifier=extractor.classifier)
+    return FeatureSet(name, extractor.features, extractor.preset, total, kept, **known, classifier=extractor.classifier)
 
 
 def rank():
@@ -76,15 +78,6 @@ def shard(n):
     return n * rank() // world, n * (rank() + 1) // world
 
 
-def sum_over_processes(moments):
-    """Add up the Moments of all processes, in place."""
-    if dist.is_initialized():
-        count = torch.tensor([moments.n], dtype=torch.float64, device=moments.sum.device)
-        for total in (count, moments.sum, moments.outer):
-            dist.all_reduce(total)
-        moments.n = int(count)
-
-
 def gather_rows(rows):
     """rows (n_r, D) of each process -> (sum of n_r, D) in rank order on process 0, None on the others."""
     if not dist.is_initialized():
@@ -94,11 +87,19 @@ def gather_rows(rows):
     return parts and torch.cat(parts)
 
 
-def join_processes(device=None):
-    """Join torchrun's processes, if there are any -> this process's device (default: CUDA if there is a GPU)."""
+def pick_device(device=None):
+    """`device`, or CUDA if there is a GPU. On a CPU freed memory is kept: else each batch waits for it to come back."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for, but PyTorch sees no GPU; use --device cpu.")
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
+
+
+def join_processes(device=None):
+    """Join torchrun's processes, if there are any -> this process's device."""
+    device = pick_device(device)
     if "WORLD_SIZE" in os.environ:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -2,12 +2,13 @@
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evaluations import EFFICIENTNET_PATH, FEATURES, PRESETS
+from evaluations import EFFICIENTNET_PATH, FEATURES, PRESETS  # noqa: F401 - PRESETS for train.py
 from evaluations.inception import Inception
 from runtime.errors import UserError
 from runtime.files import load_tensors, sha256_of
@@ -101,23 +102,21 @@ def normalize(x, mean, std):
 
 
 def load_extractor(features="inception", weights=None, device="cpu", preset="adm", verify=True):
-    """Extractor for a key of FEATURES. `weights` is a local file or None.
+    """Extractor for a key of FEATURES; `weights` is a local file or None.
 
     Without `weights`, torch.hub downloads Inception and DINOv2, and EfficientNet-Lite0 is read from EFFICIENTNET_PATH.
     `verify` refuses a file whose sha256 is not the published one. Draws no random numbers. Raises UserError for a
     missing or wrong file.
     """
-    if features not in FEATURES:
-        raise UserError(f"There are no features {features}; choose one of {', '.join(FEATURES)}.")
-    if preset not in PRESETS or (preset != "adm" and features != "inception"):
+    if preset != "adm" and features != "inception":
         raise UserError(f"{features} has no preset {preset}; use adm, or pytorch-fid with inception.")
-    if features == "efficientnet-lite0" and weights is None:
+    url, sha256 = {"inception": (INCEPTION_URL, INCEPTION_SHA256), "dinov2-vit-l": (DINOV2_URL, None),
+                   "efficientnet-lite0": (None, EFFICIENTNET_SHA256)}[features]
+    if weights is None and url is None:
         weights = EFFICIENTNET_PATH
         if not os.path.isfile(weights):
             raise UserError(f"{weights} does not exist; make it with examples/emoji/prepare.py, or give the path of "
                            "EfficientNet-Lite0's weights.")
-    url, sha256 = {"inception": (INCEPTION_URL, INCEPTION_SHA256), "dinov2-vit-l": (DINOV2_URL, None),
-                   "efficientnet-lite0": (None, EFFICIENTNET_SHA256)}[features]
     path, state = weights or url, read_weights(weights, url, sha256 if verify else None)
     with torch.device("meta"):  # takes no time and no random numbers
         network = build(features)
@@ -125,7 +124,15 @@ def load_extractor(features="inception", weights=None, device="cpu", preset="adm
         state = dinov2_state(state, path)
     if features == "efficientnet-lite0":
         state = efficientnet_state(state, network.state_dict(), path)
-    load_strictly(network, state, path, features)
+    counters = {key: torch.tensor(0) for key in network.state_dict() if key.endswith("num_batches_tracked")}
+    state = counters | {key: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+                        for key, value in state.items()}  # not all files have the counters
+    try:
+        network.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        reason = shorten(str(error).strip().splitlines()[-1], 100, placeholder=" ...")  # it can name hundreds of keys
+        raise UserError(f"{path} does not hold the weights of {features} ({reason}); give the published "
+                       "file.") from error
     device = torch.device(device)
     return Extractor(features, preset, network.eval().requires_grad_(False).to(device), device)
 
@@ -174,23 +181,8 @@ def dinov2_state(state, path):
 
 def efficientnet_state(state, expected, path):
     """The published weights under timm's names: both files list the same layers in the same order."""
-    kinds, expected_kinds = ([key.rsplit(".", 1)[1] for key in keys] for keys in (state, expected))
+    kinds, expected_kinds = ([key.rpartition(".")[2] for key in keys] for keys in (state, expected))
     if kinds != expected_kinds:
         raise UserError(f"{path} does not hold the weights of EfficientNet-Lite0 ({len(state)} entries, expected "
                        f"{len(expected)} in the published order); make it again with examples/emoji/prepare.py.")
     return dict(zip(expected, state.values(), strict=True))
-
-
-def load_strictly(network, state, path, features):
-    """Load `state` into a network on the meta device, in float32; names and shapes must be those of the network."""
-    shapes = {key: value.shape for key, value in network.state_dict().items()}
-    counters = {key: torch.tensor(0) for key in shapes if key.endswith("num_batches_tracked")}  # not in all files
-    state = {**counters, **state}
-    wrong = [key for key in {**shapes, **state}
-             if key not in shapes or shapes[key] != getattr(state.get(key), "shape", None)]
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise UserError(f"{path} does not hold the weights of {features} (missing, unknown or of another shape: "
-                       f"{wrong[0]}{more}); give the published file.")
-    floats = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    network.load_state_dict(floats, assign=True)

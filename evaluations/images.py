@@ -1,6 +1,7 @@
 """Images to score: an npz, a folder or an array, read as a stream of uint8 batches.
 
-An npz is read front to back inside its zip, so a 10 GB `arr_0` needs the memory of one batch.
+A set of images has `name`, `n`, `size` (H, W) and `batches(start, stop, batch_size)` of uint8 (b, H, W, 3). An npz is
+read front to back inside its zip, so a 10 GB `arr_0` needs the memory of one batch.
 """
 import math
 import os
@@ -41,39 +42,37 @@ class NpzImages:
 
     def __init__(self, path):
         self.name = str(path)
-        with self.member() as (_, shape):
-            self.n, self.size = shape[0], shape[1:3]
+        with self.member() as (file, size):
+            try:
+                shape, fortran, dtype, self.header = array_header(file.peek(1024))
+            except ValueError as error:
+                raise UserError(f"arr_0 of {self.name} has no readable .npy header ({error}); write it "
+                               "again.") from error
+            check_layout(dtype, shape, f"arr_0 of {self.name}")
+            if fortran:
+                raise UserError(f"arr_0 of {self.name} is in Fortran order; make it contiguous.")
+            if math.prod(shape) != size - self.header:
+                raise EOFError(f"{math.prod(shape)} bytes of pixels expected, {size - self.header} there")
+        self.n, self.size = shape[0], shape[1:3]
 
     @contextmanager
     def member(self):
-        """(file at the first pixel, shape) of `arr_0`. Raises UserError for damage, wrong dtype and wrong shape."""
+        """(file, its bytes) of `arr_0`. Raises UserError for damage, met while reading too."""
         try:
             with zipfile.ZipFile(self.name) as archive, archive.open("arr_0.npy") as file:
-                try:
-                    shape, fortran, dtype, start = array_header(file.peek(1024))  # ours have 128 bytes
-                except ValueError as error:
-                    raise UserError(f"arr_0 of {self.name} has no readable .npy header ({error}); write it "
-                                   "again.") from error
-                check_layout(dtype, shape, f"arr_0 of {self.name}")
-                if fortran:
-                    raise UserError(f"arr_0 of {self.name} is in Fortran order; make it contiguous.")
-                pixels, there = math.prod(shape), archive.getinfo("arr_0.npy").file_size - start
-                if pixels != there:
-                    raise EOFError(f"{pixels} bytes of pixels expected, {there} there")
-                read_exactly(file, start)
-                yield file, shape
+                yield file, archive.getinfo("arr_0.npy").file_size
         except ARRAY_ERRORS as error:
             raise UserError(f"{self.name} is damaged or cut short ({error}); write it again.") from error
 
     def batches(self, start, stop, batch_size):
         check_batch(self.name, min(batch_size, stop - start), self.size)
-        with self.member() as (file, shape):
-            image_bytes = math.prod(shape[1:])
-            for left in range(start * image_bytes, 0, -CHUNK):
+        shape = *self.size, 3
+        with self.member() as (file, _):
+            for left in range(self.header + start * math.prod(shape), 0, -CHUNK):
                 read_exactly(file, min(left, CHUNK))
             for i in range(start, stop, batch_size):
                 count = min(batch_size, stop - i)
-                yield np.frombuffer(read_exactly(file, count * image_bytes), np.uint8).reshape(count, *shape[1:])
+                yield np.frombuffer(read_exactly(file, count * math.prod(shape)), np.uint8).reshape(count, *shape)
 
 
 class FolderImages:
@@ -96,11 +95,11 @@ class FolderImages:
 
 
 class Reconstructions:
-    """Another source's images, encoded by the VAE (mean of the posterior) and decoded."""
+    """Another set's images, encoded by the VAE (mean of the posterior) and decoded."""
 
     def __init__(self, images, vae):
-        self.images, self.vae, self.n, self.size = images, vae, images.n, images.size
-        self.name = f"{images.name} through the VAE"
+        self.images, self.vae = images, vae
+        self.name, self.n, self.size = f"{images.name} through the VAE", images.n, images.size
 
     def batches(self, start, stop, batch_size):
         for batch in self.images.batches(start, stop, batch_size):
@@ -109,10 +108,10 @@ class Reconstructions:
             yield self.vae.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def open_images(source):
-    """The images of an npz, a folder, a uint8 array (n, H, W, 3), or an object with n, size, name and batches().
+def open_images(source, required=True):
+    """The images of an npz, a folder, a uint8 array (n, H, W, 3), or a set of images as above.
 
-    Raises UserError for anything but uint8 RGB images.
+    Raises UserError for anything but uint8 RGB images. An npz without arr_0 is None unless `required`.
     """
     if hasattr(source, "batches"):
         return source
@@ -120,9 +119,11 @@ def open_images(source):
         return ArrayImages(source)
     if os.path.isdir(source):
         return FolderImages(source)
-    if "arr_0" not in npz_keys(source):
+    if "arr_0" in npz_keys(source):
+        return NpzImages(source)
+    if required:
         raise UserError(f"{source} has no key arr_0; store images there, uint8 (n, height, width, 3).")
-    return NpzImages(source)
+    return None
 
 
 def npz_keys(path):
@@ -149,8 +150,8 @@ def check_layout(dtype, shape, name):
     if len(shape) != 4 or shape[3] != 3 or 0 in shape:
         raise UserError(f"{name} has shape {tuple(shape)}; images must be (n, height, width, 3), n at least 1.")
     if shape[1] * shape[2] > Image.MAX_IMAGE_PIXELS:
-        raise UserError(f"{name} has images of {size_text(shape[1:3])}, more than {Image.MAX_IMAGE_PIXELS} pixels; give "
-                       "smaller ones.")
+        raise UserError(f"{name} has images of {size_text(shape[1:3])}, more than {Image.MAX_IMAGE_PIXELS} pixels; "
+                       "give smaller ones.")
 
 
 def check_batch(name, count, size):

@@ -1,8 +1,4 @@
-"""The scores as functions of features: Fréchet distance, Inception Score, KID, precision and recall, retrieval, CKNNA,
-linear probe.
-
-Features are tensors (n, D), sums are float64. Everything runs on the device of its inputs. No files, no networks.
-"""
+"""The scores as functions of features (n, D): no files, no networks. Sums are float64, on the device of the inputs."""
 import torch
 import torch.nn.functional as F
 
@@ -12,7 +8,6 @@ EIGENVALUE_FLOOR = 1e-12      # relative to the largest; a smaller eigenvalue of
 ROWS = 1024           # rows of a kernel at a time
 TOP = (1, 5)          # retrieval: top-1 and top-5
 SHUFFLES = 100        # retrieval: how often the captions are shuffled
-ITERATIONS = 500      # of the probe's L-BFGS, which stops earlier when the gradient is small
 
 
 class Moments:
@@ -31,9 +26,7 @@ class Moments:
         self.outer.addmm_(features.T, features)
 
     def result(self):
-        """mu (D,) and sigma (D, D) with n - 1, float64 on the CPU. Raises ValueError for fewer than two rows."""
-        if self.n < 2:
-            raise ValueError(f"a covariance needs at least 2 images, this set has {self.n}")
+        """mu (D,) and sigma (D, D) with n - 1, float64 on the CPU; needs two rows."""
         mu = self.sum / self.n
         sigma = (self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)
         return mu.cpu(), sigma.cpu()
@@ -43,9 +36,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)) -> float. mu (D,), sigma (D, D): tensors or arrays.
 
     Heusel et al. 2017, arXiv 1706.08500, eq. 6. With S1 = F F^T the last trace is the sum of the square roots of the
-    eigenvalues of F^T S2 F. This matrix is symmetric, so there are no complex numbers and rank-deficient covariances
-    work. The published scripts take a matrix square root, which agrees to 1e-9 at full rank. Raises ValueError for
-    different sizes and for numbers that are not finite.
+    eigenvalues of the symmetric F^T S2 F, so rank-deficient covariances work. The published scripts take a matrix
+    square root, which agrees to 1e-9 at full rank. Raises ValueError for different sizes and for nan or infinity.
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double() for a in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape:
@@ -64,7 +56,7 @@ def inception_score(pool, classifier, split_size=5000):
     """Mean over consecutive splits of exp(mean KL(p(y|x) || p(y))) -> float (Salimans et al., arXiv 1606.03498).
 
     pool (n, 2048) in file order, classifier (1008, 2048) = `fc.weight`, without the bias, as in ADM's evaluator. A
-    short last split counts like the others. Computed in float64; ADM's float32 gives nan on underflow.
+    short last split counts like the others. float64: ADM's float32 gives nan on underflow.
     """
     scores = []
     for split in pool.split(split_size):
@@ -77,12 +69,9 @@ def inception_score(pool, classifier, split_size=5000):
 def kernel_distance(x, y):
     """KID: unbiased squared MMD with the kernel (u . v / D + 1)^3 -> float, may be negative (arXiv 1801.01401).
 
-    x (n, D), y (m, D). It uses all pairs instead of 100 random subsets of 1,000: same expectation, no randomness.
-    Raises ValueError for fewer than two rows.
+    x (n, D), y (m, D), at least two rows each. All pairs instead of 100 random subsets of 1,000: the same expectation
+    without randomness.
     """
-    if min(len(x), len(y)) < 2:
-        raise ValueError(f"KID needs at least 2 images on each side, it was given {len(x)} and {len(y)}")
-
     def kernel_sum(u, v, without_diagonal=False):
         total = torch.zeros((), dtype=torch.float64, device=u.device)
         for rows in u.split(1000):
@@ -138,12 +127,9 @@ def manifold_radii(features, dtype=torch.float16):
 def precision_recall(reference, sample, dtype=torch.float16):
     """(precision, recall): the share of each set inside the other's manifold (Kynkäänniemi et al., arXiv 1904.06991).
 
-    reference (n, D), sample (m, D). A point is inside if it is within the radius of any point of the other set, border
-    included. Raises ValueError for fewer than 4 rows, which have no 3rd neighbour.
+    reference (n, D), sample (m, D), at least 4 rows each. A point is inside if it is within the radius of any point of
+    the other set, border included.
     """
-    if min(len(reference), len(sample)) <= NEIGHBOURS:
-        raise ValueError(f"precision and recall need at least {NEIGHBOURS + 1} images on each side, "
-                         f"they were given {len(reference)} and {len(sample)}")
     reference_radii, sample_radii = manifold_radii(reference, dtype), manifold_radii(sample, dtype)
     reference_in = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
     sample_in = torch.zeros(len(sample), dtype=torch.bool, device=sample.device)
@@ -208,7 +194,7 @@ def linear_probe(train, train_labels, val, val_labels, classes, l2=1e-2):
     train, val = (train - mean) / std, (val - mean) / std
     weight = train.new_zeros(train.shape[1], classes, requires_grad=True)
     bias = train.new_zeros(classes, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, tolerance_grad=1e-6, tolerance_change=0,
+    solver = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-6, tolerance_change=0,
                                line_search_fn="strong_wolfe")
 
     def loss():

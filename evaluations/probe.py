@@ -21,24 +21,22 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
-from evaluations import start
 from evaluations.evaluator import positive, run
+from runtime.errors import UserError, check_bounds, run_script
 
 
 def evaluate(args):
     """Scores -> dict for --json on process 0, None on the others."""
+    check_bounds(args, {"seed": (0, float("inf")), "l2": (0, float("inf")), "enc_blocks": (1, float("inf"))})
+    for t in args.t:
+        if not 0 <= t <= 1:
+            raise UserError(f"--t has {t}; times go from 0, the image, to 1, noise alone.")
     import torch
 
     from evaluations.extract import join_processes, rank
     from evaluations.metrics import cknna, linear_probe
     from evaluations.student import blocks_of, mean_tokens, open_split, open_teacher
     from models.checkpoint import load_network
-    from runtime.errors import UserError, check_bounds
-    at_least = {"seed": 0, "l2": 0, "enc_blocks": 1}
-    check_bounds(args, {name: (low, float("inf")) for name, low in at_least.items()})
-    for t in args.t:
-        if not 0 <= t <= 1:
-            raise UserError(f"--t has {t}; times go from 0, the image, to 1, noise alone.")
     network, trained = load_network(args.ckpt)
     depth = len(blocks_of(network))
     blocks = args.blocks or list(range(1, depth + 1))
@@ -102,7 +100,7 @@ def numbers(kind):
     return parse
 
 
-def parse_args():
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("ckpt", metavar="CKPT", help="checkpoint of ours or published, or an export; its EMA is probed")
@@ -121,12 +119,8 @@ def parse_args():
     add("--batch-size", type=positive, default=64, help="images at a time and process (default 64)")
     add("--device", choices=("cpu", "cuda"), help="default cuda if there is a GPU")
     add("--json", metavar="OUT", help="also write the scores, with their settings, to this file")
-    return parser.parse_args()
-
-
-def main():
-    run(evaluate, lines, parse_args())
+    run(evaluate, lines, parser.parse_args())
 
 
 if __name__ == "__main__":
-    start(parse_args, main)
+    run_script(main)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
-from evaluations import start
+from runtime.errors import check_bounds, run_script
 
 PARTS = Path(__file__).with_name("page")  # the template and the scripts that go into it
 TITLES = {"loss": "total loss", "grad_norm": "gradient norm", "skipped": "skipped steps",
@@ -28,7 +28,7 @@ def page(data):
     return template.replace("/* script */", "\n".join(scripts)).replace("{{ data }}", text)
 
 
-def parse_args():
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folders of runs")
@@ -36,15 +36,10 @@ def parse_args():
     add("--images", type=int, default=4, help="images for attention and features, 0 = leave them out (default 4)")
     add("--t", type=float, default=0.5, help="time at which the student sees them, 0 = no noise (default 0.5)")
     add("--out", type=Path, help="page to write (default report.html in the first run)")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_args()
-    from evaluations import runs
-    from runtime.errors import check_bounds
-    from runtime.files import atomic_write
+    args = parser.parse_args()
     check_bounds(args, {"images": (0, float("inf")), "t": (0, 1)})
+    from evaluations import runs
+    from runtime.files import atomic_write
     out = args.out or args.runs[0] / "report.html"
     settings = [runs.read_settings(run) for run in args.runs]
     teacher = next((known for known in settings if known.get("enc_type") != "none"), {})
@@ -56,4 +51,4 @@ def main():
 
 
 if __name__ == "__main__":
-    start(parse_args, main)
+    run_script(main)

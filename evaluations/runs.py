@@ -1,7 +1,4 @@
-"""The folder of a run as plain values and pictures: metrics, settings, where alignment stopped, previews, samples.
-
-For curves.py and report.py.
-"""
+"""The folder of a run as plain values and pictures, for curves.py and report.py."""
 import base64
 import csv
 import io
@@ -26,8 +23,6 @@ GRID = 36  # pictures shown of a samples folder without a grid beside it
 SAMPLING = ("mode", "num_steps", "heun", "cfg_scale", "guidance_low", "guidance_high", "global_seed", "labels")  # shown
 
 
-# ---- metrics.csv and args.json ----
-
 def read_table(run):
     """{column: ([step], [value])} of run/metrics.csv, without the step; each column has the rows that have a value."""
     path = run / "metrics.csv"
@@ -38,10 +33,8 @@ def read_table(run):
             rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
         if not rows:
             raise UserError(f"{path} has no rows yet; train first.")
-        table = {}
-        for column in rows[0]:
-            given = [row for row in rows if row[column]]
-            table[column] = [int(row["step"]) for row in given], [float(row[column]) for row in given]
+        table = {column: ([int(row["step"]) for row in rows if row[column]],
+                          [float(row[column]) for row in rows if row[column]]) for column in rows[0]}
         del table["step"]
         if missing := {*TITLES, "seconds"} - table.keys():
             raise ValueError(f"it has no column {min(missing)}")
@@ -49,13 +42,6 @@ def read_table(run):
         raise UserError(f"{path} is not a metrics.csv of train.py ({first_line(error)}); give another run's "
                        "folder.") from error
     return table
-
-
-def read_metrics(run):
-    """The losses of read_table, then the scores: the columns after `seconds`."""
-    table = read_table(run)
-    columns = list(table)
-    return {column: table[column] for column in (*TITLES, *columns[columns.index("seconds") + 1:])}
 
 
 def read_settings(run):
@@ -67,47 +53,37 @@ def read_settings(run):
     return settings
 
 
-def is_switched_off(name, values):
-    """Whether the run never had this alignment loss; metrics.csv then holds 0."""
-    return name in ("feature", "attention") and not any(values)
-
-
-def early_stop(settings, metrics):
-    """First step without alignment: the gradient trigger's or the planned one, whichever is earlier."""
-    known = {name: value for name, value in settings.items() if isinstance(value, (int, float))}
-    triggered = [step for step, cosine in zip(*metrics.get("cosine", ([], [])), strict=True)
-             if cosine < known.get("trigger_threshold", -1)]
-    return min([known.get("early_stop_point", float("inf")), *triggered])
+def shown(table):
+    """The columns of read_table to draw: without the cosines at single times, and what was off, which is 0."""
+    return {name: (steps, values) for name, (steps, values) in table.items()
+            if steps and name != "seconds" and not name.startswith("cosine_")
+            and (any(values) or name not in ("feature", "attention", "skipped"))}
 
 
 def alignment_stop(table, settings):
-    """The step after which alignment was off, None if it still goes on or if there was none.
+    """The step after which alignment was off, None while it goes on or if there was none.
 
-    The table shows where the alignment losses end, to a row. Within this row it is `early_stop`, if that lies in it.
+    The table says in which row the alignment losses end. Within this row it is the planned stop or the gradient
+    trigger's, whichever is earlier.
     """
-    aligned, planned = table["feature"][0], early_stop(settings, table)
-    before = aligned[-1] if aligned else 0
-    after = next((step for step in table["denoise"][0] if step > before), None)
+    last = max(table["feature"][0], default=0)
+    after = next((step for step in table["denoise"][0] if step > last), None)
     if after is None or settings.get("enc_type") == "none":
         return None
-    return planned if 0 < planned and before <= planned < after else before or None
+    known = {name: value for name, value in settings.items() if isinstance(value, (int, float))}
+    fired = [step for step, cosine in zip(*table.get("cosine", ([], [])), strict=True)
+             if cosine < known.get("trigger_threshold", -1)]
+    stop = min([known.get("early_stop_point", float("inf")), *fired])
+    return stop if 0 < stop and last <= stop < after else last or None
 
-
-# ---- what the page shows ----
 
 def curves(table):
-    """{steps, hours, columns: {name: [[step, value], ...]}} of read_table's result; hours are summed from its seconds.
-
-    Left out: the trigger's cosines at single times, `skipped` if it is always 0, and alignment losses that were off.
-    """
+    """{steps, hours, columns: {name: [[step, value], ...]}} of read_table's result; hours are summed seconds."""
     steps, seconds = table["seconds"]
-    columns = {name: values for name, values in table.items() if values[0] and name != "seconds"
-               and not name.startswith("cosine_") and not (name == "skipped" and not any(values[1]))
-               and not is_switched_off(name, values[1])}
-    columns["step_time"] = steps, (1000 * np.array(seconds) / np.diff(steps, prepend=0)).tolist()
-    finite = {name: [[x, y] for x, y in zip(*values, strict=True) if np.isfinite(y)]
-              for name, values in columns.items()}
-    return {"steps": steps, "hours": (np.cumsum(seconds) / 3600).round(6).tolist(), "columns": finite}
+    step_time = steps, (1000 * np.array(seconds) / np.diff(steps, prepend=0)).tolist()
+    columns = {name: [[x, y] for x, y in zip(*values, strict=True) if np.isfinite(y)]
+               for name, values in {**shown(table), "step_time": step_time}.items()}
+    return {"steps": steps, "hours": (np.cumsum(seconds) / 3600).round(6).tolist(), "columns": columns}
 
 
 def speed(durations, stop, batch_size):
@@ -148,14 +124,15 @@ def samples(path):
     with reading(path):
         if not path.exists():
             raise UserError(f"--samples {path} does not exist; give a folder of pictures or a picture.")
-    grid, scores = (path.with_name(f"{path.name}-{name}") for name in ("grid.png", "scores.json"))  # beside the folder
+    grid, scores, settings = path.with_name(f"{path.name}-grid.png"), path.with_name(f"{path.name}-scores.json"), {}
     if is_file(path) or is_file(grid):
         pixels = decode(path if is_file(path) else grid)
     else:
         images = FolderImages(path)
         first = next(images.batches(0, min(GRID, images.n), GRID))
         pixels = image_grid(torch.from_numpy(first).permute(0, 3, 1, 2))
-    settings = read_json(path / "settings.json") if is_file(path / "settings.json") else {}
+    if is_file(path / "settings.json"):
+        settings = read_json(path / "settings.json")
     return {"name": path.name.removesuffix(".png"), "picture": picture(pixels),
             "scores": read_scores(scores) if is_file(scores) else {},
             "settings": {name: settings[name] for name in SAMPLING if name in settings}}
@@ -166,8 +143,7 @@ def read_scores(path):
     scores = read_json(path).get("scores")
     if not isinstance(scores, dict) or not scores:
         raise UserError(f"{path} has no scores; make it again by baselines.py or evaluator.py --json, or remove it.")
-    by_reference = [row for found in scores.values() for row in (found.values() if isinstance(found, dict) else [None])]
-    return scores if all(isinstance(row, dict) for row in by_reference) else {"samples": {"": scores}}
+    return scores if all(isinstance(row, dict) for row in scores.values()) else {"samples": {"": scores}}
 
 
 def inside(run, count, t, teacher):

@@ -35,9 +35,17 @@ def read_statistics(source, extractor, required):
             raise UserError(f"{source} has the keys {', '.join(keys) or '(none)'}; expected arr_0 (images), "
                            "or mu and sigma (statistics).")
         return None
-    stored = read_arrays(source, [key for key in (*STATISTICS, "n", "features", "preset") if key in keys])
-    features, preset, n = str(stored.pop("features", "inception")), stored.pop("preset", None), stored.pop("n", None)
-    preset = None if preset is None else str(preset)
+    try:
+        with np.load(source, allow_pickle=False) as file:
+            for key in (keys := [key for key in (*STATISTICS, "n", "features", "preset") if key in keys]):
+                if (size := file.zip.getinfo(f"{key}.npy").file_size) > LARGEST:  # before reading it
+                    raise UserError(f"{key} of {source} has {size} bytes, far more than statistics have; make it "
+                                    "again.")
+            stored = {key: file[key] for key in keys}
+    except ARRAY_ERRORS as error:
+        raise UserError(f"The statistics in {source} cannot be read ({first_line(error)}); make them again.") from error
+    features, n = str(stored.pop("features", "inception")), stored.pop("n", None)
+    preset = str(stored.pop("preset")) if "preset" in stored else None
     if features != extractor.features or preset not in (None, extractor.preset):
         message = f"The statistics in {source} are of {features} with preset {preset}"
         if required:
@@ -48,42 +56,28 @@ def read_statistics(source, extractor, required):
     if preset is None and features == "inception" and rank() == 0:
         logger.warning("%s does not say how Inception was fed; it is taken to be preset %s. ADM's reference files need "
                        "adm, U-ViT's for COCO pytorch-fid", source, extractor.preset)
-    for mu, sigma, dim in (("mu", "sigma", extractor.dim), ("mu_s", "sigma_s", SPATIAL_DIM)):
+    for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if (mu in stored) != (sigma in stored):
             raise UserError(f"{source} has only one of {mu} and {sigma}; a statistics file needs both.")
-        for key, shape in ((mu, (dim,)), (sigma, (dim, dim))):
-            if key in stored and (stored[key].shape != shape or stored[key].dtype.kind != "f"):
-                raise UserError(f"{key} of {source} is {stored[key].dtype} {stored[key].shape}, expected "
-                               f"floats of {shape}; it is not made with {features} features.")
-            if key in stored and not np.isfinite(stored[key]).all():
-                raise UserError(f"{key} of {source} holds nan or infinite numbers; make the statistics again.")
+    for key, array in stored.items():
+        dim = SPATIAL_DIM if key.endswith("_s") else extractor.dim
+        shape = (dim, dim) if key.startswith("sigma") else (dim,)
+        if array.shape != shape or array.dtype.kind != "f":
+            raise UserError(f"{key} of {source} is {array.dtype} {array.shape}, expected floats of {shape}; it is not "
+                           f"made with {features} features.")
+        if not np.isfinite(array).all():
+            raise UserError(f"{key} of {source} holds nan or infinite numbers; make the statistics again.")
     tensors = {key: torch.from_numpy(value.astype(np.float64)) for key, value in stored.items()}
     return FeatureSet(str(source), features, preset, None if n is None else int(n), **tensors)
-
-
-def read_arrays(source, keys):
-    """{key: array} of an npz. Raises UserError for damage and, before reading, for arrays that are too large."""
-    try:
-        with zipfile.ZipFile(source) as archive:
-            for key in keys:
-                if (size := archive.getinfo(f"{key}.npy").file_size) > LARGEST:
-                    raise UserError(f"{key} of {source} has {size} bytes, far more than statistics have; make it again.")
-        with np.load(source, allow_pickle=False) as file:
-            return {key: file[key] for key in keys}
-    except ARRAY_ERRORS as error:
-        raise UserError(f"The statistics in {source} cannot be read ({first_line(error)}); make them again.") from error
 
 
 def write_statistics(path, found, images=None, chosen=()):
     """Write a FeatureSet's statistics and, as arr_0, the images with the numbers `chosen`, in file order."""
     arrays = {key: getattr(found, key).numpy() for key in STATISTICS if getattr(found, key) is not None}
-    arrays |= {key: np.array(getattr(found, key)) for key in ("n", "features", "preset")}
-    with atomic_write(path) as whole, zipfile.ZipFile(whole, "w") as archive:
-        for key, array in arrays.items():
-            with archive.open(f"{key}.npy", "w") as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
+    with atomic_write(path, "w+b") as whole:
+        np.savez(whole, **arrays, n=found.n, features=found.features, preset=found.preset)
         if len(chosen):  # a batch at a time: they may not fit into memory
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            with zipfile.ZipFile(whole, "a") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), *images.size, 3)}
                 np.lib.format.write_array_header_1_0(file, header)
                 wanted = np.isin(np.arange(images.n), chosen)

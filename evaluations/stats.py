@@ -12,36 +12,31 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
-from evaluations import start
 from evaluations.evaluator import add_network_arguments, extractor_from
+from runtime.errors import LARGEST_SEED, UserError, check_bounds, run_script
 
 logger = logging.getLogger(__name__)
 
 
-def parse_args():
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", help="npz or folder of images")
-    parser.add_argument("out", metavar="OUT.npz", help="the file to write")
+    parser.add_argument("out", metavar="OUT.npz", type=Path, help="the file to write")
     parser.add_argument("--images", type=int, default=0, metavar="N", help="images to store; default 0")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images; default 0")
     add_network_arguments(parser)
-    return parser.parse_args()
-
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
+    check_bounds(args, {"seed": (0, LARGEST_SEED)})
     import numpy as np
 
     from evaluations.extract import extract, join_processes, shard
     from evaluations.images import open_images
     from evaluations.scores import check_count
     from evaluations.statistics_file import write_statistics
-    from runtime.errors import LARGEST_SEED, UserError, check_bounds
     from runtime.files import check_writable
     from runtime.processes import leave
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    check_bounds(args, {"seed": (0, LARGEST_SEED)})
-    check_writable(Path(args.out).parent)
+    check_writable(args.out.parent)
     images = open_images(args.source)
     check_count(images.n, ("fid",), images.name)
     if not 0 <= args.images <= images.n:
@@ -57,4 +52,4 @@ def main():
 
 
 if __name__ == "__main__":
-    start(parse_args, main)
+    run_script(main)

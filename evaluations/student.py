@@ -37,20 +37,18 @@ def blocks_of(network):
 
 def open_dataset(network, args, data_dir, split="train"):
     """The data folder of a SiT, or one split of an MMDiT's. Raises UserError if its shapes are not the network's."""
-    resolution = args.get("resolution") or 256
+    resolution, (channels, side, _) = args.get("resolution") or 256, network.latent_shape
     if is_text(network):
         dataset = CaptionedImages(data_dir, split, resolution)
-        width = network.context_embedder.in_features
-        if dataset.context_shape[1] != width:
-            raise UserError(f"{data_dir} has text of width {dataset.context_shape[1]}, the network takes {width}; give "
-                           "the data that it was trained on.")
+        shapes = {"text of width": (dataset.context_shape[1], network.context_embedder.in_features)}
     else:
         kind = PixelImages if args.get("vae") == PIXELS else LatentImages
-        dataset = kind(data_dir, resolution, network.num_classes)
-    channels, side, _ = network.latent_shape
-    if dataset.moments_shape != (2 * channels, side, side):
-        raise UserError(f"{data_dir} has moments of shape {dataset.moments_shape}, the network takes "
-                       f"{(2 * channels, side, side)}; give the data that it was trained on.")
+        dataset, shapes = kind(data_dir, resolution, network.num_classes), {}
+    shapes["moments of shape"] = dataset.moments_shape, (2 * channels, side, side)
+    for what, (there, expected) in shapes.items():
+        if there != expected:
+            raise UserError(f"{data_dir} has {what} {there}, the network takes {expected}; give the data that it was "
+                           "trained on.")
     return dataset
 
 
@@ -59,21 +57,18 @@ def open_split(network, args, data, val_data, count, seed):
 
     A network of text has no labels to train a probe on: its training set is None, its held-out images are in val/.
     """
-    def order(dataset):
-        return np.random.default_rng(seed).permutation(len(dataset)).tolist()
+    def shuffled(dataset, part=slice(None)):
+        return Split(dataset, np.random.default_rng(seed).permutation(len(dataset)).tolist()[part][:count])
 
     if is_text(network):
         if val_data:
             raise UserError("--val-data is for classes; for captioned images, --data has its own split val.")
-        held_out = open_dataset(network, args, data, "val")
-        return Split(None, []), Split(held_out, order(held_out)[:count])
+        return Split(None, []), shuffled(open_dataset(network, args, data, "val"))
     dataset = open_dataset(network, args, data)
-    positions = order(dataset)
     if val_data:
-        held_out = open_dataset(network, args, val_data)
-        return Split(dataset, positions[:count]), Split(held_out, order(held_out)[:count])
+        return shuffled(dataset), shuffled(open_dataset(network, args, val_data))
     share = len(dataset) // HELD_OUT
-    return Split(dataset, positions[share:][:count]), Split(dataset, positions[:share][:count])
+    return shuffled(dataset, slice(share, None)), shuffled(dataset, slice(share))
 
 
 def open_teacher(network, args, attn_blocks=()):
@@ -100,19 +95,12 @@ def noised(dataset, positions, t, seed=0, path_type="linear"):
 @torch.no_grad()
 def block_tokens(network, x, t, y, blocks):
     """{block: image tokens (N, T, D) after it} for 1-based `blocks`, in one pass at time `t`, a number."""
-    found = {}
-
-    def keep(block):
-        def hook(_, __, output):  # SiT's blocks return (tokens, QK), MMDiT's (text, tokens, QK)
-            found[block] = output[1 if is_text(network) else 0]
-        return hook
-
-    handles = [blocks_of(network)[block - 1].register_forward_hook(keep(block)) for block in blocks]
-    try:
-        network(x, torch.full((len(x),), float(t), device=x.device), y)
-    finally:
-        for handle in handles:
-            handle.remove()
+    found, place = {}, 1 if is_text(network) else 0  # SiT's blocks return (tokens, QK), MMDiT's (text, tokens, QK)
+    handles = [blocks_of(network)[block - 1].register_forward_hook(
+        lambda _, __, output, block=block: found.update({block: output[place]})) for block in blocks]
+    network(x, torch.full((len(x),), float(t), device=x.device), y)
+    for handle in handles:
+        handle.remove()
     return found
 
 
@@ -121,12 +109,12 @@ def mean_tokens(network, teacher, part, times, blocks, seed, path_type, batch_si
     """{"teacher" or (block, t): tokens averaged over an image, (n, D)} of a Split; on processes but 0 None for each."""
     if part.dataset is None:
         return {}
-    device, (start, stop) = network.pos_embed.device, shard(len(part.positions))
+    device, positions = network.pos_embed.device, part.positions[slice(*shard(len(part.positions)))]
     widths = {"teacher": teacher.vit.embed_dim} | {(b, t): network.pos_embed.shape[2] for t in times for b in blocks}
     rows = {name: [torch.zeros(0, width)] for name, width in widths.items()}
     null = part.dataset.empty_context if is_text(network) else torch.tensor(network.null_label)  # the condition of none
-    for first in range(start, stop, batch_size):
-        batch = part.positions[first:min(first + batch_size, stop)]
+    for first in range(0, len(positions), batch_size):
+        batch = positions[first:first + batch_size]
         found = {"teacher": teacher(torch.stack([part.dataset.image(i) for i in batch])).features[0]}
         y = torch.stack([null] * len(batch)).to(device)
         for t in times:
@@ -155,8 +143,7 @@ def mean_map(qk, heads):
 def colours(teacher, student):
     """Tokens (N, T, C) of both -> two uint8 (N, s, s, 3), the teacher's three principal components as red, green, blue.
 
-    The student's are its coordinates along the teacher's components, so one colour is one feature on both sides. Tokens
-    are normalized first, because the feature loss sees directions only.
+    One colour is one feature on both sides. Tokens are normalized, because the feature loss sees directions only.
     """
     teacher, student = (F.normalize(tokens.double(), dim=2) for tokens in (teacher, student))
     flat = teacher.flatten(0, 1)
@@ -177,9 +164,9 @@ def look_inside(path, count, t, teacher=None):
 
     {images, teacher_colours, student_colours: lists of uint8 (h, w, 3), cosine of projected and teacher's features,
     side: tokens a side of a map, pairs: [{student, teacher: blocks, loss, entropy in nats, student_maps, teacher_maps:
-    uint8 (count, side^2, side^2)}]}; without projected features there are no colours and no cosine. The student sees
-    the images with their own conditions and noise of time `t`. A run without a teacher is compared with the one in
-    `teacher`, another run's settings. Raises UserError if data or teacher are missing.
+    uint8 (count, side^2, side^2)}]}. Without projected features there are no colours and no cosine. The student sees
+    noise of time `t` and the images' conditions. A run without a teacher is compared with that of `teacher`, another
+    run's settings. Raises UserError if data or teacher are missing.
     """
     network, args = load_network(path)
     if teacher and args.get("enc_type") == "none":

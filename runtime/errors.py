@@ -4,8 +4,6 @@ import signal
 import sys
 import traceback
 
-from runtime.processes import ENDED, end_at_once, is_watched, others_ended
-
 LARGEST_SEED, MOST_CLASSES = 2 ** 32 - 1, 10 ** 6  # NumPy's; more classes are a slip of the keyboard
 
 
@@ -42,14 +40,16 @@ def run_script(main):
         sentence = str(error).rsplit("UserError: ", 1)[-1].strip()  # a loader's worker wraps it in a traceback's text
         said = f"error: {sentence}"
     except Exception:
+        from runtime.processes import ENDED, is_watched, others_ended
         if not is_watched():
             raise
         said = ENDED if others_ended() else traceback.format_exc()
     finally:
         end_workers()
-    if said and is_watched():
-        end_at_once(said)
     if said:
+        from runtime.processes import end_at_once, is_watched  # not at the top: torch takes seconds, --help needs none
+        if is_watched():
+            end_at_once(said)
         sys.exit(said)
 
 

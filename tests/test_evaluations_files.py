@@ -2,7 +2,6 @@
 import contextlib
 import io
 import json
-import os
 import subprocess
 import sys
 import tracemalloc
@@ -18,7 +17,7 @@ from evaluations.features import load_extractor
 from evaluations.images import NpzImages, open_images
 from evaluations.scores import load_set, score
 from runtime.errors import UserError
-from tests.conftest import ROOT, call_main
+from tests.conftest import ROOT, call_main, script
 from tests.test_evaluations_metrics import save_efficientnet, save_inception
 
 SCRIPTS = ("evaluator", "stats", "caption_retrieval", "baselines", "curves", "probe", "report")
@@ -72,13 +71,14 @@ def paths(made, *names):
 # ---- images ----
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_npz_is_read_in_order_from_any_start(tmp_path, save):
+def test_npz_folder_and_array_are_the_same_images(tmp_path, save):
     images = random_images(11, 2)
     save(tmp_path / "a.npz", labels=np.arange(11), arr_0=images)
-    opened = open_images(tmp_path / "a.npz")
-    assert (opened.n, opened.size) == (11, (24, 24))
-    assert np.array_equal(read_all(opened), images)
-    assert np.array_equal(read_all(opened, start=5, stop=9), images[5:9])
+    folder = save_folder(tmp_path / "folder", images)
+    for source in (tmp_path / "a.npz", folder, images, torch.from_numpy(images)):
+        opened = open_images(source)
+        assert (opened.n, tuple(opened.size)) == (11, (24, 24)) and np.array_equal(read_all(opened), images)
+        assert np.array_equal(read_all(opened, start=5, stop=9), images[5:9])
 
 
 def test_npz_is_streamed(tmp_path):
@@ -90,21 +90,12 @@ def test_npz_is_streamed(tmp_path):
     assert count == 4000 and peak < 4e6
 
 
-def test_folder_array_and_npz_are_the_same_images(tmp_path):
-    images = random_images(5, 3)
-    np.savez(tmp_path / "a.npz", images)
-    folder = save_folder(tmp_path / "folder", images)
-    for source in (tmp_path / "a.npz", folder, images, torch.from_numpy(images)):
-        assert np.array_equal(read_all(open_images(source)), images)
-
-
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-@pytest.mark.parametrize("damage", ["short member", "flipped bytes", "broken stream", "no header"])
+@pytest.mark.parametrize("damage", ["short member", "flipped bytes", "broken stream"])
 def test_damaged_npz(tmp_path, damage, compression):
     member = io.BytesIO()
     np.save(member, random_images(6, 4))
-    content = member.getvalue()
-    content = {"short member": content[:-100], "no header": b"x" * 500}.get(damage, content)
+    content = member.getvalue()[:-100] if damage == "short member" else member.getvalue()
     with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
         archive.writestr("arr_0.npy", content)
     data = bytearray((tmp_path / "a.npz").read_bytes())
@@ -115,7 +106,7 @@ def test_damaged_npz(tmp_path, damage, compression):
     (tmp_path / "a.npz").write_bytes(data)
     with pytest.raises(UserError, match=r"a\.npz"):
         opened = open_images(tmp_path / "a.npz")
-        assert damage not in ("short member", "no header")         # found before hours of work
+        assert damage != "short member"                            # found before hours of work
         read_all(opened)
 
 
@@ -133,15 +124,11 @@ def test_npz_with_something_else_in_it(tmp_path, array, words):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(UserError, match="holds no"):
-        open_images(tmp_path)
-    folder = save_folder(tmp_path / "sizes", random_images(2, 5))
-    Image.fromarray(random_images(1, 6, side=16)[0]).save(folder / "9.png")
-    with pytest.raises(UserError, match=r"9\.png is 16x16"):
-        read_all(open_images(folder))
-    Image.new("RGBA", (24, 24)).save(folder / "9.png")
-    with pytest.raises(UserError, match="RGBA"):
-        read_all(open_images(folder))
+    folder = save_folder(tmp_path / "folder", random_images(2, 5))
+    for picture, words in ((Image.new("RGB", (16, 16)), r"9\.png is 16x16"), (Image.new("RGBA", (24, 24)), "RGBA")):
+        picture.save(folder / "9.png")
+        with pytest.raises(UserError, match=words):
+            read_all(open_images(folder))
     (folder / "9.png").write_bytes((folder / "000000.png").read_bytes()[:200])
     with pytest.raises(UserError, match=r"9\.png cannot be decoded"):
         read_all(open_images(folder))
@@ -166,20 +153,17 @@ def test_coco_protocol(made, monkeypatch, capsys, caplog):
 
 
 def test_two_processes_give_the_scores_of_one(made, adm):
-    """Started as by torchrun; 7 and 9 images do not divide by two."""
-    code = [sys.executable, "evaluations/evaluator.py", *paths(made, "reference.npz", "sample.npz"),
-            "--json", str(made / "two.json"), "--metrics", "is,fid,pr"]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    started = [subprocess.Popen(code, cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                                env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-               for rank in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0]
-    assert len(outputs[0].splitlines()) == 4 and outputs[1] == ""           # said once
+    """7 and 9 images do not divide by two. Statistics alone, as of ADM, have no images to share."""
+    done = script("evaluations/evaluator.py", *paths(made, "reference.npz", "sample.npz"), "--json", made / "two.json",
+                  "--metrics", "is,fid,pr", processes=2)
+    assert len(done.stdout.splitlines()) == 4                               # said once
     two = json.loads((made / "two.json").read_text())
     assert (two["n"], two["reference_n"]) == (7, 9)
     for name, value in two["scores"].items():
         assert value == pytest.approx(adm["scores"][name], rel=1e-5)
+    done = script("evaluations/evaluator.py", *paths(made, "statistics.npz", "sample.npz"), "--metrics", "pr",
+                  processes=2)
+    assert done.stdout.splitlines() == ["Precision: n/a", "Recall: n/a"]
 
 
 def test_fid_and_sfid_are_of_the_pool_and_of_the_spatial_features(inception, adm):
@@ -213,12 +197,6 @@ def test_statistics_file_replaces_the_images(monkeypatch, made, inception, adm, 
     other = load_set(made / "other.npz", inception, ("fid", "sfid", "pr"), is_reference=True)
     assert np.array_equal(other.mu.numpy(), only["mu"] + 1)                # stored statistics win over arr_0
     assert len(other.pool) == 9 and score(other, other, ("sfid",)) == {"sFID": None}
-
-
-def test_statistics_belong_to_process_0(made, inception, monkeypatch):
-    assert load_set(made / "statistics.npz", inception, ("fid",)) is not None
-    monkeypatch.setattr(scores, "rank", lambda: 1)
-    assert load_set(made / "statistics.npz", inception, ("fid",)) is None
 
 
 def test_num_samples_takes_the_first(made, inception):
@@ -281,11 +259,13 @@ def test_flags_that_do_not_fit_the_files(monkeypatch, made, capsys, reference, e
 def test_wrong_weights(made, tmp_path):
     state = torch.load(made / "inception.pth", weights_only=True)
     other_shape, extra = (state | {key: torch.zeros(1)} for key in ("fc.weight", "extra"))
-    for content, words in ((other_shape, r"of another shape: fc.weight\)"),
-                           (extra, r"missing, unknown or .*: extra\)"), ([1], "holds a list")):
+    for content, words in ((other_shape, "not hold the weights of inception .*size mismatch for fc.weight"),
+                           (extra, "Unexpected .*extra"), (state | {"fc.weight": 3}, "fc.weight"),
+                           ({"a": torch.zeros(1)}, "Unexpected"), ([1], "holds a list")):
         torch.save(content, tmp_path / "changed.pth")
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=words) as error:
             load_extractor("inception", tmp_path / "changed.pth", verify=False)
+        assert len(str(error.value)) < 200 + len(str(tmp_path))    # a sentence, however many keys are wrong
     with pytest.raises(UserError, match="EfficientNet-Lite0"):
         load_extractor("efficientnet-lite0", made / "inception.pth", verify=False)
 

@@ -75,24 +75,24 @@ def test_precision_recall_equal_tensorflow(golden):
     assert metrics.precision_recall(reference, sample) == tuple(golden["pr_tf_fp16"])
     assert metrics.precision_recall(reference, sample, torch.float32) == tuple(golden["pr_fp64"])
     assert torch.equal(reference, torch.from_numpy(golden["pr_ref"]))       # rounding left the features alone
-    radii = metrics.manifold_radii(reference).numpy()
-    assert np.array_equal(radii, radii.astype(np.float16))
-    np.testing.assert_allclose(radii, golden["radii_ref_tf"][:, 0], rtol=1e-2)
+    np.testing.assert_allclose(metrics.manifold_radii(reference), golden["radii_ref_tf"][:, 0], rtol=1e-2)
 
 
 def test_fid_equals_tensorflow(golden):
-    sets = [metrics.Moments(64) for _ in range(2)]
-    for each, key in zip(sets, ("pr_ref", "pr_sample"), strict=True):
+    statistics = []
+    for key in ("pr_ref", "pr_sample"):
+        each = metrics.Moments(64)
         for rows in torch.from_numpy(golden[key]).split(70):
             each.add(rows)
-    fid = metrics.frechet_distance(*sets[0].result(), *sets[1].result())
-    assert fid == pytest.approx(golden["fid64"], rel=1e-6)
+        statistics += each.result()
+    assert metrics.frechet_distance(*statistics) == pytest.approx(golden["fid64"], rel=1e-6)
 
 
 def test_inception_score_equals_tensorflow(golden, inception):
     pool = torch.from_numpy(golden["is_pool"]).float()             # 40 rows: the last split of 16 is short
     found = metrics.inception_score(pool, inception.classifier, split_size=16)
     assert found == pytest.approx(golden["is_split16"], rel=1e-6)
+    assert metrics.inception_score(torch.eye(4) * 1e4, torch.eye(4)) == pytest.approx(4)  # float32's softmax has zeros
 
 
 def test_inception_score_splits_at_5000():
@@ -106,11 +106,6 @@ def test_inception_score_splits_at_5000():
     assert score(*sets, ("is",))["Inception Score"] == pytest.approx(plain, rel=1e-9)
 
 
-def test_inception_score_survives_underflow():
-    pool = torch.eye(4) * 1e4                                      # float32 softmax has exact zeros here
-    assert metrics.inception_score(pool, torch.eye(4)) == pytest.approx(4)
-
-
 def test_moments_do_not_depend_on_batches_and_keep_a_large_mean():
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 1000
     each = metrics.Moments(6)
@@ -120,17 +115,8 @@ def test_moments_do_not_depend_on_batches_and_keep_a_large_mean():
         np.testing.assert_allclose(ours, plain, rtol=1e-9, atol=1e-9)
 
 
-def test_frechet_equals_matrix_square_root():
-    generator = np.random.default_rng(0)
-    a, b = moments(generator.normal(size=(300, 40)) @ generator.normal(size=(40, 40))), moments(
-        generator.normal(size=(200, 40)) + 1)
-    root = scipy.linalg.sqrtm(a[1] @ b[1]).real.trace()
-    plain = ((a[0] - b[0]) ** 2).sum() + a[1].trace() + b[1].trace() - 2 * root
-    assert metrics.frechet_distance(*a, *b) == pytest.approx(plain, rel=1e-9)
-
-
-@pytest.mark.parametrize(("n", "m"), [(10, 200), (200, 10), (10, 12), (2, 2)])
-def test_frechet_of_rank_deficient_statistics(n, m):
+@pytest.mark.parametrize(("n", "m"), [(300, 200), (10, 200), (200, 10), (2, 2)])
+def test_frechet_of_any_rank(n, m):
     """With centred data A, B: tr (S1 S2)^(1/2) = the sum of singular values of A B^T / sqrt((n - 1)(m - 1))."""
     generator = np.random.default_rng(1)
     x, y = generator.normal(size=(n, 64)) + 0.3, 2 * generator.normal(size=(m, 64))
@@ -138,16 +124,11 @@ def test_frechet_of_rank_deficient_statistics(n, m):
     cross = (x - a[0]) @ (y - b[0]).T / np.sqrt((n - 1) * (m - 1))
     plain = ((a[0] - b[0]) ** 2).sum() + a[1].trace() + b[1].trace() - 2 * np.linalg.svd(cross)[1].sum()
     assert metrics.frechet_distance(*a, *b) == pytest.approx(plain, rel=1e-7)
-
-
-def test_frechet_of_identical_sets_and_of_bad_numbers():
-    x = np.random.default_rng(2).normal(size=(20, 256)) * np.logspace(0, -4, 256) + 0.4
-    assert abs(metrics.frechet_distance(*moments(x), *moments(x))) < 1e-6
-    small, large = moments(np.eye(3)), moments(np.eye(4))
-    with pytest.raises(ValueError, match="same network"):
-        metrics.frechet_distance(*small, *large)
-    with pytest.raises(ValueError, match="nan"):
-        metrics.frechet_distance(*small, small[0] * np.nan, small[1])
+    assert abs(metrics.frechet_distance(*a, *a)) < 1e-6
+    if min(n, m) > 64:  # as published
+        root = scipy.linalg.sqrtm(a[1] @ b[1]).real.trace()
+        plain = ((a[0] - b[0]) ** 2).sum() + a[1].trace() + b[1].trace() - 2 * root
+        assert metrics.frechet_distance(*a, *b) == pytest.approx(plain, rel=1e-9)
 
 
 def test_kid_equals_the_plain_formula():
@@ -254,8 +235,7 @@ def test_scoring_leaves_the_random_stream_and_settings_alone(tmp_path, monkeypat
         (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu"))))
     with torch.autocast("cpu", torch.bfloat16):
         pool, _ = extractor(np.zeros((1, 8, 8, 3), np.uint8))
-    assert pool.dtype == torch.float32 and not pool.requires_grad
-    assert inside == [(False, "highest", False)]
+    assert pool.dtype == torch.float32 and not pool.requires_grad and inside == [(False, "highest", False)]
     assert torch.equal(torch.get_rng_state(), before) and torch.backends.cudnn.allow_tf32
     assert torch.get_float32_matmul_precision() == "high"
     torch.set_float32_matmul_precision("highest")
@@ -270,25 +250,3 @@ def test_downloads_are_checked(monkeypatch, tmp_path):
         load_extractor("inception")
     assert not list((tmp_path / "hub").rglob("*.pth"))
     assert INCEPTION_URL.endswith(f"-{features.INCEPTION_SHA256[:8]}.pth")
-
-
-def test_torch_fidelity_agrees(tmp_path, inception):
-    """An independent implementation on the same weights and images."""
-    fidelity = pytest.importorskip("torch_fidelity")
-    torch.save(inception.network.state_dict(), tmp_path / "inception.pth")
-    images = np.random.default_rng(7).integers(0, 256, (10, 48, 48, 3), np.uint8)
-    images[5:] //= 2
-    sets = [Tensors(torch.from_numpy(part).permute(0, 3, 1, 2)) for part in (images[:5], images[5:])]
-    theirs = fidelity.calculate_metrics(
-        input1=sets[0], input2=sets[1], fid=True, isc=True, isc_splits=1, samples_shuffle=False,
-        feature_extractor_weights_path=str(tmp_path / "inception.pth"), cuda=False, cache=False, verbose=False)
-    pools = [inception(part)[0] for part in (images[:5], images[5:])]
-    fid = metrics.frechet_distance(*moments(pools[0]), *moments(pools[1]))
-    assert fid == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
-    found = metrics.inception_score(pools[0], inception.classifier)
-    assert found == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
-
-
-class Tensors(torch.utils.data.TensorDataset):
-    def __getitem__(self, i):
-        return self.tensors[0][i]

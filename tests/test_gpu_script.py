@@ -13,21 +13,16 @@ from tests.conftest import CPU, ROOT
 
 
 def gpu_sh(out, *arguments, python=sys.executable, **env):
-    """The finished process, with stdout and stderr as one text."""
-    return subprocess.run(["bash", str(ROOT / "benchmarks/gpu.sh"), *arguments], check=False, stdout=subprocess.PIPE,
+    """(finished process with stdout and stderr as one text, the summary that it has written)."""
+    done = subprocess.run(["bash", str(ROOT / "benchmarks/gpu.sh"), *arguments], check=False, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True, timeout=570, cwd=out,
                           env={**os.environ, **CPU, "PYTHON": str(python), "OUT": str(out), **env})
-
-
-def summary(out):
-    [path] = out.glob("*.json")
-    return json.loads(path.read_text())
+    return done, next((json.loads(path.read_text()) for path in out.glob("*.json")), None)
 
 
 def test_part_a_on_a_cpu(tmp_path):
-    done = gpu_sh(tmp_path, "A", "--dry")
+    done, found = gpu_sh(tmp_path, "A", "--dry")
     assert done.returncode == 0, done.stdout
-    found = summary(tmp_path)
     assert found["result"] == "PASS" and found["failed"] == []
     assert [(section["name"], section["status"]) for section in found["sections"]] == [
         (name, "PASS") for name in ("machine", "ceilings", "attention", "tests")]
@@ -36,14 +31,18 @@ def test_part_a_on_a_cpu(tmp_path):
     assert {row["what"].split()[0] for row in ceilings} == {"copy", "bf16", "fp16", "tf32", "float32"}
     assert any(row["asked for"] == "default" and "attention" in row["taken"] for row in attention)
     assert " passed" in found["sections"][3]["output"] and "failed" not in found["sections"][3]["output"]
-    assert [line.split(" (")[0] for line in done.stdout.splitlines()[:-1]] == [
-        "PASS machine", "PASS ceilings", "PASS attention", "PASS tests"]
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md"]
 
 
 @pytest.fixture
+def out(tmp_path):
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+@pytest.fixture
 def python(tmp_path):
-    """For gpu.sh in place of Python: what BREAK names fails or, with SLEEP, takes a minute; other sections do nothing."""
+    """For gpu.sh in place of Python: what BREAK names fails or, with SLEEP, takes a minute; others do nothing."""
     path = tmp_path / "bin/python"
     path.parent.mkdir()
     path.write_text(f"""#!/usr/bin/env bash
@@ -56,51 +55,45 @@ case "$*" in
 esac
 """)
     path.chmod(0o755)
-    (tmp_path / "out").mkdir()
     return path
 
 
-def test_a_failed_section_stops_no_other_and_fails_the_part(tmp_path, python):
-    done = gpu_sh(tmp_path / "out", "A", "--dry", python=python, BREAK="gpu.py ceilings")
+def test_a_failed_section_stops_no_other_and_fails_the_part(out, python):
+    done, found = gpu_sh(out, "A", "--dry", python=python, BREAK="gpu.py ceilings")
     assert done.returncode == 1
     assert [line.split(" (")[0] for line in done.stdout.splitlines()[:-1]] == [
         "PASS machine", "it is gpu.py ceilings that fails", "FAIL ceilings", "PASS attention", "PASS tests"]
     assert done.stdout.splitlines()[-1].startswith("FAIL part A")
-    found = summary(tmp_path / "out")
     assert found["result"] == "FAIL" and found["failed"] == ["ceilings"]
     assert found["sections"][1]["said"] == "status 3" and "that fails" in found["sections"][1]["output"]
 
 
-def test_no_section_takes_more_than_the_time_there_is(tmp_path, python):
-    done = gpu_sh(tmp_path / "out", "A", "2", "--dry", python=python, BREAK="gpu.py machine", SLEEP="1")
+def test_no_section_takes_more_than_the_time_there_is(out, python):
+    done, found = gpu_sh(out, "A", "2", "--dry", python=python, BREAK="gpu.py machine", SLEEP="1")
     assert done.returncode == 1
-    found = summary(tmp_path / "out")
     assert found["failed"] == ["machine"] and found["sections"][0]["said"] == "status 124, its time was up"
     assert [section["status"] for section in found["sections"]] == ["FAIL", "SKIP", "SKIP", "SKIP"]
     assert "SKIP tests (0 s): no time is left" in done.stdout
 
 
-def test_what_is_not_installed_is_said(tmp_path, python):
+def test_what_is_not_installed_is_said(tmp_path, out, python):
     """A package, data, a GPU."""
-    lacking = tmp_path / "lacking"
-    lacking.mkdir()
-    (lacking / "sitecustomize.py").write_text("import sys; sys.modules['diffusers'] = None")
-    done = gpu_sh(tmp_path / "out", "C", "--dry", python=python, BREAK="nothing", PYTHONPATH=str(lacking))
-    assert done.returncode == 0
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['diffusers'] = None")
+    done, found = gpu_sh(out, "C", "--dry", python=python, BREAK="nothing", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0 and [section["status"] for section in found["sections"]] == ["PASS", "SKIP", "SKIP"]
     assert "SKIP encoding (0 s): diffusers is not installed" in done.stdout
     assert "SKIP study (0 s): no data: set DATA" in done.stdout
-    assert [section["status"] for section in summary(tmp_path / "out")["sections"]] == ["PASS", "SKIP", "SKIP"]
-    done = gpu_sh(tmp_path / "out", "A", python=python)
+    done, _ = gpu_sh(out, "A", python=python)
     assert done.returncode == 1 and "has no PyTorch that sees a GPU" in done.stdout
     for arguments in (["D"], ["A", "soon"], []):
-        assert gpu_sh(tmp_path / "out", *arguments, python=python).returncode == 2
+        assert gpu_sh(out, *arguments, python=python)[0].returncode == 2
 
 
-def test_what_a_gpu_is_asked_for_is_what_scripts_take(monkeypatch, tmp_path, python):
+def test_what_a_gpu_is_asked_for_is_what_scripts_take(monkeypatch, tmp_path, out, python):
     """The command lines of all parts without --dry, which no run on a CPU tries."""
     for part in "ABC":
-        done = gpu_sh(tmp_path / "out", part, python=python, BREAK="nothing", GPU="1", LOG=str(tmp_path / "log"),
-                      DATA=str(tmp_path / "data"))
+        done, _ = gpu_sh(out, part, python=python, BREAK="nothing", GPU="1", LOG=str(tmp_path / "log"),
+                         DATA=str(tmp_path))
         assert done.returncode == 0, done.stdout
     asked = {}
     for line in (tmp_path / "log").read_text().splitlines():
@@ -112,32 +105,12 @@ def test_what_a_gpu_is_asked_for_is_what_scripts_take(monkeypatch, tmp_path, pyt
             module.parse_args()
     assert {name for [name] in asked["gpu.py"]} == set(gpu.COMMANDS)
     [arguments] = asked["study.py"]
-    minutes = float(arguments[arguments.index("--minutes") + 1])
-    assert 6 < minutes <= 7  # of C's eight, one is left for the table
+    assert 6 < float(arguments[arguments.index("--minutes") + 1]) <= 7  # of C's eight, one is left for the table
 
 
 def test_a_section_that_was_cut_is_no_success():
-    text = """# gpu.sh A
-
-## one
-
-$ python one.py
-
-| a | b |
-| --- | --- |
-| 1 | x |
-| 2 | y |
-PASS one (3 s)
-
-## two
-
-$ python two.py
-
-| c |
-| --- |
-| 5 |
-"""
-    one, two = sections(text)
+    one, two = sections("# gpu.sh A\n\n## one\n\n$ python one.py\n\n| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |\n"
+                        "PASS one (3 s)\n\n## two\n\n$ python two.py\n\n| c |\n| --- |\n| 5 |\n")
     assert one["status"] == "PASS" and one["seconds"] == 3 and one["command"] == "python one.py"
     assert one["tables"] == [[{"a": "1", "b": "x"}, {"a": "2", "b": "y"}]]
     assert two["status"] == "CUT" and two["tables"] == [[{"c": "5"}]]

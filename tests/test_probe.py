@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-import scipy.optimize
 import torch
+import torch.nn.functional as F
 
 from dataset import LatentImages
 from evaluations import metrics, probe
@@ -19,67 +19,47 @@ from tests.test_generate_t2i import save_checkpoint
 
 def plain_cknna(a, b, k):
     """The formula in probe.py, number by number."""
-    def length(v):
-        return math.sqrt(sum(x * x for x in v))
-
-    a, b = ([[x / length(row) for x in row] for row in features] for features in (a.tolist(), b.tolist()))
+    first, second = ((rows @ rows.T).numpy() for rows in (F.normalize(a, dim=1), F.normalize(b, dim=1)))
     n = len(a)
-    kernels = [[[sum(x * y for x, y in zip(u, v, strict=True)) for v in f] for u in f] for f in (a, b)]
 
     def near(kernel, i):
-        return set(sorted((j for j in range(n) if j != i), key=lambda j: -kernel[i][j])[:k])
+        return set(sorted(set(range(n)) - {i}, key=lambda j: -kernel[i, j])[:k])
 
     def alignment(kernel, other):
-        return sum((kernel[i][j] - sum(kernel[i]) / n) * (other[i][j] - sum(other[i]) / n)
+        return sum((kernel[i, j] - kernel[i].mean()) * (other[i, j] - other[i].mean())
                    for i in range(n) for j in near(kernel, i) & near(other, i))
 
-    first, second = kernels
     return alignment(first, second) / math.sqrt(alignment(first, first) * alignment(second, second))
 
 
-@pytest.fixture
-def features():
-    """40 points in two spaces that share a part of their structure."""
-    rng = np.random.default_rng(0)
-    shared = rng.standard_normal((40, 4))
-    a = np.concatenate([shared, rng.standard_normal((40, 3))], axis=1)
-    b = np.concatenate([shared @ rng.standard_normal((4, 6)), rng.standard_normal((40, 5))], axis=1) + 0.3
-    return torch.from_numpy(a), torch.from_numpy(b)
-
-
 @pytest.mark.parametrize("k", [1, 5, 39])
-def test_cknna_is_its_formula(monkeypatch, features, k):
+def test_cknna_is_its_formula(monkeypatch, k):
+    """Of 40 points in two spaces that share a part of their structure."""
     monkeypatch.setattr(metrics, "ROWS", 16)  # parts of 16, 16 and 8 rows
-    assert metrics.cknna(*features, k) == pytest.approx(plain_cknna(*features, k), abs=1e-12)
-    a, _ = features
-    rotation = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
+    generator = torch.Generator().manual_seed(0)
+    shared, more, mix, other = (torch.randn(size, dtype=torch.float64, generator=generator)
+                                for size in ((40, 4), (40, 3), (4, 6), (40, 5)))
+    a, b = torch.cat([shared, more], dim=1), torch.cat([shared @ mix, other], dim=1) + 0.3
+    assert metrics.cknna(a, b, k) == pytest.approx(plain_cknna(a, b, k), abs=1e-12)
+    rotation = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64, generator=generator)).Q
     assert metrics.cknna(a, 3 * a @ rotation, k) == pytest.approx(1, abs=1e-12)  # equal neighbourhoods
 
 
-def test_probe_is_the_minimum_that_scipy_finds(monkeypatch):
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 90)
-    x = rng.standard_normal((90, 5)) * [1, 10, 0.1, 1, 1] + 2
+def test_probe_is_the_minimum(monkeypatch):
+    """Of the formula in probe.py: its gradient is zero at the weights found, and the problem is convex."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (90,), generator=generator)
+    x = torch.randn(90, 5, dtype=torch.float64, generator=generator) * torch.tensor([1, 10, 0.1, 1, 1]) + 2
     x[:, 0] += 1.5 * labels
-    x[:, 4] -= 0.7 * labels
-    (train, val), (train_labels, val_labels) = np.split(x, [60]), np.split(labels, [60])
-    mean, std = train.mean(0), train.std(0, ddof=1)
-
-    def objective(w):
-        weight, bias = w[:15].reshape(5, 3), w[15:]
-        logits = (train - mean) / std @ weight + bias
-        logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-        return -logs[np.arange(60), train_labels].mean() + 0.05 / 2 * (weight ** 2).sum()
-
-    best = scipy.optimize.minimize(objective, np.zeros(18), tol=1e-10).x
-    expected = (((val - mean) / std @ best[:15].reshape(5, 3) + best[15:]).argmax(1) == val_labels).mean()
     found, solver = [], torch.optim.LBFGS
     monkeypatch.setattr(torch.optim, "LBFGS", lambda weights, **how: found.extend(weights) or solver(found, **how))
-    parts = map(torch.tensor, (train, train_labels, val, val_labels))
-    accuracy = metrics.linear_probe(*parts, 3, l2=0.05)
-    assert accuracy == expected and 0.4 < accuracy < 1
-    np.testing.assert_allclose(found[0].detach(), best[:15].reshape(5, 3), atol=1e-4)
-    np.testing.assert_allclose(np.diff(found[1].detach()), np.diff(best[15:]), atol=1e-4)  # a constant changes nothing
+    accuracy = metrics.linear_probe(x[:60], labels[:60], x[60:], labels[60:], 3, l2=0.05)
+    weight, bias = found
+    logits = (x - x[:60].mean(0)) / x[:60].std(0) @ weight + bias
+    chosen = logits[torch.arange(60), labels[:60]]
+    loss = (logits[:60].exp().sum(1).log() - chosen).mean() + 0.05 / 2 * (weight ** 2).sum()
+    assert all(gradient.abs().max() < 1e-5 for gradient in torch.autograd.grad(loss, found))
+    assert accuracy == (logits[60:].argmax(1) == labels[60:]).double().mean() and 0.4 < accuracy < 1
 
 
 def test_tokens_of_a_block_and_noise(tiny_data):

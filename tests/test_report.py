@@ -1,4 +1,4 @@
-"""evaluations/report.py: what the page says about a run and if something is missing, and the page in a browser."""
+"""evaluations/report.py and curves.py: what they show of a run, what is missing, and the page in a browser."""
 import base64
 import html
 import io
@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import train
-from evaluations import report, runs
+from evaluations import curves, report, runs
 from evaluations.runs import alignment_stop, read_table
 from evaluations.student import colours, look_inside, mean_map
 from models.layers import QK
@@ -91,22 +90,32 @@ def test_page_needs_nothing_beside_it(page):
     assert '{"rate":"Infinity","score":"NaN"}' in report.page({"rate": float("inf"), "score": float("nan")})
 
 
-def table_of(aligned, plain):
-    return {"feature": (aligned, aligned), "denoise": (aligned + plain, aligned + plain)}
+@pytest.mark.parametrize("aligned, plain, settings, stop", [
+    ([50, 100], [150], {"early_stop_point": 120}, 120),  # lies in the row
+    ([50, 100], [150], {"early_stop_point": 400}, 100),  # does not: the rows say it
+    ([50, 100], [150], {}, 100),
+    ([50, 100], [150], {"early_stop_point": 120, "trigger_threshold": -0.05}, 100),
+    ([50, 100], [150], {"early_stop_point": 120, "trigger_threshold": -0.3}, 120),
+    ([50, 100], [], {"early_stop_point": 120}, None),
+    ([], [50], {"early_stop_point": 0}, None),
+    ([], [50], {"early_stop_point": 20}, 20),  # a row is as its last step
+    ([], [50], {"early_stop_point": 20, "enc_type": "none"}, None)])
+def test_stop_is_where_the_losses_of_alignment_end(aligned, plain, settings, stop):
+    table = {"feature": (aligned, aligned), "denoise": (aligned + plain,) * 2, "cosine": ([50, 100], [0.1, -0.2])}
+    assert alignment_stop(table, settings) == stop
 
 
-def test_stop_is_where_the_losses_of_alignment_end():
-    """It is the early-stop point if that lies in the row, else, as with a trigger, what the rows say."""
-    assert alignment_stop(table_of([50, 100], [150]), {"early_stop_point": 120}) == 120
-    assert alignment_stop(table_of([50, 100], [150]), {"early_stop_point": 400}) == 100
-    assert alignment_stop(table_of([50, 100], [150]), {}) == 100
-    fired = {**table_of([50, 100], [150]), "cosine": ([50, 100], [0.1, -0.2])}
-    assert alignment_stop(fired, {"early_stop_point": 120, "trigger_threshold": -0.05}) == 100
-    assert alignment_stop(fired, {"early_stop_point": 120, "trigger_threshold": -0.3}) == 120
-    assert alignment_stop(table_of([50, 100], []), {"early_stop_point": 120}) is None
-    assert alignment_stop(table_of([], [50]), {"early_stop_point": 0}) is None
-    assert alignment_stop(table_of([], [50]), {"early_stop_point": 20}) == 20  # a row is as its last step
-    assert alignment_stop(table_of([], [50]), {"early_stop_point": 20, "enc_type": "none"}) is None
+@pytest.mark.parametrize("column, panels", [("FD-EffLite0", 4), ("cosine_0.1", 3)])
+def test_curves_of_two_runs(monkeypatch, tmp_path, column, panels):
+    """Losses and scores have a panel each, the trigger's cosines at single times none."""
+    rows = "step,loss,denoise,feature,attention,grad_norm,seconds{}\n10,3,2,-0.5,2.5,1,4{}\n20,1,1,,,1,4{}\n"
+    for name, cells in (("run", (f",{column}", ",", ",300")), ("plain", ("", "", ""))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_text(rows.format(*cells))
+        (tmp_path / name / "args.json").write_text(json.dumps({"early_stop_point": 10}))
+    call_main(monkeypatch, curves, tmp_path / "run", tmp_path / "plain")
+    with Image.open(tmp_path / "run/curves.png") as image:
+        assert image.width / image.height == pytest.approx(panels * 4.3 / 3.6, rel=0.01)
 
 
 def test_speed_and_hours():
@@ -129,27 +138,23 @@ def test_few_previews_evenly_and_small_pictures(monkeypatch, tmp_path):
         Image.new("RGB", (1000, 500)).save(tmp_path / f"{step:07d}.png")
     found = runs.previews(tmp_path)
     assert [title for title, _ in found] == ["step 10", "step 30", "step 50"]
-    assert runs.previews(tmp_path / "none") == []
     small, large = runs.picture(np.zeros((300, 300, 3), np.uint8)), found[0][1]
     assert small.startswith("data:image/png;") and large.startswith("data:image/jpeg;")
     with Image.open(io.BytesIO(base64.b64decode(large.partition(",")[2]))) as picture:
         assert picture.size == (768, 384)
 
 
-def test_mean_map_is_the_softmax_written_out():
-    qk = QK(*torch.randn(2, 2, 3, 16, 8, generator=torch.Generator().manual_seed(0)))
-    for n, row in ((0, 3), (1, 15)):
-        logits = (qk.q[n, :2, row, None] * qk.k[n, :2]).sum(-1) / 8 ** 0.5
-        weights = (logits.exp() / logits.exp().sum(-1, keepdim=True)).mean(0)
-        assert torch.equal(mean_map(qk, 2)[n, row], (255 * weights / weights.max()).round().to(torch.uint8))
-
-
-def test_large_maps_are_averaged_over_squares(monkeypatch):
-    monkeypatch.setattr("evaluations.student.MAP_SIDE", 2)
-    qk = QK(*torch.randn(2, 1, 1, 16, 8, generator=torch.Generator().manual_seed(0)))  # 4 x 4 tokens
-    full = (qk.q[0, 0] @ qk.k[0, 0].T / 8 ** 0.5).softmax(-1).reshape(2, 2, 2, 2, 2, 2, 2, 2)
-    small = full.mean(dim=(1, 3, 5, 7)).reshape(4, 4)  # (row, in it, column, in it) of queries, then of keys
-    assert torch.equal(mean_map(qk, 1)[0], (255 * small / small.amax(1, keepdim=True)).round().to(torch.uint8))
+@pytest.mark.parametrize("side", [4, 2])
+def test_mean_map_is_the_softmax_written_out(monkeypatch, side):
+    """Of 4 x 4 tokens and two of three heads; a large map is averaged over squares of tokens."""
+    monkeypatch.setattr("evaluations.student.MAP_SIDE", side)
+    qk = QK(*torch.randn(2, 1, 3, 16, 8, generator=torch.Generator().manual_seed(0)))
+    full = (qk.q[0, :2] @ qk.k[0, :2].transpose(1, 2) / 8 ** 0.5).exp()
+    full = (full / full.sum(-1, keepdim=True)).mean(0)
+    if side == 2:  # (row, in it, column, in it) of queries, then of keys
+        full = full.reshape(2, 2, 2, 2, 2, 2, 2, 2).mean(dim=(1, 3, 5, 7)).reshape(4, 4)
+    expected = 255 * full / full.amax(1, keepdim=True)
+    assert (mean_map(qk, 2)[0] - expected).abs().max() <= 0.501
 
 
 def test_equal_features_have_equal_colours():
@@ -209,9 +214,9 @@ function look(frame) {
     curves: all(`#panel-${name} path.curve`).map(path => (path.getAttribute("d").match(/[ML]/g) || []).length),
     stops: all(`#panel-${name} line.stop`).length,
     labels: all(`#panel-${name} svg > text`).map(text => text.textContent)});
-  return {width: frame.contentWindow.innerWidth, scroll: page.documentElement.scrollWidth, panels: all(".panel").length,
-    denoise: panel("denoise"), feature: panel("feature"), painted: all("canvas").length,
-    heads: all("h2").map(head => head.textContent), images: all("img").filter(image => image.naturalWidth).length};
+  return {width: frame.contentWindow.innerWidth, scroll: page.documentElement.scrollWidth,
+    panels: all(".panel").length, denoise: panel("denoise"), feature: panel("feature"), painted: all("canvas").length,
+    heads: all("h2").length, images: all("img").filter(image => image.naturalWidth).length};
 }
 function drag(frame) {
   const svg = frame.contentDocument.querySelector("#panel-denoise svg"), box = svg.getBoundingClientRect();
@@ -226,35 +231,24 @@ addEventListener("load", () => setTimeout(() => {
 </script>"""
 
 
-@pytest.fixture(scope="module")
-def seen(page, tmp_path_factory):
-    """{before, after} a zoom: what LOOK sees at both widths, and what the browser's console has."""
-    if BROWSER is None:
-        pytest.skip("no chromium or google-chrome on this machine to open the page in")
-    folder = tmp_path_factory.mktemp("browser")
-    shutil.copy(page, folder / "page.html")
-    (folder / "look.html").write_text(LOOK)
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on this machine")
+def test_page_in_a_browser(page, tmp_path):
+    shutil.copy(page, tmp_path / "page.html")
+    (tmp_path / "look.html").write_text(LOOK)
     quiet = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync",
              "--disable-component-update", "--no-sandbox", "--headless", "--enable-logging=stderr",
-             "--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=4000"]
-    done = subprocess.run([BROWSER, *quiet, "--dump-dom", f"file://{folder / 'look.html'}"], check=True,
+             "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000"]
+    done = subprocess.run([BROWSER, *quiet, "--dump-dom", f"file://{tmp_path / 'look.html'}"], check=True,
                           capture_output=True, text=True, timeout=120)
-    found = json.loads(html.unescape(re.search("<pre>(.+?)</pre>", done.stdout, re.DOTALL)[1]))
-    return SimpleNamespace(**found, console=[line for line in done.stderr.splitlines() if "CONSOLE" in line])
-
-
-@pytest.mark.parametrize("i, width", [(0, 1280), (1, 390)])
-def test_page_in_a_browser(seen, i, width):
-    found = seen.before[i]
-    assert seen.console == []
-    assert found["width"] == width and found["scroll"] <= width, "the page is wider than the window"
-    assert found["panels"] == 6  # three losses, their sum, the gradient's norm, time
-    assert found["denoise"]["curves"] == [6, 6] and found["feature"]["curves"] == [4]
-    assert found["denoise"]["stops"] == found["feature"]["stops"] == 1
-    assert {"0", "2", "4", "6"} <= set(found["denoise"]["labels"]) and "step" in found["denoise"]["labels"]
-    assert found["painted"] == 8 and found["images"] == 1 + 2 * 3 + 2 * 2 + 2 * 2
-    assert found["heads"] == ["Curves", "Samples", "Previews over time", "What teacher and student see",
-                              "Step time and throughput", "Settings that differ", "Environment"]
-    after = seen.after[i]  # a drag across one panel zooms all
-    assert "0" not in after["denoise"]["labels"] and after["denoise"]["labels"] != found["denoise"]["labels"]
-    assert after["feature"]["labels"] != found["feature"]["labels"] and after["scroll"] <= after["width"]
+    assert "CONSOLE" not in done.stderr
+    seen = json.loads(html.unescape(re.search("<pre>(.+?)</pre>", done.stdout, re.DOTALL)[1]))
+    for width, found, after in zip((1280, 390), seen["before"], seen["after"], strict=True):
+        assert found["width"] == width and found["scroll"] <= width, "the page is wider than the window"
+        assert found["panels"] == 6  # three losses, their sum, the gradient's norm, time
+        assert found["denoise"]["curves"] == [6, 6] and found["feature"]["curves"] == [4]
+        assert found["denoise"]["stops"] == found["feature"]["stops"] == 1
+        assert {"0", "2", "4", "6"} <= set(found["denoise"]["labels"]) and "step" in found["denoise"]["labels"]
+        assert found["painted"] == 8 and found["images"] == 1 + 2 * 3 + 2 * 2 + 2 * 2 and found["heads"] == 7
+        for name in ("denoise", "feature"):  # a drag across one panel zooms all
+            assert after[name]["labels"] != found[name]["labels"]
+        assert after["scroll"] <= width
