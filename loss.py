@@ -68,7 +68,7 @@ def resample_qk(qk, count):
 
 
 def tile_size(device):
-    """Logits formed at a time. benchmarks/attention.py measures what that is worth, so far on CPUs only.
+    """Logits formed at a time. benchmarks/README.md measures what that is worth, so far on CPUs only.
 
     A GPU wants few, large tiles, as each takes some twenty kernels, but small enough for its cache: 2^22 logits of
     student and teacher in float32 are 32 MiB, of an H100's 50 MB.

@@ -28,12 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import published
 from benchmarks.measure import added_memory, alternate, machine, spread, table
 from data_io.loader import StepBatches, load_noise
+from dataset import SD_SCALE
 from encoders.teachers import TEACHERS, Teacher
 from loss import SILoss
 from models.sit import SIT_CONFIGS, SiT_models
 from runtime.errors import check_bounds
 from runtime.setup import to_device, tune
-from training.trainer import backward_and_step, batch_loss, update_ema
+from training.config import loss_weights
+from training.step import backward_and_step, update_ema
+from training.trainer import Trainer
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, bf16 and fp16, by the makers' data sheets
 VARIANTS = ("published", "ours", "bf16-teacher", "compiled", "plain")
@@ -68,7 +71,7 @@ class Run:
         self.accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
         self.device, config = self.accelerator.device, SIT_CONFIGS[options.model]
         self.args = argparse.Namespace(path_type="linear", weighting="uniform", cfg_prob=0.1, proj_coeff=0.5,
-                                       attn_coeff=0.5, max_grad_norm=1.0, ema_decay=0.9999, vae="")
+                                       attn_coeff=0.5, max_grad_norm=1.0, ema_decay=0.9999)
         self.pairs = () if options.no_attention else config["attn_pairs"]
         self.sizes = {"input_size": options.resolution // 8, "grad_checkpointing": options.grad_checkpointing}
         self.name, name = options.model, TEACHERS[options.enc_type]
@@ -143,10 +146,14 @@ class Run:
                                         self.batch, self.draws(), self.y_null, aligned)
             return work
 
+        trainer = Trainer.__new__(Trainer)  # with what a step needs, and no run folder
+        vars(trainer).update(args=self.args, accelerator=self.accelerator, y_null=self.y_null, loss_fn=loss_fn,
+                             ddp_model=wrapped, teacher=teacher if aligned else None, weights=loss_weights(self.args),
+                             dataset=argparse.Namespace(latent_scale=SD_SCALE))
+
         def work():
             model.projectors.requires_grad_(aligned)
-            loss, _ = batch_loss(self.args, self.accelerator, loss_fn, wrapped, teacher if aligned else None,
-                                 self.batch, self.draws(), self.y_null)
+            loss, _ = trainer.loss(self.batch, self.draws())
             backward_and_step(self.args, self.accelerator, loss, model, optimizer, wrapped_optimizer)
             update_ema(ema, model, self.args.ema_decay)
         return work

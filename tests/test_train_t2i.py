@@ -11,6 +11,8 @@ from PIL import Image
 import train
 import train_t2i
 from data_io.loader import CAPTION
+from dataset import CaptionedImages
+from models.mmdit import MMDiT_models
 from tests.conftest import (
     ROOT,
     call_main,
@@ -57,9 +59,9 @@ def test_loss_falls_and_text_is_used(monkeypatch, tiny_captions, tmp_path):
                                 "--zero-init", "--learning-rate", 3e-3, "--cfg-prob", 0))
     losses = [float(row["denoise"]) for row in metrics(tmp_path)]
     assert losses[-1] < 0.8 * losses[0]
-    model = train_t2i.MMDiT_models["MMDiT-T"](input_size=16, context_dim=16, z_dims=())
+    model = MMDiT_models["MMDiT-T"](input_size=16, context_dim=16, z_dims=())
     model.load_state_dict(checkpoint(tmp_path, 40)["model"])
-    dataset = train_t2i.CaptionedImages(tiny_captions, "val", 64)
+    dataset = CaptionedImages(tiny_captions, "val", 64)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         dark, bright = (model(noise, torch.ones(1), dataset.condition(i)[None]).mean().item() for i in (0, 3))
@@ -89,14 +91,14 @@ def test_two_processes_are_the_same_run(monkeypatch, tiny_captions, teacher_file
 
 def test_captions_are_dropped_to_the_empty_context(monkeypatch, tiny_captions, tmp_path):
     """--cfg-prob 1 shows the network nothing but empty_context.npy, 0 nothing but captions."""
-    plain, seen = train_t2i.MMDiT_models["MMDiT-T"], []
+    plain, seen = MMDiT_models["MMDiT-T"], []
 
     def build(**kwargs):
         model = plain(**kwargs)
         model.context_embedder.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].detach().clone()))
         return model
 
-    monkeypatch.setitem(train_t2i.MMDiT_models, "MMDiT-T", build)
+    monkeypatch.setitem(MMDiT_models, "MMDiT-T", build)
     for probability in (0, 1):
         seen.clear()
         run(monkeypatch, *arguments(tiny_captions, tmp_path / str(probability), "--enc-type", "none", "--cfg-prob",
@@ -119,14 +121,14 @@ def test_zero_init(monkeypatch, tiny_captions, tmp_path):
 
 def test_seed_chooses_the_captions(monkeypatch, tiny_captions, tmp_path):
     """--seed reaches the data set: the first batch has the captions that it has by itself, others than those of seed 0."""
-    seen, get = [], train_t2i.CaptionedImages.__getitem__
+    seen, get = [], CaptionedImages.__getitem__
 
     def spy(self, visit):
         item = get(self, visit)
         seen.append((visit, int(item["y"][0, 0])))  # the first token says which caption it is
         return item
 
-    monkeypatch.setattr(train_t2i.CaptionedImages, "__getitem__", spy)
+    monkeypatch.setattr(CaptionedImages, "__getitem__", spy)
     run(monkeypatch, *arguments(tiny_captions, tmp_path, "--enc-type", "none", "--max-train-steps", 3, "--seed", 5))
     counts = (3, 5, 1, 2) * 4
     chosen = {seed: [int(np.random.default_rng((seed, CAPTION, visit // 16, visit % 16)).integers(counts[visit % 16]))
@@ -163,7 +165,6 @@ def test_previews_have_captions(monkeypatch, tmp_path, texts):
 def test_published_defaults(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_t2i.py", "--exp-name", "x"])
     args = train_t2i.parse_args()
-    train_t2i.resolve(args, train_t2i.MMDIT_CONFIGS[args.model])
     assert (args.model, args.data_dir, args.sampling_steps, args.early_stop_point, args.encoder_depth, args.cfg_prob) == (
         "MMDiT", "../data/coco256_features", 10_000, 150_000, 8, 0.1)
     assert args.attn_layers == [[4, 8], [5, 9], [6, 10], [7, 11]] and not args.zero_init
