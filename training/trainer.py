@@ -76,7 +76,12 @@ class Trainer:
             weight_decay=args.adam_weight_decay, fused=True)
         self.ddp_model = self.ddp_optimizer = self.teacher = self.previews = self.evaluation = None
         self.step, self.stopping, self.begun = 0, False, False
-        self.trigger_step = None  # the step at which the gradient trigger ended Phase I
+        self.trigger_fired = None  # the step at which the gradient trigger ended Phase I
+
+    @property
+    def alignment_end_step(self):
+        """The first step without alignment."""
+        return self.args.early_stop_point if self.trigger_fired is None else self.trigger_fired
 
     # ---- a run, in the order things happen ----
 
@@ -103,8 +108,7 @@ class Trainer:
             self.loss_fn.compile()
         saved = self.resume()
         self.open_scores()
-        self.alignment_end = self.args.early_stop_point if self.trigger_step is None else self.trigger_step
-        if self.load_teacher and self.step < self.alignment_end:
+        if self.load_teacher and self.step < self.alignment_end_step:
             self.open_teacher()
         start_trackers(self.accelerator, self.args)
         columns = score_names(self.args.eval_features, self.args.eval_metrics) if self.evaluation else []
@@ -120,7 +124,7 @@ class Trainer:
     def phases(self):
         """The phases that are left: alignment, then denoising only."""
         if self.teacher is not None:
-            yield Phase(True, min(self.alignment_end, self.max_steps))
+            yield Phase(True, min(self.alignment_end_step, self.max_steps))
         if self.step < self.max_steps and not self.stopping:
             yield Phase(False, self.max_steps)
 
@@ -186,7 +190,7 @@ class Trainer:
         if not math.isfinite(cosine):
             logger.warning(f"step {self.step}: the gradients' cosine is not finite; alignment goes on")
         if cosine < self.args.trigger_threshold:
-            phase.end = self.trigger_step = self.step
+            phase.end = self.trigger_fired = self.step
 
     def finish(self):
         """Last line of the log; all processes leave together, as a launcher may end those that are left."""
@@ -266,7 +270,7 @@ class Trainer:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.step = state["steps"]
             if self.args.early_stop_trigger == "gradient":
-                self.trigger_step = state.get("trigger_fired")
+                self.trigger_fired = state.get("trigger_fired")
             describe_resume(path, state["args"], changed)
         if is_sharded(self.accelerator):
             self.ddp_model, self.ddp_optimizer = shard(self.accelerator, self.model, self.optimizer, self.ema)
@@ -323,7 +327,7 @@ class Trainer:
         args, accelerator = self.args, self.accelerator
         pending = self.metrics.state_dict()  # first, as it raises when a loss or gradient went wrong
         state = {"args": self.settings, "metrics": pending, "seconds": self.metrics.seconds(),
-                 "trigger_fired": self.trigger_step}
+                 "trigger_fired": self.trigger_fired}
         for name, part in (("model", self.model), ("ema", self.ema), ("opt", self.optimizer)):
             state[name] = whole_state(part.state_dict(), accelerator.is_main_process)
         if not accelerator.is_main_process:
@@ -337,10 +341,10 @@ class Trainer:
         """Log size, steps, devices and alignment of the run."""
         args, accelerator, alignment = self.args, self.accelerator, "no alignment"
         if self.teacher:
-            alignment = f"alignment until step {self.alignment_end}"
+            alignment = f"alignment until step {self.alignment_end_step}"
             alignment += " or until the gradients point apart" if args.early_stop_trigger == "gradient" else ""
         elif self.load_teacher:
-            alignment = f"alignment ended at step {self.alignment_end}"
+            alignment = f"alignment ended at step {self.alignment_end_step}"
         logger.info(f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {len(self.dataset):,} images, "
                     f"steps {self.step} to {self.max_steps}, {accelerator.num_processes} process(es) on "
                     f"{accelerator.device}, precision {accelerator.mixed_precision}, {alignment}")
