@@ -219,7 +219,7 @@ def test_odd_pictures(tmp_path, monkeypatch, capsys, kind):
     assert json.loads((tmp_path / "images/dataset.json").read_text())["labels"] == [
         [image_name(i), int(i == len(expected))] for i in numbers]
     call_main(monkeypatch, dataset_tools, *encoding(tmp_path / "images", tmp_path / "vae-sd"))
-    assert LatentImages(tmp_path, SIDE, 2).latents.listing.names.tolist() == [latent_name(i).encode() for i in numbers]
+    assert LatentImages(tmp_path, SIDE, 2).latents.index.names.tolist() == [latent_name(i).encode() for i in numbers]
 
 
 def test_stop_at_the_first(tmp_path):

@@ -24,12 +24,9 @@ KILLS = 8
 
 def slow_rows():
     """Called by the script before it starts: an entry takes long enough to be killed in."""
-    read = LatentImages.read
-
-    def slowly(*args):
-        time.sleep(0.004)
-        read(*args)
-    LatentImages.read = slowly
+    for name in ("image", "moments"):
+        read = getattr(LatentImages, name)
+        setattr(LatentImages, name, lambda *args, read=read, **more: time.sleep(0.004) or read(*args, **more))
 
 
 def contents(folder):
