@@ -14,7 +14,6 @@ from PIL import Image
 
 from encoders.text import TextEncoder
 from encoders.vae import VAE
-from examples.emoji import prepare as embedded
 from preprocessing import coco
 from runtime.errors import UserError
 from tests.conftest import ROOT, call_main, script
@@ -284,16 +283,3 @@ def test_weights_that_do_not_fit(bert_folder, clip_folder):
     torch.save({}, bert_folder / "pytorch_model.bin")  # a pickle, which is never opened
     with pytest.raises(UserError, match="could not be loaded"):
         TextEncoder(bert_folder)
-
-
-# ---- captions of the embedded data ----
-
-def test_captions_of_emoji():
-    """The name and other words for it; no codes, nothing twice."""
-    for name, short_names, expected in (
-            ("Japan Flag", ["jp", "flag-jp"], ["flag: Japan"]), ("WHITE FLAG", ["waving_white_flag"],
-                                                               ["white flag", "waving white flag"]),
-            ("CLOCK FACE TEN OCLOCK", ["clock10"], ["clock face ten oclock"]),
-            ("JACK-O-LANTERN", ["jack_o_lantern"], ["jack-o-lantern"]),
-            ("HEAVY BLACK HEART", ["heart"], ["heavy black heart", "heart"])):
-        assert embedded.captions_of({"name": name, "short_names": short_names}) == expected
