@@ -114,11 +114,11 @@ def check_latent(where, entry):
 
 
 def encode_groups(vae, groups, load, names, have, destination, batch_size, threads, bar):
-    """Encode {number: places in the source} and write what is missing -> {place: sentence} of what could not be used."""
+    """Encode groups of places in the source and write what is missing -> {place: sentence} of what cannot be used."""
     failures, written = {}, None
     with ThreadPoolExecutor(1) as writer:  # one group is written while the next one is encoded
-        results = encoded(vae, groups.values(), load, batch_size, threads)
-        for (number, places), group in zip(groups.items(), results, strict=True):
+        results = encoded(vae, groups, load, batch_size, threads)
+        for places, group in zip(groups, results, strict=True):
             files = []
             for i, moments in zip(places, group, strict=True):
                 if isinstance(moments, UserError):
@@ -129,7 +129,7 @@ def encode_groups(vae, groups, load, names, have, destination, batch_size, threa
                     files.append((names[i], npy_bytes(moments)))
             if written:
                 written.result()
-            written = writer.submit(destination.write, number, files)
+            written = writer.submit(destination.write, files)
             bar.update(min(len(places) * PartialState().num_processes, bar.total - bar.n))
         written.result()
     return failures
@@ -146,8 +146,8 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     check_batch(source_path, batch_size, (side, side))
     destination = destinations.open_destination(dest, ".npy", source_path)
     have = destination.pieces()
-    groups = {number: places for number, places in enumerate(in_groups(range(len(names)), batch_size))
-              if number % state.num_processes == state.process_index and any(names[i] not in have for i in places)}
+    share = in_groups(range(len(names)), batch_size)[state.process_index::state.num_processes]
+    groups = [places for places in share if any(names[i] not in have for i in places)]
     vae = load_vae(model_url, side) if groups else None
     state.wait_for_everyone()  # all have seen what is there
     if state.is_main_process:

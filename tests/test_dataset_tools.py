@@ -323,7 +323,7 @@ def test_kill_9_and_the_same_command(source, made, tmp_path, kind):
         wait_for(lambda group=started[0].pid: not group_is_alive(group))  # workers end by themselves
         seen.append(progress_of(dest))
         assert not (dest / "dataset.json").exists() and (dest.suffix != ".zip" or not dest.exists())
-    assert 0 < seen[1] < seen[2] < seen[3] < seen[4] <= (12 if dest.suffix == ".zip" else 48), seen
+    assert 0 < seen[1] < seen[2] < seen[3] < seen[4] <= 48, seen
     script("preprocessing/dataset_tools.py", *command, processes=processes, before="tests.test_dataset_tools.slow_groups")
     if dest.suffix == ".zip":
         assert dest.read_bytes() == (made / kind).read_bytes()
@@ -335,7 +335,7 @@ def test_kill_9_and_the_same_command(source, made, tmp_path, kind):
 def test_killed_at_any_moment(source, made, tmp_path, kind):
     """Ten kills each, at moments drawn from the whole time that the command takes, from its start to its last check: the
     same command goes on, and in the end the bytes are those of no kill."""
-    dest, rng, most, progress = tmp_path / kind, random.Random(kind), 12 if kind.endswith(".zip") else 48, []
+    dest, rng, most, progress = tmp_path / kind, random.Random(kind), 48, []
     command = making(kind, source, made, dest)
     seconds, there = None, 0
     while len(progress) < 10 or not any(0 < n < most for n in progress):
