@@ -86,8 +86,8 @@ def in_processes(work, groups, workers, bar):
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise UserError(f"A worker process has ended ({first_line(error)}), perhaps for lack of memory; the same command "
-                       "goes on, with fewer --num-workers if need be.") from error
+        raise UserError(f"A worker process has ended ({first_line(error)}), perhaps for lack of memory; the same "
+                        "command goes on, with fewer --num-workers if need be.") from error
     return results
 
 

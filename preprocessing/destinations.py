@@ -172,8 +172,8 @@ def check_space(folder, size):
     """Raise UserError unless `size` bytes fit into the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise UserError(f"{size / 1e9:.1f} GB are needed in {folder}, which has {free / 1e9:.1f} GB free; make room, or "
-                        "name another --dest.")
+        raise UserError(f"{size / 1e9:.1f} GB are needed in {folder}, which has {free / 1e9:.1f} GB free; make room, "
+                        "or name another --dest.")
 
 
 def check_names(destination, pieces, expected):
