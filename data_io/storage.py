@@ -1,11 +1,12 @@
-"""The files of one kind - images, latents - in whichever form they lie.
+"""The files of one kind - images, latents - in the form in which they lie.
 
     {data}/{kind}/...        files at any depth                                                         Folder
     {data}/{kind}.zip        the same in a zip, stored or deflated; read when there is no such folder   Zip
     {data}/{kind}/           rows of plain .npy files, by preprocessing/dataset_tools.py pack           Packed
         index.npy            int64 (n, 2): the number in each file's name, ascending, and the file's size in bytes
         00000.npy, ...       (rows, ...): row r of all of them one after another is the entry index.npy[r]
-Each holds dataset.json, {"labels": [[relative path, label], ...]} or {"labels": null}.
+Each holds dataset.json, {"labels": [[relative path, label], ...]} or {"labels": null}. Any process and any thread may
+read an entry.
 """
 import bisect
 import itertools
@@ -19,24 +20,22 @@ from pathlib import Path
 import numpy as np
 
 from data_io.index import (
-    NO_LABELS,
     ZIP_ERRORS,
-    Listing,
-    arranged,
+    Index,
+    cached_index,
     check_equal_sizes,
     encoded,
-    indexed,
-    labels_of,
-    missing_labels,
-    parse_labels,
+    read_labels,
+    sort_by_number,
     stamps_of,
     walk,
 )
 from runtime.errors import UserError, first_line
-from runtime.files import ARRAY_ERRORS, array_header, check_inside, is_file, read_bytes, read_json, reading
+from runtime.files import ARRAY_ERRORS, array_header, check_inside, is_file, read_bytes, reading
 
 LARGEST = 1 << 28  # bytes of one picture or latent, unpacked: more is not read
-LARGEST_LISTING = 1 << 31  # and its dataset.json
+LARGEST_LISTING = 1 << 31  # and of its dataset.json
+NO_LABELS = np.empty(0, np.int64), None
 
 
 def damaged(name, reason):
@@ -46,23 +45,23 @@ def damaged(name, reason):
 class Folder:
     """One file per entry."""
 
-    def __init__(self, path, listing):
-        self.path, self.listing = path, listing
+    def __init__(self, path, index):
+        self.path, self.index = path, index
 
     @staticmethod
-    def list(path, suffix, labels):
-        """({path: stamp} of what changes when an entry does, Listing)."""
-        stamps = stamps_of(path / "dataset.json")
-        numbers, values, _ = labels_of(path / "dataset.json") if labels else (NO_LABELS, None, ())
-        found, names, where = walk(path, suffix, sizes=suffix == ".npy")
-        index, names, where = arranged(path, names, where)
+    def scan(path, suffix, labels):
+        """({path: stamp} of what changes when an entry does, Index)."""
+        known = stamps_of(path / "dataset.json")
+        labels = read_labels(path / "dataset.json")[:2] if labels else NO_LABELS
+        folders, names, where = walk(path, suffix, sizes=suffix == ".npy")
+        numbers, names, where = sort_by_number(path, names, where)
         if suffix == ".npy" and len(names):
             check_equal_sizes(path, names, where[:, 0])
-        return stamps | found, Listing(index, names, where, numbers, values)
+        return known | folders, Index(numbers, names, where, *labels)
 
     def name(self, i):
         """Entry i, for a message."""
-        return f"{self.path}/{os.fsdecode(self.listing.names[i])}"
+        return f"{self.path}/{os.fsdecode(self.index.names[i])}"
 
     def read(self, i):
         """The bytes of entry i."""
@@ -71,66 +70,68 @@ class Folder:
     def sizes(self):
         """int64 (n,): the files' sizes in bytes, asked for anew."""
         with reading(self.path):
-            return np.array([os.stat(self.name(i)).st_size for i in range(len(self.listing.index))], np.int64)
+            return np.array([os.stat(self.name(i)).st_size for i in range(len(self.index.numbers))], np.int64)
 
 
 def read_member(archive, name):
     """The bytes of `name`, a listing or note in a ZipFile, unless it claims far more than those have."""
     size = archive.getinfo(name).file_size
     if size > LARGEST_LISTING:
-        raise UserError(f"{archive.filename}/{name} claims {size} bytes, more than any listing has; write the zip again.")
+        raise UserError(f"{archive.filename}/{name} claims {size} bytes, more than any listing has; write the zip "
+                        "again.")
     return archive.read(name)
 
 
-class Zip:
-    """One member of a zip per entry, found by its place in the archive: any process and any thread may read."""
+class Zip(Folder):
+    """One member of a zip per entry.
 
-    OFFSET, PACKED, METHOD, CRC, SIZE = range(5)  # columns of Listing.where
+    Members are read by their place in the archive, not through zipfile: for latents of 32 KB that takes 30 us a member,
+    not 64, and needs no Python object for each, which every loader process would copy.
+    """
 
-    def __init__(self, path, listing):
-        self.path, self.listing, self.file = path, listing, None
+    OFFSET, PACKED, METHOD, CRC, SIZE = range(5)  # columns of Index.where
+
+    def __init__(self, path, index):
+        super().__init__(path, index)
+        self.file = None
 
     def __getstate__(self):
         return {**self.__dict__, "file": None}  # a loader process that is not forked opens the zip by itself
 
     @staticmethod
-    def list(path, suffix, labels):
-        stamps, numbers, values = stamps_of(path), NO_LABELS, None
+    def scan(path, suffix, labels):
+        known, listed = stamps_of(path), path / "dataset.json"
         try:
             with zipfile.ZipFile(path) as archive:
-                if labels:
-                    if "dataset.json" not in archive.NameToInfo:
-                        raise missing_labels(path / "dataset.json")
-                    content = read_json(path / "dataset.json", data=read_member(archive, "dataset.json"))
-                    numbers, values, _ = parse_labels(content, path / "dataset.json")
+                content = read_member(archive, listed.name) if labels and listed.name in archive.NameToInfo else None
+                labels = read_labels(listed, content)[:2] if labels else NO_LABELS
                 members = [member for member in archive.filelist if member.filename.endswith(suffix)
                            and not member.filename.rpartition("/")[2].startswith(".")]
                 names = encoded([check_inside(member.filename, path) for member in members])
                 columns = ("header_offset", "compress_size", "compress_type", "CRC", "file_size", "flag_bits")
-                where = np.fromiter(map(operator.attrgetter(*columns), members), np.dtype((np.int64, len(columns))), len(members))
+                row = np.dtype((np.int64, len(columns)))
+                where = np.fromiter(map(operator.attrgetter(*columns), members), row, len(members))
         except ZIP_ERRORS as error:
             raise UserError(f"{path} is no readable zip ({first_line(error)}); write it again.") from error
         is_known = np.isin(where[:, Zip.METHOD], (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)) & (where[:, -1] & 1 == 0)
         for k in np.flatnonzero(~is_known)[:1]:
-            raise UserError(f"{path}/{os.fsdecode(names[k])} is encrypted or packed in another way than stored or deflated; "
-                           "write the zip again.")
+            raise UserError(f"{path}/{os.fsdecode(names[k])} is encrypted or packed in another way than stored or "
+                            "deflated; write the zip again.")
         for k in np.flatnonzero(where[:, Zip.SIZE] > LARGEST)[:1]:
-            raise UserError(f"{path}/{os.fsdecode(names[k])} claims {where[k, Zip.SIZE]} bytes, more than any image or latent "
-                           "has; write the zip again.")
-        index, names, where = arranged(path, names, where[:, :-1])
+            raise UserError(f"{path}/{os.fsdecode(names[k])} claims {where[k, Zip.SIZE]} bytes, more than any image or "
+                            "latent has; write the zip again.")
+        numbers, names, where = sort_by_number(path, names, where[:, :-1])
         if suffix == ".npy":
             check_equal_sizes(path, names, where[:, Zip.SIZE])
-        return stamps, Listing(index, names, where, numbers, values)
-
-    name = Folder.name
+        return known, Index(numbers, names, where, *labels)
 
     def read(self, i):
-        offset, packed, method, crc, size = self.listing.where[i].tolist()
+        offset, packed, method, crc, size = self.index.where[i].tolist()
         if self.file is None:
             self.file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - open as long as the data set
         try:
             # A local header is 30 bytes, the name and extra fields, whose length only it tells: 64 is more than usual.
-            data = memoryview(os.pread(self.file.fileno(), 94 + len(self.listing.names[i]) + packed, offset))
+            data = memoryview(os.pread(self.file.fileno(), 94 + len(self.index.names[i]) + packed, offset))
             signature, *lengths = struct.unpack_from("<4s22xHH", data)
             start = 30 + sum(lengths)
             data = data[start:start + packed]
@@ -145,29 +146,29 @@ class Zip:
         return data
 
     def sizes(self):
-        return self.listing.where[:, self.SIZE]
+        return self.index.where[:, self.SIZE]
 
 
 class Packed:
     """Rows of .npy files: `dtype` and `shape` are those of a row."""
 
-    def __init__(self, path, listing):
-        self.path, self.listing, self.files = path, listing, {}
+    def __init__(self, path, index):
+        self.path, self.index, self.files = path, index, {}
         self.shards = sorted(file for file in path.glob("*.npy") if file.name != "index.npy")
-        heads = [self._head(file) for file in self.shards]
+        heads = [self.head(file) for file in self.shards]
         shapes, dtypes, self.offsets = zip(*heads, strict=True) if heads else ([(0,)], [np.dtype("V1")], ())
         self.starts = [0, *itertools.accumulate(shape[0] for shape in shapes)]
         self.shape, self.dtype, rows = shapes[0][1:], dtypes[0], self.starts[-1]
-        if rows != len(listing.index) or {shape[1:] for shape in shapes} != {self.shape} or set(dtypes) != {self.dtype}:
-            raise UserError(f"{path} has {rows} rows in {len(self.shards)} files for {len(listing.index)} entries, or of "
-                           "different shapes; pack the data again.")
+        if rows != len(index.numbers) or {shape[1:] for shape in shapes} != {self.shape} or set(dtypes) != {self.dtype}:
+            raise UserError(f"{path} has {rows} rows in {len(self.shards)} files for {len(index.numbers)} entries, or "
+                            "of different shapes; pack the data again.")
 
     def __getstate__(self):
         return {**self.__dict__, "files": {}}
 
     @staticmethod
-    def _head(path):
-        """(shape, dtype, bytes before the rows)."""
+    def head(path):
+        """(shape, dtype, bytes before the rows) of a file of rows."""
         try:
             with open(path, "rb") as file:
                 shape, fortran, dtype, offset = array_header(file.read(1 << 16))
@@ -179,8 +180,8 @@ class Packed:
         return shape, dtype, offset
 
     @staticmethod
-    def list(path, suffix, labels):
-        stamps = stamps_of(path, path / "index.npy", path / "dataset.json")
+    def scan(path, suffix, labels):
+        known = stamps_of(path, path / "index.npy", path / "dataset.json")
         try:
             table = np.load(path / "index.npy", allow_pickle=False)
         except ARRAY_ERRORS as error:
@@ -188,31 +189,33 @@ class Packed:
         if table.ndim != 2 or table.shape[1] != 2 or table.dtype != np.int64 or (np.diff(table[:, 0]) <= 0).any():
             raise damaged(path / "index.npy", "int64 (n, 2) with ascending numbers expected")
         if not is_file(path / "dataset.json"):
-            raise UserError(f"{path} is not packed to its end, having no dataset.json; run the command that packs it again.")
-        numbers, values, names = labels_of(path / "dataset.json")
+            raise UserError(f"{path} is not packed to its end, having no dataset.json; run the command that packs it "
+                            "again.")
+        numbers, values, names = read_labels(path / "dataset.json")
         if not np.array_equal(numbers, table[:, 0]):
             raise UserError(f"{path}/dataset.json names other entries than index.npy; pack the data again.")
-        return stamps, Listing(numbers, names, table[:, 1:].copy(), numbers, values)
+        return known, Index(numbers, names, table[:, 1:].copy(), numbers, values)
 
     def name(self, i):
         shard = bisect.bisect_right(self.starts, i) - 1
-        return f"{self.shards[shard]}, row {i - self.starts[shard]} ({os.fsdecode(self.listing.names[i])}),"
+        return f"{self.shards[shard]}, row {i - self.starts[shard]} ({os.fsdecode(self.index.names[i])}),"
 
-    def fill(self, i, row):
-        """Read entry i into the contiguous array `row`."""
-        shard = bisect.bisect_right(self.starts, i) - 1
+    def row(self, i):
+        """Entry i, an array of self.shape and self.dtype."""
+        row, shard = np.empty(self.shape, self.dtype), bisect.bisect_right(self.starts, i) - 1
         place = self.offsets[shard] + (i - self.starts[shard]) * row.nbytes
         try:
             if shard not in self.files:
-                self.files[shard] = open(self.shards[shard], "rb", buffering=0)  # noqa: SIM115 - open as long as the data set
+                self.files[shard] = open(self.shards[shard], "rb", buffering=0)  # noqa: SIM115 - as long as the data set
             read = os.preadv(self.files[shard].fileno(), [row.reshape(-1).view(np.uint8)], place)
         except OSError as error:
             raise damaged(self.name(i), first_line(error)) from error
         if read != row.nbytes:
             raise damaged(self.name(i), "cut short while in use")
+        return row
 
     def sizes(self):
-        return self.listing.where[:, 0]
+        return self.index.where[:, 0]
 
 
 def form_of(data_dir, kind):
@@ -228,10 +231,10 @@ def open_files(data_dir, kind, suffix, labels=True):
     """The files of one kind. Raises UserError where there are none, or where some are not as they should be.
 
     Without `labels` no dataset.json is needed. Many entries are not listed again as long as nothing has changed:
-    {data}/.index-{kind} holds the listing, and the time stamps of every folder (of the zip; of what a packed form lists),
+    {data}/.index-{kind} holds the index, and the time stamps of every folder (of the zip; of what a packed form lists),
     which differ as soon as a file comes, goes or is replaced. A file that is written over in place changes no folder:
     what it holds is checked when it is read, here as everywhere.
     """
     form, path = form_of(data_dir, kind)
-    key = {"form": form.__name__, "suffix": suffix, "labels": labels}
-    return form(path, indexed(Path(data_dir) / f".index-{kind}", key, lambda: form.list(path, suffix, labels)))
+    key = {"form": form.__name__, "suffix": suffix, "labels": labels, "version": 2}
+    return form(path, cached_index(Path(data_dir) / f".index-{kind}", key, lambda: form.scan(path, suffix, labels)))

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from data_io.captions import read_texts, scan_numbered
 from data_io.index import scan
-from dataset import read_texts, scan_numbered
 from encoders.text import quiet_transformers
 from encoders.vae import loading
 from evaluations.extract import gather_rows, shard

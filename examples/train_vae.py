@@ -16,41 +16,33 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
-from data_io.storage import open_files
+from data_io.storage import Packed, open_files
 from encoders.vae import VAE
-from evaluations.images import decode, size_text
+from evaluations.images import decode
 from runtime.errors import LARGEST_SEED, UserError, check_bounds, run_script
-from runtime.files import check_inside, check_writable, is_file, read_json, writing
+from runtime.files import check_writable, is_file, writing
 
 FACTOR = 4  # pixels per latent pixel and side
 
 
 def read_images(folder):
-    """All images of a folder with dataset.json, or in the packed form: uint8 (N, 3, R, R)."""
-    path = folder / "dataset.json"
-    if not is_file(path):
+    """All images of a folder with dataset.json, PNGs or the packed form: uint8 (N, 3, R, R)."""
+    if not is_file(folder / "dataset.json"):
         raise UserError(f"{folder} has no dataset.json; build the data first (examples/emoji/prepare.py).")
-    if is_file(folder / "index.npy"):
-        files = open_files(folder.parent, folder.name, ".png")
-        pixels = np.empty((len(files.listing.index), *files.shape), files.dtype)
-        for i in range(len(pixels)):
-            files.fill(i, pixels[i])
-        return torch.from_numpy(pixels)
-    try:
-        names = [check_inside(name, path) for name, _ in read_json(path)["labels"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
-    if not names:
-        raise UserError(f"{path} names no images; build the data first (examples/emoji/prepare.py).")
-    pictures = [decode(folder / name) for name in names]
-    for name, picture in zip(names, pictures, strict=True):
-        if picture.shape != pictures[0].shape or picture.shape[0] != picture.shape[1] or picture.shape[0] % FACTOR:
-            raise UserError(f"{folder / name} is {size_text(picture.shape[:2])}; all images must be squares of one size, a "
-                           f"multiple of {FACTOR}.")
+    files = open_files(folder.parent, folder.name, ".png")
+    places = range(len(files.index.numbers))
+    if not places:
+        raise UserError(f"{folder} holds no images; build the data first (examples/emoji/prepare.py).")
+    if isinstance(files, Packed):
+        return torch.from_numpy(np.stack([files.row(i) for i in places]))
+    pictures = [decode(files.name(i)) for i in places]
+    for i, (height, width, _) in enumerate(picture.shape for picture in pictures):
+        if height != width or height != len(pictures[0]) or height % FACTOR:
+            raise UserError(f"{files.name(i)} is {width}x{height}; all images must be squares of one size, a multiple "
+                            f"of {FACTOR}.")
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
@@ -102,32 +94,35 @@ def normalise_latents(vae, images):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of images with dataset.json")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, in diffusers' format")
-    parser.add_argument("--channels", type=int, default=4, help="of the latents (default 4)")
-    parser.add_argument("--augment", choices=AUGMENTATIONS, default="drawings", help="drawings: shift on white, mirror, "
-                        "permute colours; mirror: for photographs (default drawings)")
-    parser.add_argument("--steps", type=int, default=9000, help="training steps (default 9000)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images a step (default 8)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak, decayed to 0 by a cosine (default 2e-3)")
-    parser.add_argument("--kl-weight", type=float, default=1e-3, help="weight of the KL per latent value (default 1e-3)")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder of images with dataset.json")
+    add("--out", type=Path, required=True, help="folder to write, in diffusers' format")
+    add("--channels", type=int, default=4, help="of the latents (default 4)")
+    add("--augment", choices=AUGMENTATIONS, default="drawings", help="drawings: shift on white, mirror, permute "
+        "colours; mirror: for photographs (default drawings)")
+    add("--steps", type=int, default=9000, help="training steps (default 9000)")
+    add("--batch-size", type=int, default=8, help="images a step (default 8)")
+    add("--learning-rate", type=float, default=2e-3, help="peak, decayed to 0 by a cosine (default 2e-3)")
+    add("--kl-weight", type=float, default=1e-3, help="weight of the KL per latent value (default 1e-3)")
+    add("--seed", type=int, default=0, help="default 0")
     args = parser.parse_args()
     inf = float("inf")
     check_bounds(args, {"channels": (1, 64), "steps": (2, inf), "batch_size": (1, inf), "learning_rate": (0, inf),
                         "kl_weight": (0, inf), "seed": (0, LARGEST_SEED)})
+    from diffusers import AutoencoderKL  # takes seconds: after the arguments
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = read_images(args.data)
     check_writable(args.out)
-    vae = AutoencoderKL(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, latent_channels=args.channels,
-                        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                        mid_block_add_attention=False, sample_size=images.shape[-1], scaling_factor=VAE.SCALE)
+    vae = AutoencoderKL(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8,
+                        latent_channels=args.channels, down_block_types=("DownEncoderBlock2D",) * 3,
+                        up_block_types=("UpDecoderBlock2D",) * 3, mid_block_add_attention=False,
+                        sample_size=images.shape[-1], scaling_factor=VAE.SCALE)
     vae = vae.to(device, memory_format=torch.channels_last)  # a fifth faster on a CPU
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(images)} images")
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, weight_decay=0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.steps, pct_start=0.02)
     generator = torch.Generator().manual_seed(args.seed)
     start = time.time()
     for step in tqdm(range(args.steps), mininterval=10):

@@ -25,14 +25,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
 from dataset import digest
 from encoders.text import TextEncoder
 from encoders.vae import VAE
 from evaluations.images import SUFFIXES, decode
-from preprocessing.convert import in_groups
+from preprocessing.convert import in_groups, progress
 from preprocessing.destinations import MADE, NAMED, begin, check_space
 from preprocessing.encode import encoded, filled
 from preprocessing.pixels import center_crop, read_rgb
@@ -46,41 +45,40 @@ SPLITS = ("train", "val")
 
 
 def read_captions(path):
-    """[(file name, [caption, ...])] of a COCO captions file, by image id; captions in file order, blank ones dropped."""
+    """[(file name, [caption, ...])] of a COCO captions file, by image id; captions in file order, no blank ones."""
+    content = read_json(path)
     try:
-        content = read_json(path)
         names = {image["id"]: check_inside(image["file_name"], path) for image in content["images"]}
         captions = {image_id: [] for image_id in sorted(names)}
         annotations = [(entry["image_id"], " ".join(entry["caption"].split())) for entry in content["annotations"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{path} is not of the form {{"images": [{{"id", "file_name"}}, ...], "annotations": '
-                       f'[{{"image_id", "caption"}}, ...]}} ({type(error).__name__}: {error}); correct it.') from error
+                        f'[{{"image_id", "caption"}}, ...]}} ({type(error).__name__}: {error}); correct it.') from error
     if len(names) < len(content["images"]):
         raise UserError(f"{path} lists {len(content['images'])} images under {len(names)} different ids; every image "
-                       "needs its own.")
-    unknown = [image_id for image_id, _ in annotations if image_id not in captions]
+                        "needs its own.")
     for image_id, caption in annotations:
         if caption and image_id in captions:
             captions[image_id].append(caption)
+    unknown = [image_id for image_id, _ in annotations if image_id not in captions]
     tell(unknown, f"captions in {path} are of no image listed there and are left out, the first of image id")
-    return [(names[image_id], captions[image_id]) for image_id in captions]
+    return [(names[image_id], texts) for image_id, texts in captions.items()]
 
 
 def with_both(images, entries):
     """Those `entries` that have captions and whose file lies in the folder `images`; the others are named."""
     if not images.is_dir():
         raise UserError(f"{images} is no folder; give the one that holds the images of the captions file.")
-    bare = [name for name, captions in entries if not captions]
-    absent = [name for name, captions in entries if captions and not (images / name).is_file()]
-    listed = {name for name, _ in entries}
-    bare += sorted({path.relative_to(images).as_posix() for path in images.rglob("*")
-                    if path.suffix.lower() in SUFFIXES} - listed)
+    there = {path.relative_to(images).as_posix() for path in images.rglob("*") if path.suffix.lower() in SUFFIXES}
+    bare = [name for name, captions in entries if not captions] + sorted(there - {name for name, _ in entries})
     tell(bare, f"images of {images} have no caption and are left out, the first being")
+    captioned = [(name, captions) for name, captions in entries if captions]
+    kept = [entry for entry in captioned if (images / entry[0]).is_file()]
+    absent = [name for name, _ in captioned if not (images / name).is_file()]
     tell(absent, f"images with captions are not in {images} and are left out, the first being")
-    left_out = {*bare, *absent}
-    kept = [entry for entry in entries if entry[0] not in left_out]
     if not kept:
-        raise UserError(f"No image of the captions file lies in {images}; give the folder that its file names start from.")
+        raise UserError(f"No image of the captions file lies in {images}; give the folder that its file names start "
+                        "from.")
     return kept
 
 
@@ -118,7 +116,7 @@ def write_pictures(folder, todo, have, picture, vae, args):
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
     failures, groups = [], in_groups(todo, args.batch_size)
-    with tqdm(total=len(todo), desc=f"{folder.name} images", disable=not PartialState().is_main_process) as bar:
+    with progress(f"{folder.name} images", len(todo), disable=not PartialState().is_main_process) as bar:
         results = encoded(vae, groups, load, args.batch_size, args.num_workers, spread="logvar")
         for group, moments in zip(groups, results, strict=True):
             for i, array in zip(group, moments, strict=True):
@@ -132,7 +130,7 @@ def write_pictures(folder, todo, have, picture, vae, args):
 
 def write_contexts(folder, todo, captions, encoder, args):
     """{i}_{k}.npy of the pairs (i, k) in `todo`."""
-    with tqdm(total=len(todo), desc=f"{folder.name} captions", disable=not PartialState().is_main_process) as bar:
+    with progress(f"{folder.name} captions", len(todo), disable=not PartialState().is_main_process) as bar:
         for group in in_groups(todo, args.batch_size):
             states = encoder(filled([captions[i][k] for i, k in group], args.batch_size)).numpy()
             for (i, k), array in zip(group, states[:len(group)], strict=True):
@@ -141,15 +139,16 @@ def write_contexts(folder, todo, captions, encoder, args):
 
 
 def build_split(folder, names, captions, picture, vae, encoder, args):
-    """Write or complete one split. names: what each image is called; captions: its texts; picture(i) -> uint8 (R, R, 3).
+    """Write or complete one split. names: what each image is called; captions: its texts; picture(i): uint8 (R, R, 3).
 
-    Process p makes the images i with i % processes = p and their captions. Returns a sentence for each picture that could
-    not be read; captions.json is then left out. Raises UserError when `folder` was begun with other settings.
+    Process p makes the images i with i % processes = p and their captions. Returns a sentence for each picture that
+    could not be read; captions.json is then left out. Raises UserError when `folder` was begun with other settings.
     """
     state = PartialState()
     if state.is_main_process:
-        begin(folder / MADE, {"resolution": args.resolution, "length": encoder.length, "vae": weights_key(args.vae),
-                              "text_encoder": weights_key(args.text_encoder), "images and captions": digest([names, captions])})
+        settings = {"resolution": args.resolution, "length": encoder.length, "vae": weights_key(args.vae),
+                    "text_encoder": weights_key(args.text_encoder), "images and captions": digest([names, captions])}
+        begin(folder / MADE, settings)
         remove_temporaries(folder)
     state.wait_for_everyone()
     have = set(os.listdir(folder))
@@ -177,7 +176,7 @@ def load_encoders(args):
 
 
 def build(args, splits):
-    """The whole layout in args.dest. splits: {name: (image names, captions, picture)}, each as build_split takes them."""
+    """The whole layout in args.dest. splits: {name: (image names, captions, picture)}, as build_split takes them."""
     vae, encoder = load_encoders(args)
     failures = []
     for split, (names, captions, picture) in splits.items():
@@ -187,8 +186,8 @@ def build(args, splits):
     PartialState().wait_for_everyone()
     if failures and PartialState().is_main_process:
         first = " ".join(failures[:NAMED]) + " ..." * (len(failures) > NAMED)
-        raise UserError(f"{len(failures)} images could not be read, all else is done: {first} Replace them and run the same "
-                       f"command, or take them out of the captions file, delete {args.dest} and run it.")
+        raise UserError(f"{len(failures)} images could not be read, all else is done: {first} Replace them and run the "
+                        f"same command, or take them out of the captions file, delete {args.dest} and run it.")
     leave()
 
 
@@ -222,8 +221,10 @@ def main():
         raise UserError("Give --coco alone, or --images, --captions-json and --split together.")
     PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
     watch_others()
-    sources = {args.split: (args.images, args.captions_json)} if args.images else {
-        split: (args.coco / f"{split}2014", args.coco / "annotations" / f"captions_{split}2014.json") for split in SPLITS}
+    sources = {args.split: (args.images, args.captions_json)}
+    if args.coco:
+        sources = {split: (args.coco / f"{split}2014", args.coco / f"annotations/captions_{split}2014.json")
+                   for split in SPLITS}
     splits = {}
     for split, (images, path) in sources.items():
         names, captions = zip(*with_both(images, read_captions(path)), strict=True)

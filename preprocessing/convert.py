@@ -12,7 +12,7 @@ import functools
 import os
 import re
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset import digest
@@ -37,14 +37,15 @@ def make_transform(name, resolution, source):
         raise UserError(f"--resolution {resolution} is not understood; write it as 256x256.")
     width, height = int(match[1]), int(match[2])
     if width * max(width, height) > pixels.Image.MAX_IMAGE_PIXELS:
-        raise UserError(f"--resolution {resolution} is more than {pixels.Image.MAX_IMAGE_PIXELS} pixels; choose a smaller one.")
+        raise UserError(f"--resolution {resolution} is more than {pixels.Image.MAX_IMAGE_PIXELS} pixels; choose a "
+                        "smaller one.")
     if name == "center-crop-wide" and height < width:
         return functools.partial(pixels.center_crop_wide, width=width, height=height), width
     if name == "center-crop-wide" or width != height:
-        raise UserError(f"--resolution {resolution}: it must be wider than high for center-crop-wide, which adds bars, and "
-                       "square for all else; change it or the --transform.")
-    crop = {"center-crop": pixels.center_crop, "center-crop-dhariwal": pixels.center_crop_dhariwal, None: pixels.stretch}
-    return functools.partial(crop[name], side=width), width
+        raise UserError(f"--resolution {resolution}: it must be wider than high for center-crop-wide, which adds bars, "
+                        "and square for all else; change it or the --transform.")
+    crop = {"center-crop": pixels.center_crop, "center-crop-dhariwal": pixels.center_crop_dhariwal}
+    return functools.partial(crop.get(name, pixels.stretch), side=width), width
 
 
 def first_side(source):
@@ -55,9 +56,11 @@ def first_side(source):
         except UserError:
             continue
         if width != height:
-            raise UserError(f"{name} is {width}x{height} and no square; convert the pictures with a --resolution first.")
+            raise UserError(f"{name} is {width}x{height} and no square; convert the pictures with a --resolution "
+                            "first.")
         return width
-    raise UserError(f"None of {len(source.names)} pictures can be read, {source.names[0]} being the first; get them again.")
+    raise UserError(f"None of {len(source.names)} pictures can be read, {source.names[0]} being the first; get them "
+                    "again.")
 
 
 def progress(what, total, done=0, disable=False):
@@ -70,23 +73,10 @@ def in_groups(items, size):
     return [items[start:start + size] for start in range(0, len(items), size)]
 
 
-class Task(Dataset):
-    """work(group) for each group, by its place."""
-
-    def __init__(self, work, groups):
-        self.work, self.groups = work, groups
-
-    def __len__(self):
-        return len(self.groups)
-
-    def __getitem__(self, i):
-        return self.work(self.groups[i])
-
-
 def in_processes(work, groups, workers, bar):
     """[work(group), ...], computed in `workers` processes; `bar` moves on by the length of each group."""
     workers = min(workers, len(groups)) if workers > 1 else 0
-    loader = DataLoader(Task(work, groups), batch_size=None, num_workers=workers, collate_fn=lambda result: result,
+    loader = DataLoader(groups, batch_size=None, num_workers=workers, collate_fn=work,
                         multiprocessing_context="fork" if workers else None)  # which copies no list of a million names
     results = []
     try:
@@ -96,8 +86,8 @@ def in_processes(work, groups, workers, bar):
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise UserError(f"A worker process has ended ({first_line(error)}), perhaps for lack of memory; the same command "
-                       "goes on, with fewer --num-workers if need be.") from error
+        raise UserError(f"A worker process has ended ({first_line(error)}), perhaps for lack of memory; the same "
+                        "command goes on, with fewer --num-workers if need be.") from error
     return results
 
 
@@ -108,7 +98,7 @@ def convert_group(source, destination, transform, on_error, parent, places):
     def files():
         for i in places:
             if os.getpid() != parent != os.getppid():
-                os._exit(1)  # nothing must be written beside the run that follows a killed one
+                os._exit(1)  # the parent was killed: nothing must be written beside the run that follows
             try:
                 yield destinations.image_name(i), convert_picture(source, transform, i)
             except UserError as error:
@@ -116,7 +106,7 @@ def convert_group(source, destination, transform, on_error, parent, places):
                     raise
                 failures[i] = str(error)
 
-    destination.write(places[0] // GROUP, files())
+    destination.write(files())
     return failures
 
 
@@ -135,8 +125,8 @@ def check_pictures(where, side, entries):
     for name, piece in entries:
         size = pixels.read_rgb(read(piece, f"{where}/{name}"), f"{where}/{name}").size
         if size != (side, side):
-            raise UserError(f"{where}/{name} is {size[0]}x{size[1]}, expected {side}x{side}; delete it and run the command "
-                           "again.")
+            raise UserError(f"{where}/{name} is {size[0]}x{size[1]}, expected {side}x{side}; delete it and run the "
+                            "command again.")
 
 
 def add_arguments(add):

@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=8 preprocessing/dataset_tools.py encode --source=DATA/images --dest=DATA/vae-sd
     python preprocessing/dataset_tools.py pack --source=DATA --dest=PACKED
 
-Each command can be stopped at any moment; the same command goes on, to the same bytes. --help after a command says more.
+Each command can be stopped at any moment; the same command goes on, to the same bytes. COMMAND --help says more.
 """
 import argparse
 import sys
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script:
 from preprocessing import convert, encode, pack
 from runtime.errors import run_script
 
-COMMANDS = {"convert": convert, "encode": encode, "pack": pack}  # each a module: docstring, add_arguments(add), run(args)
+COMMANDS = {"convert": convert, "encode": encode, "pack": pack}  # modules: docstring, add_arguments(add), run(args)
 
 
 def main():

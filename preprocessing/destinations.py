@@ -1,10 +1,9 @@
-"""Where prepared files go, a folder or an uncompressed zip, so that work can stop at any moment and be continued.
+"""Where prepared files go: a folder, or an uncompressed zip. Work can stop at any moment and be continued.
 
-Work comes in groups of files with consecutive indices. In a folder every file appears whole, under its name, or not at
-all. For a zip every group does, as a small zip in {dest}.parts/; when all are there, they are put together and the parts
-removed, which takes twice the room for that time. What is there already is not made again. dataset.json appears last, so
-its presence means that everything else is there and was checked. made.json says from what and how it was made; it holds
-no time and no count of processes, so that the same work has the same bytes however often it was stopped.
+Every file appears whole or not at all, and is not made again. For a zip the files lie in {dest}.parts/ until all are
+there; then they are put together and removed, which takes twice the room for that time. dataset.json appears last: its
+presence means that everything is there and was checked. made.json says from what and how it was made. It holds no time
+and no count of processes, so that the same work has the same bytes however often it was stopped.
 """
 import collections
 import json
@@ -40,47 +39,56 @@ def latent_name(index):
     return f"{idx8[:5]}/img-mean-std-{idx8}.npy"
 
 
-class Folder:
-    """Files with `suffix` below the folder `path`."""
-
-    complete = False  # one that is complete is completed again where a file is missing
+class Destination:
+    """Files with `suffix` in the folder `path`; for a name in .zip, in that zip."""
 
     def __init__(self, path, suffix):
-        self.path = self.work = Path(path)
-        self.suffix = suffix
+        self.path, self.suffix = Path(path), suffix
+        self.is_zip = self.path.suffix == ".zip"
+        self.complete = self.is_zip and self.path.exists()  # a folder is completed where a file is missing
+        self.work = self.path.with_name(self.path.name + ".parts") if self.is_zip else self.path
 
     def pieces(self):
         """{name: Piece} of what is there."""
-        if not self.path.exists():
-            return {}
-        found = find(self.path, (self.suffix,))
+        where = self.path if self.complete else self.work
+        found = find(where, (self.suffix,)) if where.exists() else {}
         found.pop(LISTING, None)
         return found
 
     def note(self):
-        """The note of how this was made, or None."""
-        return read_json(self.path / MADE) if is_file(self.path / MADE) else None
+        """The note of how the finished zip, or the folder, was made; or None."""
+        if not self.is_zip:
+            return read_json(self.path / MADE) if is_file(self.path / MADE) else None
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                return read_json(self.path / MADE, data=read_member(archive, MADE))
+        except (OSError, KeyError, zipfile.BadZipFile):
+            return None
 
     def holds_other_things(self):
-        if not self.path.is_dir():
-            return self.path.exists()
+        if self.is_zip or not self.path.is_dir():
+            return self.path.exists() and not self.note()
         return not self.note() and ((self.path / LISTING).exists() or bool(self.pieces()))
 
     def begin(self, settings, more):
-        """The note of how this is made; see begin()."""
-        note = begin(self.path / MADE, settings, more)
-        self.clean()
+        """The note of how this is made; see begin(). What killed processes left half-written is removed."""
+        if self.complete:
+            note = self.note()
+            check_settings(self.path, note, settings)
+            shutil.rmtree(self.work, ignore_errors=True)
+        else:
+            note = begin(self.work / MADE, settings, more)
+            for folder in (self.work, *(path for path in self.work.iterdir() if path.is_dir())):
+                remove_temporaries(folder)
+        if self.is_zip:
+            remove_temporaries(self.path.parent, self.path.name)
         return note
 
-    def clean(self):
-        """Remove what killed processes left half-written."""
-        for folder in (self.path, *(path for path in self.path.iterdir() if path.is_dir())):
-            remove_temporaries(folder)
-
     def check_space(self, files, size):
-        check_space(self.path, files * size)
+        """Raise UserError unless `files` more of `size` bytes fit; for a zip all of them twice."""
+        check_space(self.work, (2 * files + len(self.pieces()) if self.is_zip else files) * size)
 
-    def write(self, _group, files):
+    def write(self, files):
         """Write pairs (name, bytes), each flushed to the disk while the next ones are made."""
         with ThreadPoolExecutor(WRITERS) as pool:
             under_way = collections.deque()
@@ -92,76 +100,20 @@ class Folder:
                 future.result()
 
     def write_file(self, name, data):
-        with atomic_write(self.path / name) as file:
+        with atomic_write(self.work / name) as file:
             file.write(data)
 
     def finish(self, made, listing):
-        write_json(self.path / MADE, made, indent=1)
-        write_json(self.path / LISTING, listing)
-
-
-class Zip:
-    """The same for a zip: parts while the work goes on, then one file."""
-
-    def __init__(self, path, suffix):
-        self.path, self.suffix = Path(path), suffix
-        self.work = self.path.with_name(self.path.name + ".parts")
-        self.complete = self.path.exists()
-
-    def parts(self):
-        return [self.path] if self.complete else sorted(self.work.glob("[0-9]*.zip"))
-
-    def pieces(self):
-        found = {}
-        for part in self.parts():
-            found.update(find(part, (self.suffix,)))
-        found.pop(LISTING, None)
-        return found
-
-    def note(self):
-        """The note in the complete zip; None while it is not."""
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                return read_json(self.path / MADE, data=read_member(archive, MADE))
-        except (OSError, KeyError, zipfile.BadZipFile):
-            return None
-
-    def holds_other_things(self):
-        return self.path.exists() and not self.note()
-
-    def begin(self, settings, more):
-        if self.complete:
-            check_settings(self.path, self.note(), settings)
-        note = self.note() if self.complete else begin(self.work / MADE, settings, more)
-        self.clean()
-        return note
-
-    def clean(self):
-        if self.complete:
-            shutil.rmtree(self.work, ignore_errors=True)
-        remove_temporaries(self.path.parent, self.path.name)
-
-    def check_space(self, files, size):
-        check_space(self.work, (2 * files + len(self.pieces())) * size)  # parts, and all of them once more
-
-    def write(self, group, files):
-        part = self.work / f"{group:06d}.zip"
-        old = find(part, (self.suffix,)) if part.exists() else {}
-        with atomic_write(part) as file, zipfile.ZipFile(file, "w") as archive:
-            for name, piece in old.items():
-                add(archive, name, read(piece, name))
-            for name, data in files:
-                add(archive, name, data)
-
-    def finish(self, made, listing):
-        pieces = self.pieces()
+        if not self.is_zip:
+            write_json(self.path / MADE, made, indent=1)
+            write_json(self.path / LISTING, listing)
+            return
         with atomic_write(self.path) as file, zipfile.ZipFile(file, "w") as archive:
-            for name in sorted(pieces):
-                add(archive, name, read(pieces[name], name))
-            for name, value in ((MADE, made), (LISTING, listing)):
-                add(archive, name, json.dumps(value, indent=1 if name == MADE else None).encode())
-        self.complete = True
-        self.clean()
+            for name, piece in sorted(self.pieces().items()):
+                add(archive, name, read(piece, name))
+            add(archive, MADE, json.dumps(made, indent=1).encode())
+            add(archive, LISTING, json.dumps(listing).encode())
+        shutil.rmtree(self.work, ignore_errors=True)
 
 
 def add(archive, name, data):
@@ -171,32 +123,28 @@ def add(archive, name, data):
     archive.writestr(info, data)
 
 
-def destination_at(path, suffix):
-    return (Zip if Path(path).suffix == ".zip" else Folder)(path, suffix)
-
-
 def open_destination(path, suffix, source):
-    """Folder, or Zip for a name in .zip. Raises UserError when it is in the source or holds what was not made here."""
+    """The Destination `path`. Raises UserError when it is in the source or holds what was not made here."""
     ours, theirs = Path(path).resolve(), Path(source).resolve()
     if theirs in (ours, *ours.parents) or (theirs.is_dir() and ours in theirs.parents):
-        raise UserError(f"--dest {path} and --source {source} lie in each other, so that output would become input; name "
-                       "another --dest.")
+        raise UserError(f"--dest {path} and --source {source} lie in each other, so that output would become input; "
+                        "name another --dest.")
     with reading(path):
-        destination = destination_at(path, suffix)
-        foreign = destination.holds_other_things()
-    if foreign:
-        raise UserError(f"{path} is there already and was not made by this tool; name another --dest, or remove it.")
+        destination = Destination(path, suffix)
+        if destination.holds_other_things():
+            raise UserError(f"{path} is there already and was not made by this tool; name another --dest, or remove "
+                            "it.")
     return destination
 
 
 def origin(path):
     """What shaped the pictures of a source that `convert` wrote, or None."""
-    note = destination_at(path, ".png").note()
+    note = Destination(path, ".png").note()
     return [note.get(key) for key in ("resolution", "transform", "pictures")] if note else None
 
 
 def begin(path, settings, more=None):
-    """Note at `path` how the files beside it are being made, from `settings`, `more` and these versions -> the note.
+    """Write the note `path` on how the files beside it are made, from `settings`, `more` and versions; return it.
 
     Raises UserError when it was begun with other settings.
     """
@@ -215,7 +163,8 @@ def check_settings(where, old, settings):
 
 def versions():
     """What the bytes written depend on, beside the input."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("pillow", "numpy", "torch", "diffusers", "transformers"))
+    names = ("pillow", "numpy", "torch", "diffusers", "transformers")
+    packages = ", ".join(f"{name} {version(name)}" for name in names)
     return f"{packages}, libjpeg-turbo {features.version('libjpeg_turbo')}"
 
 
@@ -223,20 +172,20 @@ def check_space(folder, size):
     """Raise UserError unless `size` bytes fit into the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise UserError(f"{size / 1e9:.1f} GB are needed in {folder}, which has {free / 1e9:.1f} GB free; make room, or name "
-                       "another --dest.")
+        raise UserError(f"{size / 1e9:.1f} GB are needed in {folder}, which has {free / 1e9:.1f} GB free; make room, "
+                        "or name another --dest.")
 
 
 def check_names(destination, pieces, expected):
     """Raise UserError unless the files there are exactly those expected."""
     for name in sorted(pieces.keys() ^ set(expected)):
         wrong = "is missing from" if name not in pieces else "does not belong into"
-        raise UserError(f"{name} {wrong} {destination.path}; was it changed meanwhile? Run the command again, or delete "
-                       f"{destination.path} first.")
+        raise UserError(f"{name} {wrong} {destination.path}; was it changed meanwhile? Run the command again, or "
+                        f"delete {destination.path} first.")
 
 
 def finish(destination, made, labels, skipped):
-    """The last files, and a word on the terminal. labels: {name: label or None} of what was made; skipped: sentences."""
+    """The last files, and a word on the terminal. labels: {name: label or None}; skipped: sentences."""
     if not labels:
         raise UserError(f"None of {len(skipped)} pictures could be used; the first: {skipped[0]}")
     entries = [[name, labels[name]] for name in sorted(labels)]
@@ -245,5 +194,5 @@ def finish(destination, made, labels, skipped):
     if skipped:
         print("\n".join([*skipped[:NAMED], *["..."] * (len(skipped) > NAMED)]), file=sys.stderr)
     classes = len(set(labels.values()) - {None})
-    print(f"{destination.path}: {len(labels):,} files, {f'{classes:,} classes' if classes else 'no labels'}, {len(skipped):,} "
-          f"pictures skipped{f', as {MADE} says' if skipped else ''}")
+    print(f"{destination.path}: {len(labels):,} files, {f'{classes:,} classes' if classes else 'no labels'}, "
+          f"{len(skipped):,} pictures skipped{f', as {MADE} says' if skipped else ''}")

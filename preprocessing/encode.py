@@ -3,10 +3,10 @@
     python preprocessing/dataset_tools.py encode --source=DATA/images --dest=DATA/vae-sd
     torchrun --nproc_per_node=8 preprocessing/dataset_tools.py encode --source=DATA/images --dest=DATA/vae-sd
 
-Each file is float32 (2 C, R/f, R/f), mean and std, unscaled. The source is what `convert` wrote, a folder or zip, or any
-other source of squares of one size; an index is that of the picture's name, img{idx8}.png, or else its place among the
-paths. --dest is a folder or, where its name ends in .zip, an uncompressed zip. Process p takes the batches p, p +
-processes, ...; a batch that was not written in full is computed again as it was, so that neither a stop nor the number of
+Each file is float32 (2 C, R/f, R/f), mean and std, unscaled. The source is what `convert` wrote, a folder or zip, or
+any other source of squares of one size. The index is that of the picture's name, img{idx8}.png, or else its place among
+the paths. --dest is a folder or, for a name in .zip, an uncompressed zip. Process p takes the batches p, p + processes,
+...; a batch that was not written in full is computed again as a whole, so that neither a stop nor the number of
 processes changes a byte.
 """
 import functools
@@ -74,8 +74,8 @@ def indices_of(names):
 def load_vae(model_url, side):
     vae = VAE(model_url, PartialState().device)
     if side % vae.factor:
-        raise UserError(f"The pictures have {side} pixels a side, no multiple of {vae.factor}, the factor of {model_url}; "
-                       "convert them at another --resolution.")
+        raise UserError(f"The pictures have {side} pixels a side, no multiple of {vae.factor}, the factor of "
+                        f"{model_url}; convert them at another --resolution.")
     return vae
 
 
@@ -85,8 +85,8 @@ def load_picture(source, side, on_error, hflip, i):
     try:
         image = pixels.read_rgb(read(source.pieces[i], name), name)
         if image.size != (side, side):
-            raise UserError(f"{name} is {image.width}x{image.height}, the first picture {side}x{side}; convert them to one "
-                           "size.")
+            raise UserError(f"{name} is {image.width}x{image.height}, the first picture {side}x{side}; convert them to "
+                            "one size.")
     except UserError as error:
         if on_error == "stop":
             raise
@@ -109,16 +109,17 @@ def check_latent(where, entry):
         if array.dtype != np.float32 or not np.isfinite(array).all():
             raise ValueError(f"it holds {array.dtype} or numbers that are not finite")
     except ARRAY_ERRORS as error:
-        raise UserError(f"{where}/{name} is damaged ({first_line(error)}); delete it and run the command again.") from error
+        raise UserError(f"{where}/{name} is damaged ({first_line(error)}); delete it and run the command "
+                        "again.") from error
     return array.shape
 
 
 def encode_groups(vae, groups, load, names, have, destination, batch_size, threads, bar):
-    """Encode {number: places in the source} and write what is missing -> {place: sentence} of what could not be used."""
+    """Encode groups of places in the source and write what is missing -> {place: sentence} of what cannot be used."""
     failures, written = {}, None
     with ThreadPoolExecutor(1) as writer:  # one group is written while the next one is encoded
-        results = encoded(vae, groups.values(), load, batch_size, threads)
-        for (number, places), group in zip(groups.items(), results, strict=True):
+        results = encoded(vae, groups, load, batch_size, threads)
+        for places, group in zip(groups, results, strict=True):
             files = []
             for i, moments in zip(places, group, strict=True):
                 if isinstance(moments, UserError):
@@ -129,7 +130,7 @@ def encode_groups(vae, groups, load, names, have, destination, batch_size, threa
                     files.append((names[i], npy_bytes(moments)))
             if written:
                 written.result()
-            written = writer.submit(destination.write, number, files)
+            written = writer.submit(destination.write, files)
             bar.update(min(len(places) * PartialState().num_processes, bar.total - bar.n))
         written.result()
     return failures
@@ -146,8 +147,8 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     check_batch(source_path, batch_size, (side, side))
     destination = destinations.open_destination(dest, ".npy", source_path)
     have = destination.pieces()
-    groups = {number: places for number, places in enumerate(in_groups(range(len(names)), batch_size))
-              if number % state.num_processes == state.process_index and any(names[i] not in have for i in places)}
+    share = in_groups(range(len(names)), batch_size)[state.process_index::state.num_processes]
+    groups = [places for places in share if any(names[i] not in have for i in places)]
     vae = load_vae(model_url, side) if groups else None
     state.wait_for_everyone()  # all have seen what is there
     if state.is_main_process:
@@ -177,7 +178,8 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
             bar.update(len(found))
     shapes = sorted(set(gather_object(list(shapes))))
     if len(shapes) > 1:
-        raise UserError(f"{dest} holds moments of shapes {shapes[0]} and {shapes[1]}; delete it and run the command again.")
+        raise UserError(f"{dest} holds moments of shapes {shapes[0]} and {shapes[1]}; delete it and run the command "
+                        "again.")
     if state.is_main_process:
         destinations.finish(destination, made, labels, [failures[i] for i in sorted(failures)])
     state.wait_for_everyone()
@@ -192,8 +194,8 @@ def add_arguments(add):
     add("--batch-size", type=int, default=BATCH_SIZE, help=f"pictures at a time and process (default {BATCH_SIZE})")
     add("--num-workers", type=int, default=THREADS,
         help=f"threads that read pictures, per process (default {THREADS})")
-    add("--hflip", action="store_true", help="encode the mirror images, for train.py --hflip: --dest=DATA/vae-sd-hflip, beside "
-        "the latents of the pictures as they are")
+    add("--hflip", action="store_true", help="encode the mirror images, for train.py --hflip: --dest=DATA/vae-sd-hflip "
+        "beside the latents of the pictures as they are")
     add("--allow-tf32", action="store_true", help="TF32 in the VAE on Ampere and newer: faster, less exact")
     add("--on-error", choices=("skip", "stop"), default="skip", help="what to do about pictures that cannot be used: "
         "leave them out and list them in made.json, or end with the first (default skip)")

@@ -3,7 +3,7 @@
     python preprocessing/dataset_tools.py pack --source DATA --dest PACKED
 
 writes PACKED/images/, PACKED/vae-sd/ and, where DATA has it, PACKED/vae-sd-hflip/, each with
-    00000.npy, 00001.npy, ...   rows in the order of the index: pictures uint8 (n, 3, R, R), moments float32 (n, 2 C, h, w)
+    00000.npy, 00001.npy, ...   rows by number: pictures uint8 (n, 3, R, R), moments float32 (n, 2 C, h, w)
     index.npy                   int64 (N, 2): the number in each file's name, and the file's size in bytes
     made.json                   of which data, and how many rows a file has
     dataset.json                names and labels, as ever; written last: its presence means that the folder is complete
@@ -32,23 +32,22 @@ ROWS = 10_000      # of a file, at least: 2 GB of pixels at 256 px
 FILES = 128        # of a kind, at most: each stays open while a run reads
 
 
-def write_shard(path, entries, read, row, done, stop):
-    """The rows that read(i, row) gives for `entries`, one after another; `done` is told of each, `stop` ends it unfinished."""
+def write_shard(path, places, read, first, done, stop):
+    """Write the rows read(i) of `places`, each like `first`; call `done` after each. Raises UserError after `stop`."""
     with atomic_write(path) as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(row.dtype), "fortran_order": False,
-                                                    "shape": (len(entries), *row.shape)})
-        for i in entries:
+        np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(first.dtype),
+                                                    "fortran_order": False, "shape": (len(places), *first.shape)})
+        for i in places:
             if stop.is_set():
                 raise UserError(f"{path} is left for the next start, as another file could not be made.")
-            read(i, row)
-            file.write(row)
+            file.write(np.ascontiguousarray(read(i)))
             done()
 
 
 def begin(folder, made, table, parts):
-    """Make `folder` ready to be written or gone on with: made.json, index.npy. Raises UserError when something else is there.
+    """Write made.json and index.npy of a new `folder`, or check those of one that is gone on with.
 
-    A file of rows whose entries have changed in size since it was written goes.
+    A file of rows is removed if its entries have changed in size. Raises UserError for a folder of something else.
     """
     if folder.is_dir() and any(not path.match(".*.tmp") for path in folder.iterdir()):
         if not (folder / "made.json").is_file():
@@ -63,42 +62,39 @@ def begin(folder, made, table, parts):
     if known is not None and known.shape == table.shape:
         if np.array_equal(known, table):
             return
-        for path, entries in parts.items():
-            if (known[entries.start:entries.stop] != table[entries.start:entries.stop]).any():
+        for path, places in parts.items():
+            if (known[places.start:places.stop] != table[places.start:places.stop]).any():
                 path.unlink(missing_ok=True)
     (folder / "dataset.json").unlink(missing_ok=True)
     with atomic_write(folder / "index.npy") as file:  # from now on the folder is known as packed, though not to its end
         np.save(file, table)
 
 
-def pack_kind(data, files, folder, row, args):
-    """Write or complete one kind of `data`: those `files`, each as an array like `row`, into `folder`."""
-    names, sizes = [os.fsdecode(name) for name in files.listing.names.tolist()], files.sizes()
-    rows = args.rows or max(ROWS, math.ceil(len(data) / FILES))
-    parts = {folder / f"{start // rows:05d}.npy": range(start, min(start + rows, len(data)))
-             for start in range(0, len(data), rows)}
-    begin(folder, {"data": data.fingerprint(), "names": digest(names), "rows": rows, "row": list(row.shape)},
-          np.stack([data.indices, sizes], axis=1), parts)
-    missing = {path: entries for path, entries in parts.items() if not path.is_file()}
-    check_space(folder, row.nbytes * sum(map(len, missing.values())))
-    stop, lock = threading.Event(), threading.Lock()
-    with tqdm(total=len(data), initial=len(data) - sum(map(len, missing.values())), desc=folder.name, unit=" entries",
-              mininterval=1) as bar, \
-            ThreadPoolExecutor(args.num_workers) as threads:
-        def done():
-            with lock:
-                bar.update()
+def pack_kind(folder, read, entries, source, rows=None, threads=1):
+    """Write or complete one kind of data in `folder`.
 
-        def write(path):
-            write_shard(path, missing[path], lambda i, row: data.read(files, i, row), np.empty_like(row), done, stop)
-
+    read(i): array or tensor of entry i, all alike; entries: [(number, name, label, size in bytes), ...] by number;
+    source: what names the data; rows: entries a file.
+    """
+    numbers, names, labels, sizes = zip(*entries, strict=True)
+    rows, first = rows or max(ROWS, math.ceil(len(entries) / FILES)), np.asarray(read(0))
+    parts = {folder / f"{start // rows:05d}.npy": range(start, min(start + rows, len(entries)))
+             for start in range(0, len(entries), rows)}
+    begin(folder, {"data": source, "names": digest(names), "rows": rows, "row": list(first.shape)},
+          np.stack([numbers, sizes], axis=1), parts)
+    missing = {path: places for path, places in parts.items() if not path.is_file()}
+    left = sum(map(len, missing.values()))
+    check_space(folder, first.nbytes * left)
+    stop = threading.Event()
+    bar = tqdm(total=len(entries), initial=len(entries) - left, desc=folder.name, unit=" entries", mininterval=1)
+    with bar, ThreadPoolExecutor(threads) as pool:
         try:
-            for future in as_completed([threads.submit(write, path) for path in missing]):
+            for future in as_completed([pool.submit(write_shard, path, places, read, first, bar.update, stop)
+                                        for path, places in missing.items()]):
                 future.result()
         finally:
             stop.set()
-    write_json(folder / "dataset.json", {"labels": [[name, label] for name, label in
-                                                    zip(names, data.labels.tolist(), strict=True)]})
+    write_json(folder / "dataset.json", {"labels": list(zip(names, labels, strict=True))})
 
 
 def add_arguments(add):
@@ -118,17 +114,18 @@ def run(args):
     if args.images_only and args.latents_only:
         raise UserError("--images-only and --latents-only together leave nothing to pack; give one of them.")
     hflip = not args.images_only and form_of(args.source, "vae-sd-hflip")[1].exists()
-    read = PixelImages if args.images_only else LatentImages
-    data = read(args.source, args.resolution, None, images=not args.latents_only, hflip=hflip)
-    moments, pixels = (np.empty(shape, dtype) for shape, dtype in (
-        (data.moments_shape, np.float32), ((3, args.resolution, args.resolution), np.uint8)))
+    layout = PixelImages if args.images_only else LatentImages
+    data = layout(args.source, args.resolution, None, images=not args.latents_only, hflip=hflip)
     with writing(args.dest):
         args.dest.mkdir(parents=True, exist_ok=True)
-    for files, kind, row in ((data.latents, "vae-sd", moments), (data.mirrored, "vae-sd-hflip", moments),
-                             (data.pictures, "images", pixels)):
+    for kind, files, read in (("vae-sd", data.latents, data.moments),
+                              ("vae-sd-hflip", data.mirrored, lambda i: data.moments(i, mirrored=True)),
+                              ("images", data.pictures, data.image)):
         if files is not None:
-            pack_kind(data, files, args.dest / kind, row, args)
-    packed = read(args.dest, args.resolution, None, images=not args.latents_only, hflip=hflip)
+            names = map(os.fsdecode, files.index.names.tolist())
+            entries = list(zip(data.indices.tolist(), names, data.labels.tolist(), files.sizes().tolist(), strict=True))
+            pack_kind(args.dest / kind, read, entries, data.fingerprint(), args.rows, args.num_workers)
+    packed = layout(args.dest, args.resolution, None, images=not args.latents_only, hflip=hflip)
     if packed.fingerprint(files=True) != data.fingerprint(files=True):
         raise UserError(f"{args.source} has changed while it was packed; delete {args.dest} and pack it again.")
     print(f"{args.dest}: {len(packed)} entries")

@@ -32,7 +32,8 @@ def read_rgb(data, name, background=None):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
             return image.convert("RGB")
     except UnidentifiedImageError as error:
-        raise UserError(f"{name} is no readable image ({'no known kind' if data else 'empty'}); replace or remove it.") from error
+        reason = "no known kind" if data else "empty"
+        raise UserError(f"{name} is no readable image ({reason}); replace or remove it.") from error
     except DAMAGE as error:
         raise UserError(f"{name} is no readable image ({first_line(error)}); replace or remove it.") from error
 
@@ -82,14 +83,14 @@ def center_crop_wide(image, width, height):
 
 def fit_centre(image, width, height):
     """The largest centre part of width : height, resized with LANCZOS to that size."""
-    w, h = min(image.width, round(image.height * width / height)), min(image.height, round(image.width * height / width))
-    w, h = max(w, 1), max(h, 1)
+    w = max(min(image.width, round(image.height * width / height)), 1)
+    h = max(min(image.height, round(image.width * height / width)), 1)
     left, top = (image.width - w) // 2, (image.height - h) // 2
     return image.crop((left, top, left + w, top + h)).resize((width, height), Image.LANCZOS)
 
 
 def png_bytes(image):
-    """PNG without compression, as the published tool writes it: fast to write and to read. Pixels alone, no colour profile."""
+    """PNG without compression, as the published tool writes it: fast to write and read. Pixels, no colour profile."""
     out = io.BytesIO()
     Image.fromarray(np.asarray(image)).save(out, "PNG", compress_level=0)
     return out.getvalue()

