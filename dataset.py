@@ -38,11 +38,6 @@ SD_SCALE = 0.18215   # latents = moments x this, to unit variance: Stable Diffus
 PIXEL_SCALE = 2.0    # the same for pixels in [-1, 1], whose std is 0.503 in CIFAR-10's training photographs
 
 
-def latent_scale(vae):
-    """The scale that belongs to --vae `vae`; a data set has it as an attribute."""
-    return PIXEL_SCALE if vae == PIXELS else SD_SCALE
-
-
 def pixel_moments(images):
     """uint8 (N, 3, R, R) -> moments float32 (N, 6, R, R) for --vae none: pixels in [-1, 1] and a std of 0."""
     mean = images.float() / 127.5 - 1
@@ -205,6 +200,20 @@ class LatentImages(LatentDataset):
     def sample_pair(self, i, mirrored):
         image = self.image(i) if self.images else None
         return self.moments(i, mirrored), image.flip(-1) if mirrored and self.images else image
+
+    def batch(self, sample_ids):
+        """The same; packed rows are read straight into the batch, which is up to three times as fast."""
+        files = [self.latents] + [self.pictures] * self.images
+        if self.hflip or not all(isinstance(each, Packed) for each in files):
+            return super().batch(sample_ids)
+        positions = np.array(sample_ids) % len(self)
+        read = [np.empty((len(positions), *each.shape), each.dtype) for each in files]
+        for k, i in enumerate(positions.tolist()):
+            for each, rows in zip(files, read, strict=True):
+                each.row(i, rows[k])
+            check_moments(read[0][k], self.moments_shape, self.latents.name(i))
+        values = dict(zip(("moments", "image"), read, strict=False), position=positions, y=self.labels[positions])
+        return {name: torch.from_numpy(value) for name, value in values.items()}
 
     @property
     def decodes(self):

@@ -200,9 +200,9 @@ class Packed:
         shard = bisect.bisect_right(self.starts, i) - 1
         return f"{self.shards[shard]}, row {i - self.starts[shard]} ({os.fsdecode(self.index.names[i])}),"
 
-    def row(self, i):
-        """Entry i, an array of self.shape and self.dtype."""
-        row, shard = np.empty(self.shape, self.dtype), bisect.bisect_right(self.starts, i) - 1
+    def row(self, i, row=None):
+        """Entry i, of self.shape and self.dtype: a new array, or read into `row`."""
+        row, shard = np.empty(self.shape, self.dtype) if row is None else row, bisect.bisect_right(self.starts, i) - 1
         place = self.offsets[shard] + (i - self.starts[shard]) * row.nbytes
         try:
             if shard not in self.files:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-import dataset
 import generate
 import train
 import train_t2i
@@ -55,9 +54,8 @@ def test_pixels_come_back_equal():
 
 def test_each_data_set_knows_its_scale(tiny_data):
     pixels, latents = PixelImages(tiny_data, 64, CLASSES), LatentImages(tiny_data, 64, CLASSES)
-    assert pixels.latent_scale == Pixels.latent_scale == dataset.latent_scale("none") == 2
-    assert latents.latent_scale == VAE.latent_scale == dataset.latent_scale("assets/vae-emoji") == 0.18215
-    assert dataset.latent_scale(None) == 0.18215  # of a checkpoint that does not say
+    assert pixels.latent_scale == Pixels.latent_scale == 2
+    assert latents.latent_scale == VAE.latent_scale == 0.18215
     x = noised(pixels, [3], 0)
     torch.testing.assert_close(x[0], 2 * (pixels.image(3) / 127.5 - 1))
 
