@@ -29,6 +29,7 @@ from runtime.files import atomic_write, is_file, read_json, remove_temporaries
 from runtime.images import IMAGE_ERRORS, image_grid, open_image
 from runtime.processes import leave, watch_others
 from runtime.setup import AUTOCAST, PROCESS_GROUP_TIMEOUT, cast_weights, check_compiler, to_device, tune
+from samplers import SAMPLERS
 from sampling.pipeline import VAES, choose_vae, sample
 
 GRID_IMAGES = 72
@@ -54,7 +55,7 @@ def add_sampling_arguments(parser):
     add("--vae", help="ema, mse, a folder in diffusers' format, or none for a network of pixels (default: none for "
         "such a checkpoint, else ema)")
     add("--per-proc-batch-size", type=int, default=32, help="images a batch and process (default 32)")
-    add("--mode", choices=["ode", "sde"], default="ode", help="Euler ODE or Euler-Maruyama SDE (default %(default)s)")
+    add("--mode", choices=SAMPLERS, default="ode", help="Euler ODE or Euler-Maruyama SDE (default %(default)s)")
     add("--cfg-scale", type=float, default=1.5, help="guidance scale, 1 = none (default %(default)s)")
     add("--guidance-low", type=float, default=0.0, help="guide where t is at least this (default 0)")
     add("--guidance-high", type=float, default=1.0, help="guide where t is at most this (default 1)")

@@ -19,7 +19,7 @@ from encoders.vae import open_vae
 from models.checkpoint import load_network
 from runtime.errors import UserError
 from runtime.setup import to_device
-from samplers import euler_maruyama_sampler, euler_sampler, guided
+from samplers import SAMPLERS, guided
 
 VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 CLIP = "openai/clip-vit-large-patch14"  # the encoder of the published text-to-image data
@@ -31,11 +31,9 @@ def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale
     z = np.stack([rng.standard_normal(network.latent_shape, dtype=np.float32) for rng in streams])
     z = to_device(torch.from_numpy(z), y.device)
     velocity = guided(network, y, y_null, cfg_scale, guidance_low, guidance_high)
-    if mode not in ("ode", "sde"):
-        raise UserError(f"mode {mode!r} is not known; use 'ode' or 'sde'.")
-    if mode == "sde":
-        return vae.decode(euler_maruyama_sampler(velocity, z, num_steps, path_type, noise_of(streams)))
-    return vae.decode(euler_sampler(velocity, z, num_steps, heun))
+    if mode not in SAMPLERS:
+        raise UserError(f"mode {mode!r} is not known; use {' or '.join(map(repr, SAMPLERS))}.")
+    return vae.decode(SAMPLERS[mode](velocity, z, num_steps, heun=heun, path_type=path_type, noise=noise_of(streams)))
 
 
 def noise_of(streams):
