@@ -22,8 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees benchmarks/ only
 from benchmarks.measure import machine, table
 from benchmarks.synthetic import make_png
-from generate import write_png
 from runtime.images import open_image
+from sampling.images import write_png
 
 SECONDS = 3  # of each count of products
 

@@ -5,6 +5,8 @@ import torch
 from encoders.vae import loading
 from runtime.errors import UserError
 
+CLIP = "openai/clip-vit-large-patch14"  # the encoder of the published text-to-image data
+
 
 def quiet_transformers():
     """transformers without its bars and its report of weights left out, such as CLIP's image tower."""

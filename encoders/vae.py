@@ -8,6 +8,8 @@ from runtime.errors import UserError, first_line
 from runtime.files import is_folder
 from runtime.setup import to_device
 
+VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+
 
 @contextlib.contextmanager
 def loading(what, source, remedy):
@@ -22,8 +24,8 @@ def loading(what, source, remedy):
 
 
 def open_vae(source, device="cpu"):
-    """The VAE `source`, or Pixels for PIXELS."""
-    return Pixels(device) if source == PIXELS else VAE(source, device)
+    """The VAE `source`, a key of VAES or what VAE takes, or Pixels for PIXELS."""
+    return Pixels(device) if source == PIXELS else VAE(VAES.get(source, source), device)
 
 
 class Pixels:
@@ -75,7 +77,7 @@ class VAE:
         if (channels, side * self.factor) != (self.channels, resolution):
             raise UserError(f"The VAE {self.source} makes {self.channels} channels at 1/{self.factor} "
                            f"of the image's side, but the latents have {channels} channels of {side} for --resolution "
-                           f"{resolution}; give the --vae that made them.")
+                           f"{resolution}; give the --vae or --resolution of these.")
 
     @torch.no_grad()
     def encode(self, images, spread="std"):

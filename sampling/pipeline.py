@@ -8,39 +8,13 @@
 
 Image i is that of generate.py --labels balanced, or of generate_t2i.py --prompt, with this seed and condition.
 """
-
 import numpy as np
 import torch
 from PIL import Image
 
-from dataset import PIXELS
-from encoders.text import TextEncoder
-from encoders.vae import open_vae
-from models.checkpoint import load_network
+from encoders.text import CLIP, TextEncoder
 from runtime.errors import UserError
-from runtime.setup import to_device
-from samplers import SAMPLERS, guided
-
-VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
-CLIP = "openai/clip-vit-large-patch14"  # the encoder of the published text-to-image data
-
-
-def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale=1.5, guidance_low=0.0, guidance_high=1.0,
-           heun=False, path_type="linear"):
-    """uint8 (N, 3, R, R): image i from the noise of streams[i], a NumPy generator; y and y_null as samplers.guided."""
-    z = np.stack([rng.standard_normal(network.latent_shape, dtype=np.float32) for rng in streams])
-    z = to_device(torch.from_numpy(z), y.device)
-    velocity = guided(network, y, y_null, cfg_scale, guidance_low, guidance_high)
-    if mode not in SAMPLERS:
-        raise UserError(f"mode {mode!r} is not known; use {' or '.join(map(repr, SAMPLERS))}.")
-    return vae.decode(SAMPLERS[mode](velocity, z, num_steps, heun=heun, path_type=path_type, noise=noise_of(streams)))
-
-
-def noise_of(streams):
-    """noise(x) for the SDE sampler: one stream of float64 normals per image."""
-    def noise(x):
-        return to_device(torch.from_numpy(np.stack([rng.standard_normal(x.shape[1:]) for rng in streams])), x.device)
-    return noise
+from sampling.images import open_network, sample
 
 
 class Pipeline:
@@ -81,16 +55,6 @@ class Pipeline:
         return y, torch.full_like(y, self.network.null_label)
 
 
-def choose_vae(vae, args, path):
-    """The `vae` that was asked for or, for None, the one for a network with these args of training: PIXELS or "ema"."""
-    is_pixels = args.get("vae") == PIXELS
-    if vae is not None and (vae == PIXELS) != is_pixels and (is_pixels or "vae" in args):
-        trained, remedy = ("pixels", "leave --vae out") if is_pixels else ("the latents of a VAE", "give a VAE")
-        raise UserError(f"{path} was trained on {trained} (--vae {args['vae']}), which --vae {vae} cannot decode; "
-                       f"{remedy}.")
-    return vae or (PIXELS if is_pixels else "ema")
-
-
 def load_pipeline(path, vae=None, text_encoder=CLIP, device=None):
     """Pipeline of a checkpoint of training, of an export (file or folder) or of a published .pt, EMA weights.
 
@@ -99,15 +63,11 @@ def load_pipeline(path, vae=None, text_encoder=CLIP, device=None):
     data, for MMDiT alone. device: default the GPU if there is one. Raises UserError.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network, args = load_network(path)
-    vae = choose_vae(vae, args, path)
-    vae = open_vae(VAES.get(vae, vae), device)
-    channels, side, _ = network.latent_shape
-    vae.check(channels, side, args.get("resolution") or side * vae.factor)
+    network, vae, _, args = open_network(path, vae, device)
     encode = None
     if hasattr(network, "context_embedder"):
         encode = TextEncoder(text_encoder, device, length=(args.get("context_shape") or [None])[0])
         if encode.width != network.context_embedder.in_features:
             raise UserError(f"{path} takes text of width {network.context_embedder.in_features}, {text_encoder} gives "
                            f"{encode.width}; give the text encoder that it was trained with.")
-    return Pipeline(network.to(device), vae, args.get("path_type") or "linear", encode)
+    return Pipeline(network.to(device), vae, args["path_type"], encode)

@@ -12,11 +12,11 @@ import export
 import generate
 import generate_t2i
 from evaluations.images import open_images
-from models.checkpoint import load_checkpoint, load_network
+from models.checkpoint import KINDS, load_checkpoint, load_network, taps
 from models.mmdit import MMDiT_models
 from models.sit import SIT_CONFIGS, SiT_models
 from runtime.errors import UserError
-from sampling.pipeline import load_pipeline, taps
+from sampling.pipeline import load_pipeline
 from tests.conftest import CLASSES, ROOT, call_main
 from tests.test_generate import make_checkpoint
 from tests.test_generate_t2i import save_checkpoint
@@ -86,7 +86,7 @@ def test_text_from_python(monkeypatch, text, clip_folder, tmp_path):
 @pytest.mark.parametrize("name, more", [("SiT-T/2", {}), ("SiT-N/2", {"qk_norm": True, "projector_dim": 8})])
 def test_bare_weights_tell_their_network(monkeypatch, tmp_path, name, more):
     wider = {f"wider {row}": {**config, "hidden_size": 2 * config["hidden_size"]} for row, config in SIT_CONFIGS.items()}
-    monkeypatch.setattr("models.checkpoint.SIT_CONFIGS", {**wider, **SIT_CONFIGS})
+    monkeypatch.setitem(KINDS, "SiT", ({**wider, **SIT_CONFIGS}, *KINDS["SiT"][1:]))
     model = SiT_models[name](input_size=16, num_classes=7, z_dims=(5, 6), **more)
     torch.save(model.state_dict(), tmp_path / "bare.pt")
     network, args = load_network(tmp_path / "bare.pt")

@@ -10,6 +10,7 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 import generate
+import sampling.images
 from encoders.vae import VAE
 from models.checkpoint import load_checkpoint
 from models.sit import SiT_models
@@ -101,7 +102,7 @@ def test_compiled_networks_make_the_same_pictures(monkeypatch, ckpt, tmp_path, p
     """Up to rounding. Graphs as PyTorch runs them, without the minute that making C++ takes."""
     eager = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", eager)
-    monkeypatch.setattr(generate, "check_compiler", lambda device: None)
+    monkeypatch.setattr(sampling.images, "check_compiler", lambda device: None)
     torch._dynamo.reset()
     for name, more in (("plain", ()), ("compiled", ("--compile",))):
         counters.clear()
@@ -112,9 +113,9 @@ def test_compiled_networks_make_the_same_pictures(monkeypatch, ckpt, tmp_path, p
 
 
 def test_weights_in_bf16_are_cast_once(ckpt):
-    args = argparse.Namespace(ckpt=ckpt, compile=False, mixed_precision="bf16")
+    args = argparse.Namespace(ckpt=ckpt, compile=False, fused_attn=True, mixed_precision="bf16")
     model = SiT_models["SiT-T/2"](input_size=16, num_classes=CLASSES, z_dims=(384,))
-    model = generate.ready(model, load_checkpoint(ckpt)["ema"], args, torch.device("cpu"))
+    model = sampling.images.prepare_model(model, args, torch.device("cpu"))
     assert model.x_embedder.proj.weight.dtype == model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
 
 
@@ -148,8 +149,9 @@ def test_class_names_stand_in_the_grid(monkeypatch, ckpt, tmp_path, labels):
     names = ["ant", "bee", "cow", "dog"]
     (tmp_path / "classes.json").write_text(json.dumps(names))
     monkeypatch.setattr(generate, "GRID_IMAGES", 6)
-    seen, grid = [], generate.image_grid
-    monkeypatch.setattr(generate, "image_grid", lambda images, columns, texts: seen.append((images, columns, texts))
+    monkeypatch.setattr(sampling.images, "GRID_IMAGES", 6)
+    seen, grid = [], sampling.images.image_grid
+    monkeypatch.setattr(sampling.images, "image_grid", lambda images, columns, texts: seen.append((images, columns, texts))
                         or grid(images, columns, texts))
     more = ("--labels", labels, "--class-names", tmp_path / "classes.json", "--num-fid-samples", 6)
     call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, *more))

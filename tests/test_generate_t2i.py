@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 
-import encoders
 import generate
 import generate_t2i
 from encoders.vae import VAE
@@ -123,7 +122,7 @@ class LengthEncoder:
 
 
 def test_own_texts(monkeypatch, ckpt, tmp_path):
-    monkeypatch.setattr(encoders, "TextEncoder", LengthEncoder, raising=False)
+    monkeypatch.setattr(generate_t2i, "TextEncoder", LengthEncoder)
     (tmp_path / "texts").write_text("two  cats\n\na much longer text\n")
     call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path, "--prompts", tmp_path / "texts", "--prompt", "bus"))
     hashed = next(tmp_path.glob("*.npz")).name.split("-0000005")[0]  # texts of the command line have no other name
@@ -141,7 +140,7 @@ def test_own_texts(monkeypatch, ckpt, tmp_path):
 
 def test_other_texts_have_another_folder(monkeypatch, ckpt, tmp_path):
     """Named by the texts or by their file, so that one checkpoint serves prompt after prompt; never two sets in one folder."""
-    monkeypatch.setattr(encoders, "TextEncoder", LengthEncoder, raising=False)
+    monkeypatch.setattr(generate_t2i, "TextEncoder", LengthEncoder)
 
     def sample(*more):
         call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path, "--num-steps", 2, *more))
@@ -171,7 +170,7 @@ def test_text_of_another_encoder(monkeypatch, ckpt, data, tmp_path):
         def __call__(self, texts):
             return super().__call__(texts)[..., :8]
 
-    monkeypatch.setattr(encoders, "TextEncoder", Narrow, raising=False)
+    monkeypatch.setattr(generate_t2i, "TextEncoder", Narrow)
     with pytest.raises(UserError, match=r"takes text of \[6, 16\], other gives .* = \[6, 8\]"):
         call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path, "--text-encoder", "other", "--data-dir", data,
                                                         "--prompt", "bus"))
