@@ -5,8 +5,8 @@
 
 All that generate.py's docstring says holds here. Image {i:06d}.png is made from caption --caption-index of image i of
 {data}/val, from its tokens on disk; own texts go through --text-encoder, which must be the one of the data. The
-captions are in captions.txt beside the pictures, a line each in the order of the names, where they are known in words.
-Folders of own texts begin with {model}-{name of the --prompts file} or, with --prompt, {model}-prompts-{hash of the texts}.
+captions, where they are known in words, are in captions.txt beside the pictures, a line each in the order of the names.
+Folders of own texts begin with {model}-{name of the --prompts file} or, with --prompt, {model}-prompts-{hash}.
 Defaults are the paper's protocol on COCO: SDE, 250 steps, guidance 2.25, one image of each of 40,192 captions.
 """
 import hashlib
@@ -96,7 +96,8 @@ def main():
     if state.is_main_process and args.num_fid_samples > len(numbers):
         print(f"there are {len(numbers)} captions: one image of each is made")
     folder = sample_folder(args, f"{args.model}-{name}" if own else args.model, state)
-    names, texts = [f"{number:06d}" for number in numbers[:args.num_fid_samples]], texts and texts[:args.num_fid_samples]
+    names = [f"{number:06d}" for number in numbers[:args.num_fid_samples]]
+    texts = texts and texts[:len(names)]
     if state.is_main_process and texts:
         with atomic_write(folder / "captions.txt") as file:
             file.writelines(f"{text}\n".encode() for text in texts)

@@ -78,7 +78,7 @@ def euler_maruyama_sampler(velocity, latents, num_steps=250, path_type="linear",
     return x
 
 
-# --mode -> sampler(velocity, latents (N, ...), num_steps, **options) -> float64 (N, ...). velocity sees x in the dtype of
-# `latents`. All samplers are given the same options and ignore those they have no use for: heun (second order),
-# path_type, and noise(x), which returns a float64 standard normal like x.
+# --mode -> sampler(velocity, latents (N, ...), num_steps, **options) -> float64 (N, ...). velocity sees x in the dtype
+# of `latents`. All samplers are given the same options and ignore those they do not use: heun (second order),
+# path_type, and noise(x), a float64 standard normal like x.
 SAMPLERS = {"ode": euler_sampler, "sde": euler_maruyama_sampler}

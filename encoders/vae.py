@@ -1,4 +1,4 @@
-"""The frozen VAE between images and latents, and pixels in its place."""
+"""The frozen VAE between images and latents, and the identity for networks of pixels."""
 import contextlib
 
 import torch
@@ -17,10 +17,10 @@ def loading(what, source, remedy):
     is_here = is_folder(source)
     try:
         yield
-    except Exception as error:  # of any kind for a damaged folder: from the files' own parsers, from arithmetic on sizes
+    except Exception as error:  # a damaged folder may raise anything
         where = "" if is_here else "no folder here, and not to be had from the hub: "
-        raise UserError(f"{what} {source} could not be loaded ({where}{first_line(error)}); give {remedy}, or a hub name "
-                       "with the network up.") from error
+        raise UserError(f"{what} {source} could not be loaded ({where}{first_line(error)}); give {remedy}, or a hub "
+                        "name with the network up.") from error
 
 
 def open_vae(source, device="cpu"):
@@ -29,7 +29,7 @@ def open_vae(source, device="cpu"):
 
 
 class Pixels:
-    """In the place of a VAE: latents are pixels in [-1, 1] x latent_scale, 3 channels of the image's own size."""
+    """Stands in for a VAE: latents are pixels in [-1, 1] x latent_scale, 3 channels of the image's own size."""
 
     latent_scale = PIXEL_SCALE
     factor, channels, source = 1, 3, PIXELS
@@ -64,7 +64,7 @@ class VAE:
     SCALE = latent_scale = SD_SCALE  # latent bias 0
 
     def __init__(self, source, device="cpu"):
-        from diffusers import AutoencoderKL  # seconds to import, and only previews and sampling need it
+        from diffusers import AutoencoderKL  # takes seconds, and only previews and sampling need it
         with loading("The VAE", source, "a folder in diffusers' format"):
             vae = AutoencoderKL.from_pretrained(source, use_safetensors=True)
             self.vae = vae.to(device).eval().requires_grad_(False)

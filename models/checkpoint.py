@@ -6,7 +6,6 @@ For use elsewhere the EMA alone is exported to safetensors, with {"steps": N, "a
 """
 import argparse
 import json
-import logging
 import math
 from pathlib import Path
 
@@ -16,10 +15,8 @@ import torch
 
 from models.mmdit import MMDIT_CONFIGS, MMDiT_models
 from models.sit import SIT_CONFIGS, SiT_models
-from runtime.errors import UserError, first_line
-from runtime.files import atomic_write, load_tensors, read_json, reading
-
-logger = logging.getLogger("haste")
+from runtime.errors import UserError
+from runtime.files import atomic_write, load_tensors, read_json, reading, write_json
 
 
 def is_state(value):
@@ -57,8 +54,8 @@ def check_contents(path, state, needed):
                     if state["args"].get(name) is not None]
     for name, value, is_right, words in entries:
         if not is_right(value):
-            raise UserError(f"{path} has a {type(value).__name__} for {name}, which is not {words}; give a checkpoint of "
-                           "train.py.")
+            raise UserError(f"{path} has a {type(value).__name__} for {name}, which is not {words}; give a checkpoint "
+                            "of train.py.")
 
 
 def saved_steps(folder):
@@ -67,9 +64,9 @@ def saved_steps(folder):
 
 
 def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):
-    """A checkpoint of ours or of the published code, an export, or a plain state dict (as `ema`), with `args` as a dict.
+    """A checkpoint of ours or of the published code, an export, or a plain state dict (as `ema`); `args` is a dict.
 
-    Raises UserError when one of the keys in `needed` is not there; `verify` as in load_tensors.
+    Raises UserError when one of the keys in `needed` is missing; `verify` as in load_tensors.
     """
     path = Path(path)
     with reading(path):
@@ -89,24 +86,19 @@ def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):
 
 
 def read_export(path):
-    """What save_export wrote to `path`, a folder or file; of a safetensors file without our config the weights alone."""
-    weights = load_tensors(path / "model.safetensors" if path.is_dir() else path)
+    """What save_export wrote to `path`; of a safetensors file without our config the weights alone."""
     if path.is_dir():
-        return {**read_json(path / "config.json"), "ema": weights}
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            config = json.loads((file.metadata() or {}).get("config", "{}"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} has metadata that are no JSON ({first_line(error)}); export the checkpoint again.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} has a {type(config).__name__} as its config, not a dict; export the checkpoint again.")
-    return {**config, "ema": weights}
+        return {**read_json(path / "config.json"), "ema": load_tensors(path / "model.safetensors")}
+    weights = load_tensors(path)
+    with safetensors.safe_open(path, "pt") as file:
+        config = (file.metadata() or {}).get("config", "{}")
+    return {**read_json(f"The config in {path}", data=config.encode()), "ema": weights}
 
 
 def save_export(path, state):
-    """Write EMA, args and steps of `state`, from load_checkpoint, in the form that the suffix of `path` says.
+    """Write EMA, args and steps of `state`, from load_checkpoint, in the form given by the suffix of `path`.
 
-    .safetensors: one file; .pt: a checkpoint as train.py's, without what only training needs; anything else: a folder.
+    .safetensors: one file; .pt: a checkpoint without what only training needs; anything else: a folder.
     """
     path, config = Path(path), {name: state[name] for name in ("steps", "args") if name in state}
     weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state["ema"].items()}
@@ -119,8 +111,7 @@ def save_export(path, state):
     else:
         with atomic_write(path / "model.safetensors") as file:
             file.write(safetensors.torch.save(weights))
-        with atomic_write(path / "config.json", "w") as file:
-            json.dump(config, file, indent=2)
+        write_json(path / "config.json", config, indent=2)
 
 
 def infer_model_kwargs(weights):
@@ -179,9 +170,10 @@ def find_model(weights, configs, path):
 def load_network(path, kind=None, **typed):
     """(network with the EMA of `path`, in eval mode; args of its training, as far as they are known).
 
-    `path` is whatever load_checkpoint takes; `kind` a key of KINDS if only that one will do. `typed` args win over those
-    of the file. Sizes are read from the weights, so that a file without args will do, and the returned args have model,
-    num_classes, qk_norm, encoder_depth and attn_layers of the network. Raises UserError, also for contradictions.
+    `path` is whatever load_checkpoint takes; `kind` is a key of KINDS, or None for any. `typed` args win over those in
+    the file. Sizes are read from the weights, so that a file without args will do; the returned args have the network's
+    model, num_classes, qk_norm, encoder_depth and attn_layers. Raises UserError, also for args that contradict the
+    weights.
     """
     state = load_checkpoint(path)
     weights, args = state["ema"], {**state["args"], **typed}
@@ -189,8 +181,8 @@ def load_network(path, kind=None, **typed):
     required_keys = ("x_embedder.proj.weight", "pos_embed", own_key)
     missing = [key for key in required_keys if key not in weights]
     if missing and kind:
-        raise UserError(f"{path} is no checkpoint of this kind of model, having no {missing[0]}; generate.py takes those "
-                        "of train.py, generate_t2i.py those of train_t2i.py.")
+        raise UserError(f"{path} is no checkpoint of this kind of model, having no {missing[0]}; generate.py takes "
+                        "those of train.py, generate_t2i.py those of train_t2i.py.")
     if missing:
         raise UserError(f"{path} holds the weights of neither SiT nor MMDiT; give a checkpoint of train.py or "
                         "train_t2i.py.")
@@ -200,8 +192,8 @@ def load_network(path, kind=None, **typed):
     kwargs = infer_model_kwargs(weights)
     for key in ("num_classes", "qk_norm"):
         if key in kwargs and args.get(key) not in (None, kwargs[key]):
-            raise UserError(f"--{key.replace('_', '-')} is {args[key]}, but the weights in {path} are of {kwargs[key]}; "
-                            "leave the flag out.")
+            raise UserError(f"--{key.replace('_', '-')} is {args[key]}, but the weights in {path} are of "
+                            f"{kwargs[key]}; leave the flag out.")
     known = taps(args, configs[name])
     network = networks[name](**kwargs, encoder_depth=known["encoder_depth"],
                              attn_layers=[student for student, _ in known["attn_layers"]])

@@ -86,9 +86,9 @@ def start(args):
 
 
 def open_checkpoint(args, kind, device):
-    """(network of --ckpt, its VAE), both on `device`; `kind` as in load_network. Sets in `args` what the checkpoint knows.
+    """(network of --ckpt, its VAE), both on `device`; `kind` as in load_network.
 
-    Raises UserError for a flag that contradicts the weights.
+    Sets in `args` what the checkpoint knows. Raises UserError for a flag that contradicts the weights.
     """
     known = ("model", "resolution", "num_classes", "qk_norm", "path_type", "encoder_depth", "context_shape")
     typed = {name: value for name, value in vars(args).items() if name in known and value is not None}

@@ -47,20 +47,21 @@ class Pipeline:
             y, y_null = torch.cat([self.encode([text]) for text in batch]), self.encode([""])
             return y, y_null.expand_as(y)
         classes = self.network.num_classes
+        remedy = f"give whole numbers from 0 to {classes - 1}."
         if any(isinstance(one, str) for one in batch):
-            raise UserError(f"{list(batch)} are texts; this network knows classes: give whole numbers from 0 to {classes - 1}.")
+            raise UserError(f"{list(batch)} are texts; this network knows classes: {remedy}")
         y = torch.as_tensor(batch)
         if y.dtype != torch.int64 or y.min() < 0 or y.max() >= classes:
-            raise UserError(f"{list(batch)} are not all classes of this network; give whole numbers from 0 to {classes - 1}.")
+            raise UserError(f"{list(batch)} are not all classes of this network; {remedy}")
         return y, torch.full_like(y, self.network.null_label)
 
 
 def load_pipeline(path, vae=None, text_encoder=CLIP, device=None):
-    """Pipeline of a checkpoint of training, of an export (file or folder) or of a published .pt, EMA weights.
+    """The Pipeline of a checkpoint of training, of an export (file or folder) or of a published .pt; EMA weights.
 
-    vae: ema, mse, a hub name or a folder in diffusers' format, "none" for a network of pixels; None: "none" if the
-    checkpoint says that it was trained so, else ema. text_encoder: hub name or folder, that of the training
-    data, for MMDiT alone. device: default the GPU if there is one. Raises UserError.
+    vae: ema, mse, a hub name, a folder in diffusers' format, or "none" for a network of pixels (default: "none" if the
+    checkpoint was trained so, else ema). text_encoder, for MMDiT: hub name or folder of the one it was trained with.
+    device: default the GPU if there is one. Raises UserError.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network, vae, _, args = open_network(path, vae, device)
