@@ -2,28 +2,29 @@
 
     python export.py exps/sitxl_haste/checkpoints/0400000.pt sitxl_haste.safetensors    # one file
     python export.py exps/sitxl_haste/checkpoints/0400000.pt sitxl_haste                # model.safetensors, config.json
-    python export.py sitxl_haste.safetensors sitxl_haste.pt                             # for tools that expect ckpt["ema"]
+    python export.py sitxl_haste.safetensors sitxl_haste.pt                # for tools that expect ckpt["ema"]
 
-Takes checkpoints of the HASTE and REPA releases as well. All three forms are a --ckpt of generate.py and generate_t2i.py
-and load in Python by pipeline.py; weights and args are the same in each, bit for bit.
+Takes checkpoints of the HASTE and REPA releases too. generate.py, generate_t2i.py and load_pipeline take all three
+forms; weights and args are the same in each, bit for bit.
 """
-import argparse
 from pathlib import Path
 
 from models.checkpoint import load_checkpoint, load_network, save_export
 from runtime.errors import UserError, run_script
 from runtime.files import reading
+from runtime.flags import Parser
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("ckpt", metavar="CKPT", help="checkpoint (.pt), .safetensors or folder of an earlier export")
     parser.add_argument("out", metavar="OUT", type=Path, help="NAME.safetensors, NAME.pt, or NAME of a folder")
     args = parser.parse_args()
     with reading(args.out):
         there = args.out.exists()
     if there:
-        raise UserError(f"{args.out} is there already and is not written over; name another file or folder, or delete it.")
+        raise UserError(f"{args.out} is there already and is not written over; name another file or folder, or delete "
+                        "it.")
     network, settings = load_network(args.ckpt)  # only what can be loaded again is worth exporting
     save_export(args.out, load_checkpoint(args.ckpt))
     print(f"{args.out}: {settings.get('model', 'EMA')}, {sum(p.numel() for p in network.parameters()):,} parameters")

@@ -1,6 +1,6 @@
 """Samplers: from noise (t = 1) to data (t = 0) along velocity(x, t). The state is float64 throughout.
 
-A velocity knows nothing of sampling and a sampler nothing of conditions: `guided` makes the one for the other.
+Samplers take any velocity function; `guided` adds conditions and guidance. SAMPLERS is the table behind --mode.
 """
 import itertools
 
@@ -12,15 +12,14 @@ from loss import interpolant
 def guided(model, y, y_null, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0):
     """Classifier-free guidance on an interval of t: v_null + w (v_y - v_null) where low <= t <= high, else v_y.
 
-    model(x, t (N,), y) -> v; y and y_null are conditions of the whole batch. Returns velocity(x (N, ...), t a scalar or
-    (N,)) -> float64 like x. The batch is doubled only where guidance acts. The t of the evaluation itself decides;
-    the published code decides Heun's corrector by the step's earlier t.
+    model(x, t (N,), y) -> v; y and y_null hold one condition per image. Returns velocity(x (N, ...), t a scalar or
+    (N,)) -> float64 like x. The batch is doubled only where guidance acts. Heun's corrector is guided by its own t; the
+    published code uses the t of its predictor.
     """
     both = torch.cat([y, y_null])
 
     def velocity(x, t):
-        # float64, as the samplers count; a plain number stays on the CPU, and is filled in rather than copied: neither
-        # deciding by it nor handing it on waits for the device
+        # Compare in float64, as the samplers count. Keep a scalar t on the CPU to avoid GPU syncs.
         t = torch.as_tensor(t, dtype=torch.float64)
         inside = (guidance_low <= t) & (t <= guidance_high) & (cfg_scale > 1)
         times = t.to(x.device, x.dtype) if t.dim() else torch.full((len(x),), t.item(), dtype=x.dtype, device=x.device)
@@ -36,10 +35,10 @@ def guided(model, y, y_null, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0)
 
 
 @torch.no_grad()
-def euler_sampler(velocity, latents, num_steps=50, heun=False):
-    """Probability-flow ODE on linspace(1, 0, num_steps + 1): latents (N, ...) -> float64 (N, ...).
+def euler_sampler(velocity, latents, num_steps=50, heun=False, **_):
+    """Probability-flow ODE by Euler's method on linspace(1, 0, num_steps + 1).
 
-    velocity sees x in the dtype of `latents`. `heun` corrects every step but the last.
+    `heun` makes every step but the last second order.
     """
     dtype, x = latents.dtype, latents.double()
     times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
@@ -59,19 +58,15 @@ def score_from_velocity(v, x, t, path_type="linear"):
     s = (r v - x) / var with r = alpha / d_alpha and var = sigma^2 - r d_sigma sigma.
     """
     t = torch.as_tensor(t, dtype=x.dtype)
-    t = t.to(x.device).reshape(-1, *[1] * (x.dim() - 1)) if t.dim() else t  # a scalar need not go to the device
+    t = t.to(x.device).reshape(-1, *[1] * (x.dim() - 1)) if t.dim() else t  # a scalar stays on the CPU
     alpha, sigma, d_alpha, d_sigma = interpolant(t, path_type)
     r = alpha / d_alpha
     return (r * v - x) / (sigma ** 2 - r * d_sigma * sigma)
 
 
 @torch.no_grad()
-def euler_maruyama_sampler(velocity, latents, num_steps=250, path_type="linear", noise=torch.randn_like):
-    """Reverse SDE with diffusion w(t) = 2 t on linspace(1, 0.04, num_steps), then a last step to 0 without noise.
-
-    latents (N, ...) -> float64 (N, ...). noise(x) gives one float64 standard normal like x per stochastic step; give a
-    function with a stream per image to make each image independent of its batch.
-    """
+def euler_maruyama_sampler(velocity, latents, num_steps=250, path_type="linear", noise=torch.randn_like, **_):
+    """Reverse SDE with diffusion w(t) = 2 t on linspace(1, 0.04, num_steps), then a last step to 0 without noise."""
     dtype, x = latents.dtype, latents.double()
     times = [*torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]
     for t, t_next in itertools.pairwise(times):
@@ -81,3 +76,9 @@ def euler_maruyama_sampler(velocity, latents, num_steps=250, path_type="linear",
         eps = noise(x) if t_next > 0 else 0  # the last step is drift alone
         x = x + drift * dt + (w * -dt) ** 0.5 * eps
     return x
+
+
+# --mode -> sampler(velocity, latents (N, ...), num_steps, **options) -> float64 (N, ...). velocity sees x in the dtype
+# of `latents`. All samplers are given the same options and ignore those they do not use: heun (second order),
+# path_type, and noise(x), a float64 standard normal like x.
+SAMPLERS = {"ode": euler_sampler, "sde": euler_maruyama_sampler}

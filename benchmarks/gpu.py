@@ -156,7 +156,7 @@ def show_train(args):
     phase_steps, precision, found = STEPS_A_ROW * rows_a_phase, "no" if args.dry else "bf16", []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        torch.save(timm.create_model(TEACHERS[teacher][0], num_classes=0).state_dict(), folder / "teacher.pth")
+        torch.save(timm.create_model(TEACHERS[teacher].timm_name, num_classes=0).state_dict(), folder / "teacher.pth")
         call("benchmarks/synthetic.py", folder, "--n", entries, "--resolution", resolution,
              "--forms", "folder", "packed")
         for form in ("packed", "folder"):

@@ -74,9 +74,9 @@ class Run:
                                        attn_coeff=0.5, max_grad_norm=1.0, ema_decay=0.9999)
         self.pairs = () if options.no_attention else config["attn_pairs"]
         self.sizes = {"input_size": options.resolution // 8, "grad_checkpointing": options.grad_checkpointing}
-        self.name, name = options.model, TEACHERS[options.enc_type]
-        self.width = name[1]
-        vit = timm.create_model(name[0], pretrained=False, num_classes=0).eval().requires_grad_(False)
+        self.name, row = options.model, TEACHERS[options.enc_type]
+        self.width = row.width
+        vit = timm.create_model(row.timm_name, pretrained=False, num_classes=0).eval().requires_grad_(False)
         grid = self.sizes["input_size"] // config["patch_size"]
         tapped = [block for _, block in self.pairs]
         self.teachers = {name: Teacher(copy.deepcopy(vit), grid, tapped, precision="bf16" if "bf16" in name else None)

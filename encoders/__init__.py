@@ -1,10 +1,10 @@
-"""What is frozen. `from encoders import Teacher, VAE, TextEncoder` loads the file that has it, and no other."""
-import importlib
-
-HOMES = {"Teacher": "teachers", "TEACHERS": "teachers", "VAE": "vae", "TextEncoder": "text"}
+"""Frozen networks: teachers, VAE, text encoder."""
+from encoders.text import TextEncoder  # noqa: F401
+from encoders.vae import VAE  # noqa: F401
 
 
 def __getattr__(name):
-    if name not in HOMES:
+    if name != "Teacher":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
+    from encoders.teachers import Teacher  # only when asked for: it imports timm
+    return Teacher

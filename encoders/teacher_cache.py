@@ -19,16 +19,15 @@ from runtime.files import ARRAY_ERRORS, atomic_write, is_file, load_array, locke
 from runtime.setup import to_device
 
 logger = logging.getLogger("haste")
-FLUSH_SECONDS = 60  # of a teacher cache in the making: what a kill costs at most
+FLUSH_SECONDS = 60  # what a kill costs at most
 
 
 class CachedTeacher:
     """The teacher's outputs for a whole data set, float16, memory-mapped: dataset positions (N,) -> Alignment.
 
-    The outputs of an image never change while images are not augmented, so they are computed once, by all processes
-    together, into `folder`/{key}, where the key is made of the teacher's weights and precision and of the data's fingerprint.
-    There each output is a file of its own, so that a run with fewer outputs computes nothing. A run that finds another one at
-    it waits for what that makes.
+    All processes compute them together, once, into `folder`/{key}; the key is made of the teacher's weights and
+    precision and of the data's fingerprint. Each output is a file of its own, so that a run with fewer outputs computes
+    nothing. A run waits while another one computes the same.
     """
 
     def __init__(self, folder, teacher, dataset, accelerator, batch_size=32):
@@ -38,24 +37,27 @@ class CachedTeacher:
         self.folder = Path(folder) / key
         if self._missing(names):
             with writing(self.folder), locked(self.folder.with_suffix(".lock"), accelerator.is_main_process):
-                if missing := self._missing(names):  # else another run has made them meanwhile
+                if missing := self._missing(names):  # else another run has just made them
                     self._build(missing, teacher, dataset, accelerator, batch_size)
         try:
-            self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
+            self.arrays = self._open(names, "r")
             if any(len(array) != len(dataset) for array in self.arrays.values()):
                 raise ValueError(f"it is not of {len(dataset)} images")
         except ARRAY_ERRORS as error:
-            raise UserError(f"The teacher cache {self.folder} is damaged ({first_line(error)}); delete it, and it is computed "
-                           "again.") from error
+            raise UserError(f"The teacher cache {self.folder} is damaged ({first_line(error)}); delete it, and it is "
+                            "computed again.") from error
+
+    def _open(self, names, mode):
+        return {name: np.load(self.folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False) for name in names}
 
     def _missing(self, names):
         """Those of `names` that are not complete; the same on all processes."""
         return broadcast_object_list([[name for name in names if not is_file(self.folder / f"{name}.complete")]])[0]
 
     def _build(self, names, teacher, dataset, accelerator, batch_size):
-        """Compute the batches that the record, a byte for each, does not have as written: a stopped build goes on.
+        """Compute the batches that are not done: a stopped build goes on. The record has a byte for each batch.
 
-        A batch holds the same images whatever was there before and however many processes there are.
+        Batch b holds the same images for any number of processes.
         """
         teacher.cast(accelerator.mixed_precision)  # not before: the key is made of the weights
         record, count = self.folder / f"{'-'.join(names)}.done.npy", math.ceil(len(dataset) / batch_size)
@@ -63,28 +65,29 @@ class CachedTeacher:
             self.folder.mkdir(parents=True, exist_ok=True)
             with accelerator.autocast():
                 first = teacher.outputs(teacher(dataset.image(0)[None]))
-            size, free = len(dataset) * sum(2 * first[name].numel() for name in names), shutil.disk_usage(self.folder).free
-            if size > free:
-                raise UserError(f"--teacher-cache needs {size / 1e9:.1f} GB in {self.folder}, which has {free / 1e9:.1f} GB "
-                               "free; name another folder or run without it.")
+            size = len(dataset) * sum(2 * first[name].numel() for name in names)
+            if size > (free := shutil.disk_usage(self.folder).free):
+                raise UserError(f"--teacher-cache needs {size / 1e9:.1f} GB in {self.folder}, which has "
+                                f"{free / 1e9:.1f} GB free; name another folder or run without it.")
             for name in names:
                 path = self.folder / f"{name}.npy"
                 np.lib.format.open_memmap(path, "w+", np.float16, (len(dataset), *first[name].shape[1:]))
-                with open(path, "r+b") as file:  # a full disk must be found here: writing to the mapped file would crash
+                with open(path, "r+b") as file:  # finds a full disk now; later, a write to the mapped file would crash
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             with atomic_write(record) as file:
                 np.save(file, np.zeros(count, np.uint8))
         accelerator.wait_for_everyone()
-        arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r+", allow_pickle=False) for name in names}
+        arrays = self._open(names, "r+")
         done = np.load(record, mmap_mode="r+", allow_pickle=False)
         todo = np.flatnonzero(done == 0)[accelerator.process_index::accelerator.num_processes].tolist()
         accelerator.wait_for_everyone()  # all have read it
         written, flushed = [], time.monotonic()
-        is_shown = None if accelerator.is_main_process else True  # on a terminal; a log has a line a minute instead
-        for batch in tqdm(todo, desc="teacher outputs", unit="batch", disable=is_shown):
+        hidden = None if accelerator.is_main_process else True  # None: shown on a terminal; a log has a line a minute
+        for batch in tqdm(todo, desc="teacher outputs", unit="batch", disable=hidden):
             rows = slice(batch * batch_size, min((batch + 1) * batch_size, len(dataset)))
             with accelerator.autocast():
-                outputs = teacher.outputs(teacher(torch.stack([dataset.image(i) for i in range(rows.start, rows.stop)])))
+                images = torch.stack([dataset.image(i) for i in range(rows.start, rows.stop)])
+                outputs = teacher.outputs(teacher(images))
             for name in names:
                 arrays[name][rows] = outputs[name].half().cpu().numpy()
                 if not np.isfinite(arrays[name][rows]).all():
@@ -93,11 +96,11 @@ class CachedTeacher:
             if batch == todo[-1] or time.monotonic() - flushed > FLUSH_SECONDS:
                 for array in arrays.values():
                     array.flush()
-                done[written] = 1  # only now: what the record says must be true after a crash of the machine
+                done[written] = 1  # only now, so that the record is true after a crash of the machine
                 done.flush()
                 written, flushed = [], time.monotonic()
-                images = min(int(done.sum()) * batch_size, len(dataset))
-                logger.info(f"teacher outputs: {images:,} of {len(dataset):,} images")
+                made = min(int(done.sum()) * batch_size, len(dataset))
+                logger.info(f"teacher outputs: {made:,} of {len(dataset):,} images")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             for name in names:

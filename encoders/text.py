@@ -5,10 +5,12 @@ import torch
 from encoders.vae import loading
 from runtime.errors import UserError
 
+CLIP = "openai/clip-vit-large-patch14"  # the encoder of the published text-to-image data
+
 
 def quiet_transformers():
-    """transformers without its bars and its report of weights left out, such as CLIP's image tower."""
-    import transformers  # seconds to import, and only captions need it
+    """transformers, without progress bars and without its report of unused weights (CLIP's image tower)."""
+    import transformers  # takes seconds, and only captions need it
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
@@ -17,11 +19,10 @@ def quiet_transformers():
 class TextEncoder:
     """Captions -> the last hidden states of a frozen CLIP text model or of a BERT-like sentence encoder.
 
-    `source` is a local folder or a hub name, its weights safetensors; `length` the tokens per caption (default: the
-    tokenizer's maximum, 77 for CLIP), to which every caption is padded or cut. CLIP is run as published, without an
-    attention mask: its padding repeats the end token, and causal attention keeps it out of the words. A BERT-like
-    model sees words in both directions: padding is masked, and its positions hold zeros. Raises UserError when `source`
-    cannot be loaded.
+    `source` is a local folder or a hub name, with safetensors. Every caption is padded or cut to `length` tokens
+    (default: the tokenizer's maximum, 77 for CLIP). CLIP runs as published, without an attention mask: attention is
+    causal, so padding does not reach the words. A BERT-like model sees words in both directions: padding is masked, and
+    its positions hold zeros. Raises UserError when `source` cannot be loaded.
     """
 
     def __init__(self, source, device="cpu", length=None):
@@ -33,14 +34,16 @@ class TextEncoder:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             model, info = kind.from_pretrained(source, trust_remote_code=False, use_safetensors=True,
                                                output_loading_info=True)
-        missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)  # transformers makes them up
+        # transformers only warns of these, and draws random weights for them
+        missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
         if missing:
-            raise UserError(f"The weights in {source} are not those of its config.json, {missing[0]} being missing; get "
-                           "them again.")
+            raise UserError(f"The weights in {source} are not those of its config.json ({missing[0]} is missing); get "
+                            "them again.")
         most = min(self.tokenizer.model_max_length, model.config.max_position_embeddings)
         self.length = length or most
         if self.length > most:
-            raise UserError(f"The text encoder {source} takes at most {most} tokens a caption, not {length}; ask for fewer.")
+            raise UserError(f"The text encoder {source} takes at most {most} tokens a caption, not {length}; ask for "
+                            "fewer.")
         self.model, self.device = model.to(device, torch.float32).eval().requires_grad_(False), device
         self.width = model.config.hidden_size
 

@@ -1,4 +1,4 @@
-"""The frozen VAE between images and latents, and pixels in its place."""
+"""The frozen VAE between images and latents, and the identity for networks of pixels."""
 import contextlib
 
 import torch
@@ -8,6 +8,8 @@ from runtime.errors import UserError, first_line
 from runtime.files import is_folder
 from runtime.setup import to_device
 
+VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+
 
 @contextlib.contextmanager
 def loading(what, source, remedy):
@@ -15,19 +17,19 @@ def loading(what, source, remedy):
     is_here = is_folder(source)
     try:
         yield
-    except Exception as error:  # of any kind for a damaged folder: from the files' own parsers, from arithmetic on sizes
+    except Exception as error:  # a damaged folder may raise anything
         where = "" if is_here else "no folder here, and not to be had from the hub: "
-        raise UserError(f"{what} {source} could not be loaded ({where}{first_line(error)}); give {remedy}, or a hub name "
-                       "with the network up.") from error
+        raise UserError(f"{what} {source} could not be loaded ({where}{first_line(error)}); give {remedy}, or a hub "
+                        "name with the network up.") from error
 
 
 def open_vae(source, device="cpu"):
-    """The VAE `source`, or Pixels for PIXELS."""
-    return Pixels(device) if source == PIXELS else VAE(source, device)
+    """The VAE `source`, a key of VAES or what VAE takes, or Pixels for PIXELS."""
+    return Pixels(device) if source == PIXELS else VAE(VAES.get(source, source), device)
 
 
 class Pixels:
-    """In the place of a VAE: latents are pixels in [-1, 1] x latent_scale, 3 channels of the image's own size."""
+    """Stands in for a VAE: latents are pixels in [-1, 1] x latent_scale, 3 channels of the image's own size."""
 
     latent_scale = PIXEL_SCALE
     factor, channels, source = 1, 3, PIXELS
@@ -62,7 +64,7 @@ class VAE:
     SCALE = latent_scale = SD_SCALE  # latent bias 0
 
     def __init__(self, source, device="cpu"):
-        from diffusers import AutoencoderKL  # seconds to import, and only previews and sampling need it
+        from diffusers import AutoencoderKL  # takes seconds, and only previews and sampling need it
         with loading("The VAE", source, "a folder in diffusers' format"):
             vae = AutoencoderKL.from_pretrained(source, use_safetensors=True)
             self.vae = vae.to(device).eval().requires_grad_(False)
@@ -75,7 +77,7 @@ class VAE:
         if (channels, side * self.factor) != (self.channels, resolution):
             raise UserError(f"The VAE {self.source} makes {self.channels} channels at 1/{self.factor} "
                            f"of the image's side, but the latents have {channels} channels of {side} for --resolution "
-                           f"{resolution}; give the --vae that made them.")
+                           f"{resolution}; give the --vae or --resolution of these.")
 
     @torch.no_grad()
     def encode(self, images, spread="std"):

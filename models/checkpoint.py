@@ -6,7 +6,6 @@ For use elsewhere the EMA alone is exported to safetensors, with {"steps": N, "a
 """
 import argparse
 import json
-import logging
 import math
 from pathlib import Path
 
@@ -16,10 +15,8 @@ import torch
 
 from models.mmdit import MMDIT_CONFIGS, MMDiT_models
 from models.sit import SIT_CONFIGS, SiT_models
-from runtime.errors import UserError, first_line
-from runtime.files import atomic_write, load_tensors, read_json, reading
-
-logger = logging.getLogger("haste")
+from runtime.errors import UserError
+from runtime.files import atomic_write, load_tensors, read_json, reading, write_json
 
 
 def is_state(value):
@@ -27,34 +24,23 @@ def is_state(value):
     return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items())
 
 
-def is_optimizer_state(value):
-    """Whether `value` is what an optimizer's state_dict() gives, for at least one group of parameters."""
-    return (isinstance(value, dict) and isinstance(value.get("state"), dict) and bool(value.get("param_groups"))
-            and isinstance(value["param_groups"], list)
-            and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in value["param_groups"])
-            and all(isinstance(i, int) and isinstance(entry, dict) for i, entry in value["state"].items()))
-
-
-def is_metrics(value):
-    """Whether `value` is of Metrics.state_dict()."""
-    return value is None or (isinstance(value, dict) and isinstance(value.get("rows"), torch.Tensor)
-                             and value["rows"].dim() == 2 and isinstance(value.get("names"), (list, tuple)))
-
-
 def is_whole(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and value >= 0
 
 
-# What a checkpoint may hold under each name, and in words. A scaler's state and other entries are plain values or None.
+# What a checkpoint may hold under each name, and in words.
 CONTENTS = {
-    "model": (is_state, "named tensors"), "ema": (is_state, "named tensors"), "metrics": (is_metrics, "terms of a loss"),
-    "opt": (is_optimizer_state, "an optimizer's state and param_groups"), "steps": (is_whole, "a number of steps"),
+    "model": (is_state, "named tensors"), "ema": (is_state, "named tensors"), "steps": (is_whole, "a number of steps"),
+    "metrics": (lambda value: value is None or isinstance(value, dict), "terms of a loss"),
+    "opt": (lambda value: isinstance(value, dict) and bool(value.get("param_groups")),
+            "an optimizer's state and param_groups"),
     "args": (lambda value: isinstance(value, dict), "settings by name")}
-ARGS = {  # the same of what is used of its args after training; all may be missing or None
+# The same for the args that are used after training. All may be missing or None.
+ARGS = {
     **dict.fromkeys(("model", "data_dir", "enc_type", "enc_weights", "vae"),
                     (lambda value: isinstance(value, str), "a name")),
-    **dict.fromkeys(("resolution", "enc_blocks", "enc_size", "attn_heads"), (is_whole, "a number")),
-    "num_classes": (is_whole, "a number"), "qk_norm": (lambda value: isinstance(value, bool), "true or false"),
+    **dict.fromkeys(("resolution", "num_classes", "enc_blocks", "enc_size", "attn_heads"), (is_whole, "a number")),
+    "qk_norm": (lambda value: isinstance(value, bool), "true or false"),
     "path_type": (lambda value: value in ("linear", "cosine"), "linear or cosine"),
     "context_shape": (lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_whole, value)),
                       "two numbers")}
@@ -68,8 +54,8 @@ def check_contents(path, state, needed):
                     if state["args"].get(name) is not None]
     for name, value, is_right, words in entries:
         if not is_right(value):
-            raise UserError(f"{path} has a {type(value).__name__} for {name}, which is not {words}; give a checkpoint of "
-                           "train.py.")
+            raise UserError(f"{path} has a {type(value).__name__} for {name}, which is not {words}; give a checkpoint "
+                            "of train.py.")
 
 
 def saved_steps(folder):
@@ -78,9 +64,9 @@ def saved_steps(folder):
 
 
 def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):
-    """A checkpoint of ours or of the published code, an export, or a plain state dict (as `ema`), with `args` as a dict.
+    """A checkpoint of ours or of the published code, an export, or a plain state dict (as `ema`); `args` is a dict.
 
-    Raises UserError when one of the keys in `needed` is not there; `verify` as in load_tensors.
+    Raises UserError when one of the keys in `needed` is missing; `verify` as in load_tensors.
     """
     path = Path(path)
     with reading(path):
@@ -100,24 +86,19 @@ def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):
 
 
 def read_export(path):
-    """What save_export wrote to `path`, a folder or file; of a safetensors file without our config the weights alone."""
-    weights = load_tensors(path / "model.safetensors" if path.is_dir() else path)
+    """What save_export wrote to `path`; of a safetensors file without our config the weights alone."""
     if path.is_dir():
-        return {**read_json(path / "config.json"), "ema": weights}
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            config = json.loads((file.metadata() or {}).get("config", "{}"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} has metadata that are no JSON ({first_line(error)}); export the checkpoint again.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} has a {type(config).__name__} as its config, not a dict; export the checkpoint again.")
-    return {**config, "ema": weights}
+        return {**read_json(path / "config.json"), "ema": load_tensors(path / "model.safetensors")}
+    weights = load_tensors(path)
+    with safetensors.safe_open(path, "pt") as file:
+        config = (file.metadata() or {}).get("config", "{}")
+    return {**read_json(f"The config in {path}", data=config.encode()), "ema": weights}
 
 
 def save_export(path, state):
-    """Write EMA, args and steps of `state`, from load_checkpoint, in the form that the suffix of `path` says.
+    """Write EMA, args and steps of `state`, from load_checkpoint, in the form given by the suffix of `path`.
 
-    .safetensors: one file; .pt: a checkpoint as train.py's, without what only training needs; anything else: a folder.
+    .safetensors: one file; .pt: a checkpoint without what only training needs; anything else: a folder.
     """
     path, config = Path(path), {name: state[name] for name in ("steps", "args") if name in state}
     weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state["ema"].items()}
@@ -130,23 +111,23 @@ def save_export(path, state):
     else:
         with atomic_write(path / "model.safetensors") as file:
             file.write(safetensors.torch.save(weights))
-        with atomic_write(path / "config.json", "w") as file:
-            json.dump(config, file, indent=2)
+        write_json(path / "config.json", config, indent=2)
 
 
-def sizes_of(weights):
-    """What the weights of a SiT or MMDiT tell of its sizes, as arguments of the network."""
-    sizes = {"in_channels": weights["x_embedder.proj.weight"].shape[1],
-             "z_dims": [value.shape[0] for name, value in weights.items()
-                        if name.startswith("projectors.") and name.endswith(".4.weight")],
-             "qk_norm": any(name.endswith("q_norm.weight") for name in weights)}
+def infer_model_kwargs(weights):
+    """Arguments of a SiT or MMDiT that follow from its weights."""
+    _, channels, _, patch = weights["x_embedder.proj.weight"].shape
+    kwargs = {"input_size": patch * math.isqrt(weights["pos_embed"].shape[1]), "in_channels": channels,
+              "z_dims": [value.shape[0] for name, value in weights.items()
+                         if name.startswith("projectors.") and name.endswith(".4.weight")],
+              "qk_norm": any(name.endswith("q_norm.weight") for name in weights)}
     if "projectors.0.0.weight" in weights:
-        sizes["projector_dim"] = weights["projectors.0.0.weight"].shape[0]
+        kwargs["projector_dim"] = weights["projectors.0.0.weight"].shape[0]
     if "y_embedder.embedding_table.weight" in weights:
-        sizes["num_classes"] = weights["y_embedder.embedding_table.weight"].shape[0] - 1  # the last row is no class
+        kwargs["num_classes"] = weights["y_embedder.embedding_table.weight"].shape[0] - 1  # the last row is no class
     if "context_embedder.weight" in weights:
-        sizes["context_dim"] = weights["context_embedder.weight"].shape[1]
-    return sizes
+        kwargs["context_dim"] = weights["context_embedder.weight"].shape[1]
+    return kwargs
 
 
 def load_weights(module, weights, path):
@@ -161,40 +142,61 @@ def load_weights(module, weights, path):
 
 
 def taps(args, config):
-    """{encoder_depth, attn_layers}: where alignment taps a network of the row `config`, by the args of its training where
-    they name blocks that it has, else by the row."""
+    """{encoder_depth, attn_layers}: from the args of training if they fit the model, else from its row `config`."""
     depth, pairs = args.get("encoder_depth"), args.get("attn_layers")
     fits = isinstance(pairs, list) and pairs and all(
-        isinstance(pair, (list, tuple)) and [type(block) for block in pair] == [int, int] and 0 <= pair[0] < config["depth"]
-        and pair[1] >= 0 for pair in pairs)
+        isinstance(pair, (list, tuple)) and [type(block) for block in pair] == [int, int]
+        and 0 <= pair[0] < config["depth"] and pair[1] >= 0 for pair in pairs)
     return {"encoder_depth": depth if depth in range(1, config["depth"] + 1) else config["encoder_depth"],
             "attn_layers": [list(pair) for pair in (pairs if fits else config["attn_pairs"])]}
 
 
-def load_network(path):
-    """(network with the EMA of `path`, in eval mode; args of its training as far as they are known, and its `taps`).
+# kind of network -> table of sizes, constructors, a weight that only this kind has
+KINDS = {"SiT": (SIT_CONFIGS, SiT_models, "y_embedder.embedding_table.weight"),
+         "MMDiT": (MMDIT_CONFIGS, MMDiT_models, "context_embedder.weight")}
 
-    `path` is whatever load_checkpoint takes. All sizes are read from the weights, so that a file without args will do.
-    Raises UserError.
-    """
-    state = load_checkpoint(path)
-    weights, args = state["ema"], state["args"]
-    is_text = "context_embedder.weight" in weights
-    landmarks = ("x_embedder.proj.weight", "pos_embed", *(() if is_text else ("y_embedder.embedding_table.weight",)))
-    if not all(name in weights for name in landmarks):
-        raise UserError(f"{path} holds the weights of neither SiT nor MMDiT; give a checkpoint of train.py or train_t2i.py.")
-    configs, networks = (MMDIT_CONFIGS, MMDiT_models) if is_text else (SIT_CONFIGS, SiT_models)
+
+def find_model(weights, configs, path):
+    """The name of the first row of `configs` whose sizes these weights have."""
     width, _, _, patch = weights["x_embedder.proj.weight"].shape
     depth = 1 + max((int(name.split(".")[1]) for name in weights if "blocks." in name), default=-1)
-    fitting = [name for name, config in configs.items() if (config["depth"], config["patch_size"]) == (depth, patch)
-               and config.get("hidden_size", width) == width]
-    if not fitting:
-        raise UserError(f"{path} has {depth} blocks of width {width} and patches of {patch}, which no model here has; add its "
-                       "sizes to the table in models/.")
-    name = args["model"] if args.get("model") in fitting else fitting[0]
-    args = {**args, **taps(args, configs[name])}
-    side = patch * math.isqrt(weights["pos_embed"].shape[1])
-    network = networks[name](input_size=side, **sizes_of(weights), encoder_depth=args["encoder_depth"],
-                             attn_layers=[student for student, _ in args["attn_layers"]])
+    for name, config in configs.items():
+        if (config["depth"], config["patch_size"], config.get("hidden_size", width)) == (depth, patch, width):
+            return name
+    raise UserError(f"{path} has {depth} blocks of width {width} and patches of {patch}, which no model here has; add "
+                    "its sizes to the table in models/.")
+
+
+def load_network(path, kind=None, **typed):
+    """(network with the EMA of `path`, in eval mode; args of its training, as far as they are known).
+
+    `path` is whatever load_checkpoint takes; `kind` is a key of KINDS, or None for any. `typed` args win over those in
+    the file. Sizes are read from the weights, so that a file without args will do; the returned args have the network's
+    model, num_classes, qk_norm, encoder_depth and attn_layers. Raises UserError, also for args that contradict the
+    weights.
+    """
+    state = load_checkpoint(path)
+    weights, args = state["ema"], {**state["args"], **typed}
+    configs, networks, own_key = KINDS[kind or ("MMDiT" if "context_embedder.weight" in weights else "SiT")]
+    required_keys = ("x_embedder.proj.weight", "pos_embed", own_key)
+    missing = [key for key in required_keys if key not in weights]
+    if missing and kind:
+        raise UserError(f"{path} is no checkpoint of this kind of model, having no {missing[0]}; generate.py takes "
+                        "those of train.py, generate_t2i.py those of train_t2i.py.")
+    if missing:
+        raise UserError(f"{path} holds the weights of neither SiT nor MMDiT; give a checkpoint of train.py or "
+                        "train_t2i.py.")
+    name = args.get("model") or find_model(weights, configs, path)
+    if name not in configs:
+        raise UserError(f"--model {name} is not known; use one of {', '.join(configs)}.")
+    kwargs = infer_model_kwargs(weights)
+    for key in ("num_classes", "qk_norm"):
+        if key in kwargs and args.get(key) not in (None, kwargs[key]):
+            raise UserError(f"--{key.replace('_', '-')} is {args[key]}, but the weights in {path} are of "
+                            f"{kwargs[key]}; leave the flag out.")
+    known = taps(args, configs[name])
+    network = networks[name](**kwargs, encoder_depth=known["encoder_depth"],
+                             attn_layers=[student for student, _ in known["attn_layers"]])
     load_weights(network, weights, path)
+    args |= {"model": name, **known, **{key: kwargs[key] for key in ("num_classes", "qk_norm") if key in kwargs}}
     return network.eval().requires_grad_(False), args

@@ -8,41 +8,13 @@
 
 Image i is that of generate.py --labels balanced, or of generate_t2i.py --prompt, with this seed and condition.
 """
-
 import numpy as np
 import torch
 from PIL import Image
 
-from dataset import PIXELS
-from encoders.text import TextEncoder
-from encoders.vae import open_vae
-from models.checkpoint import load_network
+from encoders.text import CLIP, TextEncoder
 from runtime.errors import UserError
-from runtime.setup import to_device
-from samplers import euler_maruyama_sampler, euler_sampler, guided
-
-VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
-CLIP = "openai/clip-vit-large-patch14"  # the encoder of the published text-to-image data
-
-
-def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale=1.5, guidance_low=0.0, guidance_high=1.0,
-           heun=False, path_type="linear"):
-    """uint8 (N, 3, R, R): image i from the noise of streams[i], a NumPy generator; y and y_null as samplers.guided."""
-    z = np.stack([rng.standard_normal(network.latent_shape, dtype=np.float32) for rng in streams])
-    z = to_device(torch.from_numpy(z), y.device)
-    velocity = guided(network, y, y_null, cfg_scale, guidance_low, guidance_high)
-    if mode not in ("ode", "sde"):
-        raise UserError(f"mode {mode!r} is not known; use 'ode' or 'sde'.")
-    if mode == "sde":
-        return vae.decode(euler_maruyama_sampler(velocity, z, num_steps, path_type, noise_of(streams)))
-    return vae.decode(euler_sampler(velocity, z, num_steps, heun))
-
-
-def noise_of(streams):
-    """noise(x) for the SDE sampler: one stream of float64 normals per image."""
-    def noise(x):
-        return to_device(torch.from_numpy(np.stack([rng.standard_normal(x.shape[1:]) for rng in streams])), x.device)
-    return noise
+from sampling.images import open_network, sample
 
 
 class Pipeline:
@@ -75,41 +47,28 @@ class Pipeline:
             y, y_null = torch.cat([self.encode([text]) for text in batch]), self.encode([""])
             return y, y_null.expand_as(y)
         classes = self.network.num_classes
+        remedy = f"give whole numbers from 0 to {classes - 1}."
         if any(isinstance(one, str) for one in batch):
-            raise UserError(f"{list(batch)} are texts; this network knows classes: give whole numbers from 0 to {classes - 1}.")
+            raise UserError(f"{list(batch)} are texts; this network knows classes: {remedy}")
         y = torch.as_tensor(batch)
         if y.dtype != torch.int64 or y.min() < 0 or y.max() >= classes:
-            raise UserError(f"{list(batch)} are not all classes of this network; give whole numbers from 0 to {classes - 1}.")
+            raise UserError(f"{list(batch)} are not all classes of this network; {remedy}")
         return y, torch.full_like(y, self.network.null_label)
 
 
-def choose_vae(vae, args, path):
-    """The `vae` that was asked for or, for None, the one for a network with these args of training: PIXELS or "ema"."""
-    is_pixels = args.get("vae") == PIXELS
-    if vae is not None and (vae == PIXELS) != is_pixels and (is_pixels or "vae" in args):
-        trained, remedy = ("pixels", "leave --vae out") if is_pixels else ("the latents of a VAE", "give a VAE")
-        raise UserError(f"{path} was trained on {trained} (--vae {args['vae']}), which --vae {vae} cannot decode; "
-                       f"{remedy}.")
-    return vae or (PIXELS if is_pixels else "ema")
-
-
 def load_pipeline(path, vae=None, text_encoder=CLIP, device=None):
-    """Pipeline of a checkpoint of training, of an export (file or folder) or of a published .pt, EMA weights.
+    """The Pipeline of a checkpoint of training, of an export (file or folder) or of a published .pt; EMA weights.
 
-    vae: ema, mse, a hub name or a folder in diffusers' format, "none" for a network of pixels; None: "none" if the
-    checkpoint says that it was trained so, else ema. text_encoder: hub name or folder, that of the training
-    data, for MMDiT alone. device: default the GPU if there is one. Raises UserError.
+    vae: ema, mse, a hub name, a folder in diffusers' format, or "none" for a network of pixels (default: "none" if the
+    checkpoint was trained so, else ema). text_encoder, for MMDiT: hub name or folder of the one it was trained with.
+    device: default the GPU if there is one. Raises UserError.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network, args = load_network(path)
-    vae = choose_vae(vae, args, path)
-    vae = open_vae(VAES.get(vae, vae), device)
-    channels, side, _ = network.latent_shape
-    vae.check(channels, side, args.get("resolution") or side * vae.factor)
+    network, vae, _, args = open_network(path, vae, device)
     encode = None
     if hasattr(network, "context_embedder"):
         encode = TextEncoder(text_encoder, device, length=(args.get("context_shape") or [None])[0])
         if encode.width != network.context_embedder.in_features:
             raise UserError(f"{path} takes text of width {network.context_embedder.in_features}, {text_encoder} gives "
                            f"{encode.width}; give the text encoder that it was trained with.")
-    return Pipeline(network.to(device), vae, args.get("path_type") or "linear", encode)
+    return Pipeline(network.to(device), vae, args["path_type"], encode)

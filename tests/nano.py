@@ -1,4 +1,4 @@
-"""A student of 50,000 and a teacher of 400,000 parameters under names of their own, so that whole runs take a second."""
+"""A student of 50,000 and a teacher of 400,000 parameters under names of their own: whole runs take a second."""
 import functools
 
 import timm
@@ -15,7 +15,7 @@ for patch in (2, 8):
         "depth": 3, "hidden_size": 32, "num_heads": 2, "projector_dim": 32, "encoder_depth": 2,
         "attn_pairs": ((0, 7), (1, 9)), "early_stop_point": 700, "patch_size": patch}
     SiT_models[f"SiT-N/{patch}"] = functools.partial(from_config, SiT, SIT_CONFIGS[f"SiT-N/{patch}"])
-TEACHERS["dinov2-vit-n"] = ("vit_nano_patch14_dinov2", 48)
+TEACHERS["dinov2-vit-n"] = TEACHERS["dinov2-vit-s"]._replace(timm_name="vit_nano_patch14_dinov2", width=48)
 
 
 @register_model

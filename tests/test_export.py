@@ -1,4 +1,4 @@
-"""export.py and pipeline.py: all forms of a checkpoint hold the same bits, and Python samples what the scripts sample."""
+"""export.py and pipeline.py: all forms of a checkpoint hold the same bits, and Python samples what scripts sample."""
 import argparse
 import itertools
 import json
@@ -12,13 +12,13 @@ import export
 import generate
 import generate_t2i
 from evaluations.images import open_images
-from models.checkpoint import load_checkpoint, load_network
+from models.checkpoint import KINDS, load_checkpoint, load_network, taps
 from models.mmdit import MMDiT_models
 from models.sit import SIT_CONFIGS, SiT_models
 from runtime.errors import UserError
-from sampling.pipeline import load_pipeline, taps
+from sampling.pipeline import load_pipeline
 from tests.conftest import CLASSES, ROOT, call_main
-from tests.test_generate import make_checkpoint
+from tests.test_generate import make_checkpoint, save_random
 from tests.test_generate_t2i import save_checkpoint
 
 VAE = ROOT / "assets/vae-emoji"
@@ -42,8 +42,9 @@ def forms(tmp_path_factory):
 def text(tmp_path_factory):
     torch.manual_seed(0)
     model = MMDiT_models["MMDiT-T"](input_size=16, context_dim=32, z_dims=(384,), qk_norm=True)
-    return save_checkpoint(tmp_path_factory.mktemp("text") / "0000005.pt", model, model="MMDiT-T", context_shape=[9, 32],
-                           attn_layers=[[0, 3], [2, 4]], encoder_depth=1, qk_norm=True)
+    path = tmp_path_factory.mktemp("text") / "0000005.pt"
+    return save_checkpoint(path, model, model="MMDiT-T", context_shape=[9, 32], attn_layers=[[0, 3], [2, 4]],
+                           encoder_depth=1, qk_norm=True)
 
 
 def test_every_form_has_the_same_bits(forms):
@@ -70,8 +71,8 @@ def test_python_samples_what_the_script_samples(monkeypatch, forms, tmp_path, fo
 def test_text_from_python(monkeypatch, text, clip_folder, tmp_path):
     call_main(monkeypatch, export, text, tmp_path / "text.safetensors")
     prompts = ["a bus", "two long cats"]
-    call_main(monkeypatch, generate_t2i, "--ckpt", tmp_path / "text.safetensors", "--sample-dir", tmp_path, *FLAGS, "--mode",
-              "ode", "--text-encoder", clip_folder, *(part for prompt in prompts for part in ("--prompt", prompt)))
+    call_main(monkeypatch, generate_t2i, "--ckpt", tmp_path / "text.safetensors", "--sample-dir", tmp_path, *FLAGS,
+              "--mode", "ode", "--text-encoder", clip_folder, "--prompt", prompts[0], "--prompt", prompts[1])
     made = next(open_images(next(tmp_path.glob("*.npz"))).batches(0, 2, 2))
     for path in (text, tmp_path / "text.safetensors"):
         pipe = load_pipeline(path, vae=VAE, text_encoder=clip_folder)
@@ -85,12 +86,13 @@ def test_text_from_python(monkeypatch, text, clip_folder, tmp_path):
 
 @pytest.mark.parametrize("name, more", [("SiT-T/2", {}), ("SiT-N/2", {"qk_norm": True, "projector_dim": 8})])
 def test_bare_weights_tell_their_network(monkeypatch, tmp_path, name, more):
-    wider = {f"wider {row}": {**config, "hidden_size": 2 * config["hidden_size"]} for row, config in SIT_CONFIGS.items()}
-    monkeypatch.setattr("models.checkpoint.SIT_CONFIGS", {**wider, **SIT_CONFIGS})
+    wider = {f"wider {row}": {**sizes, "hidden_size": 2 * sizes["hidden_size"]} for row, sizes in SIT_CONFIGS.items()}
+    monkeypatch.setitem(KINDS, "SiT", ({**wider, **SIT_CONFIGS}, *KINDS["SiT"][1:]))
     model = SiT_models[name](input_size=16, num_classes=7, z_dims=(5, 6), **more)
     torch.save(model.state_dict(), tmp_path / "bare.pt")
     network, args = load_network(tmp_path / "bare.pt")
-    assert args["encoder_depth"] == model.encoder_depth and network.latent_shape == (4, 16, 16) and network.null_label == 7
+    assert args["encoder_depth"] == model.encoder_depth and args["num_classes"] == network.null_label == 7
+    assert args["model"] == name and network.latent_shape == (4, 16, 16)
     assert network.attn_layers == model.attn_layers and not network.training
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), model.parameters(), strict=True))
 
@@ -112,30 +114,28 @@ def test_taps_that_do_not_fit_are_those_of_the_model(pairs):
 def test_a_published_namespace_without_our_options(tmp_path):
     model = SiT_models["SiT-N/2"](input_size=16, num_classes=CLASSES, z_dims=(768,))
     args = argparse.Namespace(model="SiT-N/2", enc_type="dinov2-vit-b", encoder_depth=3, resolution=256, cfg_prob=0.1)
-    torch.save({"model": model.state_dict(), "ema": model.state_dict(), "opt": {}, "args": args, "steps": 1}, tmp_path / "p.pt")
-    network, known = load_network(tmp_path / "p.pt")
+    network, known = load_network(save_random(tmp_path / "p.pt", model, args))
     assert network.encoder_depth == 3 and known["enc_type"] == "dinov2-vit-b"
 
 
-def test_what_cannot_be_loaded(forms, tmp_path):
+@pytest.mark.parametrize("file, words", [
+    ("torn.safetensors", "torn.safetensors cannot be read as JSON"), ("list.safetensors", "holds a list, expected"),
+    ("four.pt", "has 4 blocks of width 160 and patches of 2, which no model here has")])
+def test_what_cannot_be_loaded(forms, tmp_path, file, words):
     weights = load_checkpoint(forms[0], mmap=False)["ema"]
-    (tmp_path / "torn.safetensors").write_bytes(safetensors.torch.save(weights, {"config": "{"}))
-    with pytest.raises(UserError, match="metadata that are no JSON"):
-        load_pipeline(tmp_path / "torn.safetensors", vae=VAE)
-    (tmp_path / "list.safetensors").write_bytes(safetensors.torch.save(weights, {"config": "[]"}))
-    with pytest.raises(UserError, match="has a list as its config"):
-        load_pipeline(tmp_path / "list.safetensors", vae=VAE)
-    torch.save({name: value for name, value in weights.items() if not name.startswith("blocks.4.")}, tmp_path / "four.pt")
-    with pytest.raises(UserError, match="has 4 blocks of width 160 and patches of 2, which no model here has"):
-        load_pipeline(tmp_path / "four.pt", vae=VAE)
-    pipe = load_pipeline(forms[1], vae=VAE)
-    for classes in ([0, CLASSES], [-1], [0.5]):
-        with pytest.raises(UserError, match="give whole numbers from 0 to 3"):
-            pipe(classes, **SAMPLING)
-    for one in ("cat", 2):
-        with pytest.raises(UserError, match=r"is one condition; give a list, such as \["):
-            pipe(one, **SAMPLING)
-    with pytest.raises(UserError, match="are texts; this network knows classes: give whole numbers from 0 to 3"):
-        pipe(["cat"], **SAMPLING)
-    with pytest.raises(UserError, match="mode 'SDE' is not known; use 'ode' or 'sde'"):
-        pipe([1], **{**SAMPLING, "mode": "SDE"})
+    for name, config in (("torn", "{"), ("list", "[]")):
+        (tmp_path / f"{name}.safetensors").write_bytes(safetensors.torch.save(weights, {"config": config}))
+    four = {name: value for name, value in weights.items() if not name.startswith("blocks.4.")}
+    torch.save(four, tmp_path / "four.pt")
+    with pytest.raises(UserError, match=words):
+        load_pipeline(tmp_path / file, vae=VAE)
+
+
+@pytest.mark.parametrize("conditions, more, words", [
+    ([0, CLASSES], {}, "give whole numbers from 0 to 3"), ([-1], {}, "give whole numbers from 0 to 3"),
+    ([0.5], {}, "give whole numbers from 0 to 3"), (["cat"], {}, "are texts; this network knows classes: give whole"),
+    ("cat", {}, r"is one condition; give a list, such as \["), (2, {}, r"is one condition; give a list, such as \["),
+    ([1], {"mode": "SDE"}, "mode 'SDE' is not known; use 'ode' or 'sde'")])
+def test_what_cannot_be_sampled(forms, conditions, more, words):
+    with pytest.raises(UserError, match=words):
+        load_pipeline(forms[1], vae=VAE)(conditions, **SAMPLING, **more)

@@ -10,25 +10,31 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 import generate
+import sampling.images
 from encoders.vae import VAE
 from models.checkpoint import load_checkpoint
 from models.sit import SiT_models
 from runtime.errors import UserError
+from samplers import SAMPLERS
 from tests.conftest import CLASSES, ROOT, call_main, script
 
 NAME = "SiT-T-2-0000005-size-64-vae-vae-emoji-cfg-2.0-seed-0-{mode}-high-0.9"
 
 
-def make_checkpoint(path, name="SiT-T/2"):
-    """A random network, not the zero one that it is at init, saved with a Namespace as the published code does."""
-    torch.manual_seed(0)
-    model = SiT_models[name](input_size=16, num_classes=CLASSES, z_dims=(384,))
+def save_random(path, network, args, spread=0.05):
+    """A random network, not the zero one that it is at its start."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    args = argparse.Namespace(model=name, resolution=64, num_classes=CLASSES, path_type="linear")
-    torch.save({"model": model.state_dict(), "ema": model.state_dict(), "opt": {}, "args": args, "steps": 5}, path)
+        for parameter in network.parameters():
+            parameter.add_(spread * torch.randn_like(parameter))
+    torch.save({"model": {}, "ema": network.state_dict(), "opt": {}, "args": args, "steps": 5}, path)
     return path
+
+
+def make_checkpoint(path, name="SiT-T/2"):
+    """A SiT with a Namespace, as the published code saves it."""
+    torch.manual_seed(0)
+    args = argparse.Namespace(model=name, resolution=64, num_classes=CLASSES, path_type="linear")
+    return save_random(path, SiT_models[name](input_size=16, num_classes=CLASSES, z_dims=(384,)), args)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +43,13 @@ def ckpt(tmp_path_factory):
 
 
 def arguments(ckpt, out, *more):
-    return ["--ckpt", ckpt, "--sample-dir", out, "--vae", ROOT / "assets/vae-emoji", "--num-fid-samples", 7, "--num-steps", 4,
-            "--cfg-scale", 2.0, "--guidance-high", 0.9, "--per-proc-batch-size", 4, *more]
+    return ["--ckpt", ckpt, "--sample-dir", out, "--vae", ROOT / "assets/vae-emoji", "--num-fid-samples", 7,
+            "--num-steps", 4, "--cfg-scale", 2.0, "--guidance-high", 0.9, "--per-proc-batch-size", 4, *more]
 
 
-def pictures(out, mode="ode"):
-    with np.load(out / (NAME.format(mode=mode) + ".npz"), allow_pickle=False) as file:
+def pictures(out):
+    path, = out.glob("*.npz")
+    with np.load(path, allow_pickle=False) as file:
         return file["arr_0"]
 
 
@@ -52,11 +59,9 @@ def test_same_pictures_for_any_processes_and_batch(ckpt, tmp_path, mode):
     script("generate.py", *arguments(ckpt, tmp_path / "a", "--mode", mode))
     script("generate.py", *arguments(ckpt, tmp_path / "b", "--mode", mode), processes=2)
     script("generate.py", *arguments(ckpt, tmp_path / "c", "--mode", mode, "--per-proc-batch-size", 1))
-    a, b, c = (pictures(tmp_path / part, mode) for part in "abc")
+    a, b, c = (pictures(tmp_path / part) for part in "abc")
     assert a.shape == (7, 64, 64, 3) and a.dtype == np.uint8 and a.std() > 5
-    assert np.array_equal(a, b)
-    assert np.abs(a.astype(int) - c).max() <= 1
-    assert not np.array_equal(a[0], a[1])
+    assert np.array_equal(a, b) and np.abs(a.astype(int) - c).max() <= 1 and not np.array_equal(a[0], a[1])
     folder = tmp_path / "a" / NAME.format(mode=mode)
     assert sorted(p.name for p in folder.glob("*.png")) == [f"{i:06d}.png" for i in range(7)]
     assert all(np.array_equal(np.asarray(Image.open(folder / f"{i:06d}.png")), a[i]) for i in range(7))
@@ -64,12 +69,15 @@ def test_same_pictures_for_any_processes_and_batch(ckpt, tmp_path, mode):
 
 
 def test_restart_makes_only_what_is_missing(monkeypatch, ckpt, tmp_path):
+    """Paths are compared by where they lead, and flags that change no image may differ."""
     call_main(monkeypatch, generate, *arguments(ckpt, tmp_path))
     before, folder = pictures(tmp_path), tmp_path / NAME.format(mode="ode")
     (folder / "000002.png").unlink()
     (folder / "000005.png").write_bytes((folder / "000005.png").read_bytes()[:100])
     times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
-    call_main(monkeypatch, generate, *arguments(ckpt, tmp_path))
+    spelled = ckpt.parent / ".." / ckpt.parent.name / ckpt.name
+    call_main(monkeypatch, generate, *arguments(spelled, tmp_path, "--vae", f"{ROOT}/assets/../assets/vae-emoji/",
+                                                "--encoder-depth", 2))
     assert np.array_equal(before, pictures(tmp_path))
     changed = [path.name for path in sorted(folder.glob("*.png")) if times.get(path.name) != path.stat().st_mtime_ns]
     assert changed == ["000002.png", "000005.png"]
@@ -86,14 +94,27 @@ def test_restart_makes_only_what_is_missing(monkeypatch, ckpt, tmp_path):
 def test_every_flag_changes_the_pictures(monkeypatch, ckpt, tmp_path, flag):
     few = ("--num-fid-samples", 2, "--guidance-low", 0.2)
     base = [*few, "--mode", "sde"] if "cosine" in flag else few
-    found = []
-    for name, more in (("plain", base), ("changed", [*few, *flag])):
-        call_main(monkeypatch, generate, *arguments(ckpt, tmp_path / name, *more))
-        path, = (tmp_path / name).glob("*.npz")
-        found.append(np.load(path, allow_pickle=False)["arr_0"])
-    assert not np.array_equal(*found)
+    call_main(monkeypatch, generate, *arguments(ckpt, tmp_path / "plain", *base))
+    call_main(monkeypatch, generate, *arguments(ckpt, tmp_path / "changed", *few, *flag))
+    plain, changed = pictures(tmp_path / "plain"), pictures(tmp_path / "changed")
+    assert not np.array_equal(plain, changed)
     if "bf16" in flag:  # rounding, not another picture
-        assert np.abs(found[0].astype(int) - found[1]).mean() < 3
+        assert np.abs(plain.astype(int) - changed).mean() < 3
+
+
+def test_a_new_sampler_is_a_function_and_a_row(monkeypatch, ckpt, tmp_path):
+    """--mode takes it, it is given the options of all samplers, and --heun is refused unless it has it."""
+    options = {}
+    monkeypatch.setitem(SAMPLERS, "still", lambda velocity, latents, num_steps, **more: options.update(more) or latents)
+    call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, "--mode", "still", "--num-fid-samples", 2))
+    noise = np.random.default_rng((0, 1))
+    noise.integers(CLASSES)  # its label
+    z = torch.from_numpy(noise.standard_normal((1, 4, 16, 16), dtype=np.float32))
+    expected = VAE(ROOT / "assets/vae-emoji").decode(z)[0].permute(1, 2, 0).numpy()
+    assert np.abs(pictures(tmp_path)[1].astype(int) - expected).max() <= 1
+    assert options.keys() == {"heun", "path_type", "noise"}
+    with pytest.raises(UserError, match="--heun is for --mode ode"):
+        call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, "--mode", "still", "--heun"))
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -101,7 +122,7 @@ def test_compiled_networks_make_the_same_pictures(monkeypatch, ckpt, tmp_path, p
     """Up to rounding. Graphs as PyTorch runs them, without the minute that making C++ takes."""
     eager = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", eager)
-    monkeypatch.setattr(generate, "check_compiler", lambda device: None)
+    monkeypatch.setattr(sampling.images, "check_compiler", lambda device: None)
     torch._dynamo.reset()
     for name, more in (("plain", ()), ("compiled", ("--compile",))):
         counters.clear()
@@ -111,10 +132,10 @@ def test_compiled_networks_make_the_same_pictures(monkeypatch, ckpt, tmp_path, p
     assert difference.max() <= (1 if precision == "no" else 16)
 
 
-def test_weights_in_bf16_are_cast_once(ckpt):
-    args = argparse.Namespace(ckpt=ckpt, compile=False, mixed_precision="bf16")
+def test_weights_in_bf16_are_cast_once():
+    args = argparse.Namespace(compile=False, fused_attn=True, mixed_precision="bf16")
     model = SiT_models["SiT-T/2"](input_size=16, num_classes=CLASSES, z_dims=(384,))
-    model = generate.ready(model, load_checkpoint(ckpt)["ema"], args, torch.device("cpu"))
+    model = sampling.images.prepare_model(model, args, torch.device("cpu"))
     assert model.x_embedder.proj.weight.dtype == model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
 
 
@@ -127,32 +148,17 @@ def test_latents_are_decoded_in_chunks():
     assert (whole.int() - parts.int()).abs().max() <= 1
 
 
-def test_a_restart_may_spell_things_in_another_way(monkeypatch, ckpt, tmp_path):
-    """Paths are compared by where they lead, and what does not change a picture may differ."""
-    call_main(monkeypatch, generate, *arguments(ckpt, tmp_path / "a", "--encoder-depth", 2))
-    call_main(monkeypatch, generate, *arguments(ckpt.parent / ".." / ckpt.parent.name / ckpt.name, tmp_path / "a",
-                                                "--vae", f"{ROOT}/assets/../assets/vae-emoji/"))
-
-
-def test_plain_state_dict_and_balanced_labels(monkeypatch, ckpt, tmp_path):
-    """A bare EMA file knows no sizes: they are typed. Classes then go round in order."""
-    torch.save(load_checkpoint(ckpt, mmap=False)["ema"], tmp_path / "bare.pt")
-    call_main(monkeypatch, generate, *arguments(tmp_path / "bare.pt", tmp_path, "--model", "SiT-T/2", "--num-classes",
-                                                CLASSES, "--resolution", 64, "--labels", "balanced", "--heun"))
-    assert len(list(tmp_path.glob("*.npz"))) == 1
-
-
 @pytest.mark.parametrize("labels", ["balanced", "random"])
 def test_class_names_stand_in_the_grid(monkeypatch, ckpt, tmp_path, labels):
-    """Under each image that of its own class; a column per class shows whole rows only."""
-    names = ["ant", "bee", "cow", "dog"]
+    """Of a file of weights alone. Under each image its own class; a column per class shows whole rows only."""
+    torch.save(load_checkpoint(ckpt, mmap=False)["ema"], tmp_path / "bare.pt")
+    names, seen, grid = ["ant", "bee", "cow", "dog"], [], sampling.images.image_grid
     (tmp_path / "classes.json").write_text(json.dumps(names))
     monkeypatch.setattr(generate, "GRID_IMAGES", 6)
-    seen, grid = [], generate.image_grid
-    monkeypatch.setattr(generate, "image_grid", lambda images, columns, texts: seen.append((images, columns, texts))
-                        or grid(images, columns, texts))
+    monkeypatch.setattr(sampling.images, "GRID_IMAGES", 6)
+    monkeypatch.setattr(sampling.images, "image_grid", lambda *given: seen.append(given) or grid(*given))
     more = ("--labels", labels, "--class-names", tmp_path / "classes.json", "--num-fid-samples", 6)
-    call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, *more))
+    call_main(monkeypatch, generate, *arguments(tmp_path / "bare.pt", tmp_path, *more))
     [(images, columns, texts)] = seen
     if labels == "balanced":
         assert columns == 4 and texts == names and len(images) == 4

@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 
-import encoders
 import generate
 import generate_t2i
 from encoders.vae import VAE
@@ -16,26 +15,23 @@ from models.sit import SiT_models
 from runtime.errors import UserError
 from samplers import euler_maruyama_sampler, guided
 from tests.conftest import ROOT, call_main, script, write_tiny_captions
+from tests.test_generate import save_random
 
 NAME = "{}-0000005-size-64-vae-vae-emoji-cfg-3.0-seed-0-sde-high-1.0"
 THERE = [0, 1, 3, 4, 5]  # the numbers of the val images
 
 
 def save_checkpoint(path, network, **args):
-    """A random network: at its start text hardly moves the picture."""
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    args = {"resolution": 64, "path_type": "linear", **args}
-    torch.save({"model": {}, "ema": network.state_dict(), "opt": {}, "args": args, "steps": 5}, path)
-    return path
+    """Random enough that text moves the picture."""
+    return save_random(path, network, {"resolution": 64, "path_type": "linear", **args}, spread=0.1)
 
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
     torch.manual_seed(0)
     model = MMDiT_models["MMDiT-T"](input_size=16, context_dim=16, z_dims=(384,))
-    return save_checkpoint(tmp_path_factory.mktemp("ckpt") / "0000005.pt", model, model="MMDiT-T", context_shape=[6, 16])
+    path = tmp_path_factory.mktemp("ckpt") / "0000005.pt"
+    return save_checkpoint(path, model, model="MMDiT-T", context_shape=[6, 16])
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +45,8 @@ def data(tmp_path_factory):
 
 
 def arguments(ckpt, out, *more):
-    return ["--ckpt", ckpt, "--sample-dir", out, "--vae", ROOT / "assets/vae-emoji", "--num-steps", 4, "--cfg-scale", 3.0,
-            "--per-proc-batch-size", 3, *more]
+    return ["--ckpt", ckpt, "--sample-dir", out, "--vae", ROOT / "assets/vae-emoji", "--num-steps", 4, "--cfg-scale",
+            3.0, "--per-proc-batch-size", 3, *more]
 
 
 def pictures(out, name="MMDiT-T"):
@@ -75,16 +71,15 @@ def expected(ckpt, tokens, empty, i):
         return VAE(ROOT / "assets/vae-emoji").decode(latents)[0].permute(1, 2, 0).numpy()
 
 
-@pytest.mark.parametrize("k", [0, 1])
-def test_file_i_is_caption_i_of_val(monkeypatch, ckpt, data, tmp_path, k):
-    call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path, "--data-dir", data, "--caption-index", k))
+def test_file_i_is_caption_i_of_val(monkeypatch, ckpt, data, tmp_path):
+    call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path, "--data-dir", data, "--caption-index", 1))
     names, array = pictures(tmp_path)
     assert names == [f"{number:06d}.png" for number in THERE]
     lines = (tmp_path / NAME.format("MMDiT-T") / "captions.txt").read_text().splitlines()
-    assert lines == [f"caption {k} of val image {number}" for number in THERE]
+    assert lines == [f"caption 1 of val image {number}" for number in THERE]
     empty = torch.from_numpy(np.load(data / "empty_context.npy"))
     for i in (0, 2, 4):
-        right, wrong = (torch.from_numpy(np.load(data / f"val/{number}_{k}.npy")) for number in (THERE[i], THERE[i - 1]))
+        right, wrong = (torch.from_numpy(np.load(data / f"val/{n}_1.npy")) for n in (THERE[i], THERE[i - 1]))
         assert np.abs(array[i].astype(int) - expected(ckpt, right, empty, i)).max() <= 1
         assert np.abs(array[i].astype(int) - expected(ckpt, wrong, empty, i)).max() > 10
         assert np.abs(array[i].astype(int) - expected(ckpt, right, 0 * empty, i)).max() > 10
@@ -92,7 +87,10 @@ def test_file_i_is_caption_i_of_val(monkeypatch, ckpt, data, tmp_path, k):
 
 def test_two_processes_and_a_restart(monkeypatch, ckpt, data, tmp_path, capsys):
     """The same pictures, and only the missing ones are made again; fewer than asked for is said."""
-    call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path / "a", "--data-dir", data))
+    def again(*more):
+        call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path / "a", "--data-dir", data, *more))
+
+    again()
     assert "there are 5 captions: one image of each is made" in capsys.readouterr().out
     script("generate_t2i.py", *arguments(ckpt, tmp_path / "b", "--data-dir", data), processes=2)
     names, one = pictures(tmp_path / "a")
@@ -101,31 +99,36 @@ def test_two_processes_and_a_restart(monkeypatch, ckpt, data, tmp_path, capsys):
     (folder / names[2]).unlink()
     (folder / "captions.txt").unlink()
     times = {name: (folder / name).stat().st_mtime_ns for name in names if (folder / name).exists()}
-    call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path / "a", "--data-dir", data))
+    again()
     assert np.array_equal(one, pictures(tmp_path / "a")[1]) and (folder / "captions.txt").is_file()
     assert [n for n in names if times.get(n) != (folder / n).stat().st_mtime_ns] == [names[2]]
     with pytest.raises(UserError, match="other settings .caption_index 0 -> 1"):
-        call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path / "a", "--data-dir", data, "--caption-index", 1))
-    call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path / "a", "--data-dir", data, "--num-fid-samples", 2))
+        again("--caption-index", 1)
+    again("--num-fid-samples", 2)
     with np.load(tmp_path / "a" / f"{folder.name}.npz", allow_pickle=False) as file:
         assert np.array_equal(file["arr_0"], one[:2])
     assert len((folder / "captions.txt").read_text().splitlines()) == 2
 
 
 class LengthEncoder:
-    """Stands for encoders.TextEncoder: all tokens of a text are its length / 10."""
+    """Stands for TextEncoder: all tokens of a text are its length / 10."""
 
     def __init__(self, source, device="cpu", length=None):
-        self.shape = (length or 9, 16)
+        self.shape = (length or 9, 8 if source == "narrow" else 16)
 
     def __call__(self, texts):
         return torch.stack([torch.full(self.shape, len(text) / 10) for text in texts])
 
 
 def test_own_texts(monkeypatch, ckpt, tmp_path):
-    monkeypatch.setattr(encoders, "TextEncoder", LengthEncoder, raising=False)
+    """Folders are named by the texts or by their file, so that no two sets of texts mix."""
+    monkeypatch.setattr(generate_t2i, "TextEncoder", LengthEncoder)
+
+    def sample(*more):
+        call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path, *more))
+
     (tmp_path / "texts").write_text("two  cats\n\na much longer text\n")
-    call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path, "--prompts", tmp_path / "texts", "--prompt", "bus"))
+    sample("--prompts", tmp_path / "texts", "--prompt", "bus")
     hashed = next(tmp_path.glob("*.npz")).name.split("-0000005")[0]  # texts of the command line have no other name
     assert re.fullmatch("MMDiT-T-prompts-[0-9a-f]{8}", hashed)
     names, array = pictures(tmp_path, hashed)
@@ -137,24 +140,16 @@ def test_own_texts(monkeypatch, ckpt, tmp_path):
         assert np.abs(array[i].astype(int) - expected(ckpt, tokens, torch.zeros(6, 16), i)).max() <= 1
     grid = np.asarray(Image.open(tmp_path / f"{NAME.format(hashed)}-grid.png"))
     assert grid.shape[1] == 128 and grid.shape[0] > 128  # the texts stand under the pictures
-
-
-def test_other_texts_have_another_folder(monkeypatch, ckpt, tmp_path):
-    """Named by the texts or by their file, so that one checkpoint serves prompt after prompt; never two sets in one folder."""
-    monkeypatch.setattr(encoders, "TextEncoder", LengthEncoder, raising=False)
-
-    def sample(*more):
-        call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path, "--num-steps", 2, *more))
-
-    for text in ("bus", "cat", "bus"):
+    for text in ("bus", "bus", "cat"):
         sample("--prompt", text)
-    assert len(list(tmp_path.glob("MMDiT-T-prompts-*.npz"))) == 2
-    (tmp_path / "animals.txt").write_text("cat\n")
-    sample("--prompts", tmp_path / "animals.txt")
-    assert pictures(tmp_path, "MMDiT-T-animals")[0] == ["000000.png"]
-    (tmp_path / "animals.txt").write_text("dog\n")
-    with pytest.raises(UserError, match="MMDiT-T-animals.* holds images of other settings"):
-        sample("--prompts", tmp_path / "animals.txt")
+    assert len(list(tmp_path.glob("MMDiT-T-prompts-*.npz"))) == 3
+    sample("--prompts", tmp_path / "texts")
+    assert pictures(tmp_path, "MMDiT-T-texts")[0] == names[:2]
+    (tmp_path / "texts").write_text("dog\n")
+    with pytest.raises(UserError, match="MMDiT-T-texts.* holds images of other settings"):
+        sample("--prompts", tmp_path / "texts")
+    with pytest.raises(UserError, match=r"takes text of \[6, 16\], narrow gives .* = \[6, 8\]"):
+        sample("--text-encoder", "narrow", "--prompt", "tram")
 
 
 def test_without_words_there_is_no_captions_txt(monkeypatch, ckpt, tmp_path, capsys):
@@ -166,20 +161,8 @@ def test_without_words_there_is_no_captions_txt(monkeypatch, ckpt, tmp_path, cap
     assert grid.shape == (64, 128, 3)
 
 
-def test_text_of_another_encoder(monkeypatch, ckpt, data, tmp_path):
-    class Narrow(LengthEncoder):
-        def __call__(self, texts):
-            return super().__call__(texts)[..., :8]
-
-    monkeypatch.setattr(encoders, "TextEncoder", Narrow, raising=False)
-    with pytest.raises(UserError, match=r"takes text of \[6, 16\], other gives .* = \[6, 8\]"):
-        call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path, "--text-encoder", "other", "--data-dir", data,
-                                                        "--prompt", "bus"))
-    assert not list(tmp_path.glob("*.npz"))
-
-
 def test_a_checkpoint_of_the_other_kind(monkeypatch, ckpt, data, tmp_path):
-    """Each script says which one takes it; a plain state dict has neither sizes nor text length, and is enough."""
+    """Each script says which one takes it; weights alone, without sizes or text length, are enough."""
     sit = SiT_models["SiT-T/2"](input_size=16, num_classes=4, z_dims=())
     sit = save_checkpoint(tmp_path / "sit.pt", sit, model="SiT-T/2", num_classes=4)
     with pytest.raises(UserError, match="having no context_embedder.weight; generate.py takes those of train.py"):
@@ -187,8 +170,8 @@ def test_a_checkpoint_of_the_other_kind(monkeypatch, ckpt, data, tmp_path):
     with pytest.raises(UserError, match="having no y_embedder.embedding_table.weight"):
         call_main(monkeypatch, generate, *arguments(ckpt, tmp_path))
     torch.save(load_checkpoint(ckpt, mmap=False)["ema"], tmp_path / "bare.pt")
-    call_main(monkeypatch, generate_t2i, *arguments(tmp_path / "bare.pt", tmp_path, "--data-dir", data, "--model", "MMDiT-T",
-                                                    "--resolution", 64, "--num-fid-samples", 2))
+    call_main(monkeypatch, generate_t2i, *arguments(tmp_path / "bare.pt", tmp_path, "--data-dir", data,
+                                                    "--num-fid-samples", 2))
     assert len(list(tmp_path.glob("*.npz"))) == 1
 
 

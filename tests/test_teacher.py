@@ -13,7 +13,7 @@ from torch._inductor.compile_fx import compile_fx
 
 from dataset import LatentImages
 from encoders.teacher_cache import CachedTeacher
-from encoders.teachers import TEACHERS, Teacher, load_vit
+from encoders.teachers import TEACHERS, Teacher, TeacherRow, load_vit
 from modify_dinov2.taps import TappedLinear
 from runtime.errors import UserError
 from tests.conftest import CLASSES, script, train_arguments
@@ -146,26 +146,44 @@ def test_precision_of_the_teacher_alone():
 
 def test_every_teacher_exists_in_timm():
     assert len(set(TEACHERS) - {"dinov2-vit-n"}) == 8  # n is the tests' own
-    assert TEACHERS["dinov2-vit-b"] == ("vit_base_patch14_dinov2", 768)
-    for enc_type, (name, width) in TEACHERS.items():
+    for row in TEACHERS.values():
         with torch.device("meta"):
-            vit = timm.create_model(name, num_classes=0)
-        assert vit.embed_dim == width and vit.num_prefix_tokens == (5 if "reg" in enc_type else 1)
+            vit = timm.create_model(row.timm_name, num_classes=0)
+        found = vit.embed_dim, vit.patch_embed.patch_size[0], vit.num_prefix_tokens
+        assert found == (row.width, row.patch, row.prefix_tokens)
+        config = getattr(vit, "pretrained_cfg", {})  # the tests' own has none
+        for name in ("mean", "std", "interpolation"):
+            assert getattr(row, name) == config.get(name, getattr(row, name))
+
+
+def test_a_teacher_that_is_not_dinov2(monkeypatch, tmp_path):
+    """A row of another patch, mean, std and resize is all that it takes; a row that timm contradicts is refused."""
+    row = TeacherRow("vit_tiny_patch16_224", 192, 16, (0.5, 0.4, 0.3), (0.5, 0.6, 0.7), 1, "bilinear")
+    monkeypatch.setitem(TEACHERS, "tiny", row)
+    torch.save(timm.create_model(row.timm_name, num_classes=0).state_dict(), tmp_path / "tiny.pth")
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    teacher = Teacher(load_vit("tiny", tmp_path / "tiny.pth"), 4, (3,))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (row.mean, row.std))
+    x = torch.nn.functional.interpolate((images / 255 - mean) / std, size=64, mode="bilinear")
+    out = teacher(images)
+    torch.testing.assert_close(out.features[0], teacher.vit.forward_features(x)[:, 1:])
+    assert out.features[0].shape == (2, 16, 192) and out.attention[3].q.shape == (2, 3, 16, 64)
+    monkeypatch.setitem(TEACHERS, "tiny", row._replace(mean=(0.5, 0.5, 0.5)))  # which a cache must notice
+    assert Teacher(load_vit("tiny", tmp_path / "tiny.pth"), 4, (3,)).key() != teacher.key()
+    monkeypatch.setitem(TEACHERS, "tiny", row._replace(patch=14))
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224 has .* not as in"):
+        load_vit("tiny", tmp_path / "tiny.pth")
 
 
 def test_hub_file_and_wrong_files(tmp_path):
-    teacher_file, state = tmp_path / "dinov2.pth", timm.create_model("vit_small_patch14_dinov2", num_classes=0).state_dict()
-    torch.save({**state, "mask_token": torch.zeros(1, 384)}, teacher_file)
-    vit = load_vit("dinov2-vit-s", teacher_file)
-    assert torch.equal(vit.state_dict()["norm.weight"], torch.load(teacher_file, weights_only=True)["norm.weight"])
-    with pytest.raises(UserError, match="dinov2-vit-b"):
-        load_vit("dinov2-vit-b", teacher_file)
-    with pytest.raises(UserError, match="dinov2reg-vit-s"):
-        load_vit("dinov2reg-vit-s", teacher_file)
-    with pytest.raises(UserError, match="does not exist"):
-        load_vit("dinov2-vit-s", tmp_path / "no.pth")
-    with pytest.raises(UserError, match="--enc-weights"):
-        load_vit("dinov2-vit-s")  # offline
+    file, state = tmp_path / "dinov2.pth", timm.create_model("vit_small_patch14_dinov2", num_classes=0).state_dict()
+    torch.save({**state, "mask_token": torch.zeros(1, 384)}, file)
+    assert torch.equal(load_vit("dinov2-vit-s", file).state_dict()["norm.weight"], state["norm.weight"])
+    for enc_type, weights, words in (("dinov2-vit-b", file, "dinov2-vit-b"), ("dinov2reg-vit-s", file, "dinov2reg-"),
+                                     ("dinov2-vit-s", tmp_path / "no.pth", "does not exist"),
+                                     ("dinov2-vit-s", None, "--enc-weights")):  # offline
+        with pytest.raises(UserError, match=words):
+            load_vit(enc_type, weights)
 
 
 def test_registers_from_torch_hub(tmp_path):
@@ -249,38 +267,34 @@ def test_two_processes_make_the_same_cache(tiny_data, teacher_file, tmp_path):
 
 
 def test_cache_gives_what_the_teacher_gives(tiny_data, tmp_path):
-    dataset = LatentImages(tiny_data, 64, CLASSES)
-    teacher, accelerator = Teacher(small_vit(), 8, (1, 3)), Accelerator(cpu=True)
-    cached = CachedTeacher(tmp_path, teacher, dataset, accelerator)
-    positions = torch.tensor([5, 0, 63])
-    direct = teacher(torch.stack([dataset.image(i) for i in positions]))
+    """Computed once for each output and kind of weights, and no larger than asked for."""
+    dataset, accelerator, calls = LatentImages(tiny_data, 64, CLASSES), Accelerator(cpu=True), []
+
+    def cache(blocks, folder=tmp_path / "one", scale=1):
+        teacher = Teacher(small_vit(), 8, blocks)
+        with torch.no_grad():
+            teacher.vit.norm.weight.mul_(scale)
+        teacher.vit.norm.register_forward_hook(lambda *_: calls.append(1))
+        return CachedTeacher(folder, teacher, dataset, accelerator)
+
+    cached, positions = cache((1, 3)), torch.tensor([5, 0, 63])
+    direct = Teacher(small_vit(), 8, (1, 3))(torch.stack([dataset.image(i) for i in positions]))
     again = cached(positions)
     torch.testing.assert_close(again.features[0].float(), direct.features[0], rtol=2e-3, atol=2e-3)
     for block in (1, 3):
         torch.testing.assert_close(again.attention[block].logits().float(), direct.attention[block].logits(),
                                    rtol=1e-2, atol=1e-2)
-    calls = []
-    teacher.vit.norm.register_forward_hook(lambda *_: calls.append(1))
-    CachedTeacher(tmp_path, teacher, dataset, accelerator)
-    features = Teacher(small_vit(), 8, ())
-    features.vit.norm.register_forward_hook(lambda *_: calls.append(1))
-    assert torch.equal(CachedTeacher(tmp_path, features, dataset, accelerator)(positions).features[0], again.features[0])
-    assert not calls  # the second run reads, one with fewer outputs too
-    assert {path.name for path in cached.folder.glob("*.complete")} == {"features0.complete", "block1.complete", "block3.complete"}
-    CachedTeacher(tmp_path, Teacher(small_vit(), 8, (2,)), dataset, accelerator)
-    assert (cached.folder / "block2.complete").is_file()  # what is missing alone
+    calls.clear()
+    cache((1, 3))
+    assert torch.equal(cache(())(positions).features[0], again.features[0])
+    assert not calls  # a second run reads, one with fewer outputs too
+    cache((2,))
+    assert {path.name for path in cached.folder.glob("*.complete")} == {
+        f"{name}.complete" for name in ("features0", "block1", "block2", "block3")}
     assert torch.equal(cached(positions).features[0], again.features[0])
-    with torch.no_grad():
-        teacher.vit.norm.weight.mul_(2)
-    CachedTeacher(tmp_path, teacher, dataset, accelerator)
-    assert len(list(tmp_path.glob("*/features0.complete"))) == 2  # other weights, other key
-
-
-def test_features_alone_take_their_own_room(tiny_data, tmp_path):
-    """Without attention to align: 2 bytes for each number of each token, and nothing for queries and keys."""
-    dataset = LatentImages(tiny_data, 64, CLASSES)
-    cached = CachedTeacher(tmp_path, Teacher(small_vit(), 8, ()), dataset, Accelerator(cpu=True))
-    assert [path.name for path in cached.folder.glob("*.npy")] == ["features0.npy"]
-    assert (cached.folder / "features0.npy").stat().st_size - 128 == 64 * 64 * 96 * 2
-    out = cached(torch.tensor([3]))
-    assert out.features[0].shape == (1, 64, 96) and out.attention == {}
+    cache((), scale=2)
+    assert len(list(tmp_path.glob("one/*/features0.complete"))) == 2  # other weights, other key
+    alone = cache((), tmp_path / "alone")
+    assert [path.name for path in alone.folder.glob("*.npy")] == ["features0.npy"]
+    assert (alone.folder / "features0.npy").stat().st_size - 128 == 64 * 64 * 96 * 2  # 2 bytes a number of a token
+    assert alone(positions).attention == {}

@@ -163,7 +163,7 @@ def model_arguments(args, config, moments_shape):
     weights = loss_weights(args)
     return {"input_size": side, "in_channels": channels // 2, "encoder_depth": args.encoder_depth,
             "attn_layers": [student for student, _ in args.attn_layers] if uses(weights, "attention") else [],
-            "z_dims": TEACHERS[args.enc_type][1:] if uses(weights, "features") else (),
+            "z_dims": (TEACHERS[args.enc_type].width,) if uses(weights, "features") else (),
             "qk_norm": args.qk_norm, "fused_attn": args.fused_attn, "grad_checkpointing": args.grad_checkpointing}
 
 

@@ -1,0 +1,43 @@
+"""The flags of generate.py and generate_t2i.py in groups, each with its range beside it."""
+import argparse
+
+from runtime.flags import number, whole
+from samplers import SAMPLERS
+
+
+def add_sampling_flags(parser):
+    """The flags of both sampling scripts."""
+    on_off = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("network").add_argument
+    add("--ckpt", required=True, help="checkpoint of train.py or of the published code, or an export of it; its EMA is "
+        "used")
+    add("--vae", help="ema, mse, a folder in diffusers' format, or none for a network of pixels (default: none for "
+        "such a checkpoint, else ema)")
+    add("--resolution", type=whole(1), help="image side in pixels (default: the checkpoint's)")
+    add("--path-type", choices=["linear", "cosine"], help="interpolant (default: the checkpoint's, else linear)")
+    add("--qk-norm", action=on_off, default=None, help="LayerNorm on q and k (default: the checkpoint's)")
+    add("--encoder-depth", type=whole(1), help="1-based block whose output is projected; sampling does not use it "
+        "(default: the checkpoint's)")
+    add("--projector-embed-dims", help="teacher widths of the projectors, such as 768 (default: the checkpoint's)")
+
+    add = parser.add_argument_group("sampling").add_argument
+    add("--mode", choices=SAMPLERS, default="ode", help="sampler; ode: Euler, sde: Euler-Maruyama (default "
+        "%(default)s)")
+    add("--num-steps", type=whole(1), default=50, help="sampler steps (default %(default)s)")
+    add("--heun", action=on_off, default=False, help="second order, for ode (default off)")
+    add("--cfg-scale", type=number(0), default=1.5, help="guidance scale, 1 = none (default %(default)s)")
+    add("--guidance-low", type=number(0, 1), default=0.0, help="guide where t is at least this (default 0)")
+    add("--guidance-high", type=number(0, 1), default=1.0, help="guide where t is at most this (default 1)")
+    add("--global-seed", type=whole(0), default=0, help="image i is made from (seed, i) (default 0)")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--sample-dir", default="samples", help="where the folder of images and the .npz go (default samples)")
+    add("--per-proc-batch-size", type=whole(1), default=32, help="images a batch and process (default 32)")
+
+    add = parser.add_argument_group("precision and speed").add_argument
+    add("--mixed-precision", choices=["no", "fp16", "bf16"], default="no", help="of the network alone (default no: "
+        "float32)")
+    add("--tf32", action=on_off, default=True, help="TF32 matrix products on Ampere and newer (default on)")
+    add("--fused-attn", action=on_off, default=True, help="fused attention (default on)")
+    add("--compile", action="store_true", help="torch.compile the network: a minute more at the start")

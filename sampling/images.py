@@ -1,0 +1,209 @@
+"""What generate.py and generate_t2i.py share: load the network, make each image once, write PNGs, .npz and grid."""
+import inspect
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from dataset import PIXELS
+from encoders.vae import open_vae
+from models.checkpoint import load_network
+from runtime.errors import UserError
+from runtime.files import atomic_write, is_file, read_json, remove_temporaries, write_json
+from runtime.images import IMAGE_ERRORS, image_grid, open_image
+from runtime.processes import watch_others
+from runtime.setup import AUTOCAST, PROCESS_GROUP_TIMEOUT, cast_weights, check_compiler, to_device, tune
+from samplers import SAMPLERS, guided
+
+GRID_IMAGES = 72
+PNG_WRITERS = 4  # threads
+SAMPLING = ("mode", "num_steps", "cfg_scale", "guidance_low", "guidance_high", "heun", "path_type")
+# These flags change no image: a restart may set them differently.
+NOT_IN_SETTINGS = ("sample_dir", "num_fid_samples", "per_proc_batch_size", "tf32", "fused_attn", "compile",
+                   "projector_embed_dims", "encoder_depth", "class_names")
+
+
+def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale=1.5, guidance_low=0.0,
+           guidance_high=1.0, heun=False, path_type="linear"):
+    """uint8 (N, 3, R, R): image i from the noise of streams[i], a NumPy generator; y and y_null as in guided."""
+    def normals(shape, dtype):
+        draws = np.stack([rng.standard_normal(shape, dtype=dtype) for rng in streams])
+        return to_device(torch.from_numpy(draws), y.device)
+
+    if mode not in SAMPLERS:
+        raise UserError(f"mode {mode!r} is not known; use {' or '.join(map(repr, SAMPLERS))}.")
+    velocity = guided(network, y, y_null, cfg_scale, guidance_low, guidance_high)
+    latents = SAMPLERS[mode](velocity, normals(network.latent_shape, np.float32), num_steps, heun=heun,
+                             path_type=path_type, noise=lambda x: normals(x.shape[1:], np.float64))
+    return vae.decode(latents)
+
+
+def open_network(path, vae, device, kind=None, **typed):
+    """(network, VAE, the VAE's name, args of training) of a checkpoint; see load_network and choose_vae.
+
+    The network is on the CPU. The checkpoint is read first: opening the VAE may be a download. Raises UserError.
+    """
+    network, args = load_network(path, kind, **typed)
+    name = choose_vae(vae, args, path)
+    vae = open_vae(name, device)
+    channels, side, _ = network.latent_shape
+    args |= {"resolution": args.get("resolution") or side * vae.factor, "path_type": args.get("path_type") or "linear"}
+    vae.check(channels, side, args["resolution"])
+    return network, vae, name, args
+
+
+def choose_vae(vae, args, path):
+    """The `vae` asked for; None: PIXELS or "ema", by the args of training. Raises UserError if it cannot decode."""
+    is_pixels = args.get("vae") == PIXELS
+    if vae is not None and (vae == PIXELS) != is_pixels and (is_pixels or "vae" in args):
+        trained, remedy = ("pixels", "leave --vae out") if is_pixels else ("the latents of a VAE", "give a VAE")
+        raise UserError(f"{path} was trained on {trained} (--vae {args['vae']}), which --vae {vae} cannot decode; "
+                        f"{remedy}.")
+    return vae or (PIXELS if is_pixels else "ema")
+
+
+def start(args):
+    """Refuse flags that contradict, start the process group -> accelerate's PartialState."""
+    from accelerate import PartialState  # here: --help need not wait for it
+    if args.guidance_low > args.guidance_high:
+        raise UserError(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}, so "
+                        "nothing would be guided; swap them, or give --cfg-scale 1.")
+    if args.heun and "heun" not in inspect.signature(SAMPLERS[args.mode]).parameters:
+        raise UserError("--heun is for --mode ode; leave one of them out.")
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
+    watch_others()
+    torch.set_grad_enabled(False)
+    tune(state.num_processes, args.tf32)
+    if args.mixed_precision == "fp16" and state.device.type == "cpu":
+        raise UserError("--mixed-precision fp16 needs a GPU; use bf16 or no.")
+    if args.compile:
+        check_compiler(state.device)
+    return state
+
+
+def open_checkpoint(args, kind, device):
+    """(network of --ckpt, its VAE), both on `device`; `kind` as in load_network.
+
+    Sets in `args` what the checkpoint knows. Raises UserError for a flag that contradicts the weights.
+    """
+    known = ("model", "resolution", "num_classes", "qk_norm", "path_type", "encoder_depth", "context_shape")
+    typed = {name: value for name, value in vars(args).items() if name in known and value is not None}
+    network, vae, args.vae, trained = open_network(args.ckpt, args.vae, device, kind, **typed)
+    widths = ",".join(str(projector[-1].out_features) for projector in network.projectors)
+    if args.projector_embed_dims and args.projector_embed_dims != widths:
+        raise UserError(f"--projector-embed-dims {args.projector_embed_dims}: {args.ckpt} has projectors to "
+                        f"{widths or 'nothing'}; leave the flag out.")
+    if args.encoder_depth not in (None, trained["encoder_depth"]):
+        raise UserError(f"--encoder-depth {args.encoder_depth} is outside the model, which has fewer blocks; leave it "
+                        "out.")
+    vars(args).update({name: trained.get(name) for name in known if hasattr(args, name)})
+    return prepare_model(network, args, device), vae
+
+
+def prepare_model(model, args, device):
+    """`model` on `device`, compiled and in the precision asked for."""
+    model.fused_attn = args.fused_attn
+    if args.compile:
+        model.compile()
+    if args.mixed_precision != "no":
+        cast_weights(model, args.mixed_precision)
+        model.forward = torch.autocast(device.type, AUTOCAST[args.mixed_precision])(model.forward)
+    return model.to(device)
+
+
+def is_finished(path, resolution):
+    """Whether `path` is a complete PNG of the right size."""
+    try:
+        with open_image(path) as picture:
+            picture.load()
+            return picture.mode == "RGB" and picture.size == (resolution, resolution)
+    except IMAGE_ERRORS:
+        return False
+
+
+def sample_folder(args, name, state):
+    """The folder of this run's PNGs. Raises UserError if it holds images of other settings."""
+    folder = Path(args.sample_dir) / (
+        f"{name}-{Path(args.ckpt).stem}-size-{args.resolution}-vae-{Path(args.vae).name}-cfg-{args.cfg_scale}-"
+        f"seed-{args.global_seed}-{args.mode}-high-{args.guidance_high}")
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_IN_SETTINGS}
+    for key in ("ckpt", "vae"):
+        if Path(settings[key]).exists():  # however it was spelled
+            settings[key] = str(Path(settings[key]).resolve())
+    path = folder / "settings.json"
+    if is_file(path) and (old := read_json(path)) != settings:
+        changed = [f"{key} {old.get(key)} -> {settings.get(key)}" for key in {**old, **settings}
+                   if old.get(key) != settings.get(key)]
+        raise UserError(f"{folder} holds images of other settings ({', '.join(changed)}); delete it or name another "
+                        "--sample-dir.")
+    state.wait_for_everyone()  # all have read it
+    if state.is_main_process:
+        remove_temporaries(folder)
+        remove_temporaries(folder.parent, folder.name)  # the .npz and the grid
+        write_json(path, settings, indent=2)
+    state.wait_for_everyone()  # before anyone writes a temporary file
+    return folder
+
+
+def sample_images(args, state, network, vae, folder, condition, names, columns=None, texts=None):
+    """Make the images that are missing in `folder`, then the .npz of all and the grid of the first ones.
+
+    `names` holds a file name without .png per image; condition(i, rng) -> (y, y_null) of image i. `columns` and `texts`
+    are the grid's.
+    """
+    paths = [folder / f"{name}.png" for name in names]
+    make_images(args, state, network, vae, paths, condition)
+    if state.is_main_process:
+        write_npz(folder.with_name(f"{folder.name}.npz"), paths, args.resolution)
+        count = GRID_IMAGES // columns * columns if columns else GRID_IMAGES  # whole rows
+        first = np.stack([np.array(open_image(path)) for path in paths[:count]])
+        first = torch.from_numpy(first).permute(0, 3, 1, 2)
+        write_png(folder.with_name(f"{folder.name}-grid.png"), image_grid(first, columns, texts and texts[:count]))
+        print(f"{len(paths)} images in {folder}, with {folder.name}.npz and {folder.name}-grid.png beside it")
+
+
+def make_images(args, state, network, vae, paths, condition):
+    """Sample and save this process's share of the images that are not finished.
+
+    Process p makes the batches b of the whole list with b % processes = p. The last batch is filled up, as sums of
+    another shape can round differently.
+    """
+    size = min(args.per_proc_batch_size, len(paths))
+    todo = [i for i, path in enumerate(paths) if i // size % state.num_processes == state.process_index
+            and not is_finished(path, args.resolution)]
+    options = {name: getattr(args, name) for name in SAMPLING}
+    with ThreadPoolExecutor(PNG_WRITERS) as writers:  # Pillow compresses outside Python's lock
+        written = []
+        for start in tqdm(range(0, len(todo), size), unit="batch", disable=not state.is_main_process):
+            batch = todo[start:start + size]
+            filled = batch + [batch[-1]] * (size - len(batch))
+            streams = [np.random.default_rng((args.global_seed, i)) for i in filled]
+            conditions = [condition(i, rng) for i, rng in zip(filled, streams, strict=True)]
+            y, y_null = (to_device(torch.stack(c), state.device) for c in zip(*conditions, strict=True))
+            images = sample(network, vae, streams, y, y_null, **options).permute(0, 2, 3, 1).cpu().numpy()
+            for task in written:  # the batch before was written meanwhile; raise what that raised
+                task.result()
+            written = [writers.submit(write_png, paths[i], images[row]) for row, i in enumerate(batch)]
+        for task in written:
+            task.result()
+    state.wait_for_everyone()
+
+
+def write_png(path, image):
+    """`image` uint8 (H, W, 3), atomically."""
+    with atomic_write(path) as file:
+        Image.fromarray(image).save(file, "PNG")
+
+
+def write_npz(path, paths, resolution):
+    """`arr_0` uint8 (n, R, R, 3) from PNG files, one picture in memory at a time."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), resolution, resolution, 3)}
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, \
+            archive.open("arr_0.npy", "w", force_zip64=True) as array:
+        np.lib.format.write_array_header_1_0(array, header)
+        for picture in paths:
+            array.write(np.asarray(open_image(picture).convert("RGB")).tobytes())
