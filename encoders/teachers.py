@@ -29,12 +29,24 @@ class TeacherRow(NamedTuple):
     interpolation: str  # resizes the image; a mode of F.interpolate
 
 
+def dinov2(size, width, registers=False):
+    """The row of a DINOv2 model, with or without register tokens."""
+    return TeacherRow(f"vit_{size}_patch14{'_reg4' if registers else ''}_dinov2", width, patch=14,
+                      mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, prefix_tokens=5 if registers else 1,
+                      interpolation="bicubic")
+
+
 # --enc-type -> TeacherRow
 TEACHERS = {
-    f"dinov2{reg}-vit-{size[0]}": TeacherRow(
-        f"vit_{size}_patch14{'_reg4' if reg else ''}_dinov2", width, patch=14, mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD, prefix_tokens=5 if reg else 1, interpolation="bicubic")
-    for size, width in (("small", 384), ("base", 768), ("large", 1024), ("giant", 1536)) for reg in ("", "reg")}
+    "dinov2-vit-s": dinov2("small", 384),
+    "dinov2-vit-b": dinov2("base", 768),
+    "dinov2-vit-l": dinov2("large", 1024),
+    "dinov2-vit-g": dinov2("giant", 1536),
+    "dinov2reg-vit-s": dinov2("small", 384, registers=True),
+    "dinov2reg-vit-b": dinov2("base", 768, registers=True),
+    "dinov2reg-vit-l": dinov2("large", 1024, registers=True),
+    "dinov2reg-vit-g": dinov2("giant", 1536, registers=True),
+}
 DINOV2 = TEACHERS["dinov2-vit-b"]
 
 

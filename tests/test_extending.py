@@ -1,0 +1,121 @@
+"""The recipes of docs/extending.md, each followed in a copy of the code: what is added works, and nothing else changes."""
+import shutil
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+from tests.conftest import CLASSES, CPU, ROOT, checkpoint, metrics, tiny_run, write_tiny_data
+
+GRAM_LOSS = '''def gram_term(loss_fn, student, teacher):
+    """Mean squared difference of the similarities between tokens."""
+    def gram(tokens):
+        tokens = F.normalize(tokens.float(), dim=-1)
+        return tokens @ tokens.mT
+    return F.mse_loss(gram(student.features[0]), gram(teacher.features[0]))
+
+
+class AlignmentLoss('''
+RECIPES = {  # file: {text in it: what stands there after the recipe}
+    "loss.py": {
+        "class AlignmentLoss(": GRAM_LOSS,
+        "ALIGNMENT_LOSSES = {\n": "ALIGNMENT_LOSSES = {\n    \"gram\": AlignmentLoss(\"gram_coeff\", 0.0, \"features\", "
+                                  "gram_term, \"weight of the loss of token similarities\"),\n"},
+    "training/schedule.py": {
+        "# --lr-schedule:": "def square(progress):\n    return 1 - progress ** 2\n\n\n# --lr-schedule:",
+        "SCHEDULES = {": "SCHEDULES = {\"square\": square, "},
+    "encoders/teachers.py": {
+        "TEACHERS = {\n": "TEACHERS = {\n    \"vit-t\": TeacherRow(\"vit_tiny_patch16_224\", 192, patch=16, "
+                          "mean=(0.5,) * 3, std=(0.5,) * 3, prefix_tokens=1, interpolation=\"bilinear\"),\n"},
+    "samplers.py": {
+        "SAMPLERS = {": "def one_step(velocity, latents, num_steps=1, **_):\n"
+                        "    return latents.double() - velocity(latents, 1.0)\n\n\nSAMPLERS = {\"one\": one_step, "},
+    "train.py": {"PixelImages if args.vae == PIXELS else LatentImages": "__import__('ramps').Ramps"},
+}
+RAMPS = '''"""A data layout of its own: 32 grey ramps made on the way."""
+import numpy as np
+import torch
+
+from dataset import LatentDataset
+
+
+class Ramps(LatentDataset):
+    decodes = False
+
+    def __init__(self, data_dir, resolution, num_classes, images=True, seed=0, hflip=False):
+        self.resolution, self.seed, self.images = resolution, seed, images
+        self.indices, self.moments_shape = np.arange(32), (8, resolution // 4, resolution // 4)
+
+    def image(self, i):
+        return torch.full((3, self.resolution, self.resolution), 8 * i, dtype=torch.uint8)
+
+    def moments(self, i):
+        return torch.cat([torch.full((4, *self.moments_shape[1:]), i / 16 - 1), torch.zeros(4, *self.moments_shape[1:])])
+
+    def condition(self, i):
+        return i % 4
+
+    def identity(self):
+        return ["ramps", self.resolution]
+'''
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """A function that copies the code, follows the recipes of some files in the copy, and gives its folder."""
+    def build(*files):
+        copy = tmp_path_factory.mktemp("house") / "code"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "exps", "data", "docs", "assets", "samples", "logs"))
+        for name in files:
+            text = (copy / name).read_text()
+            for old, new in RECIPES[name].items():
+                assert text.count(old) == 1, f"{name} has no single {old!r}: correct the recipe, and docs/extending.md"
+                text = text.replace(old, new)
+            (copy / name).write_text(text)
+        if "train.py" in files:
+            (copy / "ramps.py").write_text(RAMPS)
+        return copy
+
+    return build
+
+
+def run(folder, script, *arguments):
+    """The script of the copy, with this project's small networks known."""
+    code = "import runpy, sys; import tests.nano; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, script, *map(str, arguments)], cwd=folder, env={**CPU},
+                          capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_loss_a_schedule_a_teacher_and_a_sampler(house, tmp_path):
+    """A row each. The loss has its flag and column and is in the sum; the trigger compares its gradient."""
+    copy = house("loss.py", "training/schedule.py", "encoders/teachers.py", "samplers.py")
+    data = write_tiny_data(tmp_path / "data", count=16)
+    with torch.random.fork_rng():
+        torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "teacher.pt")
+    run(copy, "train.py", *tiny_run(
+        "SiT-N/2", data, tmp_path, "--num-classes", CLASSES, "--max-train-steps", 4, "--enc-type", "vit-t",
+        "--enc-weights", tmp_path / "teacher.pt", "--gram-coeff", 0.3, "--attn-coeff", 0, "--lr-schedule", "square",
+        "--early-stop-trigger", "gradient", "--trigger-start", 2, "--trigger-every", 9, "--trigger-samples", 4,
+        "--trigger-timesteps", 0.5, "--trigger-threshold", -1, "--early-stop-point", 3))
+    rows = metrics(tmp_path)
+    for row in rows[:3]:
+        assert float(row["gram"]) > 0 and row["attention"] == ""
+        parts = float(row["denoise"]) + 0.3 * float(row["gram"]) + 0.5 * float(row["feature"])
+        assert float(row["loss"]) == pytest.approx(parts, rel=1e-4)
+    assert rows[3]["gram"] == "" and rows[1]["cosine"] and not rows[0]["cosine"]
+    assert [float(row["learning_rate"]) for row in rows] == pytest.approx([1e-3 * (1 - (k / 4) ** 2) for k in range(4)])
+    assert checkpoint(tmp_path, 4)["args"]["gram_coeff"] == 0.3
+    run(copy, "generate.py", "--ckpt", tmp_path / "run/checkpoints/0000004.pt", "--mode", "one", "--num-fid-samples", 2,
+        "--num-steps", 1, "--vae", ROOT / "assets/vae-emoji", "--sample-dir", tmp_path / "samples")
+    assert len(list(tmp_path.glob("samples/*one*/*.png"))) >= 2 or len(list(tmp_path.glob("samples/*/*.png"))) >= 2
+
+
+def test_a_data_layout(house, tmp_path):
+    """A subclass with four methods, and one line in train.py."""
+    copy = house("train.py")
+    run(copy, "train.py", *tiny_run("SiT-N/2", tmp_path, tmp_path, "--num-classes", 4, "--enc-type", "none",
+                                    "--max-train-steps", 2))
+    assert len(metrics(tmp_path)) == 2
