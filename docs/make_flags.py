@@ -1,16 +1,20 @@
-"""Write docs/flags.md: the flags of the five scripts that have most of them, as their parsers give them.
-
-    python docs/make_flags.py
-"""
+"""Write docs/flags.md, the flags of five scripts as their parsers give them: python docs/make_flags.py"""
 import argparse
-import importlib
+import contextlib
 import re
 import sys
 from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("train", "train_t2i", "generate", "generate_t2i", "evaluations.evaluator")
+sys.path.insert(0, str(ROOT))  # a script sees docs/ only
+import generate
+import generate_t2i
+import train
+import train_t2i
+from evaluations import evaluator
+
+SCRIPTS = (train, train_t2i, generate, generate_t2i, evaluator)
 HEAD = """# What flags are there?
 
 Made by `python docs/make_flags.py` from the scripts themselves; do not edit. Flags of a script's own come first.
@@ -20,22 +24,18 @@ Made by `python docs/make_flags.py` from the scripts themselves; do not edit. Fl
 
 def parser_of(script):
     """The ArgumentParser of `script`, caught when it is about to parse an empty command line."""
-    with mock.patch.object(sys, "argv", [script]), \
-            mock.patch.object(argparse.ArgumentParser, "parse_args", autospec=True) as parse_args:
-        parse_args.side_effect = StopIteration
-        try:
-            importlib.import_module(script).parse_args()
-        except StopIteration:
-            return parse_args.call_args.args[0]
+    patch = mock.patch.object
+    with patch(sys, "argv", [script.__name__]), contextlib.suppress(StopIteration), \
+            patch(argparse.ArgumentParser, "parse_args", autospec=True, side_effect=StopIteration) as parse_args:
+        script.parse_args()
+    return parse_args.call_args.args[0]
 
 
 def row(action):
     """A line of the table: flag with its value, help, default."""
-    flags, default = ", ".join(action.option_strings), "" if action.default is None else str(action.default)
-    if isinstance(action.default, bool):
-        default = "on" if action.default else "off"
-    elif isinstance(action.default, list):
-        default = " ".join(map(str, action.default))
+    flags, default = ", ".join(action.option_strings), "" if action.default is None else action.default
+    if isinstance(default, (bool, list)):
+        default = " ".join(map(str, default)) if isinstance(default, list) else ("off", "on")[default]
     value = "" if action.nargs == 0 else action.metavar or action.dest.upper()
     if action.choices and not action.metavar:
         value = "{" + ",".join(map(str, action.choices)) + "}"
@@ -46,14 +46,13 @@ def row(action):
 def page():
     lines = [HEAD]
     for script in SCRIPTS:
-        lines.append(f"## {script.replace('.', '/')}.py\n")
+        lines.append(f"## {Path(script.__file__).relative_to(ROOT)}\n")
         for group in parser_of(script)._action_groups:
             actions = [action for action in group._group_actions if action.dest != "help"]
-            if actions:
-                lines += [f"**{group.title}**\n", "| flag | what | default |", "|---|---|---|", *map(row, actions), ""]
+            title = [f"**{group.title}**\n", "| flag | what | default |", "|---|---|---|"]
+            lines += [*title, *map(row, actions), ""] if actions else []
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     (ROOT / "docs/flags.md").write_text(page())

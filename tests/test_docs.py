@@ -18,7 +18,7 @@ def slug(heading):
 
 
 def test_flags_page_is_what_the_parsers_say():
-    """In a process of its own: importing the scripts here would load them for all other tests too."""
+    """In a process of its own, as importing the scripts loads much that other tests need not wait for."""
     made = subprocess.run([sys.executable, "-c", "from docs.make_flags import page; print(page(), end='')"], cwd=ROOT,
                           capture_output=True, text=True, check=True).stdout
     assert (ROOT / "docs/flags.md").read_text() == made, "run python docs/make_flags.py"
