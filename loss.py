@@ -168,13 +168,13 @@ class AlignmentLoss(NamedTuple):
     default: float      # of that weight
     taps: str           # what it compares: "features" or "attention" of an Alignment
     function: Callable  # (SILoss, student's Alignment, teacher's Alignment) -> float32 scalar
-    help: str
+    title: str          # of its curve
 
 
 # All that knows of an alignment loss reads this table: flags, training step, metrics.csv, trigger, curves, report.
 ALIGNMENT_LOSSES = {
-    "feature": AlignmentLoss("proj_coeff", 0.5, "features", feature_term, "weight of the feature loss"),
-    "attention": AlignmentLoss("attn_coeff", 0.5, "attention", attention_term, "weight of the attention loss"),
+    "feature": AlignmentLoss("proj_coeff", 0.5, "features", feature_term, "feature loss (-cosine)"),
+    "attention": AlignmentLoss("attn_coeff", 0.5, "attention", attention_term, "attention loss (nats)"),
 }
 
 

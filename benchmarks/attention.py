@@ -3,10 +3,10 @@
     python benchmarks/attention.py
     python benchmarks/attention.py --shapes 32 12 256 72 --tiles 20 22 23 24 25
 
-`plain` is autograd through both maps; `identity` is L = logsumexp S - q . (P k) / sqrt(d), its cross term one fused attention
-call with the student's keys as values; `tiles of N` is loss.attention_loss with N logits formed at a time, `compiled` with
-the tile compiled. Forward and backward: median (lowest to highest). The second command has the shape of SiT-XL on a GPU,
-of whose heads the loss takes 12.
+`plain` is autograd through both maps; `identity` is L = logsumexp S - q . (P k) / sqrt(d), its cross term one fused
+attention call with the student's keys as values; `tiles of N` is loss.attention_loss with N logits formed at a time,
+`compiled` with the tile compiled. Forward and backward: median (lowest to highest). The second command has the shape of
+SiT-XL on a GPU, of whose heads the loss takes 12.
 """
 import argparse
 import sys

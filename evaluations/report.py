@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees ev
 from runtime.errors import check_bounds, run_script
 
 PARTS = Path(__file__).with_name("page")  # the template and the scripts that go into it
-TITLES = {"loss": "total loss", "grad_norm": "gradient norm", "skipped": "skipped steps",
-          "step_time": "milliseconds a step", "cosine": "cosine of the losses' gradients"}
+TITLES = {"loss": "total loss", "grad_norm": "gradient norm", "learning_rate": "learning rate",
+          "skipped": "skipped steps", "step_time": "milliseconds a step", "cosine": "cosine of the losses' gradients"}
 
 
 def page(data):
@@ -43,7 +43,8 @@ def main():
     out = args.out or args.runs[0] / "report.html"
     settings = [runs.read_settings(run) for run in args.runs]
     teacher = next((known for known in settings if known.get("enc_type") != "none"), {})
-    data = {"titles": {**runs.TITLES, **TITLES}, "samples": [runs.samples(path) for path in args.samples],
+    data = {"losses": list(runs.TITLES), "titles": {**runs.TITLES, **TITLES},
+            "samples": [runs.samples(path) for path in args.samples],
             "runs": [runs.read_run(run, args.images, args.t, teacher) for run in args.runs]}
     with atomic_write(out, "w") as file:
         file.write(page(data))

@@ -1,4 +1,4 @@
-"""The recipes of docs/extending.md, each followed in a copy of the code: what is added works, and nothing else changes."""
+"""The recipes of docs/extending.md, each followed in a copy of the code: what is added works."""
 import shutil
 import subprocess
 import sys
@@ -21,8 +21,8 @@ class AlignmentLoss('''
 RECIPES = {  # file: {text in it: what stands there after the recipe}
     "loss.py": {
         "class AlignmentLoss(": GRAM_LOSS,
-        "ALIGNMENT_LOSSES = {\n": "ALIGNMENT_LOSSES = {\n    \"gram\": AlignmentLoss(\"gram_coeff\", 0.0, \"features\", "
-                                  "gram_term, \"weight of the loss of token similarities\"),\n"},
+        "ALIGNMENT_LOSSES = {\n": "ALIGNMENT_LOSSES = {\n"
+                                  "    'gram': AlignmentLoss('gram_coeff', 0.0, 'features', gram_term, 'gram loss'),\n"},
     "training/schedule.py": {
         "# --lr-schedule:": "def square(progress):\n    return 1 - progress ** 2\n\n\n# --lr-schedule:",
         "SCHEDULES = {": "SCHEDULES = {\"square\": square, "},
@@ -52,7 +52,7 @@ class Ramps(LatentDataset):
         return torch.full((3, self.resolution, self.resolution), 8 * i, dtype=torch.uint8)
 
     def moments(self, i):
-        return torch.cat([torch.full((4, *self.moments_shape[1:]), i / 16 - 1), torch.zeros(4, *self.moments_shape[1:])])
+        return torch.tensor([i / 16 - 1] * 4 + [0.0] * 4).view(8, 1, 1).expand(self.moments_shape).clone()
 
     def condition(self, i):
         return i % 4
@@ -67,7 +67,8 @@ def house(tmp_path_factory):
     """A function that copies the code, follows the recipes of some files in the copy, and gives its folder."""
     def build(*files):
         copy = tmp_path_factory.mktemp("house") / "code"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "exps", "data", "docs", "assets", "samples", "logs"))
+        unused = shutil.ignore_patterns(".*", "exps", "data", "docs", "assets", "samples", "logs")
+        shutil.copytree(ROOT, copy, ignore=unused)
         for name in files:
             text = (copy / name).read_text()
             for old, new in RECIPES[name].items():
@@ -83,7 +84,8 @@ def house(tmp_path_factory):
 
 def run(folder, script, *arguments):
     """The script of the copy, with this project's small networks known."""
-    code = "import runpy, sys; import tests.nano; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = ("import runpy, sys; import tests.nano; sys.argv = sys.argv[1:]; "
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code, script, *map(str, arguments)], cwd=folder, env={**CPU},
                           capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

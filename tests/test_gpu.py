@@ -452,7 +452,7 @@ def test_two_processes_on_one_gpu(tiny_data, teacher_file, tmp_path, expected, p
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_fsdp_2(tiny_data, teacher_file, tmp_path, expected, precision):
-    """By one NCCL process as accelerate's launcher sets it up; by two on a CPU, where accelerate has to be persuaded."""
+    """By one NCCL process as accelerate's launcher sets it up; by two on a CPU, where accelerate has to be told."""
     arguments = run_arguments(tiny_data, teacher_file, tmp_path, "--mixed-precision", precision,
                               "--checkpointing-steps", 3)
     if ON_GPU:

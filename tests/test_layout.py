@@ -48,12 +48,14 @@ HEAVY = ("timm", "diffusers", "transformers", "accelerate", "wandb", "scipy", "t
 
 @pytest.mark.parametrize("name", ["train.py", "train_t2i.py", "generate.py", "generate_t2i.py", "export.py",
                                   "evaluations/evaluator.py", "evaluations/report.py",
-                                  "preprocessing/dataset_tools.py", "examples/cifar10/prepare.py", "benchmarks/study.py"])
+                                  "preprocessing/dataset_tools.py", "examples/cifar10/prepare.py",
+                                  "benchmarks/study.py"])
 def test_help_imports_nothing_heavy(name):
     """In a process of its own: what is imported when --help has been printed."""
     code = ("import runpy, sys\nsys.argv = [sys.argv[1], '--help']\n"
             "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit:\n    pass\n"
             "print(sorted(n for n in sys.modules if '.' not in n), file=sys.stderr)")
-    done = subprocess.run([sys.executable, "-c", code, ROOT / name], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, ROOT / name], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
     loaded = set(ast.literal_eval(done.stderr.strip().splitlines()[-1]))
     assert "usage" in done.stdout and not loaded & set(HEAVY)

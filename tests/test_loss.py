@@ -23,8 +23,10 @@ def plain_attention_loss(student, teacher, heads):
     for n in range(student.q.shape[0]):
         for h in range(heads):
             for i in range(student.q.shape[2]):
-                s = torch.stack([(student.q[n, h, i] * k).sum() for k in student.k[n, h]]) / math.sqrt(student.q.shape[-1])
-                t = torch.stack([(teacher.q[n, h, i] * k).sum() for k in teacher.k[n, h]]) / math.sqrt(teacher.q.shape[-1])
+                s = torch.stack([(student.q[n, h, i] * k).sum() for k in student.k[n,
+                                                                                   h]]) / math.sqrt(student.q.shape[-1])
+                t = torch.stack([(teacher.q[n, h, i] * k).sum() for k in teacher.k[n,
+                                                                                   h]]) / math.sqrt(teacher.q.shape[-1])
                 p, q = t.exp() / t.exp().sum(), s.exp() / s.exp().sum()
                 total, rows = total - (p * q.log()).sum(), rows + 1
     return total / rows
@@ -131,7 +133,7 @@ def test_the_loss_of_16_bits_is_exact_in_tf32(dtype):
 
 
 def test_attention_loss_in_half_precision_and_under_autocast():
-    """Softmax and sums in float32: as near to the float32 loss as the rounded q and k allow; gradients in their dtype."""
+    """Softmax and sums in float32: as near the float32 loss as rounded q and k allow; gradients in their dtype."""
     teacher, student = qk(1), QK(*(x.bfloat16().requires_grad_() for x in qk(0)[:2]))
     with torch.autocast("cpu", torch.bfloat16):
         loss = attention_loss([student], [teacher])
@@ -168,7 +170,8 @@ def test_feature_loss():
     torch.testing.assert_close(feature_loss(a, b), -torch.stack(cosines).mean())
     big = torch.full((1, 4, 600), 200.0, dtype=torch.float16)  # its squared norm overflows float16
     torch.testing.assert_close(feature_loss(big, big), torch.tensor(-1.0))
-    coarse = F.interpolate(b.transpose(1, 2).reshape(2, 8, 4, 4), size=(2, 2), mode="bilinear").flatten(2).transpose(1, 2)
+    coarse = F.interpolate(b.transpose(1, 2).reshape(2, 8, 4, 4), size=(2, 2), mode="bilinear").flatten(2).transpose(1,
+                                                                                                                     2)
     torch.testing.assert_close(feature_loss(a[:, :4], b), feature_loss(a[:, :4], coarse))
 
 
@@ -188,7 +191,8 @@ def test_interpolant_derivatives(path_type):
 def test_lognormal_times():
     """logit(t) on the linear path, and log tan(pi t / 2) on the cosine path, are standard normal."""
     u = (torch.arange(20_000) + 0.5) / 20_000
-    for path_type, back in (("linear", lambda t: (t / (1 - t)).log()), ("cosine", lambda t: (math.pi / 2 * t).tan().log())):
+    for path_type, back in (("linear", lambda t: (t / (1 - t)).log()),
+                            ("cosine", lambda t: (math.pi / 2 * t).tan().log())):
         normal = back(sample_t(u, "lognormal", path_type).double())
         assert abs(normal.mean()) < 1e-3 and abs(normal.std() - 1) < 1e-2
     assert torch.equal(sample_t(u), u)

@@ -26,7 +26,8 @@ STEPS, STOP = 50, 25
 
 def curve(monkeypatch, data, teacher_file, out, *more, processes=1):
     """The loss of each step; none has been rounded into metrics.csv yet."""
-    arguments = train_arguments(data, out, "--enc-weights", teacher_file, "--early-stop-point", STOP, "--max-train-steps",
+    arguments = train_arguments(data, out, "--enc-weights", teacher_file, "--early-stop-point", STOP,
+                                "--max-train-steps",
                                 STEPS, "--learning-rate", 1e-4, "--log-every", STEPS + 1, *more)
     if processes > 1:
         script("train.py", *arguments, processes=processes)
@@ -40,7 +41,8 @@ def golden():
     return torch.tensor(json.loads(GOLDEN.read_text()))
 
 
-@pytest.mark.parametrize("more", [(), ("--no-fused-attn",), ("--grad-checkpointing",), ("--gradient-accumulation-steps", 2),
+@pytest.mark.parametrize("more", [(), ("--no-fused-attn",), ("--grad-checkpointing",),
+                                  ("--gradient-accumulation-steps", 2),
                                   ("--compile",)], ids=lambda more: more[0] if more else "plain")
 def test_curve(monkeypatch, tiny_data, teacher_file, tmp_path, golden, more):
     torch.testing.assert_close(curve(monkeypatch, tiny_data, teacher_file, tmp_path, *more), golden, rtol=1e-6, atol=0)
@@ -53,7 +55,7 @@ def test_curve_of_two_processes(monkeypatch, tiny_data, teacher_file, tmp_path, 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_curve_of_the_published_step(tiny_data, teacher_file, golden, plain):
-    """The benchmark's restatement does the same as the product, by longer ways; its teacher's attention is plain on a CPU."""
+    """The benchmark's restatement gives the same numbers; its teacher's attention is plain on a CPU."""
     config = SIT_CONFIGS["SiT-N/2"]
     data = LatentImages(tiny_data, 64, CLASSES)
     set_seed(0)
@@ -70,6 +72,7 @@ def test_curve_of_the_published_step(tiny_data, teacher_file, golden, plain):
     losses = []
     for i, entries in enumerate(StepBatches(len(data), 8, 0, 0, STEPS)):
         batch = torch.utils.data.default_collate([data[entry] for entry in entries])
-        denoise, feature, attention, _ = step(batch, step_noise(0, i, slice(0, 8), model.latent_shape), y_null, i < STOP)
+        denoise, feature, attention, _ = step(batch, step_noise(0, i, slice(0, 8), model.latent_shape), y_null,
+                                              i < STOP)
         losses.append(denoise + 0.5 * (feature + attention) * (i < STOP))
     torch.testing.assert_close(torch.tensor(losses), golden, rtol=1e-6, atol=0)

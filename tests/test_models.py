@@ -1,4 +1,4 @@
-"""Every model of the tables: shapes, counts, gradients, v = 0 at the start; taps that change nothing; MMDiT written out."""
+"""Every model of the tables: shapes, counts, gradients, v = 0 at first; taps change nothing; MMDiT written out."""
 import difflib
 import functools
 import math
@@ -154,7 +154,8 @@ def test_qk_scale_and_logits():
 
 def small_mmdit(**kwargs):
     torch.manual_seed(0)
-    return MMDiT(input_size=8, depth=3, context_dim=10, encoder_depth=2, attn_layers=(0, 2), z_dims=(8,), projector_dim=16,
+    return MMDiT(input_size=8, depth=3, context_dim=10, encoder_depth=2, attn_layers=(0, 2), z_dims=(8,),
+                 projector_dim=16,
                  **kwargs)
 
 
@@ -179,7 +180,8 @@ def plain_mmdit(w, x, t, y, depth=3):
         image = patches @ w["x_embedder.proj.weight"].reshape(96, 16).T + w["x_embedder.proj.bias"] + w["pos_embed"][0]
         text = linear("context_embedder", y[n])
         angle = t[n] * torch.exp(-math.log(10_000) * torch.arange(128) / 128)
-        c = F.silu(linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angle.cos(), angle.sin()])))))
+        c = F.silu(linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0",
+                                                            torch.cat([angle.cos(), angle.sin()])))))
         for i in range(depth):
             mods, qkv = {}, {}
             for stream, tokens in (("context_block", text), ("x_block", image)):
@@ -250,7 +252,7 @@ def test_every_parameter_of_mmdit_gets_a_gradient(zero_init, qk_norm):
 
 
 def test_mmdit_starts_as_pytorch_s_layers_do():
-    """Weights and biases of every linear layer and of the patches: uniform within 1 / sqrt(inputs), as the published runs."""
+    """Weights and biases of linear layers and patches: uniform within 1 / sqrt(inputs), as the published runs."""
     model = small_mmdit()
     for name, module in model.named_modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):

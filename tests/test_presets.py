@@ -34,16 +34,19 @@ def test_a_preset_is_what_its_flags_typed_are(monkeypatch, name):
 
 def test_the_papers_runs(monkeypatch):
     """Table 16 and appendix A, from the preset, the model's row and the defaults together."""
-    for name, model, depth, stop in (("sit-xl-2-haste", "SiT-XL/2", 8, 250_000), ("sit-l-2-haste", "SiT-L/2", 8, 250_000),
+    for name, model, depth, stop in (("sit-xl-2-haste", "SiT-XL/2", 8, 250_000),
+                                     ("sit-l-2-haste", "SiT-L/2", 8, 250_000),
                                      ("sit-b-2-haste", "SiT-B/2", 5, 100_000), ("mmdit-haste", "MMDiT", 8, 200_000),
                                      ("sit-b-2-repa", "SiT-B/2", 5, NEVER)):
         args = parsed(monkeypatch, name, "--preset", name)
         assert (args.model, args.encoder_depth, args.early_stop_point) == (model, depth, stop)
         assert (args.proj_coeff, args.attn_coeff) == (0.5, 0.0 if "repa" in name else 0.5)
-        assert (args.batch_size, args.learning_rate, args.early_stop_trigger, args.align_decay) == (256, 1e-4, "step", "none")
+        assert (args.batch_size, args.learning_rate, args.early_stop_trigger, args.align_decay) == (256, 1e-4, "step",
+                                                                                                    "none")
     assert parsed(monkeypatch, "sit-b-2-vanilla", "--preset", "sit-b-2-vanilla").enc_type == "none"
     args = parsed(monkeypatch, "sit-b-2-haste-trigger", "--preset", "sit-b-2-haste-trigger")
-    assert (args.early_stop_trigger, args.trigger_start, args.trigger_every, args.trigger_samples, args.trigger_timesteps,
+    assert (args.early_stop_trigger, args.trigger_start, args.trigger_every, args.trigger_samples,
+            args.trigger_timesteps,
             args.trigger_block, args.trigger_threshold, args.early_stop_point) == (
         "gradient", 50_000, 10_000, 2048, [0.02, 0.1, 0.5, 0.8], 5, -0.05, 100_000)
 
@@ -57,7 +60,8 @@ def test_typed_flags_win(monkeypatch, form):
 
 def test_the_quickstart_looks_for_the_last_checkpoint_of_its_presets():
     steps = {PRESETS[name][1]["max_train_steps"] for name in ("embedded", "embedded-t2i", "cifar10")}
-    assert set(map(int, re.findall(r"quickstart\S* steps=(\d+)", (ROOT / "examples/quickstart.sh").read_text()))) == steps
+    assert set(map(int, re.findall(r"quickstart\S* steps=(\d+)",
+                                   (ROOT / "examples/quickstart.sh").read_text()))) == steps
 
 
 @pytest.mark.parametrize("module", [train, train_t2i])

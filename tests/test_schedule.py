@@ -26,7 +26,8 @@ def test_a_continued_run_has_the_rates_of_a_whole_one(monkeypatch, tiny_data, tm
     def run(name, *more):
         call_main(monkeypatch, train, *train_arguments(tiny_data, tmp_path / name, "--enc-type", "none",
                                                        "--max-train-steps", 4, "--checkpointing-steps", 2, *more))
-        return checkpoint(tmp_path / name, 4)["model"], [float(row["learning_rate"]) for row in metrics(tmp_path / name)]
+        rates = [float(row["learning_rate"]) for row in metrics(tmp_path / name)]
+        return checkpoint(tmp_path / name, 4)["model"], rates
 
     schedule = ("--lr-schedule", "cosine", "--lr-warmup-steps", 2)
     whole, rates = run("cosine", *schedule)

@@ -44,7 +44,8 @@ def run(monkeypatch, *arguments):
 def count_teacher(monkeypatch):
     calls = []
     call = encoders.Teacher.__call__
-    monkeypatch.setattr(encoders.Teacher, "__call__", lambda self, images: calls.append(len(images)) or call(self, images))
+    monkeypatch.setattr(encoders.Teacher, "__call__", lambda self,
+                        images: calls.append(len(images)) or call(self, images))
     return calls
 
 
@@ -55,9 +56,11 @@ def test_the_teacher_is_cast_once(monkeypatch, tiny_data, teacher_file, tmp_path
         seen.append(self.vit.blocks[0].mlp.fc1.weight.dtype) or call(self, images)))
     for name, more, expected in (("a", ("--mixed-precision", "bf16"), torch.bfloat16),
                                  ("b", ("--enc-precision", "bf16"), torch.bfloat16), ("c", (), torch.float32),
-                                 ("d", ("--mixed-precision", "bf16", "--teacher-cache", tmp_path / "cache"), torch.bfloat16)):
+                                 ("d", ("--mixed-precision", "bf16", "--teacher-cache", tmp_path / "cache"),
+                                  torch.bfloat16)):
         seen.clear()
-        run(monkeypatch, *train_arguments(tiny_data, tmp_path / name, "--enc-weights", teacher_file, "--max-train-steps", 1,
+        run(monkeypatch, *train_arguments(tiny_data, tmp_path / name, "--enc-weights", teacher_file,
+                                          "--max-train-steps", 1,
                                           *more))
         assert set(seen) == {expected}
 
@@ -98,7 +101,8 @@ def test_both_phases(monkeypatch, tiny_data, teacher_file, tmp_path):
 
 
 def test_loss_falls_and_ema_follows(monkeypatch, tiny_data, tmp_path):
-    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 60, "--log-every", 10,
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 60, "--log-every",
+                                      10,
                                       "--batch-size", 16))
     losses = [float(row["denoise"]) for row in metrics(tmp_path)]
     assert losses[-1] < 0.8 * losses[0]
@@ -132,7 +136,8 @@ def test_one_loss_alone(monkeypatch, tiny_data, teacher_file, tmp_path, coeffici
 def test_zero_coefficients_are_plain_sit(monkeypatch, tiny_data, tmp_path):
     """Neither a teacher nor its weights are needed then."""
     calls = count_teacher(monkeypatch)
-    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--proj-coeff", 0, "--attn-coeff", 0, "--max-train-steps", 1))
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--proj-coeff", 0, "--attn-coeff", 0, "--max-train-steps",
+                                      1))
     assert not calls and metrics(tmp_path)[0]["feature"] == ""
 
 
@@ -213,7 +218,8 @@ def test_published_command_line(tiny_data, tmp_path):
 
 
 FLAGS = [("--path-type", "cosine"), ("--weighting", "lognormal"), ("--attn-heads", 1), ("--attn-layers", "0:3,2:5"),
-         ("--encoder-depth", 1), ("--enc-blocks", 11), ("--proj-coeff", 0.7), ("--attn-coeff", 0.7), ("--adam-beta1", 0.5),
+         ("--encoder-depth", 1), ("--enc-blocks", 11), ("--proj-coeff", 0.7), ("--attn-coeff", 0.7), ("--adam-beta1",
+                                                                                                      0.5),
          ("--adam-beta2", 0.5), ("--adam-epsilon", 1e-3), ("--adam-weight-decay", 0.5), ("--learning-rate", 1e-2),
          ("--max-grad-norm", 0.1), ("--ema-decay", 0.5), ("--seed", 1), ("--cfg-prob", 0.9), ("--qk-norm",)]
 
@@ -270,8 +276,8 @@ def test_another_run_is_refused_before_its_first_checkpoint(monkeypatch, tiny_da
 
 def test_processes_without_a_gpu_are_one_run(tiny_data, tmp_path):
     """Under the real torchrun, by the real command line."""
-    arguments = ["none" if argument == "dinov2-vit-n" else "SiT-S/8" if argument == "SiT-N/2" else argument for argument in
-                 train_arguments(tiny_data, tmp_path, "--max-train-steps", 2)]
+    published = {"dinov2-vit-n": "none", "SiT-N/2": "SiT-S/8"}  # names that a fresh process knows
+    arguments = [published.get(each, each) for each in train_arguments(tiny_data, tmp_path, "--max-train-steps", 2)]
     done = fresh_script("train.py", *arguments, launcher=["-m", "torch.distributed.run", "--nproc_per_node=2"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 process(es) on cpu" in (tmp_path / "run/log.txt").read_text()
@@ -320,7 +326,8 @@ def test_scores_while_training(monkeypatch, data, scorer, tmp_path):
     assert all(row["loss"] for row in rows) and "FD-EffLite0" not in metrics(tmp_path / "plain")[0]
     # A run that goes on without scores keeps the columns it has; its first row is about the steps 4 to 6, as ever.
     run(monkeypatch, *train_arguments(data, tmp_path / "scored", *arguments, "--max-train-steps", 6))
-    assert [row["FD-EffLite0"] for row in metrics(tmp_path / "scored")] == [*(row["FD-EffLite0"] for row in rows[:3]), ""]
+    assert [row["FD-EffLite0"] for row in metrics(tmp_path / "scored")] == [*(row["FD-EffLite0"] for row in rows[:3]),
+                                                                            ""]
 
 
 def test_scores_are_those_of_the_samples(monkeypatch, data, scorer, tmp_path):
@@ -332,7 +339,8 @@ def test_scores_are_those_of_the_samples(monkeypatch, data, scorer, tmp_path):
                                   eval_ref=data / "images", eval_features="efficientnet-lite0", eval_preset="adm",
                                   eval_weights=scorer, eval_metrics=["fid", "kid", "pr"], eval_num_steps=50)
         accelerator = Accelerator(cpu=True)
-        evaluation = Evaluation(args, accelerator, entries, encoders.VAE(ROOT / "assets/vae-emoji"), torch.tensor(CLASSES),
+        evaluation = Evaluation(args, accelerator, entries, encoders.VAE(ROOT / "assets/vae-emoji"),
+                                torch.tensor(CLASSES),
                                 (4, 16, 16))
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -359,18 +367,21 @@ def test_scores_are_those_of_the_samples(monkeypatch, data, scorer, tmp_path):
 
 
 def test_scores_by_coco_s_protocol(monkeypatch, data, tmp_path):
-    """--eval-preset pytorch-fid takes that preset's statistics, and feeds the samples as they were fed; adm refuses them."""
+    """--eval-preset pytorch-fid takes that preset's statistics and feeds samples as they were fed; adm refuses."""
     torch.save(Inception().state_dict(), tmp_path / "inception.pth")
     monkeypatch.setattr(features, "INCEPTION_SHA256", "")
     monkeypatch.setattr(scores, "frechet_distance", lambda *statistics: 1.5)  # seconds at 2,048 numbers
-    np.savez(tmp_path / "coco.npz", mu=np.zeros(2048), sigma=np.eye(2048), n=30, features="inception", preset="pytorch-fid")
+    np.savez(tmp_path / "coco.npz", mu=np.zeros(2048), sigma=np.eye(2048), n=30, features="inception",
+             preset="pytorch-fid")
     arguments = ["--enc-type", "none", "--max-train-steps", 1, "--eval-steps", 1, "--eval-samples", 2, "--vae",
                  ROOT / "assets/vae-emoji", "--eval-weights", tmp_path / "inception.pth", "--eval-ref"]
     with pytest.raises(UserError, match="with preset pytorch-fid, not of .* --eval-preset"):
         run(monkeypatch, *train_arguments(data, tmp_path / "adm", *arguments, tmp_path / "coco.npz"))
-    run(monkeypatch, *train_arguments(data, tmp_path, *arguments, tmp_path / "coco.npz", "--eval-preset", "pytorch-fid"))
+    run(monkeypatch, *train_arguments(data, tmp_path, *arguments, tmp_path / "coco.npz", "--eval-preset",
+                                      "pytorch-fid"))
     assert metrics(tmp_path)[0]["FID"] == "1.5" and metrics(tmp_path)[0]["KID"] == ""
-    assert f"preset pytorch-fid), of n = 2 samples against {tmp_path}/coco.npz, n = 30" in (tmp_path / "run/log.txt").read_text()
+    log = (tmp_path / "run/log.txt").read_text()
+    assert f"preset pytorch-fid), of n = 2 samples against {tmp_path}/coco.npz, n = 30" in log
 
 
 def test_scores_of_two_processes_are_those_of_one(tiny_captions, data, scorer, tmp_path):
@@ -378,7 +389,8 @@ def test_scores_of_two_processes_are_those_of_one(tiny_captions, data, scorer, t
     more = ["--enc-type", "none", "--max-train-steps", 1,
             *scoring(data / "images", scorer, "--eval-steps", 1, "--eval-samples", 5)]
     for processes in (1, 2):
-        script("train_t2i.py", *tiny_run("MMDiT-T", tiny_captions, tmp_path / str(processes), *more), processes=processes,
+        script("train_t2i.py", *tiny_run("MMDiT-T", tiny_captions, tmp_path / str(processes), *more),
+               processes=processes,
                before="tests.nano.take_any_scorer")
     one, two = (metrics(tmp_path / str(processes)) for processes in (1, 2))
     assert len(one) == len(two) == 1
@@ -393,11 +405,13 @@ def test_scores_of_two_processes_are_those_of_one(tiny_captions, data, scorer, t
 ])
 def test_scores_that_cannot_be_made(monkeypatch, data, scorer, tmp_path, more, message):
     with pytest.raises(UserError, match=message):
-        run(monkeypatch, *train_arguments(data, tmp_path, "--enc-type", "none", *scoring(data / "images", scorer, *more)))
+        run(monkeypatch, *train_arguments(data, tmp_path, "--enc-type", "none",
+                                          *scoring(data / "images", scorer, *more)))
     assert not list((tmp_path / "run").rglob("*.pt"))
 
 
 def test_scores_need_a_reference_of_their_size(monkeypatch, data, scorer, tmp_path):
     other = write_tiny_data(tmp_path / "other", 8, 32) / "images"
     with pytest.raises(UserError, match="has images of 32x32, samples have --resolution 64"):
-        run(monkeypatch, *train_arguments(data, tmp_path, "--enc-type", "none", *scoring(data / "images", scorer, "--eval-ref", other)))
+        run(monkeypatch, *train_arguments(data, tmp_path, "--enc-type", "none",
+                                          *scoring(data / "images", scorer, "--eval-ref", other)))

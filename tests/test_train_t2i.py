@@ -55,7 +55,8 @@ def test_both_losses_then_one(monkeypatch, tiny_captions, teacher_file, tmp_path
 
 def test_loss_falls_and_text_is_used(monkeypatch, tiny_captions, tmp_path):
     """From pure noise only the text tells the colour: v = noise - x is high for the darkest, low for the brightest."""
-    run(monkeypatch, *arguments(tiny_captions, tmp_path, "--enc-type", "none", "--max-train-steps", 40, "--log-every", 10,
+    run(monkeypatch, *arguments(tiny_captions, tmp_path, "--enc-type", "none", "--max-train-steps", 40, "--log-every",
+                                10,
                                 "--zero-init", "--learning-rate", 3e-3, "--cfg-prob", 0))
     losses = [float(row["denoise"]) for row in metrics(tmp_path)]
     assert losses[-1] < 0.8 * losses[0]
@@ -111,16 +112,18 @@ def test_zero_init(monkeypatch, tiny_captions, tmp_path):
     """By the command line, seen before anything is learned: adaLN-zero with the flag, PyTorch's layers without."""
     for flag in ([], ["--zero-init"]):
         out = tmp_path / str(len(flag))
-        run(monkeypatch, *arguments(tiny_captions, out, "--enc-type", "none", "--max-train-steps", 1, "--learning-rate", 0, *flag))
+        run(monkeypatch, *arguments(tiny_captions, out, "--enc-type", "none", "--max-train-steps", 1, "--learning-rate",
+                                    0, *flag))
         model = checkpoint(out, 1)["model"]
-        for name in ("joint_blocks.0.context_block.adaLN_modulation.1.weight", "joint_blocks.3.x_block.adaLN_modulation.1.bias",
+        for name in ("joint_blocks.0.context_block.adaLN_modulation.1.weight",
+                     "joint_blocks.3.x_block.adaLN_modulation.1.bias",
                      "final_layer.adaLN_modulation.1.weight", "final_layer.linear.weight"):
             assert bool(model[name].any()) != bool(flag), name
         assert model["context_embedder.weight"].any()
 
 
 def test_seed_chooses_the_captions(monkeypatch, tiny_captions, tmp_path):
-    """--seed reaches the data set: the first batch has the captions that it has by itself, others than those of seed 0."""
+    """--seed reaches the data set: the first batch has that seed's captions, not those of seed 0."""
     seen, get = [], CaptionedImages.__getitem__
 
     def spy(self, visit):
@@ -165,7 +168,8 @@ def test_previews_have_captions(monkeypatch, tmp_path, texts):
 def test_published_defaults(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_t2i.py", "--exp-name", "x"])
     args = train_t2i.parse_args()
-    assert (args.model, args.data_dir, args.sampling_steps, args.early_stop_point, args.encoder_depth, args.cfg_prob) == (
+    assert (args.model, args.data_dir, args.sampling_steps, args.early_stop_point, args.encoder_depth,
+            args.cfg_prob) == (
         "MMDiT", "../data/coco256_features", 10_000, 150_000, 8, 0.1)
     assert args.attn_layers == [[4, 8], [5, 9], [6, 10], [7, 11]] and not args.zero_init
 

@@ -1,4 +1,4 @@
-"""The gradient trigger and the decay of alignment, through the command line; the cosines against their formula written out."""
+"""The gradient trigger and the decay of alignment by the command line; cosines against the written-out formula."""
 import json
 import random
 
@@ -50,14 +50,15 @@ def unit(x):
 
 
 def written_out(model, block, items, y_null, teacher, pairs, coefficients, samples=12, cfg_prob=0.5):
-    """Mean and single cosines, all samples in one batch: step 0's images and draws (seed 0), t fixed, float64 dot products."""
+    """Mean and single cosines, all samples in one batch: step 0's images and draws, t fixed, float64 products."""
     places = np.random.default_rng((0, 0, 0)).permutation(len(items))[:samples]
     batch = [items[int(i)] for i in places]
     noise = step_noise(0, 0, range(samples), (4, 16, 16))  # without u, which t replaces
     drop, eps, posterior = noise["drop"] < cfg_prob, noise["noise"], noise["posterior"]
     mean, std = torch.stack([item["moments"] for item in batch]).chunk(2, dim=1)
     x = (mean + std * posterior) * 0.18215
-    y = torch.stack([y_null if dropped else torch.as_tensor(item["y"]) for item, dropped in zip(batch, drop, strict=True)])
+    y = torch.stack([y_null if dropped else torch.as_tensor(item["y"]) for item,
+                     dropped in zip(batch, drop, strict=True)])
     assert 0 < drop.sum() < samples
     target = teacher(torch.stack([item["image"] for item in batch]))
     found = []
@@ -74,7 +75,8 @@ def written_out(model, block, items, y_null, teacher, pairs, coefficients, sampl
             entropies.append(-(theirs * ours.log()).sum(-1).mean())
         attention = sum(entropies) / len(entropies)
         a, b = (torch.cat([torch.zeros(p.numel()).double() if g is None else g.flatten().double() for p, g in zip(
-            block.parameters(), torch.autograd.grad(term, block.parameters(), retain_graph=True, allow_unused=True), strict=True)])
+            block.parameters(), torch.autograd.grad(term, block.parameters(), retain_graph=True,
+                                                    allow_unused=True), strict=True)])
             for term in (coefficients[0] * feature + coefficients[1] * attention, denoise))
         found.append(float((a * b).sum() / (a * a).sum().sqrt() / (b * b).sum().sqrt()))
     return [sum(found) / len(found), *found]
@@ -83,7 +85,8 @@ def written_out(model, block, items, y_null, teacher, pairs, coefficients, sampl
 @pytest.mark.parametrize("how", ["one process", "two processes", "FSDP", "cache", "checkpointing"])
 def test_cosines_are_the_written_out_ones(monkeypatch, tiny_data, teacher_file, tmp_path, how):
     """Of the weights at that step, whatever the number of processes and the size of a micro-batch."""
-    more = ["--enc-weights", teacher_file, *TRIGGER, *NEVER, "--cfg-prob", 0.5, "--attn-coeff", 0.2, "--max-train-steps", 3]
+    more = ["--enc-weights", teacher_file, *TRIGGER, *NEVER, "--cfg-prob", 0.5, "--attn-coeff", 0.2,
+            "--max-train-steps", 3]
     more += {"checkpointing": ["--gradient-accumulation-steps", 2, "--grad-checkpointing"],
              "cache": ["--teacher-cache", tmp_path / "cache"]}.get(how, [])
     arguments = train_arguments(tiny_data, tmp_path, *more)
@@ -105,7 +108,8 @@ def test_cosines_of_an_mmdit(monkeypatch, teacher_file, tmp_path):
     """The joint block, both streams; epoch 0's captions."""
     data = write_tiny_captions(tmp_path / "data", (3, 5, 1, 2) * 3)
     call_main(monkeypatch, train_t2i, *tiny_run(
-        "MMDiT-T", data, tmp_path, "--enc-weights", teacher_file, *TRIGGER, *NEVER, "--cfg-prob", 0.5, "--max-train-steps", 3,
+        "MMDiT-T", data, tmp_path, "--enc-weights", teacher_file, *TRIGGER, *NEVER, "--cfg-prob", 0.5,
+        "--max-train-steps", 3,
         "--batch-size", 4))
     model = MMDiT_models["MMDiT-T"](input_size=16, context_dim=16, z_dims=(48,))
     model.load_state_dict(checkpoint(tmp_path, 3)["model"])
@@ -118,8 +122,10 @@ def test_cosines_of_an_mmdit(monkeypatch, teacher_file, tmp_path):
 @pytest.mark.parametrize("coefficients, reached", [((0.5, 0), 2), ((0, 0.5), 1)])
 def test_one_loss_alone(monkeypatch, tiny_data, teacher_file, tmp_path, coefficients, reached):
     """The default block is the deepest that has a gradient: the projected one, or the last aligned one."""
-    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, *TRIGGER, *NEVER, "--attn-layers", "0:7",
-                                      "--max-train-steps", 3, "--proj-coeff", coefficients[0], "--attn-coeff", coefficients[1]))
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, *TRIGGER, *NEVER,
+                                      "--attn-layers", "0:7",
+                                      "--max-train-steps", 3, "--proj-coeff", coefficients[0], "--attn-coeff",
+                                      coefficients[1]))
     assert all(0 < abs(value) < 1 for value in cosines(metrics(tmp_path)[-1]))
     assert f"by block {reached}," in log(tmp_path)
 
@@ -127,7 +133,7 @@ def test_one_loss_alone(monkeypatch, tiny_data, teacher_file, tmp_path, coeffici
 # ---- what it does to a run ----
 
 def tie_alignment_to_denoising(monkeypatch, sign):
-    """The feature loss becomes `sign` times the denoising loss, and the attention loss nothing: gradients agree, or conflict."""
+    """The feature loss becomes `sign` times denoising's, the attention loss nothing: gradients agree or conflict."""
     plain = loss.SILoss.__call__
 
     def tied(self, *args):
@@ -152,7 +158,8 @@ def test_conflict_ends_alignment(monkeypatch, tiny_data, teacher_file, tmp_path)
     a, b = (checkpoint(tmp_path / name, 6) for name in ("gradient", "step"))
     for part in ("model", "ema", "opt"):
         assert_same_state(a[part], b[part])
-    assert checkpoint(tmp_path / "gradient", 3)["trigger_fired"] == a["trigger_fired"] == 3 and b["trigger_fired"] is None
+    assert checkpoint(tmp_path / "gradient", 3)["trigger_fired"] == a["trigger_fired"] == 3
+    assert b["trigger_fired"] is None
     # What was recorded holds for the gradient trigger alone: a step that is typed decides by itself.
     monkeypatch.setattr(start, "load_vit", None)
     run(monkeypatch, *train_arguments(tiny_data, tmp_path / "gradient", *more, *TRIGGER, "--max-train-steps", 7))
@@ -163,7 +170,8 @@ def test_conflict_ends_alignment(monkeypatch, tiny_data, teacher_file, tmp_path)
 def test_agreement_goes_on_to_the_early_stop_point(monkeypatch, tiny_data, teacher_file, tmp_path):
     """Compared at 3 and 5; the early-stop point is the latest end."""
     tie_alignment_to_denoising(monkeypatch, 1)
-    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, *TRIGGER, "--early-stop-point", 7,
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, *TRIGGER,
+                                      "--early-stop-point", 7,
                                       "--max-train-steps", 10))
     rows = metrics(tmp_path)
     assert [int(row["step"]) for row in rows if row["cosine"]] == [3, 5]
@@ -179,7 +187,7 @@ def states(accelerator, model):
 
 
 def test_a_comparison_changes_nothing(monkeypatch, scaled, tiny_data, teacher_file, tmp_path):  # noqa: F811
-    """No random stream, gradient or loss scale; so weights, averages and optimizer are those of a run without, bit for bit."""
+    """No random stream, gradient or loss scale: the run is that without a comparison, bit for bit."""
     plain, compared = training.gradient_cosine, []
 
     def watched(trainer):
@@ -221,7 +229,8 @@ def test_with_a_cache_no_image_is_read(monkeypatch, tiny_data, teacher_file, tmp
 
 
 def test_samples_divide_by_the_processes(tiny_data, teacher_file, tmp_path):
-    done = script("train.py", *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, *TRIGGER, "--trigger-samples", 3),
+    done = script("train.py", *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, *TRIGGER,
+                                               "--trigger-samples", 3),
                   processes=2, check=False)
     assert done.returncode == 1 and not tmp_path.joinpath("run").exists()
     assert "error: --trigger-samples 3 must divide by the number of processes = 2; change it." in done.stderr

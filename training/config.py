@@ -42,9 +42,9 @@ def add_training_flags(parser):
     add("--prediction", choices=["v"], default="v", help="what the network predicts: the velocity")
 
     add = parser.add_argument_group("alignment").add_argument
-    for row in ALIGNMENT_LOSSES.values():
+    for name, row in ALIGNMENT_LOSSES.items():
         add(f"--{row.flag.replace('_', '-')}", type=number(0), default=row.default,
-            help=f"{row.help} (default {row.default:g})")
+            help=f"weight of the {name} loss (default {row.default:g})")
     add("--enc-type", default="dinov2-vit-b", help="teacher, dinov2-vit-{s,b,l,g} or dinov2reg-vit-{s,b,l,g}, or none "
         "(default dinov2-vit-b)")
     add("--enc-weights", help="the teacher's weights: timm's or torch.hub's file (default: from the hub)")

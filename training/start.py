@@ -158,8 +158,8 @@ def model_arguments(args, config, moments_shape):
     """Arguments that both kinds of model take, for latents of these moments."""
     channels, side, _ = moments_shape
     if side % config["patch_size"]:
-        raise UserError(f"--model {args.model} cuts latents into patches of {config['patch_size']}, of which {side}, the "
-                        f"latents' side at --resolution {args.resolution}, is no multiple; choose another patch.")
+        raise UserError(f"--model {args.model} cuts latents into patches of {config['patch_size']}, of which {side}, "
+                        f"the latents' side at --resolution {args.resolution}, is no multiple; choose another patch.")
     weights = loss_weights(args)
     return {"input_size": side, "in_channels": channels // 2, "encoder_depth": args.encoder_depth,
             "attn_layers": [student for student, _ in args.attn_layers] if uses(weights, "attention") else [],

@@ -2,7 +2,7 @@
 
 const FEW = 30; // a curve with fewer points, such as scores, has dots and is not smoothed
 const MARGIN = {left: 52, right: 12, top: 10, bottom: 34}, HEIGHT = 230;
-const first = ["denoise", "feature", "attention"], last = ["loss", "grad_norm", "skipped", "step_time"];
+const last = ["loss", "grad_norm", "learning_rate", "skipped", "step_time"]; // data.losses come first
 
 const view = {axis: "step", zoom: null, smooth: 0, log: false, hidden: new Set()};
 const panels = [];
@@ -224,7 +224,8 @@ function makeToolbar() {
 
 function curves() {
   const known = [...new Set(data.runs.flatMap(run => Object.keys(run.columns)))];
-  const columns = [...first.filter(name => known.includes(name)), ...known.filter(name => ![...first, ...last].includes(name)),
+  const columns = [...data.losses.filter(name => known.includes(name)),
+    ...known.filter(name => ![...data.losses, ...last].includes(name)),
     ...last.filter(name => known.includes(name))];
   return [h("h2", {id: "curves"}, "Curves"),
     h("p", {class: "soft"}, "Drag across a plot to zoom all of them, double-click for the whole run; a dotted line is where alignment stops."),

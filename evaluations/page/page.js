@@ -52,7 +52,7 @@ function summary(run, i) {
   const done = run.steps[run.steps.length - 1], best = run.columns.denoise || [];
   const facts = [run.settings.model, `step ${done.toLocaleString("en")} of ${text(run.settings.max_train_steps)}`,
     duration(run.hours[run.hours.length - 1]), run.stop === null
-      ? (run.columns.feature ? "alignment on" : "no alignment") : `alignment stopped after step ${run.stop.toLocaleString("en")}`];
+      ? (data.losses.slice(1).some(name => run.columns[name]) ? "alignment on" : "no alignment") : `alignment stopped after step ${run.stop.toLocaleString("en")}`];
   if (best.length) facts.push(`denoising loss ${number(best[best.length - 1][1])}`);
   return h("p", {class: "wide"}, swatch(i), h("strong", {}, run.name), ` · ${facts.join(" · ")}`);
 }
