@@ -39,8 +39,6 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.measure import machine
 from benchmarks.study_report import FEATURES, LOSS, METRICS, NO_STOP, SCORES, as_text, draw
 from encoders.vae import VAE
-from evaluations.runs import read_table
-from evaluations.student import open_dataset
 from loss import SILoss
 from models.checkpoint import load_network
 from models.sit import SIT_CONFIGS
@@ -187,6 +185,7 @@ def train(args, seed, variant):
 def write_result(args, seed, variant):
     """Put what a finished run gave into --results, and delete the checkpoints that no other run starts from."""
     folder, (_, shared) = args.out / name_of(seed, variant), variants(args.steps)[variant]
+    from evaluations.runs import read_table  # here: --help need not wait for timm
     table = read_table(folder)
     curves = {score: dict(zip(*table[score], strict=True)) for score in SCORES if score in table}
     paths = sorted((folder / "checkpoints").glob("*.pt"))
@@ -251,6 +250,7 @@ def run_all(args):
 @torch.no_grad()
 def held_out_losses(args, paths):
     """{step: [L_diff of the EMA in each eighth of t]} over HELD_OUT images; the same draws for every checkpoint."""
+    from evaluations.student import open_dataset
     loss_fn, losses = SILoss(attn_pairs=()), {}
     for path in paths:
         network, saved = load_network(path)

@@ -2,11 +2,10 @@
 is {variant: {seed: result}}."""
 import statistics
 
-import matplotlib
 import numpy as np
 
 from benchmarks.measure import table
-from evaluations.scores import score_names
+from evaluations import score_names
 from runtime.files import atomic_write
 
 FEATURES, METRICS = "efficientnet-lite0", ("fid", "kid", "pr")
@@ -98,6 +97,7 @@ def as_text(found, steps, protocol, left_out):
 
 def draw(path, found):
     """Each score along the steps, a line a variant, the seeds' range as a band."""
+    import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, len(COMPARED), figsize=(15, 5), layout="constrained")

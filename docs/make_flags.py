@@ -27,7 +27,7 @@ def parser_of(script):
     patch = mock.patch.object
     with patch(sys, "argv", [script.__name__]), contextlib.suppress(StopIteration), \
             patch(argparse.ArgumentParser, "parse_args", autospec=True, side_effect=StopIteration) as parse_args:
-        script.parse_args()
+        getattr(script, "parse_args", script.main)()
     return parse_args.call_args.args[0]
 
 

@@ -12,3 +12,10 @@ FEATURES = {
 PRESETS = ("adm", "pytorch-fid")  # two ways to feed Inception; the other networks have one
 METRICS = {"is": 1, "fid": 2, "sfid": 2, "pr": 4, "kid": 2}  # metric -> fewest images a set may have
 EFFICIENTNET_PATH = "data/emoji/efficientnet-lite0.pth"  # written by examples/emoji/prepare.py
+
+
+def score_names(features, metrics):
+    """Names of the scores that these metrics give."""
+    names = {"is": ["Inception Score"], "fid": [FEATURES[features]["distance"]], "sfid": ["sFID"],
+             "pr": ["Precision", "Recall"], "kid": [FEATURES[features]["kid"]]}
+    return [name for metric in metrics for name in names[metric]]

@@ -4,10 +4,11 @@ import logging
 import numpy as np
 import torch
 
+from evaluations import score_names
 from evaluations.extract import extract, shard
 from evaluations.features import load_extractor
 from evaluations.images import open_images, size_text
-from evaluations.scores import check_count, check_metrics, load_set, score, score_names
+from evaluations.scores import check_count, check_metrics, load_set, score
 from runtime.errors import UserError
 from samplers import euler_sampler, guided
 

@@ -21,13 +21,6 @@ def default_metrics(features, preset):
     return ("is", "fid", "sfid", "pr") if preset == "adm" else ("fid",)
 
 
-def score_names(features, metrics):
-    """Names of the scores that these metrics give."""
-    names = {"is": ["Inception Score"], "fid": [FEATURES[features]["distance"]], "sfid": ["sFID"],
-             "pr": ["Precision", "Recall"], "kid": [FEATURES[features]["kid"]]}
-    return [name for metric in metrics for name in names[metric]]
-
-
 def check_metrics(metrics, features):
     for metric in metrics:
         if metric not in METRICS:

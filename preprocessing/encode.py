@@ -16,8 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from dataset import digest
 from encoders.vae import VAE
@@ -71,8 +69,8 @@ def indices_of(names):
     return indices if len(set(indices)) == len(names) else list(range(len(names)))
 
 
-def load_vae(model_url, side):
-    vae = VAE(model_url, PartialState().device)
+def load_vae(model_url, side, device):
+    vae = VAE(model_url, device)
     if side % vae.factor:
         raise UserError(f"The pictures have {side} pixels a side, no multiple of {vae.factor}, the factor of "
                         f"{model_url}; convert them at another --resolution.")
@@ -114,7 +112,7 @@ def check_latent(where, entry):
     return array.shape
 
 
-def encode_groups(vae, groups, load, names, have, destination, batch_size, threads, bar):
+def encode_groups(vae, groups, load, names, have, destination, batch_size, threads, advance):
     """Encode groups of places in the source and write what is missing -> {place: sentence} of what cannot be used."""
     failures, written = {}, None
     with ThreadPoolExecutor(1) as writer:  # one group is written while the next one is encoded
@@ -131,7 +129,7 @@ def encode_groups(vae, groups, load, names, have, destination, batch_size, threa
             if written:
                 written.result()
             written = writer.submit(destination.write, files)
-            bar.update(min(len(places) * PartialState().num_processes, bar.total - bar.n))
+            advance(len(places))
         written.result()
     return failures
 
@@ -139,6 +137,8 @@ def encode_groups(vae, groups, load, names, have, destination, batch_size, threa
 def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE, threads=THREADS, on_error="skip",
            hflip=False):
     """The whole command, by all processes together. Raises UserError for what cannot be done, as the module says."""
+    from accelerate import PartialState  # here: --help need not wait for it
+    from accelerate.utils import gather_object
     state = PartialState()
     source = open_source(source_path, max_images)
     side = first_side(source)
@@ -149,7 +149,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     have = destination.pieces()
     share = in_groups(range(len(names)), batch_size)[state.process_index::state.num_processes]
     groups = [places for places in share if any(names[i] not in have for i in places)]
-    vae = load_vae(model_url, side) if groups else None
+    vae = load_vae(model_url, side, state.device) if groups else None
     state.wait_for_everyone()  # all have seen what is there
     if state.is_main_process:
         settings = {"command": "encode", "vae": weights_key(model_url), "batch_size": batch_size, "hflip": hflip,
@@ -164,7 +164,10 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     if vae:
         load = functools.partial(load_picture, source, side, on_error, hflip)
         with progress("encode", len(names), len(have), disable=not state.is_main_process) as bar:
-            failures = encode_groups(vae, groups, load, names, have, destination, batch_size, threads, bar)
+            def advance(done):
+                bar.update(min(done * state.num_processes, bar.total - bar.n))
+
+            failures = encode_groups(vae, groups, load, names, have, destination, batch_size, threads, advance)
     for failed in gather_object([failures]):  # which also waits for all
         failures |= failed
 
@@ -203,6 +206,7 @@ def add_arguments(add):
 
 def run(args):
     check_bounds(args, dict.fromkeys(("max_images", "num_workers", "batch_size"), (1, float("inf"))))
+    from accelerate import PartialState
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
     watch_others()
     tune(state.num_processes, args.allow_tf32)

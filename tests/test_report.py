@@ -62,7 +62,7 @@ def data_of(page):
 
 def test_page_holds_the_runs(folders, page):
     data = data_of(page)
-    assert set(data) == {"titles", "runs", "samples"}
+    assert set(data) == {"losses", "titles", "runs", "samples"}
     haste, plain = data["runs"]
     assert (haste["name"], plain["name"]) == ("haste", "plain") and plain["settings"]["logging_dir"] == "</script><b>"
     table = read_table(folders[0])

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from data_io.loader import NOISE_STREAM, StepBatches, load_batches, load_noise
 from encoders.teacher_cache import CachedTeacher
 from encoders.vae import VAE, open_vae
-from evaluations.during_training import Evaluation, score_names
+from evaluations import score_names
+from evaluations.during_training import Evaluation
 from loss import sample_t, weighted_sum
 from models.checkpoint import load_weights
 from runtime.errors import UserError
@@ -41,11 +42,6 @@ from training.schedule import learning_rate
 from training.step import backward_and_step, update_ema
 
 logger = logging.getLogger("haste")
-
-
-def is_due(every, step, last):
-    """Whether something done every `every` steps (0: never) is done between `step` and `last`."""
-    return every > 0 and last // every > step // every
 
 
 @dataclass
@@ -281,7 +277,8 @@ class Trainer:
     def open_scores(self):
         """The VAE, scores and previews, if steps are left at which they are due."""
         args, accelerator = self.args, self.accelerator
-        shows, scores = (is_due(every, self.step, self.max_steps) for every in (args.sampling_steps, args.eval_steps))
+        shows, scores = (every > 0 and self.max_steps // every > self.step // every
+                         for every in (args.sampling_steps, args.eval_steps))
         if not (shows or scores):
             return
         vae = open_vae(args.vae, accelerator.device)
