@@ -10,7 +10,8 @@ size=64 vae=assets/vae-emoji cfg=3.0 batch=36
 case $task in
     classes) name=quickstart steps=1200 images=72 references=178 ;;
     captions) name=quickstart-t2i steps=1200 images=178 ;;
-    cifar10) name=quickstart-cifar10 steps=4000 images=2000 references=10000 size=32 vae=none cfg=1.5 batch=100 ;;
+    cifar10) name=quickstart-cifar10 steps=2000 images=1000 references=2000 size=32 vae=assets/vae-cifar10 cfg=1.5
+        batch=100 ;;
     *) echo "error: $task is none of classes, captions and cifar10." >&2; exit 1 ;;
 esac
 case $form in
@@ -51,13 +52,12 @@ if [ $task = classes ]; then
     found="$made-grid.png (a column per class: $(tr -d '[]"' < data/emoji/classes.json)),
          $made-scores.json"
 elif [ $task = cifar10 ]; then
-    data=data/cifar10 reference=data/cifar10/ref-val.npz preparing=()
-    if [ $form = short ]; then preparing=(--reference-images $references) reference=$data/ref-val-$references.npz; fi
-    stage data python examples/cifar10/prepare.py --dest $data "${preparing[@]}"
+    data=data/cifar10 reference=data/cifar10/ref-val-$references.npz
+    stage data python examples/cifar10/prepare.py --dest $data --reference-images $references
     stage train python train.py --preset cifar10 "${training[@]}"
     stage sample python generate.py "${sampling[@]}" --num-fid-samples $images --labels balanced \
         --class-names $data/classes.json
-    made=samples/$name/SiT-XS-8-$ending
+    made=samples/$name/SiT-XS-2-$ending
     stage scores python evaluations/evaluator.py $reference $made.npz --features efficientnet-lite0 \
         --efficientnet-weights $data/efficientnet-lite0.pth --json $made-scores.json
     pictures=("$made")

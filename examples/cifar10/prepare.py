@@ -1,9 +1,10 @@
-"""CIFAR-10 as a data set to train on without a VAE: photographs, teacher, scorer, reference statistics.
+"""CIFAR-10 as a data set to train on: photographs, their latents, teacher, scorer, reference statistics.
 
     python examples/cifar10/prepare.py --dest data/cifar10
 
 writes
     data/cifar10/{train,val}/images/    50,000 and 10,000 photographs, 32 x 32, 10 classes, in the packed form
+    data/cifar10/{train,val}/vae-sd/    their latents by --vae, 8 x 8 of 8 channels; none with --vae none, for pixels
     data/cifar10/classes.json           class names in label order
     data/cifar10/teacher.safetensors, efficientnet-lite0.pth    as examples/emoji/prepare.py makes them, from PyPI
     data/cifar10/ref-val.npz            FD-EffLite0 statistics of all held-out photographs, and some of these for KID
@@ -29,13 +30,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script: the project's modules lie two up
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # run as a script: the project's modules lie two up
 from examples.packages import add_arguments, build_scorer, build_teacher, check_sha256, download
-from preprocessing.destinations import image_name
+from preprocessing.destinations import image_name, latent_name
 from preprocessing.pack import pack_kind
 from runtime.errors import UserError, check_bounds, first_line, run_script
-from runtime.files import is_file, is_folder, load_array, read_json, reading, write_json, writing
+from runtime.files import is_file, is_folder, load_array, read_json, reading, weights_key, write_json, writing
 from runtime.images import IMAGE_ERRORS, open_image
 from runtime.setup import keep_freed_memory
 
@@ -50,7 +53,7 @@ BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": ["test_batc
 LABELS = {"train": "train_lables.json", "val": "test_lables.json"}  # the package's spelling
 LARGEST = 1 << 26  # bytes of an archive's member; the largest in either has 31 MB
 KID_IMAGES = 2000  # kept in the reference files: their features are computed at each use
-SCORING_BATCH = 16
+SCORING_BATCH, ENCODING_BATCH = 16, 250
 
 
 def fetch_package(folder):
@@ -179,6 +182,29 @@ def build_photographs(dest, source, wheels, train_images):
         print(f"{folder}: {count:,} photographs, {len(CLASSES)} classes")
 
 
+def read_photographs(dest, split):
+    """uint8 (n, 3, 32, 32) of what build_photographs wrote."""
+    return np.concatenate([load_array(shard) for shard in sorted((dest / split / "images").glob("0*.npy"))])
+
+
+def build_latents(dest, source):
+    """Write vae-sd/ of both splits, in the packed form: the moments of each photograph by the VAE `source`."""
+    from encoders.vae import VAE
+    vae = None
+    for split in BATCHES:
+        folder = dest / split / "vae-sd"
+        if is_file(folder / "dataset.json"):
+            continue
+        vae = vae or VAE(source, "cuda" if torch.cuda.is_available() else "cpu")
+        images = torch.from_numpy(read_photographs(dest, split))
+        moments = torch.cat([vae.encode(batch) for batch in tqdm(images.split(ENCODING_BATCH), desc=str(folder))])
+        labels = [label for _, label in read_json(dest / split / "images/dataset.json")["labels"]]
+        entries = [(i, latent_name(i), label, moments[0].nbytes) for i, label in enumerate(labels)]
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        pack_kind(folder, moments.numpy().__getitem__, entries, weights_key(source), BATCH)
+
+
 def build_reference(dest, split, count=None):
     """Write ref-{split}.npz: statistics of a split's photographs, with KID_IMAGES of them drawn with seed 0.
 
@@ -191,8 +217,7 @@ def build_reference(dest, split, count=None):
     path = dest / (f"ref-{split}-{count}.npz" if count else f"ref-{split}.npz")
     if is_file(path):
         return
-    rows = [load_array(shard) for shard in sorted((dest / split / "images").glob("0*.npy"))]
-    images = ArrayImages(np.concatenate(rows)[:count].transpose(0, 2, 3, 1), f"{split} photographs")
+    images = ArrayImages(read_photographs(dest, split)[:count].transpose(0, 2, 3, 1), f"{split} photographs")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         keep_freed_memory()  # a third of the time goes into getting it back for each batch otherwise
@@ -208,12 +233,16 @@ def main():
     add = parser.add_argument
     add_arguments(add, "data/cifar10")
     add("--source", default="npm", metavar="npm|download|PATH", help="where the photographs come from (default npm)")
+    add("--vae", default=str(ROOT / "assets/vae-cifar10"), help="makes the latents: a folder in diffusers' format, or "
+        "none to leave them out (default assets/vae-cifar10)")
     add("--train-images", type=int, help="take the first N of the training photographs (default all 50,000)")
     add("--reference-images", type=int, help="statistics of the first N photographs, in ref-val-N.npz (default: all)")
     add("--train-reference", action="store_true", help="ref-train.npz too")
     args = parser.parse_args()
     check_bounds(args, {"train_images": (2, len(BATCHES["train"]) * BATCH), "reference_images": (2, BATCH)})
     build_photographs(args.dest, args.source, args.wheels, args.train_images)
+    if args.vae != "none":
+        build_latents(args.dest, args.vae)
     build_teacher(args.dest, args.wheels)
     build_scorer(args.dest, args.wheels)
     for split in ["val"] + ["train"] * args.train_reference:
