@@ -27,8 +27,7 @@ from models.sit import SIT_CONFIGS, SiT_models
 from runtime.errors import MOST_CLASSES, UserError, check_bounds, run_script
 from runtime.files import atomic_write, is_file, read_json, remove_temporaries
 from runtime.images import IMAGE_ERRORS, image_grid, open_image
-from runtime.processes import leave, watch_others
-from runtime.setup import AUTOCAST, PROCESS_GROUP_TIMEOUT, cast_weights, check_compiler, to_device, tune
+from runtime.setup import AUTOCAST, PROCESS_GROUP_TIMEOUT, cast_weights, check_compiler, end_processes, to_device, tune
 from sampling.pipeline import VAES, choose_vae, sample
 
 GRID_IMAGES = 72
@@ -229,7 +228,6 @@ def write_outputs(args, folder, path_of, columns=None, texts=None):
 def setup(args):
     """The process state, with the switches that both sampling scripts share."""
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
-    watch_others()
     torch.set_grad_enabled(False)
     tune(state.num_processes, args.tf32)
     if args.mixed_precision == "fp16" and state.device.type == "cpu":
@@ -285,7 +283,7 @@ def main():
     few = args.num_classes if args.labels == "balanced" and args.num_classes <= 16 else None
     texts = names and [names[label(i, np.random.default_rng((args.global_seed, i)))] for i in range(GRID_IMAGES)]
     write_outputs(args, folder, path_of, few, texts and texts[:args.num_fid_samples])
-    leave()
+    end_processes()
 
 
 if __name__ == "__main__":

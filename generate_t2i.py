@@ -23,7 +23,7 @@ from generate import add_sampling_arguments, make_images, read_checkpoint, ready
 from models.mmdit import MMDIT_CONFIGS, MMDiT_models
 from runtime.errors import UserError, run_script
 from runtime.files import atomic_write
-from runtime.processes import leave
+from runtime.setup import end_processes
 from sampling.pipeline import CLIP
 
 
@@ -123,7 +123,7 @@ def main():
         with atomic_write(folder / "captions.txt") as file:
             file.writelines(f"{text}\n".encode() for text in texts)
     write_outputs(args, folder, path_of, texts=texts)
-    leave()
+    end_processes()
 
 
 if __name__ == "__main__":

