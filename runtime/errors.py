@@ -1,4 +1,4 @@
-"""User-facing errors: one sentence, exit status 1, no traceback. Imports nothing slow, as each --help needs this file."""
+"""User-facing errors: one sentence, exit status 1, no traceback. Each --help imports this file: nothing slow here."""
 import multiprocessing
 import os
 import signal

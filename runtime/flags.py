@@ -11,7 +11,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
-        raise UserError(message.removeprefix("argument "))
+        raise UserError(f"{message.removeprefix('argument ').rstrip('.')}.")
 
 
 def number(low, high=float("inf"), kind=float):

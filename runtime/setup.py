@@ -1,4 +1,4 @@
-"""Performance settings that keep results unchanged: kernels, threads, compiler, memory. And the end of process groups."""
+"""Performance settings that keep results unchanged: kernels, threads, compiler, memory; the end of process groups."""
 import ctypes
 import datetime
 import os
