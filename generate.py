@@ -16,7 +16,7 @@ from models.sit import SIT_CONFIGS
 from runtime.errors import MOST_CLASSES, UserError, run_script
 from runtime.files import read_json
 from runtime.flags import Parser, whole
-from runtime.processes import leave
+from runtime.setup import end_processes
 from sampling.config import add_sampling_flags
 from sampling.images import GRID_IMAGES, open_checkpoint, sample_folder, sample_images, start
 
@@ -65,7 +65,7 @@ def main():
     columns = args.num_classes if args.labels == "balanced" and args.num_classes <= 16 else None
     names = [f"{i:06d}" for i in range(args.num_fid_samples)]
     sample_images(args, state, model, vae, folder, condition, names, columns, texts)
-    leave()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from models.mmdit import MMDIT_CONFIGS
 from runtime.errors import UserError, run_script
 from runtime.files import atomic_write
 from runtime.flags import Parser, whole
-from runtime.processes import leave
+from runtime.setup import end_processes
 from sampling.config import add_sampling_flags
 from sampling.images import open_checkpoint, sample_folder, sample_images, start
 
@@ -102,7 +102,7 @@ def main():
         with atomic_write(folder / "captions.txt") as file:
             file.writelines(f"{text}\n".encode() for text in texts)
     sample_images(args, state, model, vae, folder, lambda i, rng: (tokens(i), empty), names, texts=texts)
-    leave()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def positive(text):
 def run(evaluate, lines, args):
     """Print the `lines` of the result of `evaluate(args)` and write it to args.json; logs go to stderr."""
     from runtime.files import check_writable, write_json
-    from runtime.processes import leave
+    from runtime.setup import end_processes
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.json:
         check_writable(Path(args.json).parent)
@@ -97,7 +97,7 @@ def run(evaluate, lines, args):
         print(*lines(result), sep="\n")
         if args.json:
             write_json(args.json, result, indent=2)
-    leave()
+    end_processes()
 
 
 def main():

@@ -13,8 +13,7 @@ from tqdm import tqdm
 from evaluations.inception import SPATIAL_DIM
 from evaluations.metrics import Moments
 from runtime.errors import UserError
-from runtime.processes import watch_others
-from runtime.setup import keep_freed_memory
+from runtime.setup import PROCESS_GROUP_TIMEOUT, keep_freed_memory
 
 
 @dataclass
@@ -104,6 +103,5 @@ def join_processes(device=None):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        watch_others()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PROCESS_GROUP_TIMEOUT)
     return device

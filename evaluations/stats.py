@@ -34,7 +34,7 @@ def main():
     from evaluations.scores import check_count
     from evaluations.statistics_file import write_statistics
     from runtime.files import check_writable
-    from runtime.processes import leave
+    from runtime.setup import end_processes
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_writable(args.out.parent)
     images = open_images(args.source)
@@ -48,7 +48,7 @@ def main():
         chosen = np.random.RandomState(args.seed).permutation(images.n)[:args.images]
         write_statistics(args.out, found, images, chosen)
         logger.info("%s: statistics of %d images, %d of them stored", args.out, found.n, args.images)
-    leave()
+    end_processes()
 
 
 if __name__ == "__main__":

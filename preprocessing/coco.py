@@ -38,8 +38,7 @@ from preprocessing.pixels import center_crop, read_rgb
 from preprocessing.sources import Piece, read
 from runtime.errors import UserError, check_bounds, run_script
 from runtime.files import atomic_write, check_inside, read_json, remove_temporaries, weights_key, write_json
-from runtime.processes import leave, watch_others
-from runtime.setup import PROCESS_GROUP_TIMEOUT
+from runtime.setup import PROCESS_GROUP_TIMEOUT, end_processes
 
 SPLITS = ("train", "val")
 
@@ -188,7 +187,7 @@ def build(args, splits):
         first = " ".join(failures[:NAMED]) + " ..." * (len(failures) > NAMED)
         raise UserError(f"{len(failures)} images could not be read, all else is done: {first} Replace them and run the "
                         f"same command, or take them out of the captions file, delete {args.dest} and run it.")
-    leave()
+    end_processes()
 
 
 def add_encoder_arguments(add):
@@ -220,7 +219,6 @@ def main():
     if bool(args.coco) == any(alone) or any(alone) != all(alone):
         raise UserError("Give --coco alone, or --images, --captions-json and --split together.")
     PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
-    watch_others()
     sources = {args.split: (args.images, args.captions_json)}
     if args.coco:
         sources = {split: (args.coco / f"{split}2014", args.coco / f"annotations/captions_{split}2014.json")

@@ -25,8 +25,7 @@ from preprocessing.convert import first_side, in_groups, progress
 from preprocessing.sources import open_source, read
 from runtime.errors import UserError, check_bounds, first_line
 from runtime.files import ARRAY_ERRORS, weights_key
-from runtime.processes import leave, watch_others
-from runtime.setup import PROCESS_GROUP_TIMEOUT, tune
+from runtime.setup import PROCESS_GROUP_TIMEOUT, end_processes, tune
 
 BATCH_SIZE = 64
 THREADS = 8  # that read pictures
@@ -208,9 +207,8 @@ def run(args):
     check_bounds(args, dict.fromkeys(("max_images", "num_workers", "batch_size"), (1, float("inf"))))
     from accelerate import PartialState
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
-    watch_others()
     tune(state.num_processes, args.allow_tf32)
     torch.backends.cudnn.deterministic = True
     encode(args.source, args.dest, args.model_url, args.max_images, args.batch_size, args.num_workers, args.on_error,
            args.hflip)
-    leave()
+    end_processes()

@@ -25,7 +25,7 @@ import torch
 
 from runtime.errors import Unreadable, UserError, first_line
 
-# What reading a damaged .npy or .npz may raise: NumPy parses a header as Python, zipfile refuses methods and encryption.
+# What reading a damaged .npy or .npz may raise: NumPy parses headers as Python, zipfile refuses some methods.
 ARRAY_ERRORS = (OSError, ValueError, EOFError, OverflowError, MemoryError, SyntaxError, TypeError, tokenize.TokenError,
                 RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -38,10 +38,10 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if not isinstance(error, OSError):  # torch.save puts one about positions in the place of the write's error
+        if not isinstance(error, OSError):  # torch.save raises a RuntimeError while it handles the write's error
             error = error.__context__
-            if not isinstance(error, OSError):
-                raise
+        if not isinstance(error, OSError):
+            raise
         named = None if error.filename is None else Path(error.filename)
         if named and named not in path.parents and named.parent != path.parent and path not in named.parents:
             raise  # about another file, which the caller was reading
@@ -52,7 +52,7 @@ def writing(path):
 
 @contextlib.contextmanager
 def reading(path):
-    """Turn a failure to look at `path` or below it (no permission, a link to nowhere, too long a name) into UserError."""
+    """Turn a failure to read `path` or below it (no permission, a link to nowhere, too long a name) into UserError."""
     try:
         yield
     except OSError as error:
@@ -72,7 +72,7 @@ def is_folder(path):
 
 
 def mode_of(path):
-    """st_mode, 0 where nothing is; pathlib's own tests take what may not be looked at for absent from Python 3.14 on."""
+    """st_mode, 0 where nothing is. From Python 3.14 on pathlib's tests treat unreadable paths as absent."""
     with reading(path):
         try:
             return os.stat(path).st_mode
@@ -81,7 +81,7 @@ def mode_of(path):
 
 
 def check_writable(folder):
-    """Make `folder` if it is not there; raises UserError unless files can be made in it. None is left behind."""
+    """Make `folder` if it is missing; raises UserError unless files can be written to it. Leaves none behind."""
     with writing(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -89,9 +89,9 @@ def check_writable(folder):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """Open a temporary file beside `path`; it takes the name `path` only once written in full and flushed to disk.
+    """Open a temporary file beside `path`, renamed to `path` once it is complete and flushed to disk.
 
-    Raises UserError when it cannot be written; `path` is as it was then.
+    Raises UserError when it cannot be written; `path` then stays as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -108,7 +108,7 @@ def atomic_write(path, mode="wb"):
 
 
 def remove_temporaries(folder, begin=""):
-    """Delete what killed processes left in `folder` of atomic_write to files whose names begin with `begin`."""
+    """Delete temporary files that killed processes left in `folder`, of files whose names begin with `begin`."""
     for leftover in Path(folder).glob(".*.tmp"):
         if leftover.name.startswith(f".{begin}"):
             with writing(leftover):
@@ -117,26 +117,25 @@ def remove_temporaries(folder, begin=""):
 
 @contextlib.contextmanager
 def locked(path, wanted=True):
-    """Hold the file `path` as a lock, if `wanted`, waiting for whoever holds it; it is free when its holder is gone."""
-    if not wanted:
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+    """Hold the file `path` as a lock, if `wanted`. The system frees it when its holder is gone."""
+    with contextlib.ExitStack() as stack:
+        if wanted:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "w"))
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def check_inside(name, where):
-    """`name`, a relative path out of the file `where`; raises UserError when it would lead out of its folder."""
+    """`name`, a relative path read from the file `where`; raises UserError when it leads out of its folder."""
     if name.startswith(("/", "\\")) or (".." in name and ".." in name.replace("\\", "/").split("/")):
         raise UserError(f"{where} names {name}, which lies outside its folder; only relative paths below it are read.")
     return name
 
 
 def read_json(path, kind=dict, data=None):
-    """The value in a JSON file, or in the bytes `data` of it. Raises UserError when it is missing, not JSON or not a `kind`."""
+    """The value in a JSON file, or in its bytes `data`. Raises UserError unless it is there, JSON and a `kind`."""
     try:
         value = json.loads((Path(path).read_bytes() if data is None else data).decode())
     except (OSError, ValueError, RecursionError) as error:
@@ -161,23 +160,22 @@ def sha256_of(path):
 
 
 def weights_key(source):
-    """What tells two sources of weights apart: the sha256 of a folder's safetensors, or a hub name as it is."""
+    """Identifies a source of weights: the sha256 of a folder's safetensors, or the hub name itself."""
     with reading(source):
         found = sorted(Path(source).glob("*.safetensors"))
     return " ".join(sha256_of(path) for path in found) or str(source)
 
 
 def load_tensors(path, mmap=False, verify=False):
-    """Tensors and plain values of a `.safetensors` file or of anything `torch.save` wrote, without running code from it.
+    """Tensors and plain values of a `.safetensors` file or of a file of `torch.save`, without running code from it.
 
     Published checkpoints hold an argparse.Namespace, the only class allowed beside tensors and plain values.
-    `mmap` leaves tensors on disk until they are used; `verify` reads them all and compares checksums. Raises UserError for
-    a missing file, Unreadable for a damaged or refused one.
+    `mmap` leaves tensors on disk until they are used; `verify` reads them all and compares checksums. Raises UserError
+    for a missing file, Unreadable for a damaged or refused one.
     """
     path = Path(path)
     if not is_file(path):
         raise UserError(f"{path} does not exist; give the path of a weight or checkpoint file.")
-    damaged = f"{path} is damaged or not a torch file"
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
@@ -186,21 +184,25 @@ def load_tensors(path, mmap=False, verify=False):
     try:
         zipped = zipfile.is_zipfile(path)
         if zipped:
-            with zipfile.ZipFile(path) as archive:
-                if sum(member.file_size for member in archive.infolist()) > 2 * path.stat().st_size:
-                    raise Unreadable(f"{damaged} (it claims to unpack to far more than it holds); get it again.")
-                if verify and (broken := archive.testzip()):
-                    raise Unreadable(f"{damaged} (wrong checksum of {broken}); get it again.")
+            check_zip(path, verify)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     except pickle.UnpicklingError as error:
         raise Unreadable(f"{path} is no torch file of tensors and plain values, or holds code, which is not run; "
                          "save it again as a plain state dict.") from error
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError, AttributeError, TypeError, IndexError, MemoryError,
-            zipfile.BadZipFile, zlib.error) as error:
+    except (*ARRAY_ERRORS, KeyError, AttributeError, IndexError) as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk's fault, not the file's
             raise UserError(f"{path} cannot be read now ({first_line(error)}); mend that and try again.") from error
-        raise Unreadable(f"{damaged} ({first_line(error)}); get it again.") from error
+        raise Unreadable(f"{path} is damaged or not a torch file ({first_line(error)}); get it again.") from error
+
+
+def check_zip(path, verify):
+    """Raise ValueError for a zip that unpacks to far more than it holds or, with `verify`, has a wrong checksum."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > 2 * path.stat().st_size:
+            raise ValueError("it claims to unpack to far more than it holds")
+        if verify and (broken := archive.testzip()):
+            raise ValueError(f"wrong checksum of {broken}")
 
 
 @functools.lru_cache(maxsize=64)
@@ -219,7 +221,7 @@ def _parse_header(header):
 def array_header(data):
     """(shape, whether in Fortran's order, dtype, bytes before the numbers) of a `.npy` file that begins with `data`.
 
-    Raises ValueError. Files of one kind begin alike, so that the header is parsed once, not a million times.
+    Raises ValueError. Files of one kind begin alike, so the header is parsed once, not a million times.
     """
     short = data[6:7] == b"\1"
     length = 10 + int.from_bytes(data[8:10], "little") if short else 12 + int.from_bytes(data[8:12], "little")
@@ -230,16 +232,16 @@ def array_header(data):
 
 
 def parse_array(data, name):
-    """The array in the bytes of a `.npy` file, in their memory. Raises UserError, calling the file `name`."""
+    """The array in the bytes of a `.npy` file, not copied. Raises UserError, calling the file `name`."""
     try:
         shape, fortran, dtype, start = array_header(data)
         count = math.prod(shape)
-        if count * dtype.itemsize > len(data) - start:  # compared before memory is taken for what the header claims
+        if count * dtype.itemsize > len(data) - start:  # checked before the claimed memory is taken
             raise ValueError(f"{count * dtype.itemsize} bytes of numbers expected, {len(data) - start} there")
         return np.frombuffer(data, dtype, count, start).reshape(shape, order="F" if fortran else "C")
     except ValueError as error:
         raise UserError(f"{name} is no readable .npy file ({first_line(error)}); make it again with the "
-                       "preprocessing.") from error
+                        "preprocessing.") from error
 
 
 def load_array(path):
@@ -248,7 +250,7 @@ def load_array(path):
 
 
 def read_bytes(path):
-    """What a file of the data holds."""
+    """The content of a file of the data. Raises UserError."""
     try:
         with open(path, "rb", buffering=0) as file:
             return file.readall()

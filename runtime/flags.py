@@ -11,7 +11,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
-        raise UserError(message.removeprefix("argument "))
+        message = message.removeprefix("argument ").replace(": is ", " is ", 1)  # number's: --seed is -1; it must ...
+        raise UserError(f"{message.rstrip('.')}.")
 
 
 def number(low, high=float("inf"), kind=float):

