@@ -88,7 +88,8 @@ def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):
 def read_export(path):
     """What save_export wrote to `path`; of a safetensors file without our config the weights alone."""
     if path.is_dir():
-        return {**read_json(path / "config.json"), "ema": load_tensors(path / "model.safetensors")}
+        weights = load_tensors(path / "model.safetensors")  # first: its sentence says that the folder is no export
+        return {**read_json(path / "config.json"), "ema": weights}
     weights = load_tensors(path)
     with safetensors.safe_open(path, "pt") as file:
         config = (file.metadata() or {}).get("config", "{}")
