@@ -115,7 +115,8 @@ def clip_folder(tmp_path_factory):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(2)  # gives cosines above 0
     transformers.CLIPModel(transformers.CLIPConfig(
-        text_config={**sizes, "vocab_size": len(tokens), "bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1},
+        text_config={**sizes, "vocab_size": len(tokens), "bos_token_id": len(tokens) - 2,
+                     "eos_token_id": len(tokens) - 1},
         vision_config={**sizes, "image_size": 32, "patch_size": 16}, projection_dim=16)).save_pretrained(folder)
     return folder
 
@@ -132,7 +133,8 @@ class ForkServer:
     def ask(self, request):
         if self.process is None:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "tests/forkserver.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                [sys.executable, str(ROOT / "tests/forkserver.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                text=True,
                 cwd=ROOT, env={**os.environ, **CPU})
             self.process.stdout.readline()
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -155,7 +157,8 @@ class ForkServer:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        return [self.start(name, *arguments, rank=rank, processes=processes, port=port, **more) for rank in range(processes)]
+        return [self.start(name, *arguments, rank=rank, processes=processes, port=port,
+                           **more) for rank in range(processes)]
 
     def close(self):
         if self.process:
@@ -206,7 +209,7 @@ def server(tmp_path_factory):
 
 
 def script(name, *arguments, processes=1, check=True, env=None, before=None):
-    """Run a script of the project on the CPU, with all its processes. Returns returncode, stdout and stderr of them all."""
+    """Run a script of the project on the CPU, in one or more processes. Returns returncode, stdout, stderr of all."""
     if processes == 1:
         started = [SERVER.start(name, *arguments, env=env, before=before)]
     else:
@@ -240,8 +243,10 @@ def call_main(monkeypatch, module, *arguments, device="cpu"):
 
 def tiny_run(model, data, out, *more):
     """A run of `model` on tiny data: 6 steps, or as `more` says."""
-    return ["--exp-name", "run", "--output-dir", str(out), "--data-dir", str(data), "--model", model, "--resolution", "64",
-            "--batch-size", "8", "--mixed-precision", "no", "--report-to", "none", "--num-workers", "0", "--log-every", "1",
+    return ["--exp-name", "run", "--output-dir", str(out), "--data-dir", str(data), "--model", model, "--resolution",
+            "64",
+            "--batch-size", "8", "--mixed-precision", "no", "--report-to", "none", "--num-workers", "0", "--log-every",
+            "1",
             "--sampling-steps", "0", "--max-train-steps", "6", "--enc-type", "dinov2-vit-n", "--enc-blocks", "10",
             "--learning-rate", "1e-3", *map(str, more)]
 

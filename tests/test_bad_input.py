@@ -148,7 +148,8 @@ def base(module, w):
         generate_t2i: ["--data-dir", w / "data", *sampling(w)],
         caption_retrieval: [w / "data/val", w / "samples.npz"],
         coco: ["--images", w / "photos", "--captions-json", w / "captions.json", "--split", "train",
-               "--dest", w / "dest", "--vae", VAE, "--text-encoder", w / "clip", "--resolution", 32, "--batch-size", 4, "--num-workers", 2],
+               "--dest", w / "dest", "--vae", VAE, "--text-encoder", w / "clip", "--resolution", 32, "--batch-size", 4,
+               "--num-workers", 2],
         convert: ["convert", "--source", w / "data/images", "--dest", w / "new/images", "--num-workers", 1],
         encode: ["encode", "--source", w / "data/images", "--dest", w / "new/vae-sd", "--model-url", VAE],
     }[module]

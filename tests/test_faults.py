@@ -1,4 +1,4 @@
-"""Processes that are signalled or killed, and several of them as one: train.py and generate.py by their command lines."""
+"""Processes that are signalled or killed, and several of them as one, by command lines."""
 import itertools
 import os
 import random
@@ -17,7 +17,6 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 
 import dataset
-from models import checkpoint as checkpoints
 from models.checkpoint import saved_steps
 from models.layers import TimestepEmbedder
 from runtime.errors import PEER_ENDED
@@ -61,16 +60,19 @@ def slow_steps():
 
 
 def long_run(tiny_data, out, *more):
-    return train_arguments(tiny_data, out, "--enc-type", "none", "--max-train-steps", 500, "--checkpointing-steps", 1000, *more)
+    return train_arguments(tiny_data, out, "--enc-type", "none", "--max-train-steps", 500, "--checkpointing-steps",
+                           1000, *more)
 
 
 def test_kill_9_loses_nothing_but_time(tiny_data, teacher_file, tmp_path):
     """More than 30 kills: a third at any moment, a third inside the writing of a checkpoint, a third after one."""
     arguments = train_arguments(tiny_data, tmp_path / "killed", "--enc-weights", teacher_file, "--early-stop-point", 6,
-                                "--checkpointing-steps", 1, "--log-every", 3, "--keep-checkpoints", 3, "--max-train-steps")
+                                "--checkpointing-steps", 1, "--log-every", 3, "--keep-checkpoints", 3,
+                                "--max-train-steps")
     moment, kills, inside, out = random.Random(0), 0, 0, tmp_path / "killed"
     while kills < KILLS:
-        process = SERVER.start("train.py", *arguments, 10_000, before="tests.test_faults.slow_disk")  # never done by itself
+        process = SERVER.start("train.py", *arguments, 10_000,
+                               before="tests.test_faults.slow_disk")  # never done by itself
         if kills % 3 == 0:
             time.sleep(moment.uniform(0, 1))
         elif kills % 3 == 1:
@@ -110,7 +112,8 @@ def test_a_signal_saves_and_exits_with_its_code(tiny_data, tmp_path, number):
 
 def test_a_stuck_loader_process_ends_with_the_run(tiny_data, tmp_path):
     """One that reads ahead and gets no answer, and that ignores SIGTERM as all of them do."""
-    process = SERVER.start("train.py", *long_run(tiny_data, tmp_path, "--num-workers", 1), before="tests.test_faults.stuck_reader")
+    process = SERVER.start("train.py", *long_run(tiny_data, tmp_path, "--num-workers", 1),
+                           before="tests.test_faults.stuck_reader")
     wait_for(lambda: (tmp_path / "run/metrics.csv").is_file() and len(metrics(tmp_path)) > 1)
     process.send(signal.SIGTERM)
     assert process.wait(timeout=20) == EXIT_CODE, process.stderr
@@ -122,8 +125,8 @@ def stuck_reader():
     """The loader process stops in its fifth batch, which the steps before do not need."""
     slow_steps()
     main, calls, moments = os.getpid(), itertools.count(), dataset.LatentImages.moments
-    dataset.LatentImages.moments = lambda self, i: time.sleep(
-        60 if os.getpid() != main and next(calls) > 4 * 8 else 0) or moments(self, i)
+    dataset.LatentImages.moments = lambda self, *arguments: time.sleep(
+        60 if os.getpid() != main and next(calls) > 4 * 8 else 0) or moments(self, *arguments)
 
 
 def test_a_second_signal_exits_at_once(tiny_data, tmp_path):
@@ -153,7 +156,8 @@ def hanging_disk():
 
 def test_one_signal_stops_two_processes_at_one_step(tiny_data, tmp_path):
     """Only one of them is told. --checkpoint-minutes is agreed on in the same way."""
-    processes = SERVER.start_all("train.py", *long_run(tiny_data, tmp_path, "--checkpoint-minutes", 0.3 / 60), processes=2,
+    processes = SERVER.start_all("train.py", *long_run(tiny_data, tmp_path, "--checkpoint-minutes", 0.3 / 60),
+                                 processes=2,
                                  before="tests.test_faults.slow_steps")
     wait_for(lambda: newest(tmp_path) > 2)
     processes[1].send(signal.SIGUSR1)
@@ -210,13 +214,16 @@ def test_one_of_two_processes_is_killed(tiny_data, tmp_path):
     ("bug_of_the_first", "in bug\n.*\n(.*\n)?ZeroDivisionError: division by zero")])
 def test_one_of_two_processes_fails_under_torchrun(tiny_data, tmp_path, fault, words):
     """A UserError is its sentence, a bug is its traceback. The other process says at most one sentence."""
-    code = f"import tests.test_faults as t; t.{fault}(); import train; from runtime.errors import run_script; run_script(train.main)"
+    code = (f"import tests.test_faults as t; t.{fault}(); import train; from runtime.errors import run_script; "
+            "run_script(train.main)")
     (tmp_path / "start.py").write_text(code)
     done = subprocess.run([sys.executable, *TORCHRUN, tmp_path / "start.py", *map(str, long_run(
-        tiny_data, tmp_path, "--checkpointing-steps", 2))], check=False, capture_output=True, text=True, cwd=ROOT, timeout=120,
+        tiny_data, tmp_path, "--checkpointing-steps", 2))], check=False, capture_output=True, text=True, cwd=ROOT,
+        timeout=120,
         env={**os.environ, **CPU, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 1 and re.search(words, done.stderr), done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ") and "could not be written" not in line]
+    said = [line for line in done.stderr.splitlines()
+            if line.startswith("error: ") and "could not be written" not in line]
     assert said in ([], [PEER_ENDED])
     tracebacks = 1 + (fault == "bug_of_the_first")  # torchrun ends with one of its own
     assert done.stderr.count("Traceback (most recent call last)") == tracebacks and "ChildFailedError" in done.stderr
@@ -244,15 +251,16 @@ def test_processes_that_see_different_checkpoints(tiny_data, tmp_path, behind):
                   env={"HASTE_TEST_LATE": behind})
     assert "Traceback" not in done.stderr
     if behind == "0":
-        assert done.returncode == 0 and "0000002.pt" in (tmp_path / "run/log.txt").read_text().split("continuing from ")[1]
+        log = (tmp_path / "run/log.txt").read_text()
+        assert done.returncode == 0 and "0000002.pt" in log.split("continuing from ")[1]
     else:
         assert done.returncode == 1 and "has no checkpoint of step 4 (there: 2); choose another" in done.stderr
 
 
 def late_files():
-    saved = checkpoints.saved_steps
+    saved = checkpointing.saved_steps
     if os.environ["RANK"] == os.environ["HASTE_TEST_LATE"]:
-        checkpoints.saved_steps = lambda folder: {step: path for step, path in saved(folder).items() if step < 4}
+        checkpointing.saved_steps = lambda folder: {step: path for step, path in saved(folder).items() if step < 4}
 
 
 def test_same_curve_for_one_two_and_four_processes(tiny_data, teacher_file, tmp_path):
@@ -271,9 +279,11 @@ def test_same_curve_for_one_two_and_four_processes(tiny_data, teacher_file, tmp_
 
 def test_under_the_launcher(tiny_data, tmp_path):
     """torchrun passes SIGTERM on to both processes, which save and stop; its own exit code is then 1."""
-    command = [sys.executable, *TORCHRUN, "train.py", *tiny_run("SiT-T/2", tiny_data, tmp_path, "--num-classes", CLASSES,
+    command = [sys.executable, *TORCHRUN, "train.py", *tiny_run("SiT-T/2", tiny_data, tmp_path, "--num-classes",
+                                                                CLASSES,
                "--enc-type", "none", "--max-train-steps", 10_000, "--checkpointing-steps", 10_000, "--num-workers", 1)]
-    process = subprocess.Popen([*map(str, command)], cwd=ROOT, env={**os.environ, **CPU}, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT, env={**os.environ, **CPU}, stderr=subprocess.PIPE,
+                               text=True)
     wait_for(lambda: (tmp_path / "run/metrics.csv").is_file() and len(metrics(tmp_path)) > 2, 120)
     process.terminate()
     stderr = process.communicate(timeout=60)[1]
@@ -307,7 +317,7 @@ def test_pictures_after_kills_and_for_any_number_of_processes(tmp_path):
 # ---- FSDP ----
 
 def fsdp_on_a_cpu():
-    """As `accelerate launch --use_fsdp --fsdp_version 2` sets it. accelerate offers FSDP to GPUs only, so CPUs are called such."""
+    """As `accelerate launch --use_fsdp --fsdp_version 2` sets it. accelerate offers it to GPUs only."""
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     os.environ.setdefault("FSDP_VERSION", "2")
     make = PartialState.__init__
@@ -351,13 +361,14 @@ def test_fsdp_1_is_refused(tiny_data, tmp_path):
 
 
 def fsdp_with_a_look_inside():
-    """fsdp_on_a_cpu, where t reaches the embedder in float32 under autocast, blocks are units, and weights are float32."""
+    """fsdp_on_a_cpu: t reaches the embedder in float32 under autocast, blocks are units, weights are float32."""
     fsdp_on_a_cpu()
     split, embed = training.shard, TimestepEmbedder.forward
 
     def shard(accelerator, model, optimizer, ema):
         prepared = split(accelerator, model, optimizer, ema)
-        assert all(isinstance(module, FSDPModule) for module in (model, *getattr(model, "blocks", ()), *getattr(model, "joint_blocks", ())))
+        assert all(isinstance(module, FSDPModule) for module in (model, *getattr(model, "blocks", ()),
+                                                                 *getattr(model, "joint_blocks", ())))
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         return prepared
 
@@ -374,12 +385,15 @@ CHECKPOINTING = {"FSDP_ACTIVATION_CHECKPOINTING": "true", "FSDP_AUTO_WRAP_POLICY
 @pytest.mark.parametrize("name, more", [("train.py", {}), ("train.py", CHECKPOINTING), ("train_t2i.py", {})],
                          ids=["SiT", "checkpointing", "MMDiT"])
 def test_steps_under_fsdp_are_those_of_ddp(tiny_data, tiny_captions, teacher_file, tmp_path, name, more):
-    """In bfloat16, clipped: both sum float32 gradients of the same forward passes. From the third step on all weights have some.
+    """In bfloat16, clipped: both sum float32 gradients of the same forward passes. From the third step on all weights
+    have some.
 
-    SiT's are equal. In MMDiT two streams of a block share the condition, whose gradients FSDP adds up block by block, in bfloat16.
+    SiT's are equal. In MMDiT two streams of a block share the condition, whose gradients FSDP adds up block by block,
+    in bfloat16.
     """
     terms, moments = (1e-5, 1e-4) if name == "train.py" else (1e-3, 5e-2)
-    arguments = ["--enc-weights", teacher_file, "--max-train-steps", 3, "--max-grad-norm", 0.1, "--mixed-precision", "bf16"]
+    arguments = ["--enc-weights", teacher_file, "--max-train-steps", 3, "--max-grad-norm", 0.1, "--mixed-precision",
+                 "bf16"]
 
     def run(out, **how):
         script(name, *(train_arguments(tiny_data, out, *arguments) if name == "train.py" else
@@ -395,4 +409,5 @@ def test_steps_under_fsdp_are_those_of_ddp(tiny_data, tiny_captions, teacher_fil
     for i, entry in plain["opt"]["state"].items():
         for moment in ("exp_avg", "exp_avg_sq"):
             expected = entry[moment]
-            assert expected.any() and (split["opt"]["state"][i][moment] - expected).norm() <= moments * expected.norm(), (i, moment)
+            difference = split["opt"]["state"][i][moment] - expected
+            assert expected.any() and difference.norm() <= moments * expected.norm(), (i, moment)

@@ -1,4 +1,4 @@
-"""Files that were made to do harm: they claim too much, hold code, or are damaged anywhere. Nothing read is executed."""
+"""Files made to do harm: they claim too much, hold code, or are damaged anywhere. Nothing read is executed."""
 import argparse
 import ast
 import contextlib

@@ -56,7 +56,8 @@ RUNS = {
     "across the early stop": ["--early-stop-point", 6],
     "at the early stop": ["--early-stop-point", 5],
     "accumulation": ["--early-stop-point", 6, "--gradient-accumulation-steps", 2],
-    "before and after the trigger fires": ["--early-stop-trigger", "gradient", "--trigger-start", 7, "--trigger-samples", 8,
+    "before and after the trigger fires": ["--early-stop-trigger", "gradient", "--trigger-start", 7,
+                                           "--trigger-samples", 8,
                                            "--trigger-threshold", 1],
     "where the trigger fires": ["--early-stop-trigger", "gradient", "--trigger-start", 5, "--trigger-samples", 8,
                                 "--trigger-threshold", 1, "--num-workers", 1],
@@ -80,8 +81,9 @@ def test_twelve_steps_are_five_and_four_and_three(monkeypatch, tiny_data, teache
 
 
 def test_two_processes_stop_and_go_on(tiny_data, teacher_file, tmp_path):
-    """5 + 4 + 3 bit for bit with two processes all along; with one from 9 on is allowed, and the log says what changes."""
-    more = ["--batch-size", 16, "--enc-weights", teacher_file, "--early-stop-point", 6, "--log-every", 4, "--max-train-steps"]
+    """5 + 4 + 3 bit for bit with two processes; one process from 9 on is allowed, and the log says what changes."""
+    more = ["--batch-size", 16, "--enc-weights", teacher_file, "--early-stop-point", 6, "--log-every", 4,
+            "--max-train-steps"]
     script("train.py", *train_arguments(tiny_data, tmp_path / "whole", *more, 12), processes=2)
     for stop in (5, 9):
         script("train.py", *train_arguments(tiny_data, tmp_path / "parts", *more, stop), processes=2)
@@ -92,7 +94,8 @@ def test_two_processes_stop_and_go_on(tiny_data, teacher_file, tmp_path):
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "one"), strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
     assert "processes was 2, is 1" in log(tmp_path / "one")
-    assert "data, noise and order stay the same; sums over the batch are rounded in another order" in log(tmp_path / "one")
+    said = "data, noise and order stay the same; sums over the batch are rounded in another order"
+    assert said in log(tmp_path / "one")
     assert "processes was" not in log(tmp_path / "parts")
 
 
@@ -117,7 +120,8 @@ def scaled(monkeypatch):
     def make_accelerator(args):
         accelerator, folder = make(args)
         accelerator.scaler = torch.amp.GradScaler("cpu", growth_interval=2, init_scale=2.0 ** 14)
-        accelerator.unscale_gradients = lambda: [accelerator.scaler.unscale_(o.optimizer) for o in accelerator._optimizers]
+        accelerator.unscale_gradients = lambda: [accelerator.scaler.unscale_(each.optimizer)
+                                                 for each in accelerator._optimizers]
         return accelerator, folder
 
     monkeypatch.setattr(start, "make_accelerator", make_accelerator)
@@ -152,7 +156,8 @@ def break_loss(monkeypatch, *steps, term="denoise"):
 def test_a_skipped_step_changes_no_weight(monkeypatch, tiny_data, tmp_path):
     """Allowed, it is logged and counted, the weights are those of the step before, and the run goes on."""
     break_loss(monkeypatch, 2, 3)
-    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-skipped-steps", 2, "--log-every", 4,
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-skipped-steps", 2,
+                                      "--log-every", 4,
                                       "--checkpointing-steps", 1))
     states = {step: checkpoint(tmp_path, step) for step in range(1, 7)}
     assert_same_state(states[1]["model"], states[3]["model"])
@@ -167,7 +172,7 @@ def test_a_skipped_step_changes_no_weight(monkeypatch, tiny_data, tmp_path):
 def test_too_many_skipped_steps_stop_the_run(monkeypatch, tiny_data, teacher_file, tmp_path, limit, stop):
     """Step and term are named; the weights at the stop are still whole, and the last checkpoint is the one before."""
     break_loss(monkeypatch, 2, 3, term="attention")
-    with pytest.raises(UserError, match=f"^attention is not finite at step {stop} .*attention nan.*the last checkpoint is intact"):
+    with pytest.raises(UserError, match=f"^attention is not finite at step {stop} .*attention nan.*last checkpoint is"):
         run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--max-skipped-steps", limit, "--checkpointing-steps", 1,
                                           "--enc-weights", teacher_file))
     assert sorted(saved_steps(tmp_path / "run/checkpoints")) == list(range(1, stop))
@@ -241,7 +246,8 @@ def test_going_back_makes_the_same_run_again(monkeypatch, tiny_data, tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "one bit", "code"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(monkeypatch, tiny_data, tmp_path, damage):
-    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--checkpointing-steps", 2, "--max-train-steps")
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--checkpointing-steps", 2,
+                                "--max-train-steps")
     run(monkeypatch, *arguments, 6)
     path, whole = tmp_path / "run/checkpoints/0000006.pt", checkpoint(tmp_path, 6)
     data = bytearray(path.read_bytes())
@@ -261,7 +267,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(monkeyp
 def test_phase_two_goes_on_without_images(monkeypatch, tiny_data, teacher_file, tmp_path):
     """As long as its checkpoint is there: if Phase I has to be gone back to, images are asked for."""
     data = shutil.copytree(tiny_data, tmp_path / "data")
-    steps = [*train_arguments(data, tmp_path), "--enc-weights", teacher_file, "--early-stop-point", 2, "--checkpointing-steps", 1]
+    steps = [*train_arguments(data, tmp_path), "--enc-weights", teacher_file, "--early-stop-point", 2,
+             "--checkpointing-steps", 1]
     run(monkeypatch, *steps, "--max-train-steps", 3)
     shutil.rmtree(data / "images")
     run(monkeypatch, *steps, "--max-train-steps", 4)
@@ -281,7 +288,7 @@ def test_a_disk_that_fails_for_a_while_makes_no_checkpoint_a_damaged_one(monkeyp
     def fail(*_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     monkeypatch.setattr(torch, "load", fail)
-    with pytest.raises(UserError, match="0000002.pt cannot be read now .*Input/output error.*; mend that and try again"):
+    with pytest.raises(UserError, match="0000002.pt cannot be read now .*Input/output error.*; mend that and"):
         read_newest(tmp_path, 0, ("model",))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0000001.pt", "0000002.pt"]
 
@@ -302,7 +309,8 @@ def test_what_metrics_keep_for_the_first_row_after_a_restart(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_none_of_those_to_keep(monkeypatch, tiny_data, tmp_path):
-    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--checkpointing-steps", 2, "--keep-checkpoints", 2)
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--checkpointing-steps", 2,
+                                "--keep-checkpoints", 2)
     run(monkeypatch, *arguments, "--max-train-steps", 6)
     (tmp_path / "run/checkpoints/0000006.pt").rename(tmp_path / "run/checkpoints/0000005.pt")
     (tmp_path / "run/checkpoints/0000005.pt").write_bytes(b"torn")
@@ -322,7 +330,8 @@ def test_no_checkpoint_left(tmp_path):
 
 def test_full_disk_leaves_the_checkpoint_before(monkeypatch, tiny_data, tmp_path):
     """The write fails half way, for real: the limit on file sizes. One sentence; then, with room, the run goes on."""
-    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--checkpointing-steps", 2, "--max-train-steps")
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--checkpointing-steps", 2,
+                                "--max-train-steps")
     run(monkeypatch, *arguments, 2)
     folder = tmp_path / "run/checkpoints"
     before = (folder / "0000002.pt").read_bytes()
@@ -330,8 +339,8 @@ def test_full_disk_leaves_the_checkpoint_before(monkeypatch, tiny_data, tmp_path
     done = script("train.py", *arguments, 4, check=False, before="tests.test_resume.limit_file_size",
                   env={"HASTE_TEST_LARGEST_FILE": str(len(before) // 2)})
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"error: {folder}/0000004.pt could not be written (File too large), what was there before is as it was; make room " \
-           "and run the command again." in done.stderr
+    assert (f"error: {folder}/0000004.pt could not be written (File too large), what was there before is as it was; "
+            "make room and run the command again.") in done.stderr
     assert [path.name for path in folder.iterdir()] == ["0000002.pt"] and (folder / "0000002.pt").read_bytes() == before
     run(monkeypatch, *arguments, 4)
     assert sorted(saved_steps(folder)) == [2, 4]
@@ -339,13 +348,13 @@ def test_full_disk_leaves_the_checkpoint_before(monkeypatch, tiny_data, tmp_path
 
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.1, 0.2, 0.31, 0.45, 0.5, 0.62, 0.75, 0.83, 0.99])
 def test_full_disk_at_any_place(tmp_path, share):
-    """torch.save answers a failed write with an error about positions, at every other place: the sentence is the same."""
+    """torch.save answers a failed write with an error about positions; the sentence is the same."""
     weights = {str(i): torch.full((1 + 1000 * i,), 1.0) for i in range(20)}
     save_checkpoint(tmp_path, 1, {"model": weights, "ema": weights})
     size, limits = (tmp_path / "0000001.pt").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), limits[1]))
     try:
-        with pytest.raises(UserError, match="0000002.pt could not be written .File too large., what was there before is as it"):
+        with pytest.raises(UserError, match="0000002.pt could not be written .File too large., what was there before"):
             save_checkpoint(tmp_path, 2, {"model": weights, "ema": weights})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

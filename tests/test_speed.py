@@ -50,7 +50,8 @@ def test_a_step_finds_the_memory_of_the_one_before():
                 library.free(piece)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    faults = [int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, check=True, capture_output=True, text=True,
+    faults = [int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, check=True, capture_output=True,
+                                 text=True,
                                  env={**environment, "CUDA_VISIBLE_DEVICES": ""}).stdout) for how in ("tuned", "plain")]
     assert faults[0] < 0.1 * faults[1]
 

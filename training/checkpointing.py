@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from dataset import PIXELS
 from models.checkpoint import load_checkpoint, saved_steps
@@ -75,10 +75,18 @@ def read_newest(folder, step, needed):
 
 
 def read_for_all(accelerator, folder, step, needed):
-    """read_newest for all processes: rank 0 picks the checkpoint; all ranks load it, or raise."""
+    """read_newest for all processes: rank 0 picks the checkpoint; all ranks load it, or all raise UserError."""
     found = read_newest(folder, step, needed) if accelerator.is_main_process else None
     [chosen] = broadcast_object_list([found and int(found[0].stem)])
-    return found if accelerator.is_main_process or chosen is None else read_newest(folder, chosen, needed)
+    problem = None
+    if chosen is not None and not accelerator.is_main_process:
+        try:
+            found = read_newest(folder, chosen, needed)
+        except UserError as error:
+            problem = str(error)
+    for sentence in filter(None, gather_object([problem])):  # else rank 0 would wait for the rank that has ended
+        raise UserError(sentence)
+    return found
 
 
 def describe_resume(path, saved, changed):
