@@ -90,7 +90,7 @@ def parse_args():
         raise UserError(f"--steps {args.steps} is no multiple of 8, as stops and the trigger's start need; change it.")
     if (args.steps // 4) % args.every:
         raise UserError(f"--every {args.every} does not divide a quarter of --steps {args.steps}, where runs part; "
-                       "change one of them.")
+                        "change one of them.")
     if unknown := set(args.variants or ()) - set(variants(args.steps)):
         raise UserError(f"--variants {min(unknown)!r} is none of {', '.join(variants(args.steps))}.")
     return args
@@ -106,7 +106,7 @@ def check_settings(args):
         for name in OF_ALL_RUNS:
             if found[name] != getattr(args, name):
                 raise UserError(f"{args.results} holds runs with --{name.replace('_', '-')} {found[name]}, not "
-                               f"{getattr(args, name)}; use another --out and --results.")
+                                f"{getattr(args, name)}; use another --out and --results.")
     elif args.report:
         raise UserError(f"{args.results} holds no study; leave --report out.")
     else:
@@ -178,7 +178,7 @@ def train(args, seed, variant):
     if done.returncode:
         said = "".join(done.stderr.strip().splitlines()[-1:])
         raise UserError(f"{folder} ended with status {done.returncode}: {said}; mend that and give the same command "
-                       "again.")
+                        "again.")
     write_result(args, seed, variant)
 
 

@@ -90,7 +90,7 @@ class Teacher:
         num_blocks = num_blocks or len(vit.blocks)
         if num_blocks > len(vit.blocks) or any(not 0 <= block < num_blocks for block in attn_blocks):
             raise UserError(f"The teacher has {len(vit.blocks)} blocks, of which {num_blocks} are to be used and "
-                           f"{list(attn_blocks)} aligned to; choose --enc-blocks and --attn-layers inside.")
+                            f"{list(attn_blocks)} aligned to; choose --enc-blocks and --attn-layers inside.")
         if not features:
             num_blocks = max(attn_blocks) + 1
         vit.blocks = vit.blocks[:num_blocks]
@@ -98,7 +98,7 @@ class Teacher:
         patch = vit.patch_embed.patch_size[0]
         if input_size and input_size % patch:
             raise UserError(f"--enc-size {input_size} is no multiple of {patch}, the teacher's patch; change it or "
-                           "leave it out.")
+                            "leave it out.")
         self.grid, self.input_size = grid, input_size or grid * patch
         vit.set_input_size((self.input_size, self.input_size))  # resamples the position table, bicubic, antialiased
         self.vit, self.features, self.num_blocks, self.precision = vit, features, num_blocks, precision

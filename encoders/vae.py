@@ -41,7 +41,7 @@ class Pixels:
         """Raise UserError unless latents of `channels` x `side` x `side` are pixels of images of `resolution`."""
         if (channels, side) != (self.channels, resolution):
             raise UserError(f"--vae none is for pixels, 3 channels of {resolution} for --resolution {resolution}, but "
-                           f"the latents have {channels} channels of {side}; give the --vae or --resolution of these.")
+                            f"the latents have {channels} channels of {side}; give the --vae or --resolution of these.")
 
     @staticmethod
     def encode(images):
@@ -76,8 +76,8 @@ class VAE:
         """Raise UserError unless latents of `channels` x `side` x `side` are this VAE's for images of `resolution`."""
         if (channels, side * self.factor) != (self.channels, resolution):
             raise UserError(f"The VAE {self.source} makes {self.channels} channels at 1/{self.factor} "
-                           f"of the image's side, but the latents have {channels} channels of {side} for --resolution "
-                           f"{resolution}; give the --vae or --resolution of these.")
+                            f"of the image's side, but the latents have {channels} channels of {side} for --resolution "
+                            f"{resolution}; give the --vae or --resolution of these.")
 
     @torch.no_grad()
     def encode(self, images, spread="std"):

@@ -35,10 +35,10 @@ def evaluate(args):
     position = {number: i for i, number in enumerate(numbers)}
     if unknown := [number for number in made if number not in position]:
         raise UserError(f"{args.sample} has an image of caption {unknown[0]}, {args.reference} no picture "
-                       f"{unknown[0]}.png; give the split that the images were made for.")
+                        f"{unknown[0]}.png; give the split that the images were made for.")
     if samples.size != reference.size:
         raise UserError(f"{args.sample} has images of {size_text(samples.size)}, {args.reference} of "
-                       f"{size_text(reference.size)}; compare sets of one size.")
+                        f"{size_text(reference.size)}; compare sets of one size.")
     texts = caption_texts(args.reference, made, args.caption_index) if args.clip else None
     device = join_processes(args.device)
     extractor = extractor_from(args, device)

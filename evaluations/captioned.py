@@ -32,7 +32,7 @@ def read_samples(source, split):
     images, numbers = open_images(source), sorted(set().union(*scan_numbered(split)))
     if images.n > len(numbers):
         raise UserError(f"{source} has {images.n} images, {split} only {len(numbers)}; give the split that the images "
-                       "were made for.")
+                        "were made for.")
     return images, numbers[:images.n]
 
 
@@ -42,11 +42,11 @@ def caption_texts(folder, numbers, k):
     captions = read_texts(path, {})
     if captions is None:
         raise UserError(f"{path} does not exist; the CLIP score needs the captions in words, retrieval does not: leave "
-                       "--clip out.")
+                        "--clip out.")
     for i in numbers:
         if not 0 <= k < len(captions.get(i, ())):
             raise UserError(f"--caption-index {k}: image {i} of {folder} has {len(captions.get(i, ()))} captions in "
-                           "words, counted from 0; choose a lower one.")
+                            "words, counted from 0; choose a lower one.")
     return [captions[i][k] for i in numbers]
 
 

@@ -37,7 +37,7 @@ class Evaluation:
             check_count(images.n, self.metrics, images.name)
             if tuple(images.size) != (args.resolution, args.resolution):
                 raise UserError(f"--eval-ref {args.eval_ref} has images of {size_text(images.size)}, samples have "
-                               f"--resolution {args.resolution}; give a reference of that size.")
+                                f"--resolution {args.resolution}; give a reference of that size.")
         self.extractor = load_extractor(args.eval_features, args.eval_weights, accelerator.device, args.eval_preset)
         self.reference = load_set(args.eval_ref, self.extractor, self.metrics, is_reference=True,
                                   batch_size=self.batch_size)

@@ -116,7 +116,7 @@ def load_extractor(features="inception", weights=None, device="cpu", preset="adm
         weights = EFFICIENTNET_PATH
         if not os.path.isfile(weights):
             raise UserError(f"{weights} does not exist; make it with examples/emoji/prepare.py, or give the path of "
-                           "EfficientNet-Lite0's weights.")
+                            "EfficientNet-Lite0's weights.")
     path, state = weights or url, read_weights(weights, url, sha256 if verify else None)
     with torch.device("meta"):  # takes no time and no random numbers
         network = build(features)
@@ -132,7 +132,7 @@ def load_extractor(features="inception", weights=None, device="cpu", preset="adm
     except RuntimeError as error:
         reason = shorten(str(error).strip().splitlines()[-1], 100, placeholder=" ...")  # it can name hundreds of keys
         raise UserError(f"{path} does not hold the weights of {features} ({reason}); give the published "
-                       "file.") from error
+                        "file.") from error
     device = torch.device(device)
     return Extractor(features, preset, network.eval().requires_grad_(False).to(device), device)
 
@@ -154,10 +154,10 @@ def read_weights(path, url, sha256):
                                                       check_hash=sha256 is not None)
         except (OSError, RuntimeError) as error:
             raise UserError(f"{url} could not be fetched ({error}); download it elsewhere and give the path of the "
-                           "file.") from error
+                            "file.") from error
     if sha256 and os.path.isfile(path) and not (digest := sha256_of(path)).startswith(sha256):
         raise UserError(f"{path} has sha256 {digest[:16]}..., the published weights {sha256}...; get them again, "
-                       "or give evaluator.py --any-weights for scores that compare with nothing else.")
+                        "or give evaluator.py --any-weights for scores that compare with nothing else.")
     state = load_tensors(path)
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a state dict; give the published file.")
@@ -184,5 +184,5 @@ def efficientnet_state(state, expected, path):
     kinds, expected_kinds = ([key.rpartition(".")[2] for key in keys] for keys in (state, expected))
     if kinds != expected_kinds:
         raise UserError(f"{path} does not hold the weights of EfficientNet-Lite0 ({len(state)} entries, expected "
-                       f"{len(expected)} in the published order); make it again with examples/emoji/prepare.py.")
+                        f"{len(expected)} in the published order); make it again with examples/emoji/prepare.py.")
     return dict(zip(expected, state.values(), strict=True))

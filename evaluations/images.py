@@ -47,7 +47,7 @@ class NpzImages:
                 shape, fortran, dtype, self.header = array_header(file.peek(1024))
             except ValueError as error:
                 raise UserError(f"arr_0 of {self.name} has no readable .npy header ({error}); write it "
-                               "again.") from error
+                                "again.") from error
             check_layout(dtype, shape, f"arr_0 of {self.name}")
             if fortran:
                 raise UserError(f"arr_0 of {self.name} is in Fortran order; make it contiguous.")
@@ -151,14 +151,14 @@ def check_layout(dtype, shape, name):
         raise UserError(f"{name} has shape {tuple(shape)}; images must be (n, height, width, 3), n at least 1.")
     if shape[1] * shape[2] > Image.MAX_IMAGE_PIXELS:
         raise UserError(f"{name} has images of {size_text(shape[1:3])}, more than {Image.MAX_IMAGE_PIXELS} pixels; "
-                       "give smaller ones.")
+                        "give smaller ones.")
 
 
 def check_batch(name, count, size):
     """Raise UserError for a batch that needs too much memory: a small file can hold huge black images."""
     if (needed := count * size[0] * size[1] * 3) > LARGEST:
         raise UserError(f"{count} images of {size_text(size)} of {name} take {needed} bytes at a time, more than "
-                       f"{LARGEST}; give a smaller --batch-size or smaller images.")
+                        f"{LARGEST}; give a smaller --batch-size or smaller images.")
 
 
 def decode(file, size=None):
@@ -169,7 +169,7 @@ def decode(file, size=None):
                 raise UserError(f"{file} has mode {image.mode}; convert to 8-bit RGB without transparency.")
             if size and (image.height, image.width) != tuple(size):
                 raise UserError(f"{file} is {size_text((image.height, image.width))}, others of its set are "
-                               f"{size_text(size)}; all images of a set must have one size.")
+                                f"{size_text(size)}; all images of a set must have one size.")
             return np.asarray(image.convert("RGB"))
     except IMAGE_ERRORS as error:
         raise UserError(f"{file} cannot be decoded ({first_line(error)}); write it again.") from error

@@ -52,7 +52,7 @@ def evaluate(args):
     train, val = open_split(network, trained, data, args.val_data, args.images, args.seed)
     if len(val.positions) <= args.k:
         raise UserError(f"There are {len(val.positions)} held-out images, too few for --k {args.k} neighbours; give "
-                       "more, or a smaller --k.")
+                        "more, or a smaller --k.")
     device = join_processes(args.device)
     network, teacher = network.to(device), open_teacher(network, trained).to(device)
     path_type = trained.get("path_type") or "linear"

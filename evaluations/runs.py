@@ -40,7 +40,7 @@ def read_table(run):
             raise ValueError(f"it has no column {min(missing)}")
     except (ValueError, KeyError, csv.Error) as error:
         raise UserError(f"{path} is not a metrics.csv of train.py ({first_line(error)}); give another run's "
-                       "folder.") from error
+                        "folder.") from error
     return table
 
 

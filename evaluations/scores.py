@@ -33,7 +33,7 @@ def check_count(n, metrics, name):
     for metric in metrics:
         if n < METRICS[metric]:
             raise UserError(f"{name} has {n} image{'s' * (n != 1)}, but metric {metric} needs at least "
-                           f"{METRICS[metric]}; give more images or choose other --metrics.")
+                            f"{METRICS[metric]}; give more images or choose other --metrics.")
 
 
 def check_pair(reference, sample, metrics, limit=None):

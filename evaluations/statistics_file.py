@@ -33,7 +33,7 @@ def read_statistics(source, extractor, required):
     if not {"mu", "sigma"} & set(keys):
         if required:
             raise UserError(f"{source} has the keys {', '.join(keys) or '(none)'}; expected arr_0 (images), "
-                           "or mu and sigma (statistics).")
+                            "or mu and sigma (statistics).")
         return None
     try:
         with np.load(source, allow_pickle=False) as file:
@@ -50,7 +50,7 @@ def read_statistics(source, extractor, required):
         message = f"The statistics in {source} are of {features} with preset {preset}"
         if required:
             raise UserError(f"{message}, not of {extractor.features} with preset {extractor.preset}; choose the same "
-                           "with --preset (train.py: --eval-preset), or make them again with evaluations/stats.py.")
+                            "with --preset (train.py: --eval-preset), or make them again with evaluations/stats.py.")
         logger.warning("%s: they are ignored, and the images beside them are used", message)
         return None
     if preset is None and features == "inception" and rank() == 0:
@@ -64,7 +64,7 @@ def read_statistics(source, extractor, required):
         shape = (dim, dim) if key.startswith("sigma") else (dim,)
         if array.shape != shape or array.dtype.kind != "f":
             raise UserError(f"{key} of {source} is {array.dtype} {array.shape}, expected floats of {shape}; it is not "
-                           f"made with {features} features.")
+                            f"made with {features} features.")
         if not np.isfinite(array).all():
             raise UserError(f"{key} of {source} holds nan or infinite numbers; make the statistics again.")
     tensors = {key: torch.from_numpy(value.astype(np.float64)) for key, value in stored.items()}

@@ -48,7 +48,7 @@ def open_dataset(network, args, data_dir, split="train"):
     for what, (there, expected) in shapes.items():
         if there != expected:
             raise UserError(f"{data_dir} has {what} {there}, the network takes {expected}; give the data that it was "
-                           "trained on.")
+                            "trained on.")
     return dataset
 
 

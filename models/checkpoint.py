@@ -138,7 +138,7 @@ def load_weights(module, weights, path):
     for name in [*ours, *theirs]:
         if ours.get(name) != theirs.get(name):
             raise UserError(f"{path} is a checkpoint of another model: {name} is {theirs.get(name, 'missing')} there "
-                           f"and {ours.get(name, 'unknown')} here; give the --model and options it was trained with.")
+                            f"and {ours.get(name, 'unknown')} here; give the --model and options it was trained with.")
     module.load_state_dict(weights)
 
 

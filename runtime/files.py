@@ -47,7 +47,7 @@ def writing(path):
             raise  # about another file, which the caller was reading
         remedy = "make room" if error.errno in NO_ROOM else "name a folder that can be written to"
         raise UserError(f"{path} could not be written ({error.strerror or error}), what was there before is as it was; "
-                       f"{remedy} and run the command again.") from error
+                        f"{remedy} and run the command again.") from error
 
 
 @contextlib.contextmanager
@@ -58,7 +58,7 @@ def reading(path):
     except OSError as error:
         name = os.fsdecode(error.filename or path)
         raise UserError(f"{name} cannot be read ({error.strerror or error}); give another path, or make this one "
-                       "readable.") from error
+                        "readable.") from error
 
 
 def is_file(path):

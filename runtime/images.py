@@ -89,7 +89,7 @@ def decode_image(data, name, resolution):
         with open_image(io.BytesIO(data)) as picture:
             if picture.mode not in ("RGB", "L", "P") or picture.size != (resolution, resolution):
                 raise UserError(f"{name} is {picture.mode} of {picture.width}x{picture.height}; expected RGB of "
-                               f"{resolution}x{resolution} (--resolution).")
+                                f"{resolution}x{resolution} (--resolution).")
             picture.load()
             return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
     except IMAGE_ERRORS as error:

@@ -70,5 +70,5 @@ def load_pipeline(path, vae=None, text_encoder=CLIP, device=None):
         encode = TextEncoder(text_encoder, device, length=(args.get("context_shape") or [None])[0])
         if encode.width != network.context_embedder.in_features:
             raise UserError(f"{path} takes text of width {network.context_embedder.in_features}, {text_encoder} gives "
-                           f"{encode.width}; give the text encoder that it was trained with.")
+                            f"{encode.width}; give the text encoder that it was trained with.")
     return Pipeline(network.to(device), vae, args["path_type"], encode)

@@ -28,7 +28,7 @@ def save_checkpoint(folder, step, state):
         for name, value in state[part].items():
             if not value.isfinite().all():
                 raise UserError(f"{name} of {part} is not finite at step {step}, which is not saved; the checkpoint "
-                               "before it is intact. Lower --learning-rate and run the command again.")
+                                "before it is intact. Lower --learning-rate and run the command again.")
     with atomic_write(path) as file:
         torch.save({**state, "steps": step}, file)
     return path
@@ -110,11 +110,11 @@ def check_same_run(path, saved, args):
 
     if "vae" in saved and "vae" in args and (PIXELS == saved["vae"]) != (PIXELS == args["vae"]):
         raise UserError(f"{path} was trained with --vae {saved['vae']}, and --vae is now {args['vae']}: pixels and a "
-                       "VAE's latents do not mix; use another --exp-name, or the --vae of that run.")
+                        "VAE's latents do not mix; use another --exp-name, or the --vae of that run.")
     for name in MUST_MATCH_ON_RESUME:
         if name in saved and name in args and plain(saved[name]) != plain(args[name]):
             raise UserError(f"{path} belongs to another run: {name} was {saved[name]} and is now {args[name]}; use "
-                           "another --exp-name, or the settings of that run.")
+                            "another --exp-name, or the settings of that run.")
     return [(name, saved[name], value) for name, value in args.items()
             if name in saved and name not in MUST_MATCH_ON_RESUME and plain(saved[name]) != plain(value)]
 

@@ -22,7 +22,7 @@ def is_sharded(accelerator):
         return False
     if not accelerator.is_fsdp2:
         raise UserError("Of FSDP only version 2 is supported; set fsdp_version: 2 in accelerate's configuration, or "
-                       "give accelerate launch --fsdp_version 2.")
+                        "give accelerate launch --fsdp_version 2.")
     return True
 
 
@@ -65,8 +65,8 @@ def set_plugin(plugin, model):
     unknown = set(names) - {type(module).__name__ for module in model.modules()}
     if unknown:
         raise UserError(f"FSDP is to wrap {', '.join(sorted(unknown))}, which {type(model).__name__} does not have; "
-                       f"set fsdp_transformer_layer_cls_to_wrap to {', '.join(model._no_split_modules)}, or leave it "
-                       "out.")
+                        f"set fsdp_transformer_layer_cls_to_wrap to {', '.join(model._no_split_modules)}, or leave it "
+                        "out.")
     if plugin.activation_checkpointing:
         plugin.activation_checkpointing, model.grad_checkpointing = False, True
         logger.info("fsdp_activation_checkpointing is --grad-checkpointing"
@@ -127,7 +127,7 @@ def load_optimizer(optimizer, saved, path):
               if torch.is_tensor(value) and value.dim()}
     if counts != theirs or any(i >= len(parameters) or parameters[i].shape != shape for i, shape in shapes.items()):
         raise UserError(f"{path} has the optimizer's state of another model or optimizer, for {theirs} parameters "
-                       f"instead of {counts} or of other shapes; give the --model and options it was trained with.")
+                        f"instead of {counts} or of other shapes; give the --model and options it was trained with.")
     groups = [{**theirs, **{name: value for name, value in ours.items() if name != "params"}}
               for theirs, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)]
     state = {i: {name: split_as(value, parameters[i]) if value.shape == parameters[i].shape else value

@@ -33,7 +33,7 @@ def start_trackers(accelerator, args):
                                   init_kwargs={"wandb": {"name": args.exp_name, "dir": str(folder)}})
     except (wandb.errors.Error, ValueError) as error:  # a ValueError: of its environment variables
         raise UserError(f"wandb could not start ({error}); run `wandb login`, set WANDB_MODE=offline, or use "
-                       "--report-to none.") from error
+                        "--report-to none.") from error
 
 
 def rows_of(path):
@@ -98,9 +98,9 @@ class Metrics:
             allowed = SCALER_SKIPS * scaled if self.max_skipped is None else self.max_skipped
             if self.in_a_row > allowed:
                 raise UserError(f"{culprit} is not finite at step {self.step} ({terms}), in {self.in_a_row} step(s) in "
-                               "a row; no weight was changed by them and the last checkpoint is intact. Lower "
-                               "--learning-rate, use --mixed-precision bf16, or allow more of them with "
-                               "--max-skipped-steps.")
+                                "a row; no weight was changed by them and the last checkpoint is intact. Lower "
+                                "--learning-rate, use --mixed-precision bf16, or allow more of them with "
+                                "--max-skipped-steps.")
             logger.info(f"step {self.step} is skipped: {culprit} is not finite ({terms})")
         self.pending += rows
 

@@ -111,12 +111,12 @@ def make_accelerator(args):
     split = accelerator.num_processes * args.gradient_accumulation_steps
     if args.batch_size < 1 or args.batch_size % split:
         raise UserError(f"--batch-size {args.batch_size} is global and must divide by processes x accumulation = "
-                       f"{split}; change one of them.")
+                        f"{split}; change one of them.")
     if args.enc_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--enc-precision fp16 needs a GPU; use bf16 or no.")
     if args.early_stop_trigger == "gradient" and args.trigger_samples % accelerator.num_processes:
         raise UserError(f"--trigger-samples {args.trigger_samples} must divide by the number of processes = "
-                       f"{accelerator.num_processes}; change it.")
+                        f"{accelerator.num_processes}; change it.")
     if args.num_workers is None:
         args.num_workers = min(MOST_WORKERS, cores_of_this_process())
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
