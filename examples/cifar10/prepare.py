@@ -219,8 +219,6 @@ def build_reference(dest, split, count=None):
         return
     images = ArrayImages(read_photographs(dest, split)[:count].transpose(0, 2, 3, 1), f"{split} photographs")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        keep_freed_memory()  # a third of the time goes into getting it back for each batch otherwise
     extractor = load_extractor("efficientnet-lite0", dest / "efficientnet-lite0.pth", device)
     found = extract(images.batches(0, images.n, SCORING_BATCH), images.n, extractor, images.name, keep=False)
     chosen = np.random.RandomState(0).permutation(images.n)[:KID_IMAGES]
@@ -240,6 +238,8 @@ def main():
     add("--train-reference", action="store_true", help="ref-train.npz too")
     args = parser.parse_args()
     check_bounds(args, {"train_images": (2, len(BATCHES["train"]) * BATCH), "reference_images": (2, BATCH)})
+    if not torch.cuda.is_available():
+        keep_freed_memory()  # getting it back for each batch takes a third of the time otherwise
     build_photographs(args.dest, args.source, args.wheels, args.train_images)
     if args.vae != "none":
         build_latents(args.dest, args.vae)
