@@ -5,9 +5,7 @@ ImageNet, the layout of REPA and HASTE (LatentImages):
     {data}/vae-sd/{idx8[:5]}/img-mean-std-{idx8}.npy       float32 (8, R/f, R/f)  + vae-sd/dataset.json
 dataset.json is {"labels": [[relative path, label], ...]}; in one of the two folders the labels may be null. Each folder
 may also be a zip or packed, see data_io/storage.py. --hflip also reads vae-sd-hflip: latents of the mirrored images,
-under the names that vae-sd has.
-
-Pixels (PixelImages, --vae none): images/ of that layout alone.
+under the names that vae-sd has. Pixels (PixelImages, --vae none): images/ of that layout alone.
 
 COCO, the layout of U-ViT (CaptionedImages):
     {data}/{train,val}/{i}.png         RGB, R x R
@@ -211,7 +209,9 @@ class LatentImages(LatentDataset):
         for k, i in enumerate(positions.tolist()):
             for each, rows in zip(files, read, strict=True):
                 each.row(i, rows[k])
-            check_moments(read[0][k], self.moments_shape, self.latents.name(i))
+        if not np.isfinite(read[0]).all():
+            for i in positions.tolist():
+                self.moments(i)  # raises, naming the entry
         values = dict(zip(("moments", "image"), read, strict=False), position=positions, y=self.labels[positions])
         return {name: torch.from_numpy(value) for name, value in values.items()}
 

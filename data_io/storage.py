@@ -206,7 +206,7 @@ class Packed:
         place = self.offsets[shard] + (i - self.starts[shard]) * row.nbytes
         try:
             if shard not in self.files:
-                self.files[shard] = open(self.shards[shard], "rb", buffering=0)  # noqa: SIM115 - as long as the data set
+                self.files[shard] = open(self.shards[shard], "rb", buffering=0)  # noqa: SIM115 - kept open
             read = os.preadv(self.files[shard].fileno(), [row.reshape(-1).view(np.uint8)], place)
         except OSError as error:
             raise damaged(self.name(i), first_line(error)) from error

@@ -118,13 +118,14 @@ def run(args):
     data = layout(args.source, args.resolution, None, images=not args.latents_only, hflip=hflip)
     with writing(args.dest):
         args.dest.mkdir(parents=True, exist_ok=True)
+    source = data.fingerprint()
     for kind, files, read in (("vae-sd", data.latents, data.moments),
                               ("vae-sd-hflip", data.mirrored, lambda i: data.moments(i, mirrored=True)),
                               ("images", data.pictures, data.image)):
         if files is not None:
             names = map(os.fsdecode, files.index.names.tolist())
             entries = list(zip(data.indices.tolist(), names, data.labels.tolist(), files.sizes().tolist(), strict=True))
-            pack_kind(args.dest / kind, read, entries, data.fingerprint(), args.rows, args.num_workers)
+            pack_kind(args.dest / kind, read, entries, source, args.rows, args.num_workers)
     packed = layout(args.dest, args.resolution, None, images=not args.latents_only, hflip=hflip)
     if packed.fingerprint(files=True) != data.fingerprint(files=True):
         raise UserError(f"{args.source} has changed while it was packed; delete {args.dest} and pack it again.")
