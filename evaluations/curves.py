@@ -25,9 +25,9 @@ def main():
     out, found = args.out or args.runs[0] / "curves.png", []
     for run in args.runs:
         table = read_table(run)
-        stop, columns = alignment_stop(table, read_json(run / "args.json")), list(table)
+        stop, drawn, columns = alignment_stop(table, read_json(run / "args.json")), shown(table), list(table)
         terms = [*TITLES, *columns[columns.index("seconds") + 1:]]  # the scores come after the seconds
-        found.append((run.name, stop, {term: shown(table).get(term, ([], [])) for term in terms
+        found.append((run.name, stop, {term: drawn.get(term, ([], [])) for term in terms
                                        if not term.startswith("cosine_")}))
     terms = dict.fromkeys(term for _, _, metrics in found for term in metrics)
     figure, axes = plt.subplots(1, len(terms), figsize=(4.3 * len(terms), 3.6), constrained_layout=True)

@@ -11,12 +11,13 @@ from PIL import Image
 
 from evaluations.images import FolderImages, decode
 from evaluations.student import look_inside
+from loss import ALIGNMENT_LOSSES
 from models.checkpoint import check_contents, saved_steps
 from runtime.errors import UserError, first_line
 from runtime.files import is_file, read_json, reading
 from runtime.images import image_grid
 
-TITLES = {"denoise": "denoising loss", "feature": "feature loss (-cosine)", "attention": "attention loss (nats)"}
+TITLES = {"denoise": "denoising loss", **{name: row.title for name, row in ALIGNMENT_LOSSES.items()}}
 LARGEST = 768  # pixels a side of a picture on the page; larger ones are scaled down
 PREVIEWS = 24  # most previews of a run, evenly spread
 GRID = 36  # pictures shown of a samples folder without a grid beside it
@@ -36,7 +37,7 @@ def read_table(run):
         table = {column: ([int(row["step"]) for row in rows if row[column]],
                           [float(row[column]) for row in rows if row[column]]) for column in rows[0]}
         del table["step"]
-        if missing := {*TITLES, "seconds"} - table.keys():
+        if missing := {"denoise", "seconds"} - table.keys():
             raise ValueError(f"it has no column {min(missing)}")
     except (ValueError, KeyError, csv.Error) as error:
         raise UserError(f"{path} is not a metrics.csv of train.py ({first_line(error)}); give another run's "
@@ -54,10 +55,11 @@ def read_settings(run):
 
 
 def shown(table):
-    """The columns of read_table to draw: without the cosines at single times, and what was off, which is 0."""
+    """The columns of read_table to draw: without the cosines at single times, what was off (0), and a constant rate."""
     return {name: (steps, values) for name, (steps, values) in table.items()
             if steps and name != "seconds" and not name.startswith("cosine_")
-            and (any(values) or name not in ("feature", "attention", "skipped"))}
+            and (any(values) or name not in (*ALIGNMENT_LOSSES, "skipped"))
+            and (name != "learning_rate" or len(set(values)) > 1)}
 
 
 def alignment_stop(table, settings):
@@ -66,7 +68,7 @@ def alignment_stop(table, settings):
     The table says in which row the alignment losses end. Within this row it is the planned stop or the gradient
     trigger's, whichever is earlier.
     """
-    last = max(table["feature"][0], default=0)
+    last = max((step for name in ALIGNMENT_LOSSES if name in table for step in table[name][0]), default=0)
     after = next((step for step in table["denoise"][0] if step > last), None)
     if after is None or settings.get("enc_type") == "none":
         return None

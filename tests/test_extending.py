@@ -110,6 +110,12 @@ def test_a_loss_a_schedule_a_teacher_and_a_sampler(house, tmp_path):
     assert rows[3]["gram"] == "" and rows[1]["cosine"] and not rows[0]["cosine"]
     assert [float(row["learning_rate"]) for row in rows] == pytest.approx([1e-3 * (1 - (k / 4) ** 2) for k in range(4)])
     assert checkpoint(tmp_path, 4)["args"]["gram_coeff"] == 0.3
+    code = ("import sys; from pathlib import Path; from evaluations import runs; run = Path(sys.argv[1]); "
+            "table = runs.read_table(run); print('gram' in runs.TITLES, 'gram' in runs.shown(table), "
+            "runs.alignment_stop(table, runs.read_settings(run)))")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], cwd=copy, env={**CPU}, capture_output=True,
+                          text=True, check=True)
+    assert done.stdout == "True True 3\n"  # curves and report draw it, and know by the table where alignment ends
     run(copy, "generate.py", "--ckpt", tmp_path / "run/checkpoints/0000004.pt", "--mode", "one", "--num-fid-samples", 2,
         "--num-steps", 1, "--vae", ROOT / "assets/vae-emoji", "--sample-dir", tmp_path / "samples")
     assert len(list(tmp_path.glob("samples/*one*/*.png"))) >= 2 or len(list(tmp_path.glob("samples/*/*.png"))) >= 2
