@@ -1,6 +1,5 @@
 """The teacher's outputs for a whole data set, computed once and kept on disk."""
 import hashlib
-import json
 import logging
 import math
 import os
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from models.layers import QK, Alignment
 from runtime.errors import UserError, first_line
-from runtime.files import ARRAY_ERRORS, atomic_write, is_file, load_array, locked, writing
+from runtime.files import ARRAY_ERRORS, atomic_write, is_file, load_array, locked, write_json, writing
 from runtime.setup import to_device
 
 logger = logging.getLogger("haste")
@@ -104,8 +103,7 @@ class CachedTeacher:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             for name in names:
-                with atomic_write(self.folder / f"{name}.complete", "w") as file:
-                    json.dump({"images": len(dataset)}, file)
+                write_json(self.folder / f"{name}.complete", {"images": len(dataset)})
             record.unlink()
         accelerator.wait_for_everyone()
 

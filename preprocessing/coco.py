@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
 from dataset import digest
@@ -38,6 +37,7 @@ from preprocessing.pixels import center_crop, read_rgb
 from preprocessing.sources import Piece, read
 from runtime.errors import UserError, check_bounds, run_script
 from runtime.files import atomic_write, check_inside, read_json, remove_temporaries, weights_key, write_json
+from runtime.images import write_png
 from runtime.setup import PROCESS_GROUP_TIMEOUT, end_processes
 
 SPLITS = ("train", "val")
@@ -110,8 +110,7 @@ def write_pictures(folder, todo, have, picture, vae, args):
         except UserError as error:
             return error
         if png.name not in have:
-            with atomic_write(png) as file:
-                Image.fromarray(pixels).save(file, "PNG")
+            write_png(png, pixels)
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
     failures, groups = [], in_groups(todo, args.batch_size)

@@ -1,4 +1,4 @@
-"""Decode images; image grids with captions."""
+"""Decode and write images; image grids with captions."""
 import io
 import math
 import struct
@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from runtime.errors import UserError, first_line
+from runtime.files import atomic_write
 
 try:
     import imagecodecs
@@ -98,3 +99,9 @@ def decode_image(data, name, resolution):
 
 def unreadable(name, error):
     return UserError(f"{name} is no readable image ({first_line(error)}); make it again.")
+
+
+def write_png(path, image):
+    """Write `image`, uint8 (H, W, 3), atomically."""
+    with atomic_write(path) as file:
+        Image.fromarray(image).save(file, "PNG")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from dataset import PIXELS
@@ -14,7 +13,7 @@ from encoders.vae import open_vae
 from models.checkpoint import load_network
 from runtime.errors import UserError
 from runtime.files import atomic_write, is_file, read_json, remove_temporaries, write_json
-from runtime.images import IMAGE_ERRORS, image_grid, open_image
+from runtime.images import IMAGE_ERRORS, image_grid, open_image, write_png
 from runtime.setup import AUTOCAST, PROCESS_GROUP_TIMEOUT, cast_weights, check_compiler, to_device, tune
 from samplers import SAMPLERS, guided
 
@@ -189,12 +188,6 @@ def make_images(args, state, network, vae, paths, condition):
         for task in written:
             task.result()
     state.wait_for_everyone()
-
-
-def write_png(path, image):
-    """`image` uint8 (H, W, 3), atomically."""
-    with atomic_write(path) as file:
-        Image.fromarray(image).save(file, "PNG")
 
 
 def write_npz(path, paths, resolution):

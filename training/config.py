@@ -136,6 +136,11 @@ def loss_weights(args):
     return {name: weight for name, weight in weights.items() if weight > 0}
 
 
+def aligned_pairs(args):
+    """The pairs of blocks whose attention is compared; [] if no loss compares attention."""
+    return args.attn_layers if uses(loss_weights(args), "attention") else []
+
+
 def parse_pairs(text):
     """'2:7,3:9' -> [[2, 7], [3, 9]]."""
     try:
@@ -172,7 +177,6 @@ def finalize_args(args, config):
         raise UserError(f"--attn-layers names a student block past {config['depth'] - 1}, the model's last.")
     if args.early_stop_trigger == "gradient":
         from training.early_stop import check_trigger  # imports accelerate, which --help does not need
-        weights = loss_weights(args)
-        reached = [args.encoder_depth] * uses(weights, "features")
-        reached += [student + 1 for student, _ in args.attn_layers] * uses(weights, "attention")
+        reached = [args.encoder_depth] * uses(loss_weights(args), "features")
+        reached += [student + 1 for student, _ in aligned_pairs(args)]
         check_trigger(args, max(reached, default=0))

@@ -2,11 +2,9 @@
 
 import numpy as np
 import torch
-from PIL import Image
 
 from encoders.vae import VAE
-from runtime.files import atomic_write
-from runtime.images import image_grid
+from runtime.images import image_grid, write_png
 from samplers import euler_sampler, guided
 
 PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_CFG = 16, 50, 4.0
@@ -29,8 +27,7 @@ class Previews:
     def save(self, name, latents, step=None):
         images = self.vae.decode(latents)
         grid = image_grid(images, texts=self.texts)
-        with atomic_write(self.folder / f"{name}.png") as file:
-            Image.fromarray(grid).save(file, "PNG")
+        write_png(self.folder / f"{name}.png", grid)
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"truth" if step is None else "samples": grid[None]}, step=step, **layout)

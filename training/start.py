@@ -24,7 +24,7 @@ from runtime import memory
 from runtime.errors import UserError
 from runtime.files import check_writable, writing
 from runtime.setup import PROCESS_GROUP_TIMEOUT, tune
-from training.config import MOST_WORKERS, loss_weights
+from training.config import MOST_WORKERS, aligned_pairs, loss_weights
 from training.preemption import listen
 from training.trainer import Trainer
 
@@ -146,10 +146,9 @@ def needs_images(args, run):
 
 def load_teacher(args, grid):
     """The Teacher that args ask for, with `grid` tokens a side."""
-    weights = loss_weights(args)
-    blocks = [teacher for _, teacher in args.attn_layers] if uses(weights, "attention") else []
+    blocks = [teacher for _, teacher in aligned_pairs(args)]
     return Teacher(load_vit(args.enc_type, args.enc_weights), grid, blocks, args.enc_blocks,
-                   features=uses(weights, "features"), precision=args.enc_precision, input_size=args.enc_size)
+                   uses(loss_weights(args), "features"), args.enc_precision, args.enc_size)
 
 
 def model_arguments(args, config, moments_shape):
@@ -158,18 +157,15 @@ def model_arguments(args, config, moments_shape):
     if side % config["patch_size"]:
         raise UserError(f"--model {args.model} cuts latents into patches of {config['patch_size']}, of which {side}, "
                         f"the latents' side at --resolution {args.resolution}, is no multiple; choose another patch.")
-    weights = loss_weights(args)
     return {"input_size": side, "in_channels": channels // 2, "encoder_depth": args.encoder_depth,
-            "attn_layers": [student for student, _ in args.attn_layers] if uses(weights, "attention") else [],
-            "z_dims": (TEACHERS[args.enc_type].width,) if uses(weights, "features") else (),
+            "attn_layers": [student for student, _ in aligned_pairs(args)],
+            "z_dims": (TEACHERS[args.enc_type].width,) if uses(loss_weights(args), "features") else (),
             "qk_norm": args.qk_norm, "fused_attn": args.fused_attn, "grad_checkpointing": args.grad_checkpointing}
 
 
 def align_and_train(args, accelerator, run, model, dataset, y_null):
     """Train with the losses and the teacher that args ask for."""
-    weights = loss_weights(args)
-    loss_fn = SILoss(args.path_type, args.weighting, args.attn_layers if uses(weights, "attention") else [],
-                     args.attn_heads, tuple(weights))
+    loss_fn = SILoss(args.path_type, args.weighting, aligned_pairs(args), args.attn_heads, tuple(loss_weights(args)))
     grid = model.input_size // model.patch_size
     teacher = None if args.enc_type == "none" else functools.partial(load_teacher, args, grid)
     with memory.explained(args, accelerator, model):

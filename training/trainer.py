@@ -3,7 +3,6 @@ import copy
 import functools
 import gc
 import itertools
-import json
 import logging
 import math
 import sys
@@ -21,7 +20,7 @@ from evaluations.during_training import Evaluation
 from loss import sample_t, weighted_sum
 from models.checkpoint import load_weights
 from runtime.errors import UserError
-from runtime.files import atomic_write, is_file, read_json, remove_temporaries
+from runtime.files import is_file, read_json, remove_temporaries, write_json
 from runtime.setup import PROCESS_GROUP_TIMEOUT, check_compiler, end_processes, give_back_memory, to_device
 from runtime.versions import environment
 from training.checkpointing import (
@@ -312,8 +311,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             for folder in (self.run_folder, self.run_folder / "checkpoints", self.run_folder / "previews"):
                 remove_temporaries(folder)
-            with atomic_write(self.run_folder / "args.json", "w") as file:
-                json.dump({**self.settings, "environment": environment(self.accelerator)}, file, indent=2)
+            write_json(self.run_folder / "args.json",
+                       {**self.settings, "environment": environment(self.accelerator)}, indent=2)
             self.metrics.begin()
         if self.previews:
             self.previews.save("truth", self.previews.truth)

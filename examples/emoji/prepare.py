@@ -29,8 +29,8 @@ from examples.packages import add_arguments, build_scorer, build_teacher, fetch,
 from preprocessing.destinations import image_name
 from preprocessing.encode import encode
 from runtime.errors import UserError, check_bounds, run_script
-from runtime.files import atomic_write, write_json
-from runtime.images import open_image
+from runtime.files import write_json
+from runtime.images import open_image, write_png
 
 CLASSES = ("Activities", "Animals & Nature", "Flags", "Food & Drink", "Objects", "People & Body", "Smileys & Emotion",
            "Symbols", "Travel & Places")
@@ -88,8 +88,7 @@ def write_images(emoji, folder):
     labels = []
     for index, (_, label, image) in enumerate(emoji):
         name = image_name(index)
-        with atomic_write(folder / name) as file:
-            Image.fromarray(image).save(file, "PNG")
+        write_png(folder / name, image)
         labels.append([name, label])
     write_json(folder / "dataset.json", {"labels": labels})
 
