@@ -24,6 +24,7 @@ import generate  # noqa: F401
 import generate_t2i  # noqa: F401
 import train  # noqa: F401
 import train_t2i  # noqa: F401
+import training.start  # noqa: F401 - what `main` imports, as for all below: a test may close the folder of the code
 from runtime.errors import run_script
 from tests import nano  # noqa: F401
 
