@@ -44,6 +44,7 @@ def main():
         layout = PixelImages if args.vae == PIXELS else LatentImages
         dataset = layout(args.data_dir, args.resolution, args.num_classes, images=needs_images(args, run),
                          seed=args.seed, hflip=args.hflip)
+    args.class_names = dataset.class_names  # into the checkpoints
     sizes = model_arguments(args, SIT_CONFIGS[args.model], dataset.moments_shape)
     set_seed(args.seed)
     model = SiT_models[args.model](num_classes=args.num_classes, **sizes)

@@ -10,8 +10,9 @@ def add_sampling_flags(parser):
     on_off = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("network").add_argument
-    add("--ckpt", required=True, help="checkpoint of train.py or of the published code, or an export of it; its EMA is "
-        "used")
+    add("--ckpt", required=True, help="checkpoint of train.py or of the published code, or an export of it")
+    add("--weights", choices=["ema", "model"], default="ema", help="the average of the weights, or the weights that "
+        "are trained: better where few steps are done (default ema)")
     add("--vae", help="ema, mse, a folder in diffusers' format, or none for a network of pixels (default: none for "
         "such a checkpoint, else ema)")
     add("--resolution", type=whole(1), help="image side in pixels (default: the checkpoint's)")
@@ -26,13 +27,14 @@ def add_sampling_flags(parser):
         "%(default)s)")
     add("--num-steps", type=whole(1), default=50, help="sampler steps (default %(default)s)")
     add("--heun", action=on_off, default=False, help="second order, for ode (default off)")
-    add("--cfg-scale", type=number(0), default=1.5, help="guidance scale, 1 = none (default %(default)s)")
+    add("--cfg-scale", type=number(1), default=1.5, help="guidance scale, 1 = none (default %(default)s)")
     add("--guidance-low", type=number(0, 1), default=0.0, help="guide where t is at least this (default 0)")
     add("--guidance-high", type=number(0, 1), default=1.0, help="guide where t is at most this (default 1)")
     add("--global-seed", type=whole(0), default=0, help="image i is made from (seed, i) (default 0)")
 
     add = parser.add_argument_group("output").add_argument
     add("--sample-dir", default="samples", help="where the folder of images and the .npz go (default samples)")
+    add("--prefix", default="", help="begins their names, to keep runs or settings apart (default nothing)")
     add("--per-proc-batch-size", type=whole(1), default=32, help="images a batch and process (default 32)")
 
     add = parser.add_argument_group("precision and speed").add_argument
@@ -41,3 +43,4 @@ def add_sampling_flags(parser):
     add("--tf32", action=on_off, default=True, help="TF32 matrix products on Ampere and newer (default on)")
     add("--fused-attn", action=on_off, default=True, help="fused attention (default on)")
     add("--compile", action="store_true", help="torch.compile the network: a minute more at the start")
+    add("--legacy", action=on_off, help="no effect: weights of REPA's first release are recognised by their names")

@@ -1,8 +1,10 @@
 """What generate.py and generate_t2i.py share: load the network, make each image once, write PNGs, .npz and grid."""
 import inspect
+import math
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -10,22 +12,25 @@ from tqdm import tqdm
 
 from dataset import PIXELS
 from encoders.vae import open_vae
-from models.checkpoint import load_network
+from models.checkpoint import load_network, weights_digest
 from runtime.errors import UserError
 from runtime.files import atomic_write, is_file, read_json, remove_temporaries, write_json
 from runtime.images import IMAGE_ERRORS, image_grid, open_image, write_png
 from runtime.setup import AUTOCAST, PROCESS_GROUP_TIMEOUT, cast_weights, check_compiler, to_device, tune
 from samplers import SAMPLERS, guided
 
+CFG_SCALE = 1.5  # the published default
 GRID_IMAGES = 72
 PNG_WRITERS = 4  # threads
 SAMPLING = ("mode", "num_steps", "cfg_scale", "guidance_low", "guidance_high", "heun", "path_type")
 # These flags change no image: a restart may set them differently.
 NOT_IN_SETTINGS = ("sample_dir", "num_fid_samples", "per_proc_batch_size", "tf32", "fused_attn", "compile",
-                   "projector_embed_dims", "encoder_depth", "class_names")
+                   "projector_embed_dims", "encoder_depth", "class_names", "names_file", "legacy", "prefix")
+PATHS = ("ckpt", "vae", "data_dir", "text_encoder")  # may differ: hashes say what they held
+MOST_IMAGES = 10 ** 7  # six digits name a file, and a list of more takes memory
 
 
-def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale=1.5, guidance_low=0.0,
+def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale=CFG_SCALE, guidance_low=0.0,
            guidance_high=1.0, heun=False, path_type="linear"):
     """uint8 (N, 3, R, R): image i from the noise of streams[i], a NumPy generator; y and y_null as in guided."""
     def normals(shape, dtype):
@@ -34,18 +39,21 @@ def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale
 
     if mode not in SAMPLERS:
         raise UserError(f"mode {mode!r} is not known; use {' or '.join(map(repr, SAMPLERS))}.")
+    for name, value in (("num_steps", num_steps), ("cfg_scale", cfg_scale)):
+        if not 1 <= value < math.inf:
+            raise UserError(f"{name} is {value}; give a number from 1 on.")
     velocity = guided(network, y, y_null, cfg_scale, guidance_low, guidance_high)
     latents = SAMPLERS[mode](velocity, normals(network.latent_shape, np.float32), num_steps, heun=heun,
                              path_type=path_type, noise=lambda x: normals(x.shape[1:], np.float64))
     return vae.decode(latents)
 
 
-def open_network(path, vae, device, kind=None, **typed):
+def open_network(path, vae, device, kind=None, source="ema", **typed):
     """(network, VAE, the VAE's name, args of training) of a checkpoint; see load_network and choose_vae.
 
     The network is on the CPU. The checkpoint is read first: opening the VAE may be a download. Raises UserError.
     """
-    network, args = load_network(path, kind, **typed)
+    network, args = load_network(path, kind, source, **typed)
     name = choose_vae(vae, args, path)
     vae = open_vae(name, device)
     channels, side, _ = network.latent_shape
@@ -62,6 +70,13 @@ def choose_vae(vae, args, path):
         raise UserError(f"{path} was trained on {trained} (--vae {args['vae']}), which --vae {vae} cannot decode; "
                         f"{remedy}.")
     return vae or (PIXELS if is_pixels else "ema")
+
+
+def check_guidance(path, cfg_scale, trained):
+    """Raise UserError where `cfg_scale` guides by a null condition that training, by its args, has never shown."""
+    if cfg_scale > 1 and trained.get("cfg_prob") == 0:
+        raise UserError(f"{path} was trained with --cfg-prob 0, so it has not learned what guidance needs, images "
+                        "without a condition; give --cfg-scale 1.")
 
 
 def start(args):
@@ -83,13 +98,15 @@ def start(args):
 
 
 def open_checkpoint(args, kind, device):
-    """(network of --ckpt, its VAE), both on `device`; `kind` as in load_network.
+    """(network of --ckpt, its VAE, hashes and numbers that identify both), on `device`; `kind` as in load_network.
 
     Sets in `args` what the checkpoint knows. Raises UserError for a flag that contradicts the weights.
     """
-    known = ("model", "resolution", "num_classes", "qk_norm", "path_type", "encoder_depth", "context_shape")
+    known = ("model", "resolution", "num_classes", "qk_norm", "path_type", "encoder_depth", "context_shape",
+             "class_names")
     typed = {name: value for name, value in vars(args).items() if name in known and value is not None}
-    network, vae, args.vae, trained = open_network(args.ckpt, args.vae, device, kind, **typed)
+    network, vae, args.vae, trained = open_network(args.ckpt, args.vae, device, kind, args.weights, **typed)
+    check_guidance(args.ckpt, args.cfg_scale, trained)
     widths = ",".join(str(projector[-1].out_features) for projector in network.projectors)
     if args.projector_embed_dims and args.projector_embed_dims != widths:
         raise UserError(f"--projector-embed-dims {args.projector_embed_dims}: {args.ckpt} has projectors to "
@@ -98,7 +115,9 @@ def open_checkpoint(args, kind, device):
         raise UserError(f"--encoder-depth {args.encoder_depth} is outside the model, which has fewer blocks; leave it "
                         "out.")
     vars(args).update({name: trained.get(name) for name in known if hasattr(args, name)})
-    return prepare_model(network, args, device), vae
+    identity = {"steps": trained["steps"], "network_sha256": weights_digest(network),
+                "vae_sha256": vae.vae and weights_digest(vae.vae)}
+    return prepare_model(network, args, device), vae, identity
 
 
 def prepare_model(model, args, device):
@@ -122,25 +141,30 @@ def is_finished(path, resolution):
         return False
 
 
-def sample_folder(args, name, state):
-    """The folder of this run's PNGs. Raises UserError if it holds images of other settings."""
+def sample_folder(args, name, state, identity):
+    """The folder of this run's PNGs. Raises UserError if it holds images of other settings or of other weights.
+
+    `identity` holds what tells the weights and the conditions from others under the same path.
+    """
     folder = Path(args.sample_dir) / (
-        f"{name}-{Path(args.ckpt).stem}-size-{args.resolution}-vae-{Path(args.vae).name}-cfg-{args.cfg_scale}-"
+        f"{args.prefix}{name}-{Path(args.ckpt).stem}-size-{args.resolution}-vae-{Path(args.vae).name}-cfg-{args.cfg_scale}-"
         f"seed-{args.global_seed}-{args.mode}-high-{args.guidance_high}")
-    settings = {key: value for key, value in vars(args).items() if key not in NOT_IN_SETTINGS}
-    for key in ("ckpt", "vae"):
-        if Path(settings[key]).exists():  # however it was spelled
-            settings[key] = str(Path(settings[key]).resolve())
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_IN_SETTINGS} | identity
     path = folder / "settings.json"
-    if is_file(path) and (old := read_json(path)) != settings:
-        changed = [f"{key} {old.get(key)} -> {settings.get(key)}" for key in {**old, **settings}
-                   if old.get(key) != settings.get(key)]
-        raise UserError(f"{folder} holds images of other settings ({', '.join(changed)}); delete it or name another "
-                        "--sample-dir.")
+    if is_file(path):
+        old = read_json(path, dict)
+        if changed := [f"{key} {shorten(str(old.get(key)), 60)} -> {shorten(str(settings.get(key)), 60)}"
+                       for key in {**old, **settings} if key not in PATHS and old.get(key) != settings.get(key)]:
+            raise UserError(f"{folder} holds images of other settings ({', '.join(changed)}); delete it, or name "
+                            "another --sample-dir or --prefix.")
+    elif any(folder.glob("*.png")):
+        raise UserError(f"{folder} holds images, but no settings.json that says how they were made; delete it, or name "
+                        "another --sample-dir or --prefix.")
     state.wait_for_everyone()  # all have read it
     if state.is_main_process:
         remove_temporaries(folder)
-        remove_temporaries(folder.parent, folder.name)  # the .npz and the grid
+        for ending in (".npz.", "-grid.png."):
+            remove_temporaries(folder.parent, folder.name + ending)
         write_json(path, settings, indent=2)
     state.wait_for_everyone()  # before anyone writes a temporary file
     return folder
