@@ -2,6 +2,7 @@
 import inspect
 import math
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from textwrap import shorten
@@ -18,34 +19,61 @@ from runtime.files import atomic_write, is_file, read_json, remove_temporaries, 
 from runtime.images import IMAGE_ERRORS, image_grid, open_image, write_png
 from runtime.setup import AUTOCAST, PROCESS_GROUP_TIMEOUT, cast_weights, check_compiler, to_device, tune
 from samplers import SAMPLERS, guided
+from sampling.cache import blocks_of, caching, count_calls, flops_of_call
 
 CFG_SCALE = 1.5  # the published default
 GRID_IMAGES = 72
 PNG_WRITERS = 4  # threads
-SAMPLING = ("mode", "num_steps", "cfg_scale", "guidance_low", "guidance_high", "heun", "path_type")
+SAMPLING = ("mode", "num_steps", "cfg_scale", "guidance_low", "guidance_high", "heun", "path_type", "time_grid",
+            "time_shift", "tolerance", "cache", "cache_interval", "cache_order", "cache_boundary")
 # These flags change no image: a restart may set them differently.
 NOT_IN_SETTINGS = ("sample_dir", "num_fid_samples", "per_proc_batch_size", "tf32", "fused_attn", "compile",
                    "projector_embed_dims", "encoder_depth", "class_names", "names_file", "legacy", "prefix")
-PATHS = ("ckpt", "vae", "data_dir", "text_encoder")  # may differ: hashes say what they held
+NOT_COMPARED = ("ckpt", "vae", "data_dir", "text_encoder", "cost")  # of settings.json: hashes stand for the paths
 MOST_IMAGES = 10 ** 7  # six digits name a file, and a list of more takes memory
 
 
 def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale=CFG_SCALE, guidance_low=0.0,
-           guidance_high=1.0, heun=False, path_type="linear"):
-    """uint8 (N, 3, R, R): image i from the noise of streams[i], a NumPy generator; y and y_null as in guided."""
+           guidance_high=1.0, heun=False, path_type="linear", time_grid="uniform", time_shift=3.0, tolerance=1e-4,
+           cache="none", cache_interval=3, cache_order=2, cache_boundary=0.5, cost=None):
+    """uint8 (N, 3, R, R): image i from the noise of streams[i], a NumPy generator; y and y_null as in guided.
+
+    Options are those of SAMPLERS and, from `cache` on, of sampling/cache.py. `cost`, a Counter, counts network calls by
+    image: `calls`, and `computed` for those parts of them that a cache has not saved.
+    """
     def normals(shape, dtype):
         draws = np.stack([rng.standard_normal(shape, dtype=dtype) for rng in streams])
         return to_device(torch.from_numpy(draws), y.device)
 
     if mode not in SAMPLERS:
         raise UserError(f"mode {mode!r} is not known; use {' or '.join(map(repr, SAMPLERS))}.")
+    check_modes(mode, heun, cache)
     for name, value in (("num_steps", num_steps), ("cfg_scale", cfg_scale)):
         if not 1 <= value < math.inf:
             raise UserError(f"{name} is {value}; give a number from 1 on.")
+    options = {"heun": heun, "path_type": path_type, "time_grid": time_grid, "time_shift": time_shift,
+               "tolerance": tolerance, "noise": lambda x: normals(x.shape[1:], np.float64)}
+    calls = count_calls(SAMPLERS[mode], num_steps, options) if cache != "none" else 0
     velocity = guided(network, y, y_null, cfg_scale, guidance_low, guidance_high)
-    latents = SAMPLERS[mode](velocity, normals(network.latent_shape, np.float32), num_steps, heun=heun,
-                             path_type=path_type, noise=lambda x: normals(x.shape[1:], np.float64))
+    with caching(network, cache, calls, cache_interval, cache_order, cache_boundary) as state:
+        def counted(x, t):
+            state.begin(t)
+            return velocity(x, t)
+
+        latents = SAMPLERS[mode](counted, normals(network.latent_shape, np.float32), num_steps, **options)
+    if cost is not None:
+        cost.update(calls=state.rows, computed=state.computed / len(blocks_of(network)))
     return vae.decode(latents)
+
+
+def check_modes(mode, heun, cache):
+    """Raise UserError for options that do not go together."""
+    taken = inspect.signature(SAMPLERS[mode]).parameters
+    if heun and "heun" not in taken:
+        raise UserError("--heun is for --mode ode; leave one of them out.")
+    if cache != "none" and "tolerance" in taken:
+        raise UserError(f"--cache {cache} needs steps that are known before, which --mode {mode} has not; leave one of "
+                        "them out.")
 
 
 def open_network(path, vae, device, kind=None, source="ema", **typed):
@@ -85,8 +113,7 @@ def start(args):
     if args.guidance_low > args.guidance_high:
         raise UserError(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}, so "
                         "nothing would be guided; swap them, or give --cfg-scale 1.")
-    if args.heun and "heun" not in inspect.signature(SAMPLERS[args.mode]).parameters:
-        raise UserError("--heun is for --mode ode; leave one of them out.")
+    check_modes(args.mode, args.heun, args.cache)
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
     torch.set_grad_enabled(False)
     tune(state.num_processes, args.tf32)
@@ -150,11 +177,11 @@ def sample_folder(args, name, state, identity):
         f"{args.prefix}{name}-{Path(args.ckpt).stem}-size-{args.resolution}-vae-{Path(args.vae).name}-cfg-{args.cfg_scale}-"
         f"seed-{args.global_seed}-{args.mode}-high-{args.guidance_high}")
     settings = {key: value for key, value in vars(args).items() if key not in NOT_IN_SETTINGS} | identity
-    path = folder / "settings.json"
+    path, old = folder / "settings.json", {}
     if is_file(path):
         old = read_json(path, dict)
         if changed := [f"{key} {shorten(str(old.get(key)), 60)} -> {shorten(str(settings.get(key)), 60)}"
-                       for key in {**old, **settings} if key not in PATHS and old.get(key) != settings.get(key)]:
+                       for key in {**old, **settings} if key not in NOT_COMPARED and old.get(key) != settings.get(key)]:
             raise UserError(f"{folder} holds images of other settings ({', '.join(changed)}); delete it, or name "
                             "another --sample-dir or --prefix.")
     elif any(folder.glob("*.png")):
@@ -165,7 +192,7 @@ def sample_folder(args, name, state, identity):
         remove_temporaries(folder)
         for ending in (".npz.", "-grid.png."):
             remove_temporaries(folder.parent, folder.name + ending)
-        write_json(path, settings, indent=2)
+        write_json(path, settings | ({"cost": old["cost"]} if "cost" in old else {}), indent=2)
     state.wait_for_everyone()  # before anyone writes a temporary file
     return folder
 
@@ -177,8 +204,12 @@ def sample_images(args, state, network, vae, folder, condition, names, columns=N
     are the grid's.
     """
     paths = [folder / f"{name}.png" for name in names]
-    make_images(args, state, network, vae, paths, condition)
+    cost = make_images(args, state, network, vae, paths, condition)
     if state.is_main_process:
+        if cost:
+            write_json(folder / "settings.json", read_json(folder / "settings.json") | {"cost": cost}, indent=2)
+            print(f"an image took {cost['calls']:,.1f} network calls (guided ones count twice), in blocks computed as "
+                  f"many as {cost['computed']:,.1f}: {cost['gflops']:,.0f} GFLOPs without the VAE")
         write_npz(folder.with_name(f"{folder.name}.npz"), paths, args.resolution)
         count = GRID_IMAGES // columns * columns if columns else GRID_IMAGES  # whole rows
         first = np.stack([np.array(open_image(path)) for path in paths[:count]])
@@ -188,7 +219,7 @@ def sample_images(args, state, network, vae, folder, condition, names, columns=N
 
 
 def make_images(args, state, network, vae, paths, condition):
-    """Sample and save this process's share of the images that are not finished.
+    """Sample and save this process's share of the images that are not finished -> {name: cost of an image}.
 
     Process p makes the batches b of the whole list with b % processes = p. The last batch is filled up, as sums of
     another shape can round differently.
@@ -197,6 +228,7 @@ def make_images(args, state, network, vae, paths, condition):
     todo = [i for i, path in enumerate(paths) if i // size % state.num_processes == state.process_index
             and not is_finished(path, args.resolution)]
     options = {name: getattr(args, name) for name in SAMPLING}
+    cost, flops = Counter(), 0
     with ThreadPoolExecutor(PNG_WRITERS) as writers:  # Pillow compresses outside Python's lock
         written = []
         for start in tqdm(range(0, len(todo), size), unit="batch", disable=not state.is_main_process):
@@ -205,13 +237,21 @@ def make_images(args, state, network, vae, paths, condition):
             streams = [np.random.default_rng((args.global_seed, i)) for i in filled]
             conditions = [condition(i, rng) for i, rng in zip(filled, streams, strict=True)]
             y, y_null = (to_device(torch.stack(c), state.device) for c in zip(*conditions, strict=True))
-            images = sample(network, vae, streams, y, y_null, **options).permute(0, 2, 3, 1).cpu().numpy()
+            flops = flops or flops_of_call(network, y)
+            images = sample(network, vae, streams, y, y_null, cost=cost, **options).permute(0, 2, 3, 1).cpu().numpy()
             for task in written:  # the batch before was written meanwhile; raise what that raised
                 task.result()
             written = [writers.submit(write_png, paths[i], images[row]) for row, i in enumerate(batch)]
         for task in written:
             task.result()
-    state.wait_for_everyone()
+    from accelerate.utils import gather_object  # here: --help need not wait for it
+    cost["images"] = size * math.ceil(len(todo) / size)
+    flops = max(gather_object([flops]))
+    cost = sum((Counter(each) for each in gather_object([dict(cost)])), Counter())
+    if not cost["images"]:
+        return {}
+    each = {name: round(cost[name] / cost["images"], 3) for name in ("calls", "computed")}
+    return each | {"gflops": round(each["computed"] * flops / 1e9, 3)}
 
 
 def write_npz(path, paths, resolution):

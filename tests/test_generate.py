@@ -208,7 +208,7 @@ def test_a_new_sampler_is_a_function_and_a_row(monkeypatch, ckpt, tmp_path):
     z = torch.from_numpy(noise.standard_normal((1, 4, 16, 16), dtype=np.float32))
     expected = VAE(ROOT / "assets/vae-emoji").decode(z)[0].permute(1, 2, 0).numpy()
     assert np.abs(pictures(tmp_path)[1].astype(int) - expected).max() <= 1
-    assert options.keys() == {"heun", "path_type", "noise"}
+    assert options.keys() == {"heun", "path_type", "noise", "time_grid", "time_shift", "tolerance"}
     with pytest.raises(UserError, match="--heun is for --mode ode"):
         call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, "--mode", "still", "--heun"))
 
