@@ -60,7 +60,7 @@ def check_contents(path, state, needed):
 
 def saved_steps(folder):
     """{step: path} of all checkpoints in `folder`."""
-    return {int(path.stem): path for path in Path(folder).glob("*.pt") if path.stem.isdigit()}
+    return {int(path.stem): path for path in Path(folder).glob("*.pt") if path.stem.isdecimal()}
 
 
 def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):

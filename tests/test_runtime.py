@@ -1,11 +1,16 @@
 """What runtime/ sets at the start of a run, what it says when memory runs out, and the clipped step."""
 import copy
+import errno
 import importlib.metadata
+import importlib.util
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
+import time
+import types
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,6 +22,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 
 import train
 from preprocessing import destinations
+from runtime import memory, progress
 from runtime.errors import UserError
 from runtime.memory import GIB, advice, images_that_fit, is_out_of_memory
 from runtime.versions import version
@@ -24,6 +30,7 @@ from tests.conftest import CLASSES, CPU, ROOT, call_main, script, tiny_run, trai
 from tests.test_models import nano_models
 from training import start as setup
 from training.fsdp import set_plugin
+from training.metric_log import Metrics
 from training.start import MOST_WORKERS, share_of_cores, take_from_launcher
 from training.step import backward_and_step
 
@@ -81,15 +88,89 @@ def test_a_tracker_that_is_not_installed(monkeypatch, tiny_data, tmp_path):
                                                        "wandb"))
 
 
+class FakeWandb(types.ModuleType):
+    """As much of wandb as a run uses."""
+    errors, config = types.SimpleNamespace(Error=KeyError), types.SimpleNamespace(update=lambda *_, **__: None)
+    util = types.SimpleNamespace(generate_id=lambda: f"id{len(STARTS)}")
+
+    def init(self, **settings):
+        STARTS.append(settings)
+        return types.SimpleNamespace(log=lambda values, step=None, **_: LOGGED.append((step, values)), finish=int,
+                                     define_metric=lambda *metric, **more: LOGGED.append((metric, more)))
+
+
+STARTS, LOGGED = [], []
+
+
+def test_wandb_goes_on_with_one_run(monkeypatch, tiny_data, tmp_path):
+    """Also to an earlier step, which its own step may not be: "step" is a value like others."""
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb("wandb"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: True)
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--report-to", "wandb",
+                                "--checkpointing-steps", 1, "--max-train-steps", 2)
+    call_main(monkeypatch, train, *arguments)
+    call_main(monkeypatch, train, *arguments, "--resume-step", 1)
+    assert [start["id"] for start in STARTS] == ["id0"] * 2 and {start["resume"] for start in STARTS} == {"allow"}
+    assert (("*",), {"step_metric": "step"}) in LOGGED
+    rows = [values["step"] for step, values in LOGGED if step is None]
+    assert rows == [1, 2, 2]
+
+
+# ---- bars ----
+
+def test_without_a_terminal_a_bar_is_a_line_now_and_then(monkeypatch, caplog):
+    caplog.set_level("INFO", "haste")
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.05)
+    with progress.progress(20, "teacher", "image") as bar:
+        for _ in range(20):
+            time.sleep(0.01)
+            bar.update()
+    lines = [record.getMessage() for record in caplog.records]
+    assert 2 <= len(lines) <= 7 and re.match(r"teacher: \d+ of 20 images, ", lines[0])
+    with progress.progress(20, "teacher", "image", shown=False) as bar:
+        bar.update()
+
+
+def test_a_clock_that_stands_still(monkeypatch, tmp_path):
+    monkeypatch.setattr("training.metric_log.time", types.SimpleNamespace(time=lambda: 1.0))
+    metrics = Metrics(tmp_path / "metrics.csv", Accelerator(cpu=True), 0)
+    metrics.begin()
+    metrics.add({name: torch.tensor(1.0) for name in ("loss", "denoise", "grad_norm")})
+    assert metrics.write()["loss"] == 1
+
+
+def test_too_many_open_files(tmp_path):
+    with pytest.raises(UserError, match="Too many files are open; allow more of them"), \
+            memory.explained(Namespace(), None, torch.nn.Linear(1, 1)):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
 # ---- what the launcher says ----
+
+@pytest.mark.parametrize("typed, said", [([], False), (["--mixed-precision", "fp16"], True)])
+def test_a_cpu_warns_of_an_fp16_that_was_typed(monkeypatch, tiny_data, tmp_path, typed, said):
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 1)
+    i = arguments.index("--mixed-precision")
+    call_main(monkeypatch, train, *arguments[:i], *arguments[i + 2:], *typed)
+    assert ("needs a GPU: training in float32" in (tmp_path / "run/log.txt").read_text()) == said
+
+
+def test_a_launcher_that_says_half(monkeypatch, tiny_data, tmp_path):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"):
+        call_main(monkeypatch, train, *train_arguments(tiny_data, tmp_path, "--enc-type", "none"))
+
 
 def flags(precision, accumulation):
     return Namespace(mixed_precision=precision, gradient_accumulation_steps=accumulation)
 
 
 @pytest.mark.parametrize("given, said, used, differing", [
-    ((None, None), ("", ""), ("fp16", 1), []),
-    ((None, None), ("no", ""), ("fp16", 1), []),  # a plain `accelerate launch`
+    ((None, None), ("", ""), (None, 1), []),
+    ((None, None), ("no", ""), (None, 1), []),  # a plain `accelerate launch`
     ((None, None), ("bf16", "4"), ("bf16", 4), []),
     (("no", 2), ("no", "2"), ("no", 2), []),
     (("no", 1), ("bf16", "4"), ("no", 1), ["--mixed-precision no is used; the launcher says bf16",

@@ -5,6 +5,7 @@ A preset says what differs from the defaults, which are the paper's; what follow
 blocks, early-stop point) is in the table of models/sit.py or models/mmdit.py.
 """
 import argparse
+import contextlib
 import sys
 import textwrap
 
@@ -73,11 +74,14 @@ def parse_with_preset(parser, script):
     """
     finder = argparse.ArgumentParser(add_help=False)
     for p in (parser, finder):
-        p.add_argument("--preset", metavar="NAME", help="the settings of one of the paper's runs, which typed flags "
-                       "change; `--preset list` shows them with the numbers that the paper reports")
+        p.add_argument("--preset", metavar="NAME", help="settings of one of the paper's runs, which typed flags "
+                       "change; `list` shows them with the numbers that the paper reports: "
+                       + ", ".join(name for name, row in PRESETS.items() if row[0] == script))
     name = finder.parse_known_args()[0].preset
     if name == "list":
-        print(listing())
+        with contextlib.suppress(BrokenPipeError):  # `| head`
+            print(listing(), flush=True)
+        sys.stdout = None  # else the interpreter flushes it again
         sys.exit()
     if name is not None:
         if name not in PRESETS:

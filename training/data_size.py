@@ -1,0 +1,49 @@
+"""The resolution of a data set, by one of its files, before anything else is read."""
+import os
+from pathlib import Path
+
+from dataset import PIXELS
+from runtime.errors import UserError
+from runtime.files import array_header, read_json
+from runtime.images import IMAGE_ERRORS, open_image
+
+RESOLUTION = 256  # where the data do not tell
+SD_FACTOR = 8  # pixels per latent pixel and side of Stable Diffusion's VAE, the default one
+
+
+def side_of(folder, suffixes):
+    """Pixels a side of the first picture, latent or file of rows below `folder`; None where none can be read."""
+    for path, _, files in os.walk(folder, followlinks=True):
+        for name in files:
+            if not name.endswith(suffixes) or name.startswith(".") or name == "index.npy":
+                continue
+            try:
+                if name.endswith(".png"):
+                    with open_image(Path(path, name)) as picture:
+                        return picture.width
+                with open(Path(path, name), "rb") as file:
+                    return array_header(file.read(1 << 16))[0][-1]
+            except (*IMAGE_ERRORS, IndexError):
+                return None  # the data set says what is wrong with it
+    return None
+
+
+def vae_factor(vae):
+    """Pixels per latent pixel and side: of a local VAE by its config, else Stable Diffusion's."""
+    config = Path(vae) / "config.json"
+    widths = read_json(config).get("block_out_channels") if config.is_file() else None
+    return 1 if vae == PIXELS else 2 ** (len(widths) - 1) if isinstance(widths, list) else SD_FACTOR
+
+
+def find_resolution(given, data_dir, vae):
+    """`given` (--resolution), or that of the pictures, or of the latents by the VAE's factor, or RESOLUTION.
+
+    Raises UserError for a given one that the pictures contradict, whether the run reads them or not.
+    """
+    data = Path(data_dir)
+    pictures = side_of(data / "images", (".png", ".npy")) or side_of(data / "train", (".png",))
+    if given and pictures and given != pictures:
+        raise UserError(f"--resolution is {given}, but the images in {data} have {pictures} pixels a side; leave the "
+                        "flag out, or prepare the data anew at this resolution.")
+    latents = side_of(data / "vae-sd", (".npy",))
+    return given or pictures or (latents * vae_factor(vae) if latents else RESOLUTION)
