@@ -1,4 +1,5 @@
 """Progress bars, and output that may fail: a full disk or a closed pipe behind stderr ends no work."""
+import contextlib
 import logging
 import sys
 
@@ -19,16 +20,13 @@ class Unfailing:
         return getattr(self.stream, name)
 
     def write(self, text):
-        try:
-            return self.stream.write(text)
-        except OSError:
-            return len(text)
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
 
     def flush(self):
-        try:
+        with contextlib.suppress(OSError):
             self.stream.flush()
-        except OSError:
-            pass
 
 
 class Lines(Unfailing):
@@ -41,9 +39,7 @@ class Lines(Unfailing):
 
 def progress(total, what, unit, initial=0, shown=True):
     """A tqdm bar on a terminal; elsewhere a line in the log each LINE_SECONDS. Not at all unless `shown`."""
-    where = {"file": sys.stderr}
-    if not sys.stderr.isatty():
-        where = {"file": Lines(sys.stderr), "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS,
-                 "delay": LINE_SECONDS, "bar_format": "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} passed, "
-                 "{remaining} left{postfix}"}
-    return tqdm(total=total, desc=what, unit=unit, initial=initial, disable=not shown, **where)
+    log = {} if sys.stderr.isatty() else {
+        "file": Lines(sys.stderr), **dict.fromkeys(("mininterval", "maxinterval", "delay"), LINE_SECONDS),
+        "bar_format": "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} passed, {remaining} left{postfix}"}
+    return tqdm(total=total, desc=what, unit=unit, initial=initial, disable=not shown, **log)

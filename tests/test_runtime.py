@@ -31,7 +31,7 @@ from tests.test_models import nano_models
 from training import start as setup
 from training.fsdp import set_plugin
 from training.metric_log import Metrics
-from training.start import MOST_WORKERS, share_of_cores, take_from_launcher
+from training.start import MOST_WORKERS, take_from_launcher
 from training.step import backward_and_step
 
 
@@ -91,7 +91,6 @@ def test_a_tracker_that_is_not_installed(monkeypatch, tiny_data, tmp_path):
 class FakeWandb(types.ModuleType):
     """As much of wandb as a run uses."""
     errors, config = types.SimpleNamespace(Error=KeyError), types.SimpleNamespace(update=lambda *_, **__: None)
-    util = types.SimpleNamespace(generate_id=lambda: f"id{len(STARTS)}")
 
     def init(self, **settings):
         STARTS.append(settings)
@@ -111,7 +110,8 @@ def test_wandb_goes_on_with_one_run(monkeypatch, tiny_data, tmp_path):
                                 "--checkpointing-steps", 1, "--max-train-steps", 2)
     call_main(monkeypatch, train, *arguments)
     call_main(monkeypatch, train, *arguments, "--resume-step", 1)
-    assert [start["id"] for start in STARTS] == ["id0"] * 2 and {start["resume"] for start in STARTS} == {"allow"}
+    ids = {(start["id"], start["resume"]) for start in STARTS}
+    assert ids == {((tmp_path / "run/wandb-id.txt").read_text(), "allow")} and len(STARTS) == 2
     assert (("*",), {"step_metric": "step"}) in LOGGED
     rows = [values["step"] for step, values in LOGGED if step is None]
     assert rows == [1, 2, 2]
@@ -219,20 +219,12 @@ def test_a_run_under_the_launchers_variables(monkeypatch, tiny_data, tmp_path):
 
 # ---- cores ----
 
-@pytest.mark.parametrize("mine, others, share", [
-    (("a", range(16)), [], 16),
-    (("a", range(16)), [("a", range(16))] * 7, 2),  # torchrun
-    (("a", range(8)), [("a", range(8, 16)), ("b", range(8))], 8),  # srun binds each process to cores of its own
-    (("a", range(2)), [("a", range(2))] * 7, 1),
-    (("a", range(3)), [("a", range(3))] * 2, 1),
-])
-def test_cores_are_shared_with_who_may_run_there(mine, others, share):
-    assert share_of_cores(mine, [mine, *others]) == share
-
-
-@pytest.mark.parametrize("cores, typed, used", [(3, [], 3), (64, [], MOST_WORKERS), (64, ["--num-workers", 1], 1)])
-def test_workers_follow_the_cores(monkeypatch, tiny_data, tmp_path, cores, typed, used):
+@pytest.mark.parametrize("cores, processes, typed, used", [
+    (3, 1, [], 3), (64, 1, [], MOST_WORKERS), (16, 8, [], 2), (2, 8, [], 1), (64, 1, ["--num-workers", 1], 1)])
+def test_workers_follow_the_cores(monkeypatch, tiny_data, tmp_path, cores, processes, typed, used):
+    """The same cores are of all processes that a launcher starts on this machine."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 1)
     i = arguments.index("--num-workers")
     call_main(monkeypatch, train, *arguments[:i], *arguments[i + 2:], *typed)

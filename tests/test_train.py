@@ -170,19 +170,15 @@ def test_classes_and_resolution_are_the_datas(monkeypatch, tiny_data, tmp_path):
 
 
 def test_the_resolution_without_images(tmp_path, tiny_data, tiny_captions):
-    """By the latents and the VAE's factor; 256 where nothing tells."""
-    assert find_resolution(None, tiny_captions, "hub/name") == find_resolution(None, tiny_data, "hub/name") == 64
+    """By the latents, if they are Stable Diffusion's; 256 where nothing tells."""
+    assert find_resolution(None, tiny_captions) == find_resolution(None, tiny_data) == 64
     (tmp_path / "vae-sd").mkdir()
-    assert find_resolution(None, tmp_path, "hub/name") == 256
+    assert find_resolution(None, tmp_path) == 256
     np.save(tmp_path / "vae-sd/img-mean-std-00000000.npy", np.zeros((8, 64, 64), np.float32))
-    assert find_resolution(None, tmp_path, "hub/name") == 512
-    assert find_resolution(None, tmp_path, ROOT / "assets/vae-emoji") == 256
-    assert find_resolution(None, tmp_path, "none") == 64 and find_resolution(32, tmp_path, "none") == 32
-    write_tiny_data(tmp_path / "packed", 4)
-    (tmp_path / "packed/images").rename(tmp_path / "old")
-    (tmp_path / "packed/images").mkdir()
-    np.save(tmp_path / "packed/images/00000.npy", np.zeros((4, 3, 128, 128), np.uint8))
-    assert find_resolution(None, tmp_path / "packed", "hub/name") == 128
+    assert find_resolution(None, tmp_path) == 512 and find_resolution(64, tmp_path) == 64
+    (tmp_path / "images").mkdir()  # packed rows
+    np.save(tmp_path / "images/00000.npy", np.zeros((4, 3, 128, 128), np.uint8))
+    assert find_resolution(None, tmp_path) == 128
 
 
 @pytest.mark.parametrize("more, said", [

@@ -2,13 +2,12 @@
 import os
 from pathlib import Path
 
-from dataset import PIXELS
 from runtime.errors import UserError
-from runtime.files import array_header, read_json
+from runtime.files import array_header
 from runtime.images import IMAGE_ERRORS, open_image
 
 RESOLUTION = 256  # where the data do not tell
-SD_FACTOR = 8  # pixels per latent pixel and side of Stable Diffusion's VAE, the default one
+SD_FACTOR = 8  # pixels per latent pixel and side of Stable Diffusion's VAE, the default one of --vae
 
 
 def side_of(folder, suffixes):
@@ -28,15 +27,8 @@ def side_of(folder, suffixes):
     return None
 
 
-def vae_factor(vae):
-    """Pixels per latent pixel and side: of a local VAE by its config, else Stable Diffusion's."""
-    config = Path(vae) / "config.json"
-    widths = read_json(config).get("block_out_channels") if config.is_file() else None
-    return 1 if vae == PIXELS else 2 ** (len(widths) - 1) if isinstance(widths, list) else SD_FACTOR
-
-
-def find_resolution(given, data_dir, vae):
-    """`given` (--resolution), or that of the pictures, or of the latents by the VAE's factor, or RESOLUTION.
+def find_resolution(given, data_dir):
+    """`given` (--resolution), or that of the pictures, or of Stable Diffusion's latents, or RESOLUTION.
 
     Raises UserError for a given one that the pictures contradict, whether the run reads them or not.
     """
@@ -46,4 +38,4 @@ def find_resolution(given, data_dir, vae):
         raise UserError(f"--resolution is {given}, but the images in {data} have {pictures} pixels a side; leave the "
                         "flag out, or prepare the data anew at this resolution.")
     latents = side_of(data / "vae-sd", (".npy",))
-    return given or pictures or (latents * vae_factor(vae) if latents else RESOLUTION)
+    return given or pictures or (latents * SD_FACTOR if latents else RESOLUTION)

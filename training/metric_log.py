@@ -2,6 +2,7 @@
 import csv
 import logging
 import math
+import secrets
 import time
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def start_trackers(accelerator, args, run):
     if accelerator.is_main_process:
         if not is_file(kept):
             with atomic_write(kept, "w") as file:
-                file.write(wandb.util.generate_id())
+                file.write(secrets.token_hex(4))
         with reading(kept):
             settings["id"] = kept.read_text(errors="replace").strip()
     try:

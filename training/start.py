@@ -1,11 +1,9 @@
 """The start of a training run: what the launcher says, processes, cores, model and teacher."""
-import collections
 import contextlib
 import functools
 import importlib.util
 import logging
 import os
-import platform
 import sys
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
-    gather_object,
 )
 
 from encoders.teachers import TEACHERS, Teacher, load_vit
@@ -70,23 +67,10 @@ def take_from_launcher(args, environ):
     return differing
 
 
-def share_of_cores(mine, everyone):
-    """Cores for a process that may run on the cores `mine` = (machine, numbers), as `everyone` = [(machine, numbers)]
-    may.
-
-    Each core is divided among the processes that may run on it: srun gives each process cores of its own, torchrun
-    gives all of a machine the same. At least 1.
-    """
-    users = collections.Counter((machine, core) for machine, cores in everyone for core in cores)
-    machine, cores = mine
-    return max(1, int(sum(1 / users[machine, core] for core in cores) + 1e-6))
-
-
-def cores_of_this_process():
-    """share_of_cores of this process; all processes call it."""
-    numbers = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
-    mine = platform.node(), numbers
-    return share_of_cores(mine, gather_object([mine]))
+def share_of_cores():
+    """Cores for this process: of those that it may run on, its share, as torchrun gives all of a machine the same."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def make_accelerator(args):
@@ -131,7 +115,7 @@ def make_accelerator(args):
         raise UserError(f"--trigger-samples {args.trigger_samples} must divide by the number of processes = "
                         f"{accelerator.num_processes}; change it.")
     if args.num_workers is None:
-        args.num_workers = min(MOST_WORKERS, cores_of_this_process())
+        args.num_workers = min(MOST_WORKERS, share_of_cores())
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if accelerator.is_main_process:
         run_folder.collect_log(run)
