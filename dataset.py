@@ -3,9 +3,10 @@
 ImageNet, the layout of REPA and HASTE (LatentImages):
     {data}/images/{idx8[:5]}/img{idx8}.png                 RGB, R x R             + images/dataset.json
     {data}/vae-sd/{idx8[:5]}/img-mean-std-{idx8}.npy       float32 (8, R/f, R/f)  + vae-sd/dataset.json
-dataset.json is {"labels": [[relative path, label], ...]}; in one of the two folders the labels may be null. Each folder
-may also be a zip or packed, see data_io/storage.py. --hflip also reads vae-sd-hflip: latents of the mirrored images,
-under the names that vae-sd has. Pixels (PixelImages, --vae none): images/ of that layout alone.
+dataset.json is {"labels": [[relative path, label], ...]}; in one of the two folders the labels may be null.
+{data}/classes.json may hold the names of the classes, a list in the order of the labels. Each folder may also be a zip
+or packed, see data_io/storage.py. --hflip also reads vae-sd-hflip: latents of the mirrored images, under the names that
+vae-sd has. Pixels (PixelImages, --vae none): images/ of that layout alone.
 
 COCO, the layout of U-ViT (CaptionedImages):
     {data}/{train,val}/{i}.png         RGB, R x R
@@ -14,8 +15,6 @@ COCO, the layout of U-ViT (CaptionedImages):
     {data}/empty_context.npy           (L, C), text tokens of the empty caption
     {data}/{train,val}/captions.json   {"0": ["caption 0 of image 0", ...], ...}; optional, for previews
 """
-import hashlib
-import json
 import os
 from pathlib import Path
 
@@ -26,6 +25,14 @@ from torch.utils.data import Dataset, default_collate
 from data_io.captions import read_texts, scan_numbered
 from data_io.index import check_equal_sizes, check_labels
 from data_io.loader import CAPTION, FLIP
+from data_io.moments import (
+    check_is_logvar,
+    check_moments,
+    check_shape,
+    digest,
+    has_negative_std,
+    read_class_names,
+)
 from data_io.storage import Packed, form_of, open_files
 from runtime.errors import UserError
 from runtime.files import load_array, parse_array, read_bytes, reading
@@ -40,28 +47,6 @@ def pixel_moments(images):
     """uint8 (N, 3, R, R) -> moments float32 (N, 6, R, R) for --vae none: pixels in [-1, 1] and a std of 0."""
     mean = images.float() / 127.5 - 1
     return torch.cat([mean, torch.zeros_like(mean)], dim=1)
-
-
-def check_moments(array, shape, name):
-    """Return `array`, moments read from `name`. Raises UserError unless they are finite float32 of `shape`."""
-    if array.shape != shape or array.dtype != np.float32 or not np.isfinite(array).all():
-        raise UserError(f"{name} holds {array.dtype} {array.shape}; expected finite float32 {shape}; make it again.")
-    return array
-
-
-def check_shape(shape, resolution, name):
-    """Return `shape`, of the moments in `name`. Raises UserError unless it is square and fits `resolution`."""
-    if len(shape) != 3 or shape[0] % 2 or shape[1] != shape[2]:
-        raise UserError(f"{name} has shape {shape}; expected (2 x channels, side, side), mean and spread.")
-    if resolution % shape[1]:
-        raise UserError(f"{name} has {shape[1]} latent pixels a side, of which --resolution {resolution} is no "
-                        "multiple; encode the data at this resolution or change it.")
-    return shape
-
-
-def digest(entries):
-    """sha256 of plain values, as JSON."""
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 class LatentDataset(Dataset):
@@ -81,7 +66,8 @@ class LatentDataset(Dataset):
     """
 
     latent_scale = SD_SCALE  # latents = moments x this
-    texts = None             # {index: captions} where there are any; text(i) gives one
+    texts = None             # captions or names of classes, where there are any; text(i) gives one
+    class_names = None       # of classes, in the order of the labels, if they are known
     hflip = False
     decodes = True           # whether a sample costs work beyond reading; see data_io/loader.py
 
@@ -137,7 +123,7 @@ class LatentImages(LatentDataset):
         if images or index.labels is None:
             pictures = open_files(data_dir, "images", ".png")
             index = same_labels(data_dir, index, check_labels(pictures, num_classes))
-        self.set_labels(index, f"{data_dir} has no labels in either dataset.json")
+        self.set_labels(data_dir, index, "no labels in either dataset.json")
         self.check_paired(self.latents, ".npy")
         self.moments_shape = self.shape_of(self.latents)
         self.moments(0)
@@ -155,10 +141,11 @@ class LatentImages(LatentDataset):
                 raise UserError(f"{self.mirrored.path} holds latents of shape {shape}, {self.latents.path} of "
                                 f"{self.moments_shape}; make the former again from the same images by the same VAE.")
 
-    def set_labels(self, index, problem):
+    def set_labels(self, data_dir, index, problem):
         if index.labels is None or not index.labels.size:
-            raise UserError(f"{problem}; class-conditional training needs them.")
+            raise UserError(f"{data_dir} has {problem}; class-conditional training needs them.")
         self.indices, self.labels = index.labelled, index.labels
+        self.texts = self.class_names = read_class_names(data_dir, self.labels)
 
     def check_paired(self, files, suffix):
         """Raise UserError unless `files` has exactly one file of each of self.indices."""
@@ -189,11 +176,15 @@ class LatentImages(LatentDataset):
         """float32 (2 C, h, w): mean, std; with `mirrored` of the mirror image."""
         files = self.mirrored if mirrored else self.latents
         array = files.row(i) if isinstance(files, Packed) else parse_array(files.read(i), files.name(i)).copy()
-        return torch.from_numpy(check_moments(array, self.moments_shape, files.name(i)))
+        return torch.from_numpy(check_moments(array, self.moments_shape, files.name(i), is_std=True))
 
     def condition(self, i):
         """The label, int."""
         return int(self.labels[i])
+
+    def text(self, i):
+        """The name of the class, where `texts` is not None."""
+        return self.class_names[self.labels[i]]
 
     def sample_pair(self, i, mirrored):
         image = self.image(i) if self.images else None
@@ -209,7 +200,7 @@ class LatentImages(LatentDataset):
         for k, i in enumerate(positions.tolist()):
             for each, rows in zip(files, read, strict=True):
                 each.row(i, rows[k])
-        if not np.isfinite(read[0]).all():
+        if not np.isfinite(read[0]).all() or has_negative_std(read[0]):
             for i in positions.tolist():
                 self.moments(i)  # raises, naming the entry
         values = dict(zip(("moments", "image"), read, strict=False), position=positions, y=self.labels[positions])
@@ -251,7 +242,7 @@ class PixelImages(LatentImages):
         self.resolution, self.images, self.seed, self.hflip = resolution, images, seed, hflip
         self.latents = self.mirrored = None
         self.pictures = open_files(data_dir, "images", ".png")
-        self.set_labels(check_labels(self.pictures, num_classes), f"{self.pictures.path}/dataset.json has no labels")
+        self.set_labels(data_dir, check_labels(self.pictures, num_classes), "no labels in images/dataset.json")
         self.check_paired(self.pictures, ".png")
         self.moments_shape = (6, resolution, resolution)
         self.image(0)
@@ -305,6 +296,8 @@ class CaptionedImages(LatentDataset):
             self.moments_shape = check_shape(load_array(first).shape, resolution, first)
             names = [f"{i}.npy" for i in self.indices]
             check_equal_sizes(self.folder, names, [moments[i] for i in self.indices], "moments")
+            some = sorted({*np.linspace(0, len(names) - 1, 16).astype(int).tolist()})
+            check_is_logvar([load_array(self.folder / names[i]) for i in some], [self.folder / names[i] for i in some])
             self.moments(0)
         if images:
             self.image(0)
@@ -326,7 +319,7 @@ class CaptionedImages(LatentDataset):
         if array.shape != self.context_shape or array.dtype.kind != "f" or not np.isfinite(array).all():
             raise UserError(f"{path} holds {array.dtype} {array.shape}; expected finite floats {self.context_shape}, "
                             "the shape of empty_context.npy; encode all texts with one encoder.")
-        return torch.from_numpy(array).float()
+        return torch.from_numpy(array.astype(np.float32))
 
     def condition(self, i, k=0):
         """float32 (L, C): the tokens of caption `k`."""

@@ -18,7 +18,7 @@ from runtime.files import read_json
 from runtime.flags import Parser, whole
 from runtime.setup import end_processes
 from sampling.config import add_sampling_flags
-from sampling.images import GRID_IMAGES, open_checkpoint, sample_folder, sample_images, start
+from sampling.images import GRID_IMAGES, MOST_IMAGES, open_checkpoint, sample_folder, sample_images, start
 
 
 def parse_args():
@@ -26,31 +26,31 @@ def parse_args():
     add = parser.add_argument_group("this task").add_argument
     add("--model", choices=SIT_CONFIGS, metavar="NAME", help=f"{', '.join(SIT_CONFIGS)} (default: the checkpoint's)")
     add("--num-classes", type=whole(1, MOST_CLASSES), help="default: the checkpoint's")
-    add("--num-fid-samples", type=whole(1), default=50_000, help="images to make (default 50000)")
+    add("--num-fid-samples", type=whole(1, MOST_IMAGES), default=50_000, help="images to make (default 50000)")
     add("--labels", choices=["random", "balanced"], default="random", help="classes drawn at random, or i mod classes "
         "(default random)")
-    add("--class-names", help="JSON file with the names of the classes in their order, to be written into the grid")
+    add("--class-names", dest="names_file", help="JSON file with the names of the classes in their order, to be "
+        "written into the grid (default: the checkpoint's)")
     add_sampling_flags(parser)
+    parser.set_defaults(class_names=None)
     return parser.parse_args()
 
 
-def read_class_names(args):
-    """The names in --class-names, one for each class, or None. Raises UserError."""
-    if args.class_names is None:
-        return None
-    names = read_json(args.class_names, list)
-    if len(names) != args.num_classes or not all(isinstance(name, str) for name in names):
-        raise UserError(f"--class-names {args.class_names} must hold {args.num_classes} names, one for each class of "
-                        "the checkpoint; give its data's file, or leave it out.")
+def read_class_names(path, count):
+    """The `count` names in the file `path`. Raises UserError."""
+    names = read_json(path, list)
+    if len(names) != count or not all(isinstance(name, str) for name in names):
+        raise UserError(f"--class-names {path} must hold {count} names, one for each class of the checkpoint; give its "
+                        "data's file, or leave it out.")
     return names
 
 
 def main():
     args = parse_args()
     state = start(args)
-    model, vae = open_checkpoint(args, "SiT", state.device)
-    class_names = read_class_names(args)
-    folder = sample_folder(args, args.model.replace("/", "-"), state)
+    model, vae, identity = open_checkpoint(args, "SiT", state.device)
+    class_names = read_class_names(args.names_file, args.num_classes) if args.names_file else args.class_names
+    folder = sample_folder(args, args.model.replace("/", "-"), state, identity)
 
     def label(i, rng):
         return int(rng.integers(args.num_classes)) if args.labels == "random" else i % args.num_classes

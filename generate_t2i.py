@@ -13,15 +13,18 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
+
 from dataset import CaptionedImages
 from encoders.text import CLIP, TextEncoder
+from models.checkpoint import weights_digest
 from models.mmdit import MMDIT_CONFIGS
 from runtime.errors import UserError, run_script
 from runtime.files import atomic_write
 from runtime.flags import Parser, whole
 from runtime.setup import end_processes
 from sampling.config import add_sampling_flags
-from sampling.images import open_checkpoint, sample_folder, sample_images, start
+from sampling.images import MOST_IMAGES, open_checkpoint, sample_folder, sample_images, start
 
 
 def parse_args():
@@ -29,12 +32,13 @@ def parse_args():
     add = parser.add_argument_group("this task").add_argument
     add("--model", choices=MMDIT_CONFIGS, help="default: the checkpoint's")
     add("--data-dir", default="../data/coco256_features", help="folder with val/ and empty_context.npy")
-    add("--num-fid-samples", type=whole(1), default=40_192, help="images to make, at most one per caption (default "
-        "40192)")
+    add("--num-fid-samples", type=whole(1, MOST_IMAGES), default=40_192, help="images to make, at most one "
+        "per caption (default 40192)")
     add("--caption-index", type=int, default=0, help="which caption of each image of val (default 0, the first)")
     add("--prompt", action="append", default=[], help="own text instead of the captions of val; repeat for more")
     add("--prompts", help="file of own texts, a line each")
     add("--text-encoder", default=CLIP, help="of own texts: hub name or local folder")
+    add("--num-classes", type=int, help="no effect: the published script takes it, too, and text has no classes")
     add_sampling_flags(parser)
     parser.set_defaults(mode="sde", num_steps=250, cfg_scale=2.25, context_shape=None)
     return parser.parse_args()
@@ -45,12 +49,15 @@ def read_prompts(args):
     if args.prompts is None:
         lines = []
     else:
-        try:
-            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        try:  # lines end at \n or \r\n, as in an editor; splitlines() knows eight more ends
+            lines = Path(args.prompts).read_bytes().decode("utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts {args.prompts} cannot be read ({error}); give a text file, a line per "
                             "image.") from error
-    prompts = [*args.prompt, *(line for line in lines if line.strip())]
+    prompts = [" ".join(text.split()) for text in [*args.prompt, *(line for line in lines if line.strip())]]
+    for text in prompts:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(f"--prompt {text!r} is not text in UTF-8; type it again.")
     if args.prompts and not prompts:
         raise UserError(f"--prompts {args.prompts} holds no text; give a line per image.")
     if args.prompts and not args.prompt:
@@ -59,32 +66,39 @@ def read_prompts(args):
 
 
 def own_texts(args, texts, device):
-    """(numbers of the files, texts, tokens(i) -> (L, C), tokens of no text (L, C)) of own texts."""
+    """(file numbers, texts, tokens(i) -> (L, C), tokens of no text (L, C), hash of the encoder) of own texts."""
     encoder = TextEncoder(args.text_encoder, device, length=args.context_shape and args.context_shape[0])
+    if count := encoder.count_cut(texts):
+        print(f"{count} of {len(texts)} texts are longer than {encoder.length} tokens: their ends are not seen")
     # One at a time, so that no text depends on its neighbours in a batch.
-    return list(range(len(texts))), texts, lambda i: encoder([texts[i]])[0], encoder([""])[0]
+    return (list(range(len(texts))), texts, lambda i: encoder([texts[i]])[0], encoder([""])[0],
+            weights_digest(encoder.model))
 
 
 def val_captions(args):
-    """The same of caption --caption-index of each image of {data}/val; texts are None where only tokens are known."""
+    """The same of caption --caption-index of each image of {data}/val; texts are None where only tokens are known.
+
+    The hash is of the first caption's tokens and of those of no text, which another encoder would change.
+    """
     k, data = args.caption_index, CaptionedImages(args.data_dir, "val", args.resolution, images=False, latents=False)
     for number, count in zip(data.indices, data.counts, strict=True):
         if not 0 <= k < count:
             raise UserError(f"--caption-index {k}: image {number} of {data.folder} has captions 0 to {count - 1}.")
     texts = [data.text(i, k) for i in range(len(data))] if data.texts else None
-    return data.indices, texts, lambda i: data.condition(i, k), data.empty_context
+    seen = hashlib.sha256(torch.stack([data.condition(0, k), data.empty_context]).numpy()).hexdigest()
+    return data.indices, texts, lambda i: data.condition(i, k), data.empty_context, seen
 
 
 def main():
     args = parse_args()
     state = start(args)
     (prompts, name), own = read_prompts(args), bool(args.prompt or args.prompts)
-    model, vae = open_checkpoint(args, "MMDiT", state.device)
+    model, vae, identity = open_checkpoint(args, "MMDiT", state.device)
     if own:
-        numbers, texts, tokens, empty = own_texts(args, [" ".join(text.split()) for text in prompts], state.device)
+        numbers, texts, tokens, empty, seen = own_texts(args, prompts, state.device)
         args.data_dir, args.caption_index, args.prompt, args.prompts = None, None, prompts, None  # not used: no setting
     else:
-        numbers, texts, tokens, empty = val_captions(args)
+        numbers, texts, tokens, empty, seen = val_captions(args)
         args.text_encoder = None
     shape, width = list(empty.shape), model.context_embedder.in_features
     if shape != (args.context_shape or [shape[0], width]):
@@ -95,7 +109,9 @@ def main():
         print(f"{args.data_dir}/val has no captions.json: there will be no captions.txt")
     if state.is_main_process and args.num_fid_samples > len(numbers):
         print(f"there are {len(numbers)} captions: one image of each is made")
-    folder = sample_folder(args, f"{args.model}-{name}" if own else args.model, state)
+    listed = hashlib.sha256(json.dumps([numbers, texts]).encode()).hexdigest()
+    identity |= {"tokens_sha256": seen, "captions_sha256": None if own else listed}
+    folder = sample_folder(args, f"{args.model}-{name}" if own else args.model, state, identity)
     names = [f"{number:06d}" for number in numbers[:args.num_fid_samples]]
     texts = texts and texts[:len(names)]
     if state.is_main_process and texts:

@@ -47,6 +47,7 @@ def main():
         with accelerator.local_main_process_first():  # it writes the index of the files, which the others read
             dataset = open_data(images=needs_images(args, run))
         count_classes(args, dataset)
+        args.class_names = dataset.class_names  # into the checkpoints
         sizes = model_arguments(args, SIT_CONFIGS[args.model], dataset.moments_shape)
         set_seed(args.seed)
         model = SiT_models[args.model](num_classes=args.num_classes, **sizes)

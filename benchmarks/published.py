@@ -51,7 +51,7 @@ def forward(model, x, t, y):
         shift, scale, *rest = block.adaLN_modulation(c).chunk(6, dim=1)
         q, k, v = qkv_heads(block.attn, modulate(block.norm1(tokens), shift, scale))
         logits.append(QK(q, k).logits())
-        tokens = block.after(tokens, torch.nn.functional.scaled_dot_product_attention(q, k, v), rest)
+        tokens, _ = block.after(tokens, torch.nn.functional.scaled_dot_product_attention(q, k, v), rest)
         if i + 1 == model.encoder_depth:
             features = [project(tokens) for project in model.projectors]
     return unpatchify(model.final_layer(tokens, c), model.patch_size), features, logits

@@ -47,6 +47,10 @@ class TextEncoder:
         self.model, self.device = model.to(device, torch.float32).eval().requires_grad_(False), device
         self.width = model.config.hidden_size
 
+    def count_cut(self, captions):
+        """How many of these strings are longer than `length` tokens, so that their ends are not seen."""
+        return sum(len(tokens) > self.length for tokens in self.tokenizer(list(captions)).input_ids)
+
     @torch.no_grad()
     def __call__(self, captions):
         """N strings -> float32 (N, L, C) on the CPU."""

@@ -32,7 +32,7 @@ class Pixels:
     """Stands in for a VAE: latents are pixels in [-1, 1] x latent_scale, 3 channels of the image's own size."""
 
     latent_scale = PIXEL_SCALE
-    factor, channels, source = 1, 3, PIXELS
+    factor, channels, source, vae = 1, 3, PIXELS, None
 
     def __init__(self, device="cpu"):
         self.device = device

@@ -10,7 +10,7 @@ from evaluations.features import load_extractor
 from evaluations.images import open_images, size_text
 from evaluations.scores import check_count, check_metrics, load_set, score
 from runtime.errors import UserError
-from samplers import euler_sampler, guided
+from samplers import SAMPLERS, guided
 
 CONDITIONS = 3  # a random stream of its own, beside those of loader.py
 
@@ -64,5 +64,5 @@ class Evaluation:
             noise = np.stack([rng.standard_normal(self.latent_shape, dtype=np.float32) for rng in streams])
             noise = torch.from_numpy(noise).to(self.accelerator.device)
             with self.accelerator.autocast():
-                latents = euler_sampler(guided(ema, y, self.y_null.expand_as(y)), noise, self.num_steps)
+                latents = SAMPLERS["ode"](guided(ema, y, self.y_null.expand_as(y)), noise, self.num_steps)
             yield self.vae.decode(latents).permute(0, 2, 3, 1).cpu()

@@ -5,8 +5,10 @@ For use elsewhere the EMA alone is exported to safetensors, with {"steps": N, "a
     NAME/model.safetensors, NAME/config.json   the same in two files
 """
 import argparse
+import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import safetensors
@@ -40,6 +42,9 @@ ARGS = {
     **dict.fromkeys(("model", "data_dir", "enc_type", "enc_weights", "vae"),
                     (lambda value: isinstance(value, str), "a name")),
     **dict.fromkeys(("resolution", "num_classes", "enc_blocks", "enc_size", "attn_heads"), (is_whole, "a number")),
+    "class_names": (lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+                    "a list of names"),
+    "cfg_prob": (lambda value: isinstance(value, (int, float)), "a number"),
     "qk_norm": (lambda value: isinstance(value, bool), "true or false"),
     "path_type": (lambda value: value in ("linear", "cosine"), "linear or cosine"),
     "context_shape": (lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_whole, value)),
@@ -60,7 +65,7 @@ def check_contents(path, state, needed):
 
 def saved_steps(folder):
     """{step: path} of all checkpoints in `folder`."""
-    return {int(path.stem): path for path in Path(folder).glob("*.pt") if path.stem.isdecimal()}
+    return {int(path.stem): path for path in Path(folder).glob("*.pt") if re.fullmatch("[0-9]+", path.stem)}
 
 
 def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):
@@ -88,6 +93,9 @@ def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):
 def read_export(path):
     """What save_export wrote to `path`; of a safetensors file without our config the weights alone."""
     if path.is_dir():
+        if found := saved_steps(path) or saved_steps(path / "checkpoints"):
+            raise UserError(f"{path} is the folder of a run; give one of its checkpoints, such as "
+                            f"{found[max(found)]}.")
         weights = load_tensors(path / "model.safetensors")  # first: its sentence says that the folder is no export
         return {**read_json(path / "config.json"), "ema": weights}
     weights = load_tensors(path)
@@ -113,6 +121,22 @@ def save_export(path, state):
         with atomic_write(path / "model.safetensors") as file:
             file.write(safetensors.torch.save(weights))
         write_json(path / "config.json", config, indent=2)
+
+
+def weights_digest(module):
+    """sha256 of a module's weights: of names, dtypes, shapes and values."""
+    found = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def modern_names(weights):
+    """The weights of REPA's first release under today's names: decoder_blocks.i followed the other blocks."""
+    first = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    return {re.sub(r"^decoder_blocks\.(\d+)", lambda found: f"blocks.{int(found[1]) + first}", name): value
+            for name, value in weights.items()}
 
 
 def infer_model_kwargs(weights):
@@ -168,16 +192,17 @@ def find_model(weights, configs, path):
                     "its sizes to the table in models/.")
 
 
-def load_network(path, kind=None, **typed):
+def load_network(path, kind=None, source="ema", **typed):
     """(network with the EMA of `path`, in eval mode; args of its training, as far as they are known).
 
-    `path` is whatever load_checkpoint takes; `kind` is a key of KINDS, or None for any. `typed` args win over those in
-    the file. Sizes are read from the weights, so that a file without args will do; the returned args have the network's
-    model, num_classes, qk_norm, encoder_depth and attn_layers. Raises UserError, also for args that contradict the
+    `path` is whatever load_checkpoint takes; `kind` is a key of KINDS, or None for any; `source` "model" takes the
+    weights that are trained, not their average. `typed` args win over those in the file. Sizes are read from the
+    weights, so that a file without args will do; the returned args have the network's model, num_classes, qk_norm,
+    encoder_depth and attn_layers, and the checkpoint's steps. Raises UserError, also for args that contradict the
     weights.
     """
-    state = load_checkpoint(path)
-    weights, args = state["ema"], {**state["args"], **typed}
+    state = load_checkpoint(path, needed=(source,))
+    weights, args = modern_names(state[source]), {**state["args"], **typed}
     configs, networks, own_key = KINDS[kind or ("MMDiT" if "context_embedder.weight" in weights else "SiT")]
     required_keys = ("x_embedder.proj.weight", "pos_embed", own_key)
     missing = [key for key in required_keys if key not in weights]
@@ -199,5 +224,8 @@ def load_network(path, kind=None, **typed):
     network = networks[name](**kwargs, encoder_depth=known["encoder_depth"],
                              attn_layers=[student for student, _ in known["attn_layers"]])
     load_weights(network, weights, path)
-    args |= {"model": name, **known, **{key: kwargs[key] for key in ("num_classes", "qk_norm") if key in kwargs}}
+    names = args.get("class_names")
+    args |= {"model": name, "steps": state.get("steps"), **known,
+             "class_names": names if names and len(names) == kwargs.get("num_classes") else None,
+             **{key: kwargs[key] for key in ("num_classes", "qk_norm") if key in kwargs}}
     return network.eval().requires_grad_(False), args

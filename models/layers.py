@@ -162,10 +162,17 @@ class AdaLNBlock(nn.Module):
         return self.attn.split(modulate(self.norm1(x), shift, scale)), rest
 
     def after(self, x, attended, rest):
-        """Tokens (N, T, D) and the attention's result (N, H, T, d) -> tokens (N, T, D)."""
+        """Tokens (N, T, D) and the attention's result (N, H, T, d) -> tokens, [attention, MLP], (N, T, D) each."""
         gate_a, shift_m, scale_m, gate_m = rest
-        x = x + gate_a[:, None] * self.attn.merge(attended)
-        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        attention = self.attn.merge(attended)
+        x = x + gate_a[:, None] * attention
+        mlp = self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        return x + gate_m[:, None] * mlp, [attention, mlp]
+
+    def assemble(self, x, c, branches):
+        """Tokens (N, T, D) for given [attention, MLP], (N, T, D) each: nothing but the gates is computed."""
+        chunks = self.adaLN_modulation(c).chunk(self.chunks, dim=1)
+        return x + chunks[2][:, None] * branches[0] + chunks[5][:, None] * branches[1]
 
 
 class FinalLayer(nn.Module):
@@ -195,8 +202,13 @@ def adaln_zero(blocks, final_layer):
         nn.init.zeros_(linear.bias)
 
 
-def run_block(block, *arguments, checkpointing=False):
-    """block(*arguments). With `checkpointing` its activations are recomputed in the backward pass, not kept."""
+def run_block(index, block, *arguments, checkpointing=False, cache=None):
+    """block(*arguments), or what `cache` (sampling/cache.py) makes of it.
+
+    With `checkpointing` its activations are recomputed in the backward pass, not kept.
+    """
+    if cache is not None:
+        return cache.run(index, block, *arguments)
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)  # no block draws numbers
     return block(*arguments)

@@ -27,10 +27,11 @@ class JointBlock(nn.Module):
         self.context_block = layers.AdaLNBlock(hidden_size, num_heads, mlp_ratio, qk_norm, pre_only=last)
         self.x_block = layers.AdaLNBlock(hidden_size, num_heads, mlp_ratio, qk_norm)
 
-    def forward(self, context, x, c, fused=True, tapped=False):
+    def forward(self, context, x, c, fused=True, tapped=False, with_branches=False):
         """Text (N, L, D), image (N, T, D), condition (N, D) -> text, image and, if `tapped`, the image tokens' QK.
 
-        The text is None after the last block, which uses its keys and values only.
+        The text is None after the last block, which uses its keys and values only. `with_branches` adds the results of
+        attention and MLP, of the image and then of the text, for `assembled`.
         """
         text_qkv, text_rest = self.context_block.before(context, c)
         image_qkv, image_rest = self.x_block.before(x, c)
@@ -39,9 +40,15 @@ class JointBlock(nn.Module):
         joint = (torch.cat(pair, dim=2) for pair in zip(text_qkv, image_qkv, strict=True))  # (N, H, L + T, d)
         text, image = layers.attend(*joint, fused).split([context.shape[1], x.shape[1]], dim=2)
 
-        x = self.x_block.after(x, image, image_rest)
-        context = self.context_block.after(context, text, text_rest) if text_rest else None
-        return context, x, layers.QK(*image_qkv[:2]) if tapped else None
+        x, branches = self.x_block.after(x, image, image_rest)
+        context, of_text = self.context_block.after(context, text, text_rest) if text_rest else (None, [])
+        return (context, x, layers.QK(*image_qkv[:2]) if tapped else None,
+                *([branches + of_text] if with_branches else []))
+
+    def assembled(self, context, x, c, branches):
+        """What forward returns if attention and MLP give `branches`."""
+        context = self.context_block.assemble(context, c, branches[2:]) if branches[2:] else None
+        return context, self.x_block.assemble(x, c, branches), None
 
 
 class MMDiT(nn.Module):
@@ -55,6 +62,7 @@ class MMDiT(nn.Module):
     """
 
     _no_split_modules = ("JointBlock",)  # accelerate's name for the units in which FSDP splits
+    cache = None  # of sampling/cache.py, while it samples
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, depth=24, mlp_ratio=4.0, context_dim=768,
                  encoder_depth=8, attn_layers=(4, 5, 6, 7), z_dims=(768,), projector_dim=2048, qk_norm=False,
@@ -91,8 +99,8 @@ class MMDiT(nn.Module):
         features, attention = [], {}
         for i, block in enumerate(self.joint_blocks):
             tapped = return_alignment and i in self.attn_layers
-            context, tokens, qk = layers.run_block(block, context, tokens, c, self.fused_attn, tapped,
-                                                   checkpointing=self.grad_checkpointing)
+            context, tokens, qk = layers.run_block(i, block, context, tokens, c, self.fused_attn, tapped,
+                                                   cache=self.cache, checkpointing=self.grad_checkpointing)
             if tapped:
                 attention[i] = qk
             if return_alignment and i + 1 == self.encoder_depth:

@@ -29,10 +29,18 @@ SIT_CONFIGS = {f"SiT-{size}/{patch}": {**config, "patch_size": patch} for size, 
 class SiTBlock(layers.AdaLNBlock):
     """Self-attention on the image tokens."""
 
-    def forward(self, x, c, fused=True, tapped=False):
-        """Tokens (N, T, D), condition (N, D) -> tokens (N, T, D) and, if `tapped`, the block's QK, else None."""
+    def forward(self, x, c, fused=True, tapped=False, with_branches=False):
+        """Tokens (N, T, D), condition (N, D) -> tokens (N, T, D) and, if `tapped`, the block's QK, else None.
+
+        `with_branches` adds the results of attention and MLP, for `assembled`.
+        """
         (q, k, v), rest = self.before(x, c)
-        return self.after(x, layers.attend(q, k, v, fused), rest), layers.QK(q, k) if tapped else None
+        x, branches = self.after(x, layers.attend(q, k, v, fused), rest)
+        return x, layers.QK(q, k) if tapped else None, *([branches] if with_branches else [])
+
+    def assembled(self, x, c, branches):
+        """What forward returns if attention and MLP give `branches`."""
+        return self.assemble(x, c, branches), None
 
 
 class SiT(nn.Module):
@@ -44,6 +52,7 @@ class SiT(nn.Module):
     """
 
     _no_split_modules = ("SiTBlock",)  # accelerate's name for the units in which FSDP splits
+    cache = None  # of sampling/cache.py, while it samples
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, encoder_depth=8, attn_layers=(4, 5, 6, 7),
@@ -96,7 +105,7 @@ class SiT(nn.Module):
         features, attention = [], {}
         for i, block in enumerate(self.blocks):
             tapped = return_alignment and i in self.attn_layers
-            tokens, qk = layers.run_block(block, tokens, c, self.fused_attn, tapped,
+            tokens, qk = layers.run_block(i, block, tokens, c, self.fused_attn, tapped, cache=self.cache,
                                           checkpointing=self.grad_checkpointing)
             if tapped:
                 attention[i] = qk

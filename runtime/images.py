@@ -55,8 +55,8 @@ def caption_strips(texts, width):
 
 def wrap(text, width, length):
     """`text` in lines as long as fit: length(line) <= `width`, MAX_LINES at most."""
-    lines = []
-    for characters in range(max(len(text), 4), 3, -1):
+    lines, text = [], text[:MAX_LINES * width]  # a character is a pixel wide at least
+    for characters in range(max(min(len(text), width), 4), 3, -1):
         lines = textwrap.wrap(text, characters, max_lines=MAX_LINES, placeholder="...")
         if all(length(line) <= width for line in lines):
             break

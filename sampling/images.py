@@ -1,8 +1,11 @@
 """What generate.py and generate_t2i.py share: load the network, make each image once, write PNGs, .npz and grid."""
 import inspect
+import math
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -10,42 +13,75 @@ from tqdm import tqdm
 
 from dataset import PIXELS
 from encoders.vae import open_vae
-from models.checkpoint import load_network
+from models.checkpoint import load_network, weights_digest
 from runtime.errors import UserError
 from runtime.files import atomic_write, is_file, read_json, remove_temporaries, write_json
 from runtime.images import IMAGE_ERRORS, image_grid, open_image, write_png
 from runtime.setup import AUTOCAST, PROCESS_GROUP_TIMEOUT, cast_weights, check_compiler, to_device, tune
 from samplers import SAMPLERS, guided
+from sampling.cache import blocks_of, caching, count_calls, flops_of_call
 
+CFG_SCALE = 1.5  # the published default
 GRID_IMAGES = 72
 PNG_WRITERS = 4  # threads
-SAMPLING = ("mode", "num_steps", "cfg_scale", "guidance_low", "guidance_high", "heun", "path_type")
+SAMPLING = ("mode", "num_steps", "cfg_scale", "guidance_low", "guidance_high", "heun", "path_type", "time_grid",
+            "time_shift", "tolerance", "cache", "cache_interval", "cache_order", "cache_boundary")
 # These flags change no image: a restart may set them differently.
 NOT_IN_SETTINGS = ("sample_dir", "num_fid_samples", "per_proc_batch_size", "tf32", "fused_attn", "compile",
-                   "projector_embed_dims", "encoder_depth", "class_names")
+                   "projector_embed_dims", "encoder_depth", "class_names", "names_file", "legacy", "prefix")
+NOT_COMPARED = ("ckpt", "vae", "data_dir", "text_encoder", "cost")  # of settings.json: hashes stand for the paths
+MOST_IMAGES = 10 ** 7  # six digits name a file, and a list of more takes memory
 
 
-def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale=1.5, guidance_low=0.0,
-           guidance_high=1.0, heun=False, path_type="linear"):
-    """uint8 (N, 3, R, R): image i from the noise of streams[i], a NumPy generator; y and y_null as in guided."""
+def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale=CFG_SCALE, guidance_low=0.0,
+           guidance_high=1.0, heun=False, path_type="linear", time_grid="uniform", time_shift=3.0, tolerance=1e-4,
+           cache="none", cache_interval=3, cache_order=2, cache_boundary=0.5, cost=None):
+    """uint8 (N, 3, R, R): image i from the noise of streams[i], a NumPy generator; y and y_null as in guided.
+
+    Options are those of SAMPLERS and, from `cache` on, of sampling/cache.py. `cost`, a Counter, counts network calls by
+    image: `calls`, and `computed` for those parts of them that a cache has not saved.
+    """
     def normals(shape, dtype):
         draws = np.stack([rng.standard_normal(shape, dtype=dtype) for rng in streams])
         return to_device(torch.from_numpy(draws), y.device)
 
     if mode not in SAMPLERS:
         raise UserError(f"mode {mode!r} is not known; use {' or '.join(map(repr, SAMPLERS))}.")
+    check_modes(mode, heun, cache)
+    for name, value in (("num_steps", num_steps), ("cfg_scale", cfg_scale)):
+        if not 1 <= value < math.inf:
+            raise UserError(f"{name} is {value}; give a number from 1 on.")
+    options = {"heun": heun, "path_type": path_type, "time_grid": time_grid, "time_shift": time_shift,
+               "tolerance": tolerance, "noise": lambda x: normals(x.shape[1:], np.float64)}
+    calls = count_calls(SAMPLERS[mode], num_steps, options) if cache != "none" else 0
     velocity = guided(network, y, y_null, cfg_scale, guidance_low, guidance_high)
-    latents = SAMPLERS[mode](velocity, normals(network.latent_shape, np.float32), num_steps, heun=heun,
-                             path_type=path_type, noise=lambda x: normals(x.shape[1:], np.float64))
+    with caching(network, cache, calls, cache_interval, cache_order, cache_boundary) as state:
+        def counted(x, t):
+            state.begin(t)
+            return velocity(x, t)
+
+        latents = SAMPLERS[mode](counted, normals(network.latent_shape, np.float32), num_steps, **options)
+    if cost is not None:
+        cost.update(calls=state.rows, computed=state.computed / len(blocks_of(network)))
     return vae.decode(latents)
 
 
-def open_network(path, vae, device, kind=None, **typed):
+def check_modes(mode, heun, cache):
+    """Raise UserError for options that do not go together."""
+    taken = inspect.signature(SAMPLERS[mode]).parameters
+    if heun and "heun" not in taken:
+        raise UserError("--heun is for --mode ode; leave one of them out.")
+    if cache != "none" and "tolerance" in taken:
+        raise UserError(f"--cache {cache} needs steps that are known before, which --mode {mode} has not; leave one of "
+                        "them out.")
+
+
+def open_network(path, vae, device, kind=None, source="ema", **typed):
     """(network, VAE, the VAE's name, args of training) of a checkpoint; see load_network and choose_vae.
 
     The network is on the CPU. The checkpoint is read first: opening the VAE may be a download. Raises UserError.
     """
-    network, args = load_network(path, kind, **typed)
+    network, args = load_network(path, kind, source, **typed)
     name = choose_vae(vae, args, path)
     vae = open_vae(name, device)
     channels, side, _ = network.latent_shape
@@ -64,14 +100,20 @@ def choose_vae(vae, args, path):
     return vae or (PIXELS if is_pixels else "ema")
 
 
+def check_guidance(path, cfg_scale, trained):
+    """Raise UserError where `cfg_scale` guides by a null condition that training, by its args, has never shown."""
+    if cfg_scale > 1 and trained.get("cfg_prob") == 0:
+        raise UserError(f"{path} was trained with --cfg-prob 0, so it has not learned what guidance needs, images "
+                        "without a condition; give --cfg-scale 1.")
+
+
 def start(args):
     """Refuse flags that contradict, start the process group -> accelerate's PartialState."""
     from accelerate import PartialState  # here: --help need not wait for it
     if args.guidance_low > args.guidance_high:
         raise UserError(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}, so "
                         "nothing would be guided; swap them, or give --cfg-scale 1.")
-    if args.heun and "heun" not in inspect.signature(SAMPLERS[args.mode]).parameters:
-        raise UserError("--heun is for --mode ode; leave one of them out.")
+    check_modes(args.mode, args.heun, args.cache)
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
     torch.set_grad_enabled(False)
     tune(state.num_processes, args.tf32)
@@ -83,13 +125,15 @@ def start(args):
 
 
 def open_checkpoint(args, kind, device):
-    """(network of --ckpt, its VAE), both on `device`; `kind` as in load_network.
+    """(network of --ckpt, its VAE, hashes and numbers that identify both), on `device`; `kind` as in load_network.
 
     Sets in `args` what the checkpoint knows. Raises UserError for a flag that contradicts the weights.
     """
-    known = ("model", "resolution", "num_classes", "qk_norm", "path_type", "encoder_depth", "context_shape")
+    known = ("model", "resolution", "num_classes", "qk_norm", "path_type", "encoder_depth", "context_shape",
+             "class_names")
     typed = {name: value for name, value in vars(args).items() if name in known and value is not None}
-    network, vae, args.vae, trained = open_network(args.ckpt, args.vae, device, kind, **typed)
+    network, vae, args.vae, trained = open_network(args.ckpt, args.vae, device, kind, args.weights, **typed)
+    check_guidance(args.ckpt, args.cfg_scale, trained)
     widths = ",".join(str(projector[-1].out_features) for projector in network.projectors)
     if args.projector_embed_dims and args.projector_embed_dims != widths:
         raise UserError(f"--projector-embed-dims {args.projector_embed_dims}: {args.ckpt} has projectors to "
@@ -98,7 +142,9 @@ def open_checkpoint(args, kind, device):
         raise UserError(f"--encoder-depth {args.encoder_depth} is outside the model, which has fewer blocks; leave it "
                         "out.")
     vars(args).update({name: trained.get(name) for name in known if hasattr(args, name)})
-    return prepare_model(network, args, device), vae
+    identity = {"steps": trained["steps"], "network_sha256": weights_digest(network),
+                "vae_sha256": vae.vae and weights_digest(vae.vae)}
+    return prepare_model(network, args, device), vae, identity
 
 
 def prepare_model(model, args, device):
@@ -122,26 +168,31 @@ def is_finished(path, resolution):
         return False
 
 
-def sample_folder(args, name, state):
-    """The folder of this run's PNGs. Raises UserError if it holds images of other settings."""
+def sample_folder(args, name, state, identity):
+    """The folder of this run's PNGs. Raises UserError if it holds images of other settings or of other weights.
+
+    `identity` holds what tells the weights and the conditions from others under the same path.
+    """
     folder = Path(args.sample_dir) / (
-        f"{name}-{Path(args.ckpt).stem}-size-{args.resolution}-vae-{Path(args.vae).name}-cfg-{args.cfg_scale}-"
+        f"{args.prefix}{name}-{Path(args.ckpt).stem}-size-{args.resolution}-vae-{Path(args.vae).name}-cfg-{args.cfg_scale}-"
         f"seed-{args.global_seed}-{args.mode}-high-{args.guidance_high}")
-    settings = {key: value for key, value in vars(args).items() if key not in NOT_IN_SETTINGS}
-    for key in ("ckpt", "vae"):
-        if Path(settings[key]).exists():  # however it was spelled
-            settings[key] = str(Path(settings[key]).resolve())
-    path = folder / "settings.json"
-    if is_file(path) and (old := read_json(path)) != settings:
-        changed = [f"{key} {old.get(key)} -> {settings.get(key)}" for key in {**old, **settings}
-                   if old.get(key) != settings.get(key)]
-        raise UserError(f"{folder} holds images of other settings ({', '.join(changed)}); delete it or name another "
-                        "--sample-dir.")
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_IN_SETTINGS} | identity
+    path, old = folder / "settings.json", {}
+    if is_file(path):
+        old = read_json(path, dict)
+        if changed := [f"{key} {shorten(str(old.get(key)), 60)} -> {shorten(str(settings.get(key)), 60)}"
+                       for key in {**old, **settings} if key not in NOT_COMPARED and old.get(key) != settings.get(key)]:
+            raise UserError(f"{folder} holds images of other settings ({', '.join(changed)}); delete it, or name "
+                            "another --sample-dir or --prefix.")
+    elif any(folder.glob("*.png")):
+        raise UserError(f"{folder} holds images, but no settings.json that says how they were made; delete it, or name "
+                        "another --sample-dir or --prefix.")
     state.wait_for_everyone()  # all have read it
     if state.is_main_process:
         remove_temporaries(folder)
-        remove_temporaries(folder.parent, folder.name)  # the .npz and the grid
-        write_json(path, settings, indent=2)
+        for ending in (".npz.", "-grid.png."):
+            remove_temporaries(folder.parent, folder.name + ending)
+        write_json(path, settings | ({"cost": old["cost"]} if "cost" in old else {}), indent=2)
     state.wait_for_everyone()  # before anyone writes a temporary file
     return folder
 
@@ -153,8 +204,12 @@ def sample_images(args, state, network, vae, folder, condition, names, columns=N
     are the grid's.
     """
     paths = [folder / f"{name}.png" for name in names]
-    make_images(args, state, network, vae, paths, condition)
+    cost = make_images(args, state, network, vae, paths, condition)
     if state.is_main_process:
+        if cost:
+            write_json(folder / "settings.json", read_json(folder / "settings.json") | {"cost": cost}, indent=2)
+            print(f"an image took {cost['calls']:,.1f} network calls (guided ones count twice), in blocks computed as "
+                  f"many as {cost['computed']:,.1f}: {cost['gflops']:,.0f} GFLOPs without the VAE")
         write_npz(folder.with_name(f"{folder.name}.npz"), paths, args.resolution)
         count = GRID_IMAGES // columns * columns if columns else GRID_IMAGES  # whole rows
         first = np.stack([np.array(open_image(path)) for path in paths[:count]])
@@ -164,7 +219,7 @@ def sample_images(args, state, network, vae, folder, condition, names, columns=N
 
 
 def make_images(args, state, network, vae, paths, condition):
-    """Sample and save this process's share of the images that are not finished.
+    """Sample and save this process's share of the images that are not finished -> {name: cost of an image}.
 
     Process p makes the batches b of the whole list with b % processes = p. The last batch is filled up, as sums of
     another shape can round differently.
@@ -173,6 +228,7 @@ def make_images(args, state, network, vae, paths, condition):
     todo = [i for i, path in enumerate(paths) if i // size % state.num_processes == state.process_index
             and not is_finished(path, args.resolution)]
     options = {name: getattr(args, name) for name in SAMPLING}
+    cost, flops = Counter(), 0
     with ThreadPoolExecutor(PNG_WRITERS) as writers:  # Pillow compresses outside Python's lock
         written = []
         for start in tqdm(range(0, len(todo), size), unit="batch", disable=not state.is_main_process):
@@ -181,13 +237,21 @@ def make_images(args, state, network, vae, paths, condition):
             streams = [np.random.default_rng((args.global_seed, i)) for i in filled]
             conditions = [condition(i, rng) for i, rng in zip(filled, streams, strict=True)]
             y, y_null = (to_device(torch.stack(c), state.device) for c in zip(*conditions, strict=True))
-            images = sample(network, vae, streams, y, y_null, **options).permute(0, 2, 3, 1).cpu().numpy()
+            flops = flops or flops_of_call(network, y)
+            images = sample(network, vae, streams, y, y_null, cost=cost, **options).permute(0, 2, 3, 1).cpu().numpy()
             for task in written:  # the batch before was written meanwhile; raise what that raised
                 task.result()
             written = [writers.submit(write_png, paths[i], images[row]) for row, i in enumerate(batch)]
         for task in written:
             task.result()
-    state.wait_for_everyone()
+    from accelerate.utils import gather_object  # here: --help need not wait for it
+    cost["images"] = size * math.ceil(len(todo) / size)
+    flops = max(gather_object([flops]))
+    cost = sum((Counter(each) for each in gather_object([dict(cost)])), Counter())
+    if not cost["images"]:
+        return {}
+    each = {name: round(cost[name] / cost["images"], 3) for name in ("calls", "computed")}
+    return each | {"gflops": round(each["computed"] * flops / 1e9, 3)}
 
 
 def write_npz(path, paths, resolution):

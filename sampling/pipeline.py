@@ -8,36 +8,42 @@
 
 Image i is that of generate.py --labels balanced, or of generate_t2i.py --prompt, with this seed and condition.
 """
+import numbers
+
 import numpy as np
 import torch
 from PIL import Image
 
 from encoders.text import CLIP, TextEncoder
 from runtime.errors import UserError
-from sampling.images import open_network, sample
+from sampling.images import CFG_SCALE, check_guidance, open_network, sample
 
 
 class Pipeline:
     """A network, its VAE and, for text, its text encoder: conditions -> PIL images. Made by load_pipeline."""
 
-    def __init__(self, network, vae, path_type, encode=None):
-        self.network, self.vae, self.path_type, self.encode = network, vae, path_type, encode
+    def __init__(self, network, vae, args, path, encode=None):
+        self.network, self.vae, self.args, self.path, self.encode = network, vae, args, path, encode
 
     @torch.no_grad()
     def __call__(self, conditions, seed=0, batch_size=32, **sampling):
-        """One image per class number or, for a network of text, per string.
+        """One image per class, by its number or its name where the checkpoint knows names, or, for text, per string.
 
         Image i depends on (seed, i) and its condition only. `sampling` is what `sample` takes, under its names and
         defaults: mode, num_steps, cfg_scale, guidance_low, guidance_high, heun. Raises UserError for no such class.
         """
         if isinstance(conditions, (str, int)):
             raise UserError(f"{conditions!r} is one condition; give a list, such as [{conditions!r}].")
+        if type(seed) is not int or seed < 0 or type(batch_size) is not int or batch_size < 1:
+            raise UserError(f"seed is {seed!r}, batch_size {batch_size!r}; give whole numbers from 0 and from 1 on.")
+        check_guidance(self.path, sampling.get("cfg_scale", CFG_SCALE), self.args)
         pictures = []
         for start in range(0, len(conditions), batch_size):
             batch = conditions[start:start + batch_size]
             streams = [np.random.default_rng((seed, start + i)) for i in range(len(batch))]
             y, y_null = (c.to(self.vae.device) for c in self.conditions(batch))
-            images = sample(self.network, self.vae, streams, y, y_null, path_type=self.path_type, **sampling)
+            images = sample(self.network, self.vae, streams, y, y_null, path_type=self.args["path_type"],
+                            **sampling)
             pictures += [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
         return pictures
 
@@ -46,29 +52,29 @@ class Pipeline:
         if self.encode:
             y, y_null = torch.cat([self.encode([text]) for text in batch]), self.encode([""])
             return y, y_null.expand_as(y)
-        classes = self.network.num_classes
-        remedy = f"give whole numbers from 0 to {classes - 1}."
-        if any(isinstance(one, str) for one in batch):
-            raise UserError(f"{list(batch)} are texts; this network knows classes: {remedy}")
-        y = torch.as_tensor(batch)
-        if y.dtype != torch.int64 or y.min() < 0 or y.max() >= classes:
-            raise UserError(f"{list(batch)} are not all classes of this network; {remedy}")
+        names, classes = self.args["class_names"] or [], range(self.network.num_classes)
+        found = [names.index(one) if one in names else one for one in batch]
+        if not all(isinstance(one, numbers.Integral) and one in classes for one in found):
+            known = f" or names out of {', '.join(names)}" if names else ""
+            raise UserError(f"{list(batch)} are not all classes of this network; give whole numbers from 0 to "
+                            f"{classes[-1]}{known}.")
+        y = torch.tensor(found)
         return y, torch.full_like(y, self.network.null_label)
 
 
-def load_pipeline(path, vae=None, text_encoder=CLIP, device=None):
-    """The Pipeline of a checkpoint of training, of an export (file or folder) or of a published .pt; EMA weights.
+def load_pipeline(path, vae=None, text_encoder=CLIP, device=None, weights="ema"):
+    """The Pipeline of a checkpoint of training, of an export (file or folder) or of a published .pt.
 
     vae: ema, mse, a hub name, a folder in diffusers' format, or "none" for a network of pixels (default: "none" if the
     checkpoint was trained so, else ema). text_encoder, for MMDiT: hub name or folder of the one it was trained with.
-    device: default the GPU if there is one. Raises UserError.
+    device: default the GPU if there is one. weights: "ema" or "model". Raises UserError.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network, vae, _, args = open_network(path, vae, device)
+    network, vae, _, args = open_network(path, vae, device, source=weights)
     encode = None
     if hasattr(network, "context_embedder"):
         encode = TextEncoder(text_encoder, device, length=(args.get("context_shape") or [None])[0])
         if encode.width != network.context_embedder.in_features:
             raise UserError(f"{path} takes text of width {network.context_embedder.in_features}, {text_encoder} gives "
                             f"{encode.width}; give the text encoder that it was trained with.")
-    return Pipeline(network.to(device), vae, args["path_type"], encode)
+    return Pipeline(network.to(device), vae, args, path, encode)

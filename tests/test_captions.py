@@ -1,5 +1,6 @@
 """U-ViT's layout: what is read, which caption a visit shows, one sentence for each damage; captions in grids."""
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -126,3 +127,12 @@ def test_small_pictures_are_shown_larger():
     ("one two three four five six seven eight", 8, ["one two", "three", "four", "five..."])])
 def test_wrapping_keeps_to_width_and_lines(text, width, lines):
     assert wrap(text, width, len) == lines and len(lines) <= MAX_LINES
+
+
+def test_a_caption_as_long_as_a_page():
+    """It was laid out anew for every length that it could have: minutes of work."""
+    text = "a word and another one " * 500
+    begin = time.perf_counter()
+    assert wrap(text, 64, len)[0].startswith("a word")
+    assert wrap("x" * 10_000, 64, lambda line: 9 * len(line))[-1].endswith("...")
+    assert time.perf_counter() - begin < 2

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from data_io.loader import StepBatches, load_noise, microbatch_slice, step_noise, work_ahead
-from dataset import LatentImages
+from dataset import CaptionedImages, LatentImages
 from encoders.vae import VAE
-from tests.conftest import CLASSES
+from runtime.errors import UserError
+from tests.conftest import CLASSES, write_tiny_captions
+from tests.test_storage import packed_into
 
 
 def test_reads_what_was_written(tiny_data):
@@ -40,6 +42,45 @@ def test_images_are_read_only_where_they_are_needed(data, monkeypatch):
     shutil.rmtree(data / "images")
     dataset = LatentImages(data, 64, CLASSES, images=False)
     assert dataset[3]["y"] == 3 and "image" not in dataset[3]
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 16), (8, 0, 0), (8, 16, 8), (7, 16, 16), (16,)])
+def test_latents_of_no_shape(data, shape):
+    for path in data.rglob("*.npy"):
+        np.save(path, np.ones(shape, np.float32))
+    with pytest.raises(UserError, match="expected .2 x channels, side, side"):
+        LatentImages(data, 64, CLASSES)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_moments_of_the_other_layout(data, tmp_path, packed):
+    """A negative std is a log variance, and where no log variance is negative they are stds."""
+    data = packed_into(data, tmp_path / "packed") if packed else data
+    last = data / "vae-sd" / ("00000.npy" if packed else "00000/img-mean-std-00000007.npy")
+    moments = np.load(last)
+    (moments[-1] if packed else moments)[4:] = -4.6
+    np.save(last, moments)
+    dataset = LatentImages(data, 64, CLASSES, images=False)
+    dataset.batch([0, 1])
+    with pytest.raises(UserError, match="00000007.* negative std: it looks like mean and log variance"):
+        dataset.batch([0, 7])
+    texts = write_tiny_captions(tmp_path / "texts", (2, 1))
+    for split in ("train", "val"):
+        for i in (0, 1):
+            moments = np.load(texts / split / f"{i}.npy")
+            np.save(texts / split / f"{i}.npy", np.concatenate([moments[:4], 0 * moments[4:] + 0.1]))
+    with pytest.raises(UserError, match="they look like mean and std, the ImageNet layout"):
+        CaptionedImages(texts, "train", 64)
+
+
+def test_names_of_classes(data):
+    (data / "classes.json").write_text('["ant", "bee", "cow", "dog"]')
+    dataset = LatentImages(data, 64, CLASSES)
+    assert dataset.class_names[3] == "dog" and dataset.text(6) == "cow" and dataset.texts
+    for bad in ('["ant", "bee", "cow"]', "[1, 2, 3, 4]"):
+        (data / "classes.json").write_text(bad)
+        with pytest.raises(UserError, match="classes.json must hold a list of names, one for each class: .* up to 3"):
+            LatentImages(data, 64, CLASSES)
 
 
 def test_order_is_a_function_of_seed_and_step():

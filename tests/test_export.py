@@ -133,9 +133,12 @@ def test_what_cannot_be_loaded(forms, tmp_path, file, words):
 
 @pytest.mark.parametrize("conditions, more, words", [
     ([0, CLASSES], {}, "give whole numbers from 0 to 3"), ([-1], {}, "give whole numbers from 0 to 3"),
-    ([0.5], {}, "give whole numbers from 0 to 3"), (["cat"], {}, "are texts; this network knows classes: give whole"),
+    ([0.5], {}, "give whole numbers from 0 to 3"), (["cat"], {}, "give whole numbers from 0 to 3"),
+    ([10 ** 30], {}, "give whole numbers from 0 to 3"), ([1], {"seed": -1}, "seed is -1"),
+    ([1], {"batch_size": 0}, "batch_size 0"), ([1], {"num_steps": 0}, "num_steps is 0"),
+    ([1], {"cfg_scale": float("nan")}, "cfg_scale is nan"), ([1], {"cfg_scale": 0.5}, "cfg_scale is 0.5"),
     ("cat", {}, r"is one condition; give a list, such as \["), (2, {}, r"is one condition; give a list, such as \["),
     ([1], {"mode": "SDE"}, "mode 'SDE' is not known; use 'ode' or 'sde'")])
 def test_what_cannot_be_sampled(forms, conditions, more, words):
     with pytest.raises(UserError, match=words):
-        load_pipeline(forms[1], vae=VAE)(conditions, **SAMPLING, **more)
+        load_pipeline(forms[1], vae=VAE)(conditions, **{**SAMPLING, **more})

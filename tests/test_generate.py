@@ -2,9 +2,11 @@
 import argparse
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from torch._dynamo.utils import counters
@@ -16,17 +18,18 @@ from models.checkpoint import load_checkpoint
 from models.sit import SiT_models
 from runtime.errors import UserError
 from samplers import SAMPLERS
+from sampling.pipeline import load_pipeline
 from tests.conftest import CLASSES, ROOT, call_main, script
 
 NAME = "SiT-T-2-0000005-size-64-vae-vae-emoji-cfg-2.0-seed-0-{mode}-high-0.9"
 
 
-def save_random(path, network, args, spread=0.05):
-    """A random network, not the zero one that it is at its start."""
+def save_random(path, network, args, spread=0.05, model=None):
+    """A random network, not the zero one that it is at its start; `model`: its weights that are no average."""
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(spread * torch.randn_like(parameter))
-    torch.save({"model": {}, "ema": network.state_dict(), "opt": {}, "args": args, "steps": 5}, path)
+    torch.save({"model": model or {}, "ema": network.state_dict(), "opt": {}, "args": args, "steps": 5}, path)
     return path
 
 
@@ -87,6 +90,99 @@ def test_restart_makes_only_what_is_missing(monkeypatch, ckpt, tmp_path):
         call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, "--num-steps", 5))
 
 
+def copy_checkpoint(ckpt, path, change):
+    """ckpt at `path`, with change(its content) instead."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = load_checkpoint(ckpt, needed=(), mmap=False)
+    change(state)
+    torch.save(state, path)
+    return path
+
+
+def test_other_weights_under_the_same_paths_are_other_settings(monkeypatch, ckpt, tmp_path):
+    """Retrained networks and VAEs; a checkpoint that has moved is the same one."""
+    own, vae = tmp_path / "0000005.pt", tmp_path / "vae-emoji"
+    shutil.copy(ckpt, own)
+    shutil.copytree(ROOT / "assets/vae-emoji", vae)
+    given = arguments(own, tmp_path, "--vae", vae, "--num-fid-samples", 1)
+    call_main(monkeypatch, generate, *given)
+    settings = json.loads((tmp_path / NAME.format(mode="ode") / "settings.json").read_text())
+    assert settings["steps"] == 5 and settings["ckpt"] == str(own)
+    call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, "--num-fid-samples", 1))
+    weights = safetensors.torch.load_file(vae / "diffusion_pytorch_model.safetensors")
+    name, value = next(iter(weights.items()))
+    safetensors.torch.save_file(weights | {name: value + 0.01}, vae / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match="other settings .vae_sha256"):
+        call_main(monkeypatch, generate, *given)
+    copy_checkpoint(ckpt, own, lambda state: next(iter(state["ema"].values())).add_(0.01))
+    with pytest.raises(UserError, match="other settings .network_sha256 .*--prefix"):
+        call_main(monkeypatch, generate, *given, "--vae", ROOT / "assets/vae-emoji")
+    call_main(monkeypatch, generate, *given, "--prefix", "second-")
+    assert (tmp_path / f"second-{NAME.format(mode='ode')}/000000.png").is_file()
+
+
+def test_pictures_of_unknown_origin_are_not_taken(monkeypatch, ckpt, tmp_path):
+    folder = tmp_path / NAME.format(mode="ode")
+    folder.mkdir()
+    (folder / "000000.png").write_bytes(b"")
+    with pytest.raises(UserError, match="holds images, but no settings.json"):
+        call_main(monkeypatch, generate, *arguments(ckpt, tmp_path))
+
+
+def test_names_that_begin_alike_do_not_share_temporaries(monkeypatch, ckpt, tmp_path):
+    foreign = [tmp_path / f".{NAME.format(mode='ode')}{ending}" for ending in ("9.npz.123.tmp", "9-grid.png.123.tmp")]
+    for path in foreign:
+        path.write_bytes(b"")
+    call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, "--num-fid-samples", 1))
+    assert all(path.exists() for path in foreign)
+
+
+def test_weights_that_are_no_average(monkeypatch, ckpt, tmp_path):
+    other = {name: value + 0.02 for name, value in load_checkpoint(ckpt)["ema"].items()}
+    both = copy_checkpoint(ckpt, tmp_path / "both/0000005.pt", lambda state: state.update(model=other))
+    swapped = copy_checkpoint(ckpt, tmp_path / "swapped/0000005.pt", lambda state: state.update(ema=other))
+    call_main(monkeypatch, generate, *arguments(both, tmp_path / "a", "--weights", "model"))
+    call_main(monkeypatch, generate, *arguments(swapped, tmp_path / "b"))
+    call_main(monkeypatch, generate, *arguments(both, tmp_path / "c"))
+    a, b, c = (pictures(tmp_path / name) for name in "abc")
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_weights_of_repas_first_release(monkeypatch, ckpt, tmp_path):
+    """Its second half of the blocks had a list of their own. --legacy is taken, as there."""
+    def rename(state):
+        for number in (2, 3, 4):
+            state["ema"] = {name.replace(f"blocks.{number}.", f"decoder_blocks.{number - 2}."): value
+                            for name, value in state["ema"].items()}
+
+    old = copy_checkpoint(ckpt, tmp_path / "0000005.pt", rename)
+    assert "decoder_blocks.2.attn.qkv.weight" in load_checkpoint(old)["ema"]
+    call_main(monkeypatch, generate, *arguments(old, tmp_path / "old", "--legacy"))
+    call_main(monkeypatch, generate, *arguments(ckpt, tmp_path / "new"))
+    assert np.array_equal(pictures(tmp_path / "old"), pictures(tmp_path / "new"))
+
+
+def test_guidance_by_a_condition_never_trained(monkeypatch, ckpt, tmp_path):
+    def no_drop(state):
+        state["args"]["cfg_prob"] = 0.0
+
+    path = copy_checkpoint(ckpt, tmp_path / "0000005.pt", no_drop)
+    with pytest.raises(UserError, match="was trained with --cfg-prob 0.* give --cfg-scale 1"):
+        call_main(monkeypatch, generate, *arguments(path, tmp_path))
+    with pytest.raises(UserError, match="give --cfg-scale 1"):
+        load_pipeline(path, vae=ROOT / "assets/vae-emoji")([0])
+    call_main(monkeypatch, generate, *arguments(path, tmp_path, "--cfg-scale", 1, "--num-fid-samples", 1))
+
+
+def test_a_run_is_no_checkpoint(monkeypatch, ckpt, tmp_path):
+    newest = copy_checkpoint(ckpt, tmp_path / "run/checkpoints/0000012.pt", lambda state: None)
+    copy_checkpoint(ckpt, tmp_path / "run/checkpoints/0000005.pt", lambda state: None)
+    (tmp_path / "run/checkpoints/\u00b2\u00b2.pt").write_bytes(b"")
+    for folder in (tmp_path / "run", tmp_path / "run/checkpoints"):
+        with pytest.raises(UserError, match=f"{folder} is the folder of a run; give .* as {newest}"):
+            call_main(monkeypatch, generate, *arguments(folder, tmp_path))
+
+
 @pytest.mark.parametrize("flag", [("--heun",), ("--mode", "sde"), ("--num-steps", 5), ("--cfg-scale", 3.0),
                                   ("--guidance-low", 0.6), ("--guidance-high", 0.4), ("--global-seed", 1),
                                   ("--path-type", "cosine", "--mode", "sde"), ("--labels", "balanced"),
@@ -112,7 +208,7 @@ def test_a_new_sampler_is_a_function_and_a_row(monkeypatch, ckpt, tmp_path):
     z = torch.from_numpy(noise.standard_normal((1, 4, 16, 16), dtype=np.float32))
     expected = VAE(ROOT / "assets/vae-emoji").decode(z)[0].permute(1, 2, 0).numpy()
     assert np.abs(pictures(tmp_path)[1].astype(int) - expected).max() <= 1
-    assert options.keys() == {"heun", "path_type", "noise"}
+    assert options.keys() == {"heun", "path_type", "noise", "time_grid", "time_shift", "tolerance"}
     with pytest.raises(UserError, match="--heun is for --mode ode"):
         call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, "--mode", "still", "--heun"))
 
@@ -165,7 +261,16 @@ def test_class_names_stand_in_the_grid(monkeypatch, ckpt, tmp_path, labels):
     else:
         drawn = [names[np.random.default_rng((0, i)).integers(4)] for i in range(6)]
         assert columns is None and texts == drawn and len(images) == 6
+    named = copy_checkpoint(ckpt, tmp_path / "0000005.pt", lambda state: state["args"].update(class_names=names))
+    more = ("--labels", labels, "--num-fid-samples", 6, "--prefix", "by-checkpoint-")
+    call_main(monkeypatch, generate, *arguments(named, tmp_path, *more))
+    assert seen[1][2] == texts
+    pipe = load_pipeline(named, vae=ROOT / "assets/vae-emoji")
+    assert np.array_equal(pipe(["cow"], num_steps=2)[0], pipe([2], num_steps=2)[0])
+    with pytest.raises(UserError, match="'gnu'.* from 0 to 3 or names out of ant, bee, cow, dog"):
+        pipe(["gnu"])
     for bad in ('["ant"]', "[1, 2, 3, 4]", "{}"):
         (tmp_path / "classes.json").write_text(bad)
         with pytest.raises(UserError, match="classes.json (must hold 4 names|holds a dict)"):
-            call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, *more))
+            call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, *more, "--class-names",
+                                                        tmp_path / "classes.json"))

@@ -1,5 +1,7 @@
 """generate_t2i.py through its command line: file i is caption i, own texts, restarts, refusals."""
+import argparse
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -114,13 +116,16 @@ class LengthEncoder:
     """Stands for TextEncoder: all tokens of a text are its length / 10."""
 
     def __init__(self, source, device="cpu", length=None):
-        self.shape = (length or 9, 8 if source == "narrow" else 16)
+        self.shape, self.length, self.model = (length or 9, 8 if source == "narrow" else 16), length, torch.nn.Module()
+
+    def count_cut(self, texts):
+        return sum(len(text) > 10 for text in texts)
 
     def __call__(self, texts):
         return torch.stack([torch.full(self.shape, len(text) / 10) for text in texts])
 
 
-def test_own_texts(monkeypatch, ckpt, tmp_path):
+def test_own_texts(monkeypatch, ckpt, tmp_path, capsys):
     """Folders are named by the texts or by their file, so that no two sets of texts mix."""
     monkeypatch.setattr(generate_t2i, "TextEncoder", LengthEncoder)
 
@@ -129,6 +134,7 @@ def test_own_texts(monkeypatch, ckpt, tmp_path):
 
     (tmp_path / "texts").write_text("two  cats\n\na much longer text\n")
     sample("--prompts", tmp_path / "texts", "--prompt", "bus")
+    assert "1 of 3 texts are longer than 6 tokens" in capsys.readouterr().out
     hashed = next(tmp_path.glob("*.npz")).name.split("-0000005")[0]  # texts of the command line have no other name
     assert re.fullmatch("MMDiT-T-prompts-[0-9a-f]{8}", hashed)
     names, array = pictures(tmp_path, hashed)
@@ -150,6 +156,29 @@ def test_own_texts(monkeypatch, ckpt, tmp_path):
         sample("--prompts", tmp_path / "texts")
     with pytest.raises(UserError, match=r"takes text of \[6, 16\], narrow gives .* = \[6, 8\]"):
         sample("--text-encoder", "narrow", "--prompt", "tram")
+
+
+def test_lines_of_a_prompts_file(tmp_path):
+    """As editors have them: other separators of Unicode are no ends, and its mark at the beginning is no text."""
+    (tmp_path / "texts").write_bytes("\ufeffa red\u2028bus\r\n\r\ntwo\x0bcats\n".encode())
+    args = argparse.Namespace(prompt=[], prompts=tmp_path / "texts")
+    assert generate_t2i.read_prompts(args) == (["a red bus", "two cats"], "texts")
+    with pytest.raises(UserError, match="is not text in UTF-8"):
+        generate_t2i.read_prompts(argparse.Namespace(prompt=["caf\udcff"], prompts=None))
+
+
+def test_changed_captions_are_other_settings(monkeypatch, ckpt, data, tmp_path):
+    """Of words and of tokens, whatever the path says."""
+    for name in ("empty_context.npy", "val/captions.json"):
+        copy = tmp_path / name.replace("/", "-")
+        shutil.copytree(data, copy / "data")
+        given = arguments(ckpt, copy, "--data-dir", copy / "data", "--num-fid-samples", 1)
+        call_main(monkeypatch, generate_t2i, *given)
+        call_main(monkeypatch, generate_t2i, *given)
+        path = copy / "data" / name
+        path.write_bytes(path.read_bytes().replace(b"caption 0", b"caption 9").replace(b"\0\0\0\x3f", b"\0\0\x80\x3e"))
+        with pytest.raises(UserError, match=f"other settings .{'captions' if 'json' in name else 'tokens'}_sha256"):
+            call_main(monkeypatch, generate_t2i, *given)
 
 
 def test_without_words_there_is_no_captions_txt(monkeypatch, ckpt, tmp_path, capsys):

@@ -1,8 +1,8 @@
 """What runtime/ sets at the start of a run, what it says when memory runs out, and the clipped step."""
 import copy
 import errno
+import importlib.machinery
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -103,8 +103,9 @@ STARTS, LOGGED = [], []
 
 def test_wandb_goes_on_with_one_run(monkeypatch, tiny_data, tmp_path):
     """Also to an earlier step, which its own step may not be: "step" is a value like others."""
-    monkeypatch.setitem(sys.modules, "wandb", FakeWandb("wandb"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    fake = FakeWandb("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: True)
     arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--report-to", "wandb",
                                 "--checkpointing-steps", 1, "--max-train-steps", 2)

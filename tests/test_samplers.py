@@ -3,7 +3,16 @@ import pytest
 import torch
 
 from loss import interpolant
-from samplers import euler_maruyama_sampler, euler_sampler, guided, score_from_velocity
+from samplers import (
+    SAMPLERS,
+    dopri5_sampler,
+    dpm_sampler,
+    euler_maruyama_sampler,
+    euler_sampler,
+    guided,
+    score_from_velocity,
+    step_times,
+)
 
 MEAN, STD = 1.5, 0.3
 
@@ -32,6 +41,71 @@ def test_gaussian_data(sampler, path_type):
         tolerance = 1e-4 if sampler == "heun" else 0.01
     assert x.dtype == torch.float64
     assert abs(x.mean() - MEAN) < tolerance and abs(x.std() - STD) < tolerance
+
+
+def exact(z):
+    """Where the probability flow takes noise z: along the quantiles."""
+    return MEAN + STD * z
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_dpm_needs_fewer_steps_than_euler(path_type):
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    for n in (10, 20, 40, 80):
+        dpm, euler = ((sampler(gaussian_velocity(path_type), z, n, path_type=path_type) - exact(z)).square().mean()
+                      for sampler in (dpm_sampler, euler_sampler))
+        assert dpm < euler / 2
+
+
+def test_dpm_is_diffusers():
+    """DPMSolverMultistepScheduler on the same times, which begin a little below 1 there."""
+    from diffusers import DPMSolverMultistepScheduler
+    scheduler = DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", prediction_type="flow_prediction",
+        use_flow_sigmas=True, final_sigmas_type="zero")
+    scheduler.set_timesteps(12)
+    times = scheduler.sigmas.double().tolist()
+    velocity, x = gaussian_velocity("linear"), torch.linspace(-2, 2, 9)[:, None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("samplers.step_times", lambda *_: times)
+        ours = dpm_sampler(velocity, x.double(), 12)
+    for t, step in zip(times, scheduler.timesteps, strict=False):
+        x = scheduler.step(velocity(x.double(), t).float(), step, x).prev_sample
+    torch.testing.assert_close(ours, x.double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_dopri5_keeps_its_tolerance(path_type):
+    """Each image in its own steps: one alone, and one beside others that need more of them, come out the same."""
+    z, calls = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), []
+
+    def velocity(x, t):
+        calls.append(t)
+        return torch.cat([gaussian_velocity(path_type)(row, time)[None] for row, time in zip(x, t, strict=True)])
+
+    counts = []
+    for tolerance in (1e-3, 1e-5, 1e-7):
+        calls.clear()
+        x = dopri5_sampler(velocity, z, tolerance=tolerance)
+        counts.append(len(calls))
+        assert (x - exact(z)).square().mean().sqrt() < 10 * tolerance
+    assert counts == sorted(set(counts)) and counts[-1] < 400
+    x = dopri5_sampler(velocity, torch.cat([z, 100 * z]), tolerance=1e-3)
+    torch.testing.assert_close(x[:1], dopri5_sampler(velocity, z[:1], tolerance=1e-3))
+    broken = dopri5_sampler(lambda x, t: x * float("nan"), z)  # ends
+    assert broken.isnan().all()
+
+
+def test_time_grids():
+    """The published times, exactly; shift as of SD3's; quadratic has most steps near the data."""
+    assert step_times(51) == torch.linspace(1, 0, 51, dtype=torch.float64).tolist()
+    assert step_times(250, 0.04) == torch.linspace(1, 0.04, 250, dtype=torch.float64).tolist()
+    assert step_times(5, 0.0, "shift", 3.0) == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    assert step_times(5, 0.0, "quadratic") == [1, 0.5625, 0.25, 0.0625, 0]
+    for mode in ("ode", "sde", "dpm"):
+        seen = []
+        SAMPLERS[mode](lambda x, t, seen=seen: seen.append(t) or 0 * x, torch.zeros(1, 1), 4, time_grid="quadratic")
+        assert seen[0] == 1 and seen[1] == pytest.approx((0.75 if mode != "sde" else 0.68) ** 2)
 
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])

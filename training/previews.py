@@ -6,7 +6,7 @@ import torch
 
 from encoders.vae import VAE
 from runtime.images import image_grid, write_png
-from samplers import euler_sampler, guided
+from samplers import SAMPLERS, guided
 
 PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_CFG = 16, 50, 4.0
 
@@ -44,6 +44,6 @@ class Previews:
     def make(self, ema, step):
         velocity = guided(ema, self.y, self.y_null, self.cfg_scale)
         with self.accelerator.autocast():
-            latents = euler_sampler(velocity, self.noise.to(self.accelerator.device), PREVIEW_STEPS)
+            latents = SAMPLERS["ode"](velocity, self.noise.to(self.accelerator.device), PREVIEW_STEPS)
         self.save(f"{step:07d}", latents, step)
 

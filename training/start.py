@@ -141,9 +141,9 @@ def needs_images(args, run):
 
 
 def count_classes(args, dataset):
-    """Fill in --num-classes by the labels of `dataset`; say which classes have no image."""
+    """Fill in --num-classes by the names of the classes or the labels; say how many classes have no image."""
     if args.num_classes is None:
-        args.num_classes = int(dataset.labels.max()) + 1
+        args.num_classes = len(dataset.class_names or range(int(dataset.labels.max()) + 1))
         logger.info(f"--num-classes {args.num_classes}, by the labels of {args.data_dir}")
     if args.num_classes > MOST_CLASSES:
         raise UserError(f"The labels of {args.data_dir} go up to {args.num_classes - 1}, past {MOST_CLASSES}; number "
