@@ -171,7 +171,7 @@ def test_classes_and_resolution_are_the_datas(monkeypatch, tiny_data, tmp_path):
 
 def test_the_resolution_without_images(tmp_path, tiny_data, tiny_captions):
     """By the latents, if they are Stable Diffusion's; 256 where nothing tells."""
-    assert find_resolution(None, tiny_captions) == find_resolution(None, tiny_data) == 64
+    assert find_resolution(None, tiny_captions, "train") == find_resolution(None, tiny_data) == 64
     (tmp_path / "vae-sd").mkdir()
     assert find_resolution(None, tmp_path) == 256
     np.save(tmp_path / "vae-sd/img-mean-std-00000000.npy", np.zeros((8, 64, 64), np.float32))

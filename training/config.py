@@ -176,7 +176,7 @@ def finalize_args(args, config):
     if args.encoder_depth is None:
         args.encoder_depth = config["encoder_depth"]
     from training.data_size import find_resolution  # imports torch, which --help does not need
-    args.resolution = find_resolution(args.resolution, args.data_dir)
+    args.resolution = find_resolution(args.resolution, args.data_dir, "images" if "num_classes" in args else "train")
     if args.early_stop_fraction is not None:
         args.early_stop_point = round(args.early_stop_fraction * args.max_train_steps)
     elif args.early_stop_point is None:

@@ -27,13 +27,13 @@ def side_of(folder, suffixes):
     return None
 
 
-def find_resolution(given, data_dir):
-    """`given` (--resolution), or that of the pictures, or of Stable Diffusion's latents, or RESOLUTION.
+def find_resolution(given, data_dir, folder="images"):
+    """`given` (--resolution), or that of the pictures in `folder`, or of Stable Diffusion's latents, or RESOLUTION.
 
     Raises UserError for a given one that the pictures contradict, whether the run reads them or not.
     """
     data = Path(data_dir)
-    pictures = side_of(data / "images", (".png", ".npy")) or side_of(data / "train", (".png",))
+    pictures = side_of(data / folder, (".png", ".npy") if folder == "images" else (".png",))
     if given and pictures and given != pictures:
         raise UserError(f"--resolution is {given}, but the images in {data} have {pictures} pixels a side; leave the "
                         "flag out, or prepare the data anew at this resolution.")

@@ -5,7 +5,6 @@ A preset says what differs from the defaults, which are the paper's; what follow
 blocks, early-stop point) is in the table of models/sit.py or models/mmdit.py.
 """
 import argparse
-import contextlib
 import sys
 import textwrap
 
@@ -79,10 +78,13 @@ def parse_with_preset(parser, script):
                        + ", ".join(name for name, row in PRESETS.items() if row[0] == script))
     name = finder.parse_known_args()[0].preset
     if name == "list":
-        with contextlib.suppress(BrokenPipeError):  # `| head`
+        code = 0
+        try:
             print(listing(), flush=True)
-        sys.stdout = None  # else the interpreter flushes it again
-        sys.exit()
+        except OSError as error:  # a full disk; or `| head`, which is none
+            code = int(not isinstance(error, BrokenPipeError))
+            sys.stdout = None  # else the interpreter flushes it again
+        sys.exit(code)
     if name is not None:
         if name not in PRESETS:
             raise UserError(f"--preset {name} is not known; `--preset list` shows all of them.")

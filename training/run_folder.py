@@ -58,7 +58,8 @@ def open_log(run, folders=()):
             for folder in (run, *(run / name for name in folders)):  # rather than after the first steps
                 check_writable(folder)
             logger.handlers = [handler.target]
-            handler.flush()
+            with writing(run / "log.txt"):
+                handler.flush()
 
 
 def note_end(run, error):
@@ -87,7 +88,8 @@ def opened(run, is_main):
     """The folder `run`, locked by the main process; its log says why a run ends."""
     with contextlib.ExitStack() as stack:
         if is_main:
-            stack.enter_context(lock_run(run))
+            lock = stack.enter_context(lock_run(run))
+            stack.callback(lock.truncate, 0)
         try:
             yield
         except Exception as error:

@@ -142,6 +142,10 @@ def needs_images(args, run):
 
 def count_classes(args, dataset):
     """Fill in --num-classes by the names of the classes or the labels; say how many classes have no image."""
+    if not hasattr(dataset, "labels"):  # a layout of another kind
+        if args.num_classes is None:
+            raise UserError("These data have no labels to count; give --num-classes.")
+        return
     if args.num_classes is None:
         args.num_classes = len(dataset.class_names or range(int(dataset.labels.max()) + 1))
         logger.info(f"--num-classes {args.num_classes}, by the labels of {args.data_dir}")
