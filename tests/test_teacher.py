@@ -1,5 +1,7 @@
 """The teacher: golden numbers, taps against attention written by hand, weights from files, the cache."""
 import functools
+import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -219,6 +221,26 @@ def test_a_cache_that_another_run_is_making_is_waited_for(tiny_data, tmp_path):
         first, second = [pool.submit(make, vit) for vit in vits]
         assert torch.equal(first.result(), second.result()) and first.result().any(dim=(1, 2)).all()
     assert len(calls) == 1 + 64 // 16
+
+
+def test_a_replaced_picture_is_seen(data, tmp_path):
+    """Of equal size and name: by its time, in a zip by its checksum. Rows are of the files that hold them."""
+    accelerator = Accelerator(cpu=True)
+
+    def cache():
+        dataset = LatentImages(data, 64, CLASSES)
+        return CachedTeacher(tmp_path / "cache", Teacher(small_vit(), 8, ()), dataset, accelerator).folder
+
+    path = data / "images/00000/img00000003.png"
+    folders = [cache()]
+    for now in (10 ** 18, 2 * 10 ** 18):
+        path.write_bytes(path.read_bytes())
+        os.utime(path, ns=(now, now))
+        folders.append(cache())
+    shutil.make_archive(data / "images", "zip", data / "images")
+    shutil.rmtree(data / "images")
+    folders.append(cache())
+    assert len(set(folders)) == 4 and cache() == folders[-1]
 
 
 def test_a_stopped_cache_goes_on(monkeypatch, caplog, tiny_data, tmp_path):
