@@ -96,8 +96,8 @@ def main():
             if variant not in CACHES:
                 return sampler(velocity, z, args.num_steps, **options)
             kind, interval = CACHES[variant]
-            calls = count_calls(sampler, args.num_steps, options)
-            with caching(models[variant], kind, calls, interval, 2, 0.5) as state:
+            expected = count_calls(sampler, args.num_steps, options)
+            with caching(models[variant], kind, expected, interval, 2, 0.5) as state:
                 return sampler(lambda x, t: state.begin(t) or velocity(x, t), z, args.num_steps, **options)
 
         works = {variant: (lambda variant=variant, sample=sample: sample(variant)) for variant in args.variants}

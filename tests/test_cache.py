@@ -1,4 +1,5 @@
 """Caches between steps: nothing changes at interval 1, polynomials are exact, and no state outlives a batch."""
+import functools
 import json
 from types import SimpleNamespace
 
@@ -7,13 +8,14 @@ import pytest
 import torch
 
 import generate
+import sampling.images
 from benchmarks import pareto
 from models.mmdit import MMDiT_models
 from models.sit import SiT_models
 from runtime.errors import UserError
 from samplers import SAMPLERS, guided
 from sampling.cache import FIRST, caching, count_calls, flops_of_call, taylor_weights
-from tests.conftest import ROOT, call_main
+from tests.conftest import ROOT, call_main, script
 from tests.test_generate import NAME, arguments, make_checkpoint, pictures
 
 
@@ -140,6 +142,20 @@ def test_by_the_command_line(monkeypatch, ckpt, tmp_path, capsys):
     assert f"{cost['delta']['computed']:.1f}: " in capsys.readouterr().out
     with pytest.raises(UserError, match="--cache taylor needs steps that are known before, which --mode dopri5"):
         call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, "--mode", "dopri5", "--cache", "taylor"))
+
+
+def test_processes_and_compiled_blocks(monkeypatch, ckpt, tmp_path):
+    """Two processes make the same pictures as one, and so do compiled blocks, up to rounding."""
+    given = ["--num-steps", 6, "--cache", "taylor", "--mode", "sde"]
+    script("generate.py", *arguments(ckpt, tmp_path / "two", *given), processes=2)
+    call_main(monkeypatch, generate, *arguments(ckpt, tmp_path / "one", *given))
+    assert np.array_equal(pictures(tmp_path / "one"), pictures(tmp_path / "two"))
+    eager = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    monkeypatch.setattr(sampling.images, "check_compiler", lambda device: None)
+    call_main(monkeypatch, generate, *arguments(ckpt, tmp_path / "compiled", *given, "--compile"))
+    difference = np.abs(pictures(tmp_path / "one").astype(int) - pictures(tmp_path / "compiled"))
+    assert difference.max() <= 1
 
 
 def test_operations_of_a_call():

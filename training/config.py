@@ -6,6 +6,7 @@ from evaluations import FEATURES, METRICS, PRESETS
 from loss import ALIGNMENT_LOSSES, uses
 from runtime.errors import LARGEST_SEED, UserError
 from runtime.flags import number, whole
+from training.presets import print_and_exit
 from training.schedule import SCHEDULES
 
 EARLY_STOP_512 = 300_000  # the paper's switch at 512 px, whatever the model
@@ -23,6 +24,14 @@ def run_name(text):
     path = PurePath(text)
     if not path.parts or path.is_absolute() or ".." in path.parts or not text.isprintable():
         raise argparse.ArgumentTypeError(f"{text!r} is no name of a folder inside --output-dir; give a plain name.")
+    return text
+
+
+def enc_type(text):
+    """A `type` of --enc-type: "list" prints the table and ends."""
+    if text == "list":
+        from encoders.teachers import teacher_list  # imports timm, which --help does not need
+        print_and_exit(teacher_list())
     return text
 
 
@@ -57,9 +66,10 @@ def add_training_flags(parser):
     for name, row in ALIGNMENT_LOSSES.items():
         add(f"--{row.flag.replace('_', '-')}", type=number(0), default=row.default,
             help=f"weight of the {name} loss (default {row.default:g})")
-    add("--enc-type", default="dinov2-vit-b", help="teacher, dinov2-vit-{s,b,l,g} or dinov2reg-vit-{s,b,l,g}, or none "
+    add("--enc-type", type=enc_type, default="dinov2-vit-b", help="teacher, `--enc-type list` shows all, or none "
         "(default dinov2-vit-b)")
-    add("--enc-weights", help="the teacher's weights: timm's or torch.hub's file (default: from the hub)")
+    add("--enc-weights", help="the teacher's weights: a file of timm, torch.hub, transformers or the authors "
+        "(default: from the hub)")
     add("--enc-blocks", type=whole(1), help="use the teacher's first N blocks only; features are the last one's, after "
         "the final norm (default all)")
     add("--enc-size", type=pixels, help="pixels a side that the teacher sees; its outputs are resampled to the "
@@ -186,9 +196,8 @@ def finalize_args(args, config):
         args.enc_type = "none"
         vars(args).update({row.flag: 0.0 for row in ALIGNMENT_LOSSES.values()})
     if args.enc_type != "none":
-        from encoders.teachers import TEACHERS  # imports timm, which --help does not need
-        if args.enc_type not in TEACHERS:
-            raise UserError(f"--enc-type {args.enc_type} is not known; use one of {', '.join(TEACHERS)} or none.")
+        from encoders.teachers import teacher_row  # imports timm, which --help does not need
+        teacher_row(args.enc_type)
     if args.keep_every and not args.keep_checkpoints:
         raise UserError("--keep-every says what --keep-checkpoints spares; give both, or neither to keep all.")
     if args.eval_steps and not args.eval_ref:

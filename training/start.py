@@ -17,7 +17,7 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 
-from encoders.teachers import TEACHERS, Teacher, load_vit
+from encoders.teachers import Teacher, load_vit, teacher_row
 from loss import SILoss, uses
 from models.checkpoint import saved_steps
 from models.mmdit import MMDIT_CONFIGS
@@ -172,7 +172,7 @@ def model_arguments(args, config, moments_shape):
                         f"the latents' side at --resolution {args.resolution}, is no multiple; choose another patch.")
     return {"input_size": side, "in_channels": channels // 2, "encoder_depth": args.encoder_depth,
             "attn_layers": [student for student, _ in aligned_pairs(args)],
-            "z_dims": (TEACHERS[args.enc_type].width,) if uses(loss_weights(args), "features") else (),
+            "z_dims": (teacher_row(args.enc_type).width,) if uses(loss_weights(args), "features") else (),
             "qk_norm": args.qk_norm, "fused_attn": args.fused_attn, "grad_checkpointing": args.grad_checkpointing}
 
 
