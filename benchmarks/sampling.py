@@ -21,7 +21,7 @@ from benchmarks.measure import alternate, machine, table
 from models.sit import SIT_CONFIGS, SiT_models
 from runtime.setup import cast_weights, tune
 from samplers import SAMPLERS, guided
-from sampling.cache import caching, count_calls
+from sampling.cache import sample_latents
 
 VARIANTS = ("published", "ours", "bf16", "compiled", "compiled bf16")
 CACHES = {"taylor 3": ("taylor", 3), "taylor 4": ("taylor", 4), "delta 2": ("delta", 2)}  # of "ours"
@@ -92,13 +92,11 @@ def main():
                 return models[variant](x, t, y)
 
             velocity = guided(counted, y, torch.full_like(y, 1000), args.cfg_scale, 0.0, args.guidance_high)
-            sampler, options = SAMPLERS["sde" if mode == "sde" else "ode"], {"heun": mode == "heun"}
+            name, options = "sde" if mode == "sde" else "ode", {"heun": mode == "heun"}
             if variant not in CACHES:
-                return sampler(velocity, z, args.num_steps, **options)
+                return SAMPLERS[name](velocity, z, args.num_steps, **options)
             kind, interval = CACHES[variant]
-            expected = count_calls(sampler, args.num_steps, options)
-            with caching(models[variant], kind, expected, interval, 2, 0.5) as state:
-                return sampler(lambda x, t: state.begin(t) or velocity(x, t), z, args.num_steps, **options)
+            return sample_latents(models[variant], velocity, z, name, args.num_steps, kind, interval, **options)
 
         works = {variant: (lambda variant=variant, sample=sample: sample(variant)) for variant in args.variants}
         timed = alternate(works, args.rounds, device, ["published"])

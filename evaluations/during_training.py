@@ -10,7 +10,8 @@ from evaluations.features import load_extractor
 from evaluations.images import open_images, size_text
 from evaluations.scores import check_count, check_metrics, load_set, score
 from runtime.errors import UserError
-from samplers import SAMPLERS, guided
+from samplers import guided
+from sampling.cache import sample_latents
 
 CONDITIONS = 3  # a random stream of its own, beside those of loader.py
 
@@ -31,6 +32,7 @@ class Evaluation:
         self.y_null, self.latent_shape, self.count = y_null.to(accelerator.device), latent_shape, args.eval_samples
         self.batch_size = args.batch_size // (accelerator.num_processes * args.gradient_accumulation_steps)
         self.metrics, self.num_steps = args.eval_metrics, args.eval_num_steps
+        self.cache = args.eval_cache, args.eval_cache_interval
         check_metrics(self.metrics, args.eval_features)
         check_count(self.count, self.metrics, "--eval-samples")
         if images := open_images(args.eval_ref, required=False):
@@ -64,5 +66,6 @@ class Evaluation:
             noise = np.stack([rng.standard_normal(self.latent_shape, dtype=np.float32) for rng in streams])
             noise = torch.from_numpy(noise).to(self.accelerator.device)
             with self.accelerator.autocast():
-                latents = SAMPLERS["ode"](guided(ema, y, self.y_null.expand_as(y)), noise, self.num_steps)
+                latents, _ = sample_latents(ema, guided(ema, y, self.y_null.expand_as(y)), noise, "ode",
+                                            self.num_steps, *self.cache)
             yield self.vae.decode(latents).permute(0, 2, 3, 1).cpu()

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from samplers import SAMPLERS
+
 CACHES = ("none", "taylor", "delta")
 FIRST = 3  # calls that are run in full
 SKIPPED = 0.75  # of the blocks, by Delta: 21 of XL's 28, as published
@@ -154,6 +156,21 @@ def caching(network, kind, calls, interval, order, boundary):
         yield network.cache
     finally:
         network.cache = None
+
+
+def sample_latents(network, velocity, latents, mode="ode", num_steps=50, cache="none", cache_interval=3, cache_order=2,
+                   cache_boundary=0.5, **options):
+    """(what SAMPLERS[mode] makes of the noise `latents`, the Cache with its counts); `velocity` calls `network`.
+
+    `options` are the sampler's.
+    """
+    calls = count_calls(SAMPLERS[mode], num_steps, options) if cache != "none" else 0
+    with caching(network, cache, calls, cache_interval, cache_order, cache_boundary) as state:
+        def counted(x, t):
+            state.begin(t)
+            return velocity(x, t)
+
+        return SAMPLERS[mode](counted, latents, num_steps, **options), state
 
 
 def flops_of_call(network, y):

@@ -19,7 +19,7 @@ from runtime.files import atomic_write, is_file, read_json, remove_temporaries, 
 from runtime.images import IMAGE_ERRORS, image_grid, open_image, write_png
 from runtime.setup import AUTOCAST, PROCESS_GROUP_TIMEOUT, cast_weights, check_compiler, connect, to_device, tune
 from samplers import SAMPLERS, guided
-from sampling.cache import blocks_of, caching, count_calls, flops_of_call
+from sampling.cache import blocks_of, flops_of_call, sample_latents
 
 CFG_SCALE = 1.5  # the published default
 GRID_IMAGES = 72
@@ -53,14 +53,9 @@ def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale
             raise UserError(f"{name} is {value}; give a number from 1 on.")
     options = {"heun": heun, "path_type": path_type, "time_grid": time_grid, "time_shift": time_shift,
                "tolerance": tolerance, "noise": lambda x: normals(x.shape[1:], np.float64)}
-    calls = count_calls(SAMPLERS[mode], num_steps, options) if cache != "none" else 0
     velocity = guided(network, y, y_null, cfg_scale, guidance_low, guidance_high)
-    with caching(network, cache, calls, cache_interval, cache_order, cache_boundary) as state:
-        def counted(x, t):
-            state.begin(t)
-            return velocity(x, t)
-
-        latents = SAMPLERS[mode](counted, normals(network.latent_shape, np.float32), num_steps, **options)
+    latents, state = sample_latents(network, velocity, normals(network.latent_shape, np.float32), mode, num_steps,
+                                    cache, cache_interval, cache_order, cache_boundary, **options)
     if cost is not None:
         cost.update(calls=state.rows, computed=state.computed / len(blocks_of(network)))
     return vae.decode(latents)

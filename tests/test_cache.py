@@ -13,8 +13,8 @@ from benchmarks import pareto
 from models.mmdit import MMDiT_models
 from models.sit import SiT_models
 from runtime.errors import UserError
-from samplers import SAMPLERS, guided
-from sampling.cache import FIRST, caching, count_calls, flops_of_call, taylor_weights
+from samplers import guided
+from sampling.cache import FIRST, flops_of_call, sample_latents, taylor_weights
 from tests.conftest import ROOT, call_main, script
 from tests.test_generate import NAME, arguments, make_checkpoint, pictures
 
@@ -50,12 +50,7 @@ def sample(network, n=2, mode="ode", steps=12, kind="none", interval=3, order=2,
     options = {"heun": heun, "noise": lambda x: torch.randn(1, *x.shape[1:], generator=noise).double().expand_as(x)}
     z = torch.randn(n, *network.latent_shape, generator=torch.Generator().manual_seed(2))
     velocity = guided(network, *conditions(network, n), 2.0, low, high)
-    calls = count_calls(SAMPLERS[mode], steps, options) if kind != "none" else 0
-    with caching(network, kind, calls, interval, order, boundary) as state:
-        def counted(x, t):
-            state.begin(t)
-            return velocity(x, t)
-        return SAMPLERS[mode](counted, z, steps, **options), state
+    return sample_latents(network, velocity, z, mode, steps, kind, interval, order, boundary, **options)
 
 
 @pytest.mark.parametrize("kind", ["taylor", "delta"])

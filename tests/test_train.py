@@ -405,6 +405,10 @@ def test_scores_while_training(monkeypatch, data, scorer, tmp_path):
     arguments = ["--enc-type", "none", "--log-every", 3, "--max-train-steps", 5, "--learning-rate", 1e-2]
     run(monkeypatch, *train_arguments(data, tmp_path / "plain", *arguments))
     run(monkeypatch, *train_arguments(data, tmp_path / "scored", *arguments, *scoring(data / "images", scorer)))
+    run(monkeypatch, *train_arguments(data, tmp_path / "cached", *arguments, *scoring(data / "images", scorer),
+                                      "--eval-cache", "taylor"))
+    assert 0 < abs(float(metrics(tmp_path / "cached")[0]["FD-EffLite0"])
+                   - float(metrics(tmp_path / "scored")[0]["FD-EffLite0"])) < 5
     plain, scored = (checkpoint(tmp_path / name, 5) for name in ("plain", "scored"))
     for part in ("model", "ema"):
         for name, value in plain[part].items():
@@ -427,7 +431,8 @@ def test_scores_are_those_of_the_samples(monkeypatch, data, scorer, tmp_path):
     for size, spans in ((8, [(0, 6)]), (4, [(0, 4), (4, 6)])):
         args = argparse.Namespace(seed=0, batch_size=size, gradient_accumulation_steps=1, resolution=64, eval_samples=6,
                                   eval_ref=data / "images", eval_features="efficientnet-lite0", eval_preset="adm",
-                                  eval_weights=scorer, eval_metrics=["fid", "kid", "pr"], eval_num_steps=50)
+                                  eval_weights=scorer, eval_metrics=["fid", "kid", "pr"], eval_num_steps=50,
+                                  eval_cache="none", eval_cache_interval=3)
         accelerator = Accelerator(cpu=True)
         evaluation = Evaluation(args, accelerator, entries, encoders.VAE(ROOT / "assets/vae-emoji"),
                                 torch.tensor(CLASSES),

@@ -6,6 +6,7 @@ from evaluations import FEATURES, METRICS, PRESETS
 from loss import ALIGNMENT_LOSSES, uses
 from runtime.errors import LARGEST_SEED, UserError
 from runtime.flags import number, whole
+from sampling.cache import CACHES
 from training.presets import print_and_exit
 from training.schedule import SCHEDULES
 
@@ -149,6 +150,9 @@ def add_training_flags(parser):
     add("--eval-samples", type=images, default=5000, help="images made for a score (default 5000)")
     add("--eval-num-steps", type=whole(1, 10 ** 5), default=50, help="Euler steps that make them, without guidance "
         "(default 50)")
+    add("--eval-cache", choices=CACHES, default="none", help="skip work between these steps, as generate.py's --cache "
+        "(default none)")
+    add("--eval-cache-interval", type=whole(1, 10 ** 5), default=3, help="of it (default 3)")
     add("--eval-metrics", nargs="+", choices=METRICS, default=["fid", "kid"], help="default fid kid; pr: precision, "
         "recall")
     add("--eval-ref", help="what they are compared with: npz, statistics file or folder of images")
