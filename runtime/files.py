@@ -11,6 +11,7 @@ import lzma
 import math
 import os
 import pickle
+import shutil
 import stat
 import tempfile
 import tokenize
@@ -107,12 +108,58 @@ def atomic_write(path, mode="wb"):
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(path):
+    """The same for a folder that is not there yet: yields a temporary one, renamed to `path` at the end."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def remove_temporaries(folder, begin=""):
-    """Delete temporary files that killed processes left in `folder`, of files whose names begin with `begin`."""
+    """Delete what killed processes left in `folder`: temporary files and folders of names that begin with `begin`."""
     for leftover in Path(folder).glob(".*.tmp"):
         if leftover.name.startswith(f".{begin}"):
             with writing(leftover):
-                leftover.unlink(missing_ok=True)
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink(missing_ok=True)
+
+
+def check_output(out, suffixes, inputs=()):
+    """Raise UserError where writing `out` would destroy one of `inputs` or a file of another kind. Links are followed.
+
+    A file `out` may replace one that ends in one of `suffixes`. Without suffixes it is a folder: neither may it lie in
+    an input nor an input in it. Inputs that are not there (None, a name on the hub) do not count.
+    """
+    there, ours = mode_of(out), Path(out).resolve()
+    for each in inputs:
+        if not each or not mode_of(each):
+            continue
+        if there and os.path.samefile(out, each):
+            raise UserError(f"{out} is {each} itself, which is read here; name another output.")
+        theirs = Path(each).resolve()
+        if not suffixes and (theirs in ours.parents or (theirs.is_dir() and ours in theirs.parents)):
+            raise UserError(f"{out} and {each} lie in each other, so that output would become input; name another "
+                            "output.")
+    if suffixes and there and not (stat.S_ISREG(there) and ours.suffix.lower() in suffixes):
+        kind = "folder" if stat.S_ISDIR(there) else "file of another kind"
+        raise UserError(f"{out} is a {kind} and is not written over; name another output, ending in "
+                        f"{' or '.join(suffixes)}.")
+
+
+def prepare_output(out, suffixes, inputs=()):
+    """check_output, then make the folder of `out` and delete what a killed process left there of `out`."""
+    check_output(out, suffixes, inputs)
+    check_writable(Path(out).parent)
+    remove_temporaries(Path(out).parent, f"{Path(out).name}.")
 
 
 @contextlib.contextmanager

@@ -29,7 +29,8 @@ from examples import train_vae
 from examples.emoji import prepare as embedded
 from models.mmdit import MMDiT_models
 from preprocessing import coco, convert, dataset_tools, encode, pack
-from runtime.errors import run_script
+from runtime.errors import UserError, run_script
+from runtime.files import check_output
 from tests.conftest import (
     ROOT,
     call_main,
@@ -510,3 +511,20 @@ def test_without_permission(request, name, module):
 
 def become_nobody():
     os.seteuid(65534)
+
+
+@pytest.mark.parametrize("out, suffixes, words", [
+    ("a.npz", (".npz",), "is .*a.npz itself"), ("soft.npz", (".npz",), "itself"), ("hard.npz", (".npz",), "itself"),
+    ("b.pt", (".npz",), "is a file of another kind"), ("folder", (".npz",), "itself"),
+    ("..", (".npz",), "is a folder"), ("folder", (), "itself"),
+    ("folder/below", (), "lie in each other"), (".", (), "lie in each other"), ("/dev/null", (".npz",), "another kind"),
+    ("c.npz", (".npz",), None), ("new.npz", (".npz",), None), ("folder/new.npz", (".npz",), None), ("other", (), None)])
+def test_an_output_is_no_input(tmp_path, monkeypatch, out, suffixes, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.npz", "b.pt", "c.npz"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "soft.npz").symlink_to("a.npz")
+    os.link("a.npz", "hard.npz")
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+        check_output(out, suffixes, ["a.npz", tmp_path / "folder", None, "a/hub-name"])
