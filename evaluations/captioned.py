@@ -44,7 +44,7 @@ def caption_texts(folder, numbers, k):
         raise UserError(f"{path} does not exist; the CLIP score needs the captions in words, retrieval does not: leave "
                         "--clip out.")
     for i in numbers:
-        if not 0 <= k < len(captions.get(i, ())):
+        if k >= len(captions.get(i, ())):
             raise UserError(f"--caption-index {k}: image {i} of {folder} has {len(captions.get(i, ()))} captions in "
                             "words, counted from 0; choose a lower one.")
     return [captions[i][k] for i in numbers]

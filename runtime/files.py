@@ -99,7 +99,7 @@ def atomic_write(path, mode="wb"):
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, mode) as file:
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -140,6 +140,8 @@ def check_output(out, suffixes, inputs=()):
     an input nor an input in it. Inputs that are not there (None, a name on the hub) do not count.
     """
     there, ours = mode_of(out), Path(out).resolve()
+    if suffixes and not Path(out).name:
+        raise UserError(f"{str(out)!r} names no file to write; give one that ends in {' or '.join(suffixes)}.")
     for each in inputs:
         if not each or not mode_of(each):
             continue
@@ -155,9 +157,14 @@ def check_output(out, suffixes, inputs=()):
                         f"{' or '.join(suffixes)}.")
 
 
-def prepare_output(out, suffixes, inputs=()):
-    """check_output, then make the folder of `out` and delete what a killed process left there of `out`."""
+def prepare_output(out, suffixes=(), inputs=()):
+    """check_output, then make the folder of `out` and delete what a killed process left there of `out`.
+
+    Without suffixes nothing may be there yet.
+    """
     check_output(out, suffixes, inputs)
+    if not suffixes and mode_of(out):
+        raise UserError(f"{out} is there already and is not written over; name another file or folder, or delete it.")
     check_writable(Path(out).parent)
     remove_temporaries(Path(out).parent, f"{Path(out).name}.")
 
@@ -222,7 +229,8 @@ def load_tensors(path, mmap=False, verify=False):
     """
     path = Path(path)
     if not is_file(path):
-        raise UserError(f"{path} does not exist; give the path of a weight or checkpoint file.")
+        what = "is a folder" if is_folder(path) else "is no regular file" if mode_of(path) else "does not exist"
+        raise UserError(f"{path} {what}; give the path of a weight or checkpoint file.")
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
