@@ -46,6 +46,16 @@ def forgive_prints():
                                                 stream.line_buffering, stream.write_through))
 
 
+def check_arguments():
+    """Raise UserError for an argument that is no text: neither PyTorch nor JSON takes such names."""
+    for argument in sys.argv[1:]:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"The argument {argument!r} is no text in this locale; set LC_ALL=C.UTF-8 if it is UTF-8, "
+                            "else rename what it names.") from error
+
+
 def run_script(main, continues=False):
     """Call `main()`. A UserError ends the process with its sentence on stderr and exit status 1, without a traceback.
 
@@ -55,6 +65,7 @@ def run_script(main, continues=False):
     forgive_prints()
     message, status = None, 1
     try:
+        check_arguments()
         main()
     except UserError as error:
         sentence = str(error).rsplit("UserError: ", 1)[-1].strip()  # a loader worker's error arrives as a traceback

@@ -162,6 +162,14 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys):
     assert end.value.code == 130 and capsys.readouterr().err == "stopped\n"
 
 
+def test_names_that_the_locale_cannot_read(monkeypatch, capsys):
+    """As a folder with an umlaut arrives under LC_ALL=C PYTHONUTF8=0."""
+    monkeypatch.setattr(sys, "argv", ["script", "--out", "/tmp/l\udcc3\udcb6c"])
+    with pytest.raises(SystemExit):
+        run_script(lambda: pytest.fail("started"))
+    assert re.match(r"error: The argument '/tmp/l.udcc3.udcb6c' is no text in this locale", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("name", ["out.npz", "out"])
 def test_leftovers_of_the_same_output_go(tmp_path, name):
     """Files and folders that a killed process left; those of other outputs stay."""
