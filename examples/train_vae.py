@@ -110,8 +110,8 @@ def main():
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    images = read_images(args.data)
     prepare_output(args.out, inputs=[args.data])
+    images = read_images(args.data)
     vae = AutoencoderKL(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8,
                         latent_channels=args.channels, down_block_types=("DownEncoderBlock2D",) * 3,
                         up_block_types=("UpDecoderBlock2D",) * 3, mid_block_add_attention=False,

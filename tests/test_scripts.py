@@ -12,16 +12,22 @@ from argparse import Namespace
 
 import pytest
 
+import export
 import generate
 import train
 import train_t2i
-from evaluations import evaluator
+from evaluations import baselines, caption_retrieval, curves, evaluator, probe, report, stats
+from examples import train_vae
+from examples.cifar10 import prepare as cifar10
+from examples.emoji import prepare as emoji
 from runtime.errors import UserError, run_script
 from runtime.files import atomic_folder, check_output, prepare_output
 from tests.conftest import ROOT, call_main, metrics, script, train_arguments
 from tests.damage import CKPT, IMAGE, Planted, change_bytes, cut, damaged, put
 from tests.test_bad_input import TEXT, WITH_TEACHER
 from tests.worlds import NO_TEACHER, base, make_text_world, make_world
+
+TOO_LONG = "a" * 300
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +166,16 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run_script(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     assert end.value.code == 130 and capsys.readouterr().err == "stopped\n"
+
+
+@pytest.mark.parametrize("module, arguments", [
+    (evaluator, [TOO_LONG, "x"]), (evaluator, ["x", "x", "--json", TOO_LONG]), (stats, ["x", TOO_LONG]),
+    (curves, [TOO_LONG]), (report, [TOO_LONG]), (probe, [TOO_LONG]), (baselines, [TOO_LONG]),
+    (export, ["x", TOO_LONG]), (caption_retrieval, [TOO_LONG, "x"]), (train_vae, ["--data", "x", "--out", TOO_LONG]),
+    (emoji, ["--dest", TOO_LONG]), (cifar10, ["--dest", TOO_LONG])], ids=lambda value: getattr(value, "__name__", ""))
+def test_names_of_300_characters(monkeypatch, module, arguments):
+    with pytest.raises(UserError, match=f"{TOO_LONG}.* (cannot be read .File name too long|does not exist)"):
+        call_main(monkeypatch, module, *arguments)
 
 
 def test_names_that_the_locale_cannot_read(monkeypatch, capsys):

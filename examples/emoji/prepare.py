@@ -28,7 +28,7 @@ from examples.packages import add_arguments, build_scorer, build_teacher, fetch,
 from preprocessing.destinations import image_name
 from preprocessing.encode import encode
 from runtime.errors import UserError, run_script
-from runtime.files import write_json
+from runtime.files import is_file, write_json
 from runtime.flags import Parser, whole
 from runtime.images import open_image, write_png
 
@@ -95,7 +95,7 @@ def write_images(emoji, folder):
 
 def build_images(dest, resolution, wheels):
     splits = [dest / split / "images" for split in ("train", "val")]
-    if all((folder / "dataset.json").is_file() for folder in splits):
+    if all(is_file(folder / "dataset.json") for folder in splits):
         with open_image(next(splits[0].rglob("*.png"))) as picture:
             if picture.size != (resolution, resolution):
                 raise UserError(f"{dest} holds images of {picture.width} px, not {resolution}; delete it or name "
