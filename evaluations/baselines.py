@@ -78,7 +78,7 @@ def main():
     from evaluations.scores import check_pair, load_set, score
     from runtime.files import prepare_output, write_json
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    out = args.samples.with_name(f"{args.samples.stem}-scores.json")
+    out = args.samples.parent / f"{args.samples.stem}-scores.json"
     prepare_output(out, (".json",), [args.samples])
     for split in ("val", "train"):
         check_pair(args.data / split / "images", args.samples, METRICS)

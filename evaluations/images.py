@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from runtime.errors import UserError, first_line
-from runtime.files import ARRAY_ERRORS, array_header, reading, sha256_of
+from runtime.files import ARRAY_ERRORS, array_header, is_file, reading, sha256_of
 from runtime.images import IMAGE_ERRORS, open_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -88,7 +88,8 @@ class FolderImages:
     def __init__(self, path, files=None):
         self.name = str(path)
         with reading(path):
-            self.files = files or sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in SUFFIXES)
+            self.files = files or sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in SUFFIXES
+                                         and (file.is_file() or not file.exists()))  # no pipes; links to nothing: named
         if not self.files:
             raise UserError(f"{path} holds no {', '.join(SUFFIXES)} file; give a folder of images or an npz.")
         self.n, self.size = len(self.files), decode(self.files[0]).shape[:2]
@@ -138,8 +139,9 @@ def open_images(source, required=True):
 
 def npz_keys(path):
     """Names of the arrays in an npz file, read from its directory only."""
-    if not os.path.exists(path):
-        raise UserError(f"{path} does not exist; give an npz file or a folder of images.")
+    if not is_file(path):  # of a device zipfile would look for the end
+        what = "is no regular file" if os.path.exists(path) else "does not exist"
+        raise UserError(f"{path} {what}; give an npz file or a folder of images.")
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]

@@ -131,6 +131,9 @@ def samples(path):
     with reading(path):
         if not path.exists():
             raise UserError(f"--samples {path} does not exist; give a folder of pictures or a picture.")
+    path = path.absolute()  # "." has no name
+    if not path.name:
+        raise UserError(f"--samples {path} is no folder of pictures; give one, or a picture.")
     grid, scores, settings = path.with_name(f"{path.name}-grid.png"), path.with_name(f"{path.name}-scores.json"), {}
     if is_file(path) or is_file(grid):
         pixels = decode(path if is_file(path) else grid)

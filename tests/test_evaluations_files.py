@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -132,6 +133,16 @@ def test_bad_folders(tmp_path):
             read_all(open_images(folder))
     (folder / "9.png").write_bytes((folder / "000000.png").read_bytes()[:200])
     with pytest.raises(UserError, match=r"9\.png cannot be decoded"):
+        read_all(open_images(folder))
+    (folder / "9.png").unlink()
+    os.mkfifo(folder / "8.png")
+    (folder / "9.png").symlink_to("/dev/zero")
+    assert open_images(folder).n == 2  # regular files only: others are never opened
+    for path in (folder / "8.png", "/dev/zero"):
+        with pytest.raises(UserError, match="is no regular file; give an npz file or a folder"):
+            open_images(path)
+    (folder / "7.png").symlink_to("/nowhere")
+    with pytest.raises(UserError, match=r"7\.png cannot be decoded"):  # named, not left out
         read_all(open_images(folder))
 
 
