@@ -10,8 +10,8 @@ forms; weights and args are the same in each, bit for bit.
 from pathlib import Path
 
 from models.checkpoint import load_checkpoint, load_network, save_export
-from runtime.errors import UserError, run_script
-from runtime.files import reading
+from runtime.errors import run_script
+from runtime.files import prepare_output
 from runtime.flags import Parser
 
 
@@ -20,11 +20,7 @@ def main():
     parser.add_argument("ckpt", metavar="CKPT", help="checkpoint (.pt), .safetensors or folder of an earlier export")
     parser.add_argument("out", metavar="OUT", type=Path, help="NAME.safetensors, NAME.pt, or NAME of a folder")
     args = parser.parse_args()
-    with reading(args.out):
-        there = args.out.exists()
-    if there:
-        raise UserError(f"{args.out} is there already and is not written over; name another file or folder, or delete "
-                        "it.")
+    prepare_output(args.out)
     network, settings = load_network(args.ckpt)  # only what can be loaded again is worth exporting
     save_export(args.out, load_checkpoint(args.ckpt))
     print(f"{args.out}: {settings.get('model', 'EMA')}, {sum(p.numel() for p in network.parameters()):,} parameters")

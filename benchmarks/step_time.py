@@ -32,7 +32,7 @@ from dataset import SD_SCALE
 from encoders.teachers import TEACHERS, Teacher
 from loss import SILoss
 from models.sit import SIT_CONFIGS, SiT_models
-from runtime.errors import check_bounds
+from runtime.flags import Parser, whole
 from runtime.setup import to_device, tune
 from training.config import loss_weights
 from training.step import backward_and_step, update_ema
@@ -47,20 +47,19 @@ CPU_ATTENTION = {  # of which PyTorch's counter knows the GPU's kernels alone
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--model", choices=SIT_CONFIGS, default="SiT-B/2", help="default SiT-B/2")
     add("--batch-size", type=int, nargs="+", default=[8], help="images a step, one or more (default 8)")
-    add("--resolution", type=int, default=256, help="pixels a side, latents an eighth of it (default 256)")
+    add("--resolution", type=whole(16), default=256, help="pixels a side, latents an eighth of it (default 256)")
     add("--mixed-precision", nargs="+", choices=["no", "fp16", "bf16"], default=["no"], help="one or more (default no)")
     add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default all")
     add("--phases", nargs="+", type=int, choices=[1, 2], default=[1, 2], help="default both")
-    add("--rounds", type=int, default=7, help="timed steps of each (default 7)")
+    add("--rounds", type=whole(1), default=7, help="timed steps of each (default 7)")
     add("--enc-type", choices=TEACHERS, default="dinov2-vit-b", help="default dinov2-vit-b")
     add("--no-attention", action="store_true", help="without the attention loss, to see what memory it takes")
     add("--grad-checkpointing", action="store_true", help="as in train.py")
     args = parser.parse_args()
-    check_bounds(args, {"rounds": (1, float("inf")), "resolution": (16, float("inf"))})
     return args
 
 

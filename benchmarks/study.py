@@ -17,7 +17,6 @@ small file in --results; copied to another machine, that file stands for the run
 Along each run: FD-EffLite0, KID, precision and recall of the EMA's samples, and the EMA's denoising loss on held-out
 images. Written to --results: table.md and curves.png, with the spread over the seeds.
 """
-import argparse
 import concurrent.futures
 import os
 import re
@@ -42,8 +41,9 @@ from encoders.vae import VAE
 from loss import SILoss
 from models.checkpoint import load_network
 from models.sit import SIT_CONFIGS
-from runtime.errors import UserError, check_bounds, run_script
+from runtime.errors import UserError, run_script
 from runtime.files import atomic_write, read_json, write_json
+from runtime.flags import Parser, whole
 from training.presets import PRESETS
 
 # Per data set: its preset and folder, steps of a run, scores along it, samples a score and what they are compared with.
@@ -59,7 +59,7 @@ HELD_OUT, TIMES = 2000, 8  # images of the held-out loss, and times for each: on
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--data", choices=STUDIES, default="cifar10", help="data set, with its preset and steps (default cifar10)")
     add("--data-dir", type=lambda text: Path(text).resolve(), help="where its folder is (default data/NAME)")
@@ -68,11 +68,11 @@ def parse_args():
     add("--model", choices=SIT_CONFIGS, help="default: the preset's")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     add("--variants", nargs="+", metavar="NAME", help="only these, by their names in the table (default all)")
-    add("--steps", type=int, help="of each run, a multiple of 8 (default: emoji 640, cifar10 8000)")
-    add("--every", type=int, help="steps between scores (default: emoji a quarter, cifar10 an eighth of --steps)")
-    add("--samples", type=int, help="images of a score (default: emoji 178, cifar10 2000)")
+    add("--steps", type=whole(1), help="of each run, a multiple of 8 (default: emoji 640, cifar10 8000)")
+    add("--every", type=whole(1), help="steps between scores (default: emoji a quarter, cifar10 an eighth of --steps)")
+    add("--samples", type=whole(1), help="images of a score (default: emoji 178, cifar10 2000)")
     add("--minutes", type=float, default=float("inf"), help="start no run that would end later (default: no limit)")
-    add("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time, which share the cores "
+    add("--jobs", type=whole(1), default=len(os.sched_getaffinity(0)), help="runs at a time, which share the cores "
         "(default: one a core)")
     add("--mixed-precision", choices=["no", "fp16", "bf16"], default="no", help="default no")
     add("--report", action="store_true", help="start no run")
@@ -85,7 +85,6 @@ def parse_args():
     args.model = args.model or args.preset["model"]
     args.steps, args.samples = args.steps or study["steps"], args.samples or study["samples"]
     args.every = args.every or args.steps // study["scores"]
-    check_bounds(args, {name: (1, float("inf")) for name in ("steps", "every", "samples", "jobs")})
     if args.steps % 8:
         raise UserError(f"--steps {args.steps} is no multiple of 8, as stops and the trigger's start need; change it.")
     if (args.steps // 4) % args.every:
@@ -295,4 +294,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, continues=True)

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees benchmarks/ only
 from preprocessing import pack
-from runtime.errors import UserError, check_bounds, run_script
+from runtime.errors import UserError, run_script
+from runtime.flags import Parser, whole
 
 FACTOR, CLASSES, FORMS = 8, 1000, ("folder", "zip", "packed")
 
@@ -68,15 +69,15 @@ def write_zip(dest, kind, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("dest", type=Path, help="folder to write")
-    parser.add_argument("--n", type=int, default=50_000, help="entries (default 50000)")
-    parser.add_argument("--resolution", type=int, default=256, help=f"image side, a multiple of {FACTOR} (default 256)")
-    parser.add_argument("--distinct", type=int, default=64, help="different contents (default 64)")
+    parser.add_argument("--n", type=whole(1, 10 ** 8), default=50_000, help="entries (default 50000)")
+    parser.add_argument("--resolution", type=whole(FACTOR, 1 << 14), default=256,
+                        help=f"image side, a multiple of {FACTOR} (default 256)")
+    parser.add_argument("--distinct", type=whole(1, 1 << 16), default=64, help="different contents (default 64)")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS,
                         help="packed is made of the folder or the zip, whichever is there (default all)")
     args = parser.parse_args()
-    check_bounds(args, {"n": (1, 10 ** 8), "resolution": (FACTOR, 1 << 14), "distinct": (1, 1 << 16)})
     if args.resolution % FACTOR:
         raise UserError(f"--resolution {args.resolution} is no multiple of {FACTOR}, the latents' factor; choose one.")
     for form, write in (("folder", write_folder), ("zip", write_zip)):

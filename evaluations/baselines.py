@@ -10,14 +10,14 @@ training images, and writes the same numbers to SAMPLES-scores.json:
 A Fréchet distance of few images is biased upwards, equally for sets of one n: compare within one table. Balanced labels
 cost the samples a little, because the classes of the data are not balanced.
 """
-import argparse
 import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
 from evaluations import EFFICIENTNET_PATH, FEATURES
-from runtime.errors import LARGEST_SEED, check_bounds, run_script
+from runtime.errors import LARGEST_SEED, run_script
+from runtime.flags import Parser, whole
 
 METRICS = ("fid", "kid")
 BATCH_SIZE = 16  # images at a time: a third faster than 64 on a CPU
@@ -63,22 +63,23 @@ def print_table(scores, references, counts):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("samples", metavar="SAMPLES.npz", type=Path, help="what generate.py wrote")
     add("--data", type=Path, default=Path("data/emoji"), help="the embedded data (default data/emoji)")
     add("--vae", default="assets/vae-emoji", help="its VAE (default assets/vae-emoji)")
     add("--efficientnet-weights", help=f"default {EFFICIENTNET_PATH}")
-    add("--reference-images", type=int, help="of each split (default: all held-out, as many of training)")
-    add("--seed", type=int, default=0, help="of the choice of images and the noise (default 0)")
+    add("--reference-images", type=whole(2), help="of each split (default: all held-out, as many of training)")
+    add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of the choice of images and the noise (default 0)")
     args = parser.parse_args()
-    check_bounds(args, {"seed": (0, LARGEST_SEED), "reference_images": (2, float("inf"))})
     from evaluations.extract import pick_device
     from evaluations.features import load_extractor
     from evaluations.images import open_images
     from evaluations.scores import check_pair, load_set, score
-    from runtime.files import write_json
+    from runtime.files import prepare_output, write_json
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    out = args.samples.parent / f"{args.samples.stem}-scores.json"
+    prepare_output(out, (".json",), [args.samples])
     for split in ("val", "train"):
         check_pair(args.data / split / "images", args.samples, METRICS)
     device = pick_device()
@@ -89,9 +90,8 @@ def main():
     scores = {name: {split: score(found, reference, METRICS) for split, reference in references.items()}
               for name, found in sets.items()}
     counts = {name: found.n for name, found in {**references, **sets}.items()}
-    print_table(scores, references, counts)
-    out = args.samples.with_name(f"{args.samples.stem}-scores.json")
     write_json(out, {"scores": scores, "n": counts, "seed": args.seed, "samples": str(args.samples)}, indent=2)
+    print_table(scores, references, counts)
     print(out)
 
 

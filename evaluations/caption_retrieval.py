@@ -12,7 +12,6 @@ scores the split's own pictures, encoded and decoded by the VAE: no model that u
 CLIP score: mean of 100 max(cos(image, caption), 0); it alone needs the words in captions.json. Runs on several
 processes under torchrun.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees ev
 from evaluations import FEATURES
 from evaluations.evaluator import add_network_arguments, extractor_from, run
 from runtime.errors import UserError, run_script
+from runtime.flags import Parser, whole
 
 
 def evaluate(args):
@@ -77,17 +77,18 @@ def lines(result):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("reference", metavar="DATA/SPLIT", type=Path, help="split with {i}.png, for --clip also captions.json")
     add("sample", metavar="SAMPLES", type=Path, help="folder or npz of generated images")
     add_network_arguments(parser)
     parser.set_defaults(features="efficientnet-lite0")
     add("--clip", metavar="SOURCE", help="CLIP's folder or hub name: also compute the CLIP score")
-    add("--caption-index", type=int, default=0, help="which caption of an image the CLIP score takes; default 0")
+    add("--caption-index", type=whole(0), default=0, help="which caption of an image the CLIP score takes; default 0")
     add("--vae", metavar="SOURCE", help="also score the split's pictures through this VAE: folder or hub name")
     add("--json", metavar="OUT", help="also write the scores, with n, features and paths, to this file")
-    run(evaluate, lines, parser.parse_args())
+    args = parser.parse_args()
+    run(evaluate, lines, args, args.reference / "captions.json")
 
 
 if __name__ == "__main__":

@@ -14,20 +14,21 @@ from evaluations.extract import gather_rows, shard
 from evaluations.features import full_float32, normalize, resize
 from evaluations.images import FolderImages, open_images
 from runtime.errors import UserError
+from runtime.files import is_folder
 
 
 def read_pictures(folder):
     """(pictures of a folder in the order of their numbers, these numbers); numbers may be missing."""
-    files = scan(folder, ".png") if folder.is_dir() else {}
+    files = scan(folder, ".png") if is_folder(folder) else {}
     if not files:
-        what = "holds no .png file" if folder.is_dir() else "is no folder"
+        what = "holds no .png file" if is_folder(folder) else "is no folder"
         raise UserError(f"{folder} {what}; give a split with pictures such as 0.png, and samples of generate_t2i.py.")
     return FolderImages(folder, [folder / files[i] for i in sorted(files)]), sorted(files)
 
 
 def read_samples(source, split):
     """(generated images, numbers of their captions): from the file names of a folder; an npz has the split's first."""
-    if source.is_dir():
+    if is_folder(source):
         return read_pictures(source)
     images, numbers = open_images(source), sorted(set().union(*scan_numbered(split)))
     if images.n > len(numbers):
@@ -44,7 +45,7 @@ def caption_texts(folder, numbers, k):
         raise UserError(f"{path} does not exist; the CLIP score needs the captions in words, retrieval does not: leave "
                         "--clip out.")
     for i in numbers:
-        if not 0 <= k < len(captions.get(i, ())):
+        if k >= len(captions.get(i, ())):
             raise UserError(f"--caption-index {k}: image {i} of {folder} has {len(captions.get(i, ()))} captions in "
                             "words, counted from 0; choose a lower one.")
     return [captions[i][k] for i in numbers]

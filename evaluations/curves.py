@@ -1,34 +1,40 @@
-"""Loss curves of one or more runs as a picture: python evaluations/curves.py RUN_DIR... [--out FILE.png]
+"""Loss curves of one or more runs as a picture: python evaluations/curves.py RUN_DIR... [--out FILE]
 
 Draws the losses, the scores of --eval-steps and the gradient trigger's mean cosine from each run's metrics.csv, with
 the step at which alignment stopped.
 """
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
-from runtime.errors import run_script
+from runtime.errors import UserError, run_script
+from runtime.flags import Parser
+
+FORMATS = (".png", ".pdf", ".svg")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folders of runs")
-    parser.add_argument("--out", type=Path, help="picture to write (default curves.png in the first run)")
+    parser.add_argument("--out", type=Path, help="a .png, .pdf or .svg (default curves.png in the first run)")
     args = parser.parse_args()
+    out = args.out or args.runs[0] / "curves.png"
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(f"--out {out}: pictures are written as {', '.join(FORMATS)}; give a name that ends so.")
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     from evaluations.runs import TITLES, alignment_stop, read_table, shown
-    from runtime.files import atomic_write, read_json
-    out, found = args.out or args.runs[0] / "curves.png", []
+    from runtime.files import atomic_write, prepare_output, read_json
+    found = []
     for run in args.runs:
         table = read_table(run)
         stop, drawn, columns = alignment_stop(table, read_json(run / "args.json")), shown(table), list(table)
         terms = [*TITLES, *columns[columns.index("seconds") + 1:]]  # the scores come after the seconds
         found.append((run.name, stop, {term: drawn.get(term, ([], [])) for term in terms
                                        if not term.startswith("cosine_")}))
+    prepare_output(out, FORMATS)
     terms = dict.fromkeys(term for _, _, metrics in found for term in metrics)
     figure, axes = plt.subplots(1, len(terms), figsize=(4.3 * len(terms), 3.6), constrained_layout=True)
     for name, stop, metrics in found:
@@ -40,7 +46,7 @@ def main():
             axis.grid(alpha=0.3)
     axes[0].legend(title="dotted: alignment stops", fontsize=8, title_fontsize=8)
     with atomic_write(out) as file:
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format=out.suffix[1:].lower(), dpi=120)
     print(out)
 
 

@@ -8,7 +8,6 @@ REF and SAMPLE are each an npz with arr_0 (uint8 images), a folder of PNGs, or a
 sigma_s). Scores go to stdout, progress to stderr. README.md beside this file says which numbers compare with which
 papers.
 """
-import argparse
 import logging
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
 from evaluations import EFFICIENTNET_PATH, FEATURES, METRICS, PRESETS
 from runtime.errors import run_script
+from runtime.flags import Parser, whole
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def evaluate(args):
     values = score(sample, reference, metrics, getattr(torch, args.pr_dtype), device)
     return {"scores": values, "n": sample.n, "reference_n": reference.n, "features": args.features,
             "preset": args.preset, "pr_dtype": args.pr_dtype, "any_weights": args.any_weights,
-            "sample": str(args.sample), "reference": str(args.reference)}
+            "sample": str(args.sample), "reference": str(args.reference), "reference_made_of": reference.made_of}
 
 
 def lines(result):
@@ -51,7 +51,8 @@ def lines(result):
     counts = f"(n = {result['n'] or 'unknown'}, reference n = {result['reference_n'] or 'unknown'})"
     for name, value in result["scores"].items():
         is_adm = name in ("Inception Score", "FID", "sFID", "Precision", "Recall")
-        yield f"{name if is_adm else f'{name} {counts}'}: {'n/a' if value is None else value}"
+        digits = "n/a" if value is None else f"{value:.3g}" if 0 < abs(value) < 0.01 else f"{value:.4f}"  # KID is small
+        yield f"{name if is_adm else f'{name} {counts}'}: {digits}"
 
 
 def add_network_arguments(parser):
@@ -65,7 +66,7 @@ def add_network_arguments(parser):
     add("--efficientnet-weights", metavar="FILE", help=f"EfficientNet-Lite0's .pth; default {EFFICIENTNET_PATH}")
     add("--any-weights", action="store_true",
         help="accept weights other than the published ones; such scores compare with nothing")
-    add("--batch-size", type=positive, default=64, help="images at a time; default 64")
+    add("--batch-size", type=whole(1), default=64, help="images at a time; default 64")
     add("--device", choices=("cpu", "cuda"), help="default cuda if there is a GPU")
 
 
@@ -77,31 +78,31 @@ def extractor_from(args, device):
     return load_extractor(args.features, weights, device, args.preset, verify=not args.any_weights)
 
 
-def positive(text):
-    """An integer of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+def given_paths(args, *but):
+    """What may be paths among the arguments, without those of the names `but`: what the script reads."""
+    return [value for name, value in vars(args).items() if name not in but and isinstance(value, (str, Path))]
 
 
-def run(evaluate, lines, args):
-    """Print the `lines` of the result of `evaluate(args)` and write it to args.json; logs go to stderr."""
-    from runtime.files import check_writable, write_json
+def run(evaluate, lines, args, *inputs):
+    """Write the result of `evaluate(args)` to args.json, then print its `lines`; logs go to stderr.
+
+    `inputs`: files that are read beside those that the arguments name.
+    """
+    from runtime.files import prepare_output, write_json
     from runtime.setup import end_processes
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.json:
-        check_writable(Path(args.json).parent)
+        prepare_output(args.json, (".json",), [*given_paths(args, "json"), *inputs])
     result = evaluate(args)
     if result:
-        print(*lines(result), sep="\n")
         if args.json:
             write_json(args.json, result, indent=2)
+        print(*lines(result), sep="\n")
     end_processes()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("reference", metavar="REF", help="npz, folder or statistics")
     add("sample", metavar="SAMPLE", help="npz, folder or statistics")
@@ -110,7 +111,7 @@ def main():
         "pytorch-fid, fid,kid for other features")
     add("--pr-dtype", choices=("float16", "float32"), default="float16",
         help="precision of the distances for precision and recall; default float16, as ADM's")
-    add("--num-samples", type=positive, metavar="N", help="score the first N of SAMPLE; default all")
+    add("--num-samples", type=whole(1), metavar="N", help="score the first N of SAMPLE; default all")
     add("--json", metavar="OUT", help="also write the scores, with n, features and paths, to this file")
     run(evaluate, lines, parser.parse_args())
 

@@ -29,6 +29,7 @@ class FeatureSet:
     mu_s: torch.Tensor | None = None     # (2023,) float64, the spatial features of sFID
     sigma_s: torch.Tensor | None = None
     classifier: torch.Tensor | None = None      # (1008, 2048) float32, for the Inception Score
+    made_of: str | None = None           # name and sha256 of the images, of a statistics file
 
 
 def extract(batches, n, extractor, name="samples", keep=True):

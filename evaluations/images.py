@@ -3,6 +3,7 @@
 A set of images has `name`, `n`, `size` (H, W) and `batches(start, stop, batch_size)` of uint8 (b, H, W, 3). An npz is
 read front to back inside its zip, so a 10 GB `arr_0` needs the memory of one batch.
 """
+import hashlib
 import math
 import os
 import zipfile
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from runtime.errors import UserError, first_line
-from runtime.files import ARRAY_ERRORS, array_header, reading
+from runtime.files import ARRAY_ERRORS, array_header, is_file, reading, sha256_of
 from runtime.images import IMAGE_ERRORS, open_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -25,12 +26,15 @@ DECODERS = 8                      # threads: Pillow releases the interpreter loc
 
 
 class ArrayImages:
-    """uint8 images (n, H, W, 3) in memory, NumPy or CPU tensor."""
+    """uint8 images (n, H, W, 3) in memory, NumPy or CPU tensor. `digest()` of a set is a sha256 that tells it apart."""
 
     def __init__(self, array, name="array"):
         array = np.asarray(array)
         check_layout(array.dtype, array.shape, name)
         self.name, self.array, self.n, self.size = name, array, len(array), array.shape[1:3]
+
+    def digest(self):
+        return hashlib.sha256(np.ascontiguousarray(self.array)).hexdigest()
 
     def batches(self, start, stop, batch_size):
         for i in range(start, stop, batch_size):
@@ -54,6 +58,9 @@ class NpzImages:
             if math.prod(shape) != size - self.header:
                 raise EOFError(f"{math.prod(shape)} bytes of pixels expected, {size - self.header} there")
         self.n, self.size = shape[0], shape[1:3]
+
+    def digest(self):
+        return sha256_of(self.name)
 
     @contextmanager
     def member(self):
@@ -81,10 +88,14 @@ class FolderImages:
     def __init__(self, path, files=None):
         self.name = str(path)
         with reading(path):
-            self.files = files or sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in SUFFIXES)
+            self.files = files or sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in SUFFIXES
+                                         and (file.is_file() or not file.exists()))  # no pipes; links to nothing: named
         if not self.files:
             raise UserError(f"{path} holds no {', '.join(SUFFIXES)} file; give a folder of images or an npz.")
         self.n, self.size = len(self.files), decode(self.files[0]).shape[:2]
+
+    def digest(self):
+        return hashlib.sha256("".join(map(sha256_of, self.files)).encode()).hexdigest()
 
     def batches(self, start, stop, batch_size):
         check_batch(self.name, min(batch_size, stop - start), self.size)
@@ -128,8 +139,9 @@ def open_images(source, required=True):
 
 def npz_keys(path):
     """Names of the arrays in an npz file, read from its directory only."""
-    if not os.path.exists(path):
-        raise UserError(f"{path} does not exist; give an npz file or a folder of images.")
+    if not is_file(path):  # of a device zipfile would look for the end
+        what = "is no regular file" if os.path.exists(path) else "does not exist"
+        raise UserError(f"{path} {what}; give an npz file or a folder of images.")
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]

@@ -16,22 +16,19 @@ of length 1, K_ij = <a_i, a_j> and L_ij = <b_i, b_j>:
 m_ij = 1 if j /= i is among the k nearest of i both by K and by L, else 0. It is 1 for equal neighbourhoods and about 0
 for unrelated ones. It depends on n and k: compare at equal ones. Runs on several processes under torchrun.
 """
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
-from evaluations.evaluator import positive, run
-from runtime.errors import UserError, check_bounds, run_script
+from evaluations.evaluator import run
+from runtime.errors import LARGEST_SEED, UserError, run_script
+from runtime.flags import Parser, number, whole
 
 
 def evaluate(args):
     """Scores -> dict for --json on process 0, None on the others."""
-    check_bounds(args, {"seed": (0, float("inf")), "l2": (0, float("inf")), "enc_blocks": (1, float("inf"))})
-    for t in args.t:
-        if not 0 <= t <= 1:
-            raise UserError(f"--t has {t}; times go from 0, the image, to 1, noise alone.")
     import torch
+    from tqdm import tqdm
 
     from evaluations.extract import join_processes, rank
     from evaluations.metrics import cknna, linear_probe
@@ -40,7 +37,7 @@ def evaluate(args):
     network, trained = load_network(args.ckpt)
     depth = len(blocks_of(network))
     blocks = args.blocks or list(range(1, depth + 1))
-    if not all(1 <= block <= depth for block in blocks):
+    if max(blocks) > depth:
         raise UserError(f"--blocks names {max(blocks)}, the network has blocks 1 to {depth}; choose among these.")
     if args.enc_type not in (None, trained.get("enc_type")):  # the run's weights are another teacher's
         trained |= {"enc_weights": None, "enc_blocks": None}
@@ -71,10 +68,9 @@ def evaluate(args):
         labels = [torch.from_numpy(each.dataset.labels[each.positions]).to(device) for each in (train, val)]
         result["teacher"]["probe"] = accuracy("teacher")
         result["largest class"] = (labels[1] == labels[0].bincount().argmax()).double().mean().item()
-    for t in args.t:
-        for block in blocks:
-            row = {"block": block, "t": t, **({"probe": accuracy((block, t))} if train.dataset else {})}
-            result["rows"].append({**row, "cknna": cknna(held_out[block, t], held_out["teacher"], args.k)})
+    for t, block in tqdm([(t, block) for t in args.t for block in blocks], desc="probes", unit="block", disable=None):
+        row = {"block": block, "t": t, **({"probe": accuracy((block, t))} if train.dataset else {})}
+        result["rows"].append({**row, "cknna": cknna(held_out[block, t], held_out["teacher"], args.k)})
     return result
 
 
@@ -92,31 +88,28 @@ def lines(result):
         yield f"{row['block']:>5} {row['t']:>6g}{probe} {row['cknna']:>7.3f}"
 
 
-def numbers(kind):
-    """Parser of a comma-separated list, for argparse."""
-    def parse(text):
-        return [kind(part) for part in text.split(",")]
-    parse.__name__ = f"list of {kind.__name__}s"  # for argparse's message
-    return parse
+def listed(kind):
+    """A `type` for add_argument: a comma-separated list."""
+    return lambda text: [kind(part) for part in text.split(",")]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("ckpt", metavar="CKPT", help="checkpoint of ours or published, or an export; its EMA is probed")
     add("--data", help="training images and latents, as train.py's --data-dir (default: the checkpoint's)")
     add("--val-data", help="held-out images with labels of the same classes (default: a fifth of --data); not for text")
     add("--enc-type", help="teacher (default: the checkpoint's)")
     add("--enc-weights", help="its weights (default: the checkpoint's, else from the hub)")
-    add("--enc-blocks", type=int, help="use its first N blocks only (default: the checkpoint's)")
-    add("--resolution", type=int, help="pixels a side (default: the checkpoint's, else 256)")
-    add("--blocks", type=numbers(int), help="1-based blocks of the network, such as 2,8,14 (default all)")
-    add("--t", type=numbers(float), default=[0.25, 0.5, 0.75], help="times, 0 = no noise (default 0.25,0.5,0.75)")
-    add("--images", type=positive, default=10_000, help="images of each split at most (default 10000)")
-    add("--k", type=positive, default=10, help="neighbours of CKNNA (default 10)")
-    add("--l2", type=float, default=1e-2, help="weight of the probe's |W|^2 / 2 (default 0.01)")
-    add("--seed", type=int, default=0, help="of noise and choice of images (default 0)")
-    add("--batch-size", type=positive, default=64, help="images at a time and process (default 64)")
+    add("--enc-blocks", type=whole(1), help="use its first N blocks only (default: the checkpoint's)")
+    add("--resolution", type=whole(1), help="pixels a side (default: the checkpoint's, else 256)")
+    add("--blocks", type=listed(whole(1)), help="1-based blocks of the network, such as 2,8,14 (default all)")
+    add("--t", type=listed(number(0, 1)), default=[0.25, 0.5, 0.75], help="times, 0 = no noise (default 0.25,0.5,0.75)")
+    add("--images", type=whole(1), default=10_000, help="images of each split at most (default 10000)")
+    add("--k", type=whole(1), default=10, help="neighbours of CKNNA (default 10)")
+    add("--l2", type=number(0), default=1e-2, help="weight of the probe's |W|^2 / 2 (default 0.01)")
+    add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of noise and choice of images (default 0)")
+    add("--batch-size", type=whole(1), default=64, help="images at a time and process (default 64)")
     add("--device", choices=("cpu", "cuda"), help="default cuda if there is a GPU")
     add("--json", metavar="OUT", help="also write the scores, with their settings, to this file")
     run(evaluate, lines, parser.parse_args())

@@ -5,15 +5,16 @@
 The page has settings (of several runs, those that differ come first), curves of losses and scores to zoom into, with
 the step at which alignment stops, previews along the run, samples, attention and features of student and teacher for a
 few images, step time, machine and versions. Attention and features need the newest checkpoint, its data and its
-teacher; if one is missing, the page says so.
+teacher; if one is missing, the page says so. Samples have the run, step and guidance of their settings.json, the grid
+beside them, and the scores in SAMPLES-scores.json beside them: baselines.py writes it, and evaluator.py with --json.
 """
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
-from runtime.errors import check_bounds, run_script
+from runtime.errors import run_script
+from runtime.flags import Parser, number, whole
 
 PARTS = Path(__file__).with_name("page")  # the template and the scripts that go into it
 TITLES = {"loss": "total loss", "grad_norm": "gradient norm", "learning_rate": "learning rate",
@@ -29,19 +30,20 @@ def page(data):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folders of runs")
-    add("--samples", nargs="+", type=Path, default=[], metavar="PATH", help="folders of generate.py or pictures")
-    add("--images", type=int, default=4, help="images for attention and features, 0 = leave them out (default 4)")
-    add("--t", type=float, default=0.5, help="time at which the student sees them, 0 = no noise (default 0.5)")
+    add("--samples", nargs="+", type=Path, default=[], metavar="PATH", help="folders of generate.py or pictures; "
+        "scores are read from PATH-scores.json beside each, as of baselines.py or evaluator.py --json")
+    add("--images", type=whole(0), default=4, help="images for attention and features, 0 = leave them out (default 4)")
+    add("--t", type=number(0, 1), default=0.5, help="time at which the student sees them, 0 = no noise (default 0.5)")
     add("--out", type=Path, help="page to write (default report.html in the first run)")
     args = parser.parse_args()
-    check_bounds(args, {"images": (0, float("inf")), "t": (0, 1)})
     from evaluations import runs
-    from runtime.files import atomic_write
+    from runtime.files import atomic_write, prepare_output
     out = args.out or args.runs[0] / "report.html"
     settings = [runs.read_settings(run) for run in args.runs]
+    prepare_output(out, (".html", ".htm"))
     teacher = next((known for known in settings if known.get("enc_type") != "none"), {})
     data = {"losses": list(runs.TITLES), "titles": {**runs.TITLES, **TITLES},
             "samples": [runs.samples(path) for path in args.samples],

@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import statistics
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,14 +15,15 @@ from evaluations.student import look_inside
 from loss import ALIGNMENT_LOSSES
 from models.checkpoint import check_contents, saved_steps
 from runtime.errors import UserError, first_line
-from runtime.files import is_file, read_json, reading
+from runtime.files import is_file, is_folder, read_json, reading
 from runtime.images import image_grid
 
 TITLES = {"denoise": "denoising loss", **{name: row.title for name, row in ALIGNMENT_LOSSES.items()}}
 LARGEST = 768  # pixels a side of a picture on the page; larger ones are scaled down
 PREVIEWS = 24  # most previews of a run, evenly spread
 GRID = 36  # pictures shown of a samples folder without a grid beside it
-SAMPLING = ("mode", "num_steps", "heun", "cfg_scale", "guidance_low", "guidance_high", "global_seed", "labels")  # shown
+SAMPLING = ("weights", "mode", "num_steps", "heun", "cache", "cfg_scale", "guidance_low", "guidance_high",
+            "global_seed", "labels")  # shown
 
 
 def read_table(run):
@@ -47,6 +49,9 @@ def read_table(run):
 
 def read_settings(run):
     """args.json of the run in folder `run`."""
+    if not is_file(run / "args.json"):
+        what = "holds no args.json" if is_folder(run) else "does not exist"
+        raise UserError(f"{run} {what}; give the folder of a run of train.py.")
     settings = read_json(run / "args.json")
     check_contents(run / "args.json", {"args": settings}, ())
     if not isinstance(settings.get("batch_size"), int):
@@ -126,6 +131,9 @@ def samples(path):
     with reading(path):
         if not path.exists():
             raise UserError(f"--samples {path} does not exist; give a folder of pictures or a picture.")
+    path = path.absolute()  # "." has no name
+    if not path.name:
+        raise UserError(f"--samples {path} is no folder of pictures; give one, or a picture.")
     grid, scores, settings = path.with_name(f"{path.name}-grid.png"), path.with_name(f"{path.name}-scores.json"), {}
     if is_file(path) or is_file(grid):
         pixels = decode(path if is_file(path) else grid)
@@ -137,7 +145,14 @@ def samples(path):
         settings = read_json(path / "settings.json")
     return {"name": path.name.removesuffix(".png"), "picture": picture(pixels),
             "scores": read_scores(scores) if is_file(scores) else {},
-            "settings": {name: settings[name] for name in SAMPLING if name in settings}}
+            "settings": made_from(settings) | {name: settings[name] for name in SAMPLING if name in settings}}
+
+
+def made_from(settings):
+    """{run, step} of the checkpoint in a samples folder's settings, or its file name where it lies in no run."""
+    path, step = Path(str(settings.get("ckpt", ""))), settings.get("steps")
+    run = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
+    return {name: value for name, value in (("run", run), ("step", step)) if value not in ("", None)}
 
 
 def read_scores(path):

@@ -73,7 +73,7 @@ def load_set(source, extractor, metrics, is_reference=False, limit=None, batch_s
     start, stop = shard(limit or images.n)
     found = extract(images.batches(start, stop, batch_size), stop - start, extractor, images.name, keep=need_pool)
     if found and stored:
-        for key in STATISTICS:
+        for key in (*STATISTICS, "made_of"):
             setattr(found, key, getattr(stored, key))
     return found
 

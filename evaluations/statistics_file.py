@@ -1,10 +1,12 @@
 """Statistics files: mean and covariance of a set's features in an npz, and optionally some of its images.
 
-Published ones hold mu, sigma (and mu_s, sigma_s, arr_0). Ours also hold n, features and preset, which are checked.
+Published ones hold mu, sigma (and mu_s, sigma_s, arr_0). Ours also hold n, features and preset, which are checked, and
+made_of, name and sha256 of the images.
 """
 import logging
 import os
 import zipfile
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from runtime.files import ARRAY_ERRORS, atomic_write
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 LARGEST = 1 << 29     # bytes of one array: a covariance of 8,192 features in float64
 BATCH = 64            # images copied at a time
+ROUNDING = 1e-5       # of a covariance in float32, as a share of its largest number or of its trace
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ def read_statistics(source, extractor, required):
         return None
     try:
         with np.load(source, allow_pickle=False) as file:
-            for key in (keys := [key for key in (*STATISTICS, "n", "features", "preset") if key in keys]):
+            for key in (keys := [key for key in (*STATISTICS, "n", "features", "preset", "made_of") if key in keys]):
                 if (size := file.zip.getinfo(f"{key}.npy").file_size) > LARGEST:  # before reading it
                     raise UserError(f"{key} of {source} has {size} bytes, far more than statistics have; make it "
                                     "again.")
@@ -45,7 +48,10 @@ def read_statistics(source, extractor, required):
     except ARRAY_ERRORS as error:
         raise UserError(f"The statistics in {source} cannot be read ({first_line(error)}); make them again.") from error
     features, n = str(stored.pop("features", "inception")), stored.pop("n", None)
-    preset = str(stored.pop("preset")) if "preset" in stored else None
+    preset, made_of = (str(stored.pop(key)) if key in stored else None for key in ("preset", "made_of"))
+    if n is not None and (n.size != 1 or n.dtype.kind not in "iu" or n < 2):
+        raise UserError(f"n of {source} is {shorten(str(n), 40)}, expected the number of images, at least 2; make the "
+                        "statistics again.")
     if features != extractor.features or preset not in (None, extractor.preset):
         message = f"The statistics in {source} are of {features} with preset {preset}"
         if required:
@@ -68,14 +74,41 @@ def read_statistics(source, extractor, required):
         if not np.isfinite(array).all():
             raise UserError(f"{key} of {source} holds nan or infinite numbers; make the statistics again.")
     tensors = {key: torch.from_numpy(value.astype(np.float64)) for key, value in stored.items()}
-    return FeatureSet(str(source), features, preset, None if n is None else int(n), **tensors)
+    for key in {"sigma", "sigma_s"} & set(tensors):
+        if why := no_covariance(tensors[key]):
+            raise UserError(f"{key} of {source} is no covariance ({why}); make the statistics again.")
+    if made_of and rank() == 0:
+        logger.info("%s: statistics of %s", source, made_of)
+    return FeatureSet(str(source), features, preset, None if n is None else int(n), **tensors, made_of=made_of)
 
 
-def write_statistics(path, found, images=None, chosen=()):
+def no_covariance(sigma):
+    """What keeps `sigma` (D, D) from being a covariance, beyond rounding, or None."""
+    if (sigma - sigma.T).abs().max() > ROUNDING * sigma.abs().max():
+        return "it is not symmetric"
+    raised = sigma + ROUNDING * sigma.trace().abs() * torch.eye(len(sigma), dtype=sigma.dtype)
+    is_negative = sigma.any() and torch.linalg.cholesky_ex(raised).info  # much faster than the eigenvalues
+    return "it has negative eigenvalues" if is_negative else None
+
+
+def made_of(images):
+    return f"{images.name}, sha256 {images.digest()}"
+
+
+def is_made_of(path, images):
+    """Whether the statistics file `path` is there and of these images."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return str(file["made_of"]) == made_of(images)
+    except (*ARRAY_ERRORS, KeyError):  # missing, damaged, or older than made_of
+        return False
+
+
+def write_statistics(path, found, images, chosen=()):
     """Write a FeatureSet's statistics and, as arr_0, the images with the numbers `chosen`, in file order."""
     arrays = {key: getattr(found, key).numpy() for key in STATISTICS if getattr(found, key) is not None}
     with atomic_write(path, "w+b") as whole:
-        np.savez(whole, **arrays, n=found.n, features=found.features, preset=found.preset)
+        np.savez(whole, **arrays, n=found.n, features=found.features, preset=found.preset, made_of=made_of(images))
         if len(chosen):  # a batch at a time: they may not fit into memory
             with zipfile.ZipFile(whole, "a") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), *images.size, 3)}

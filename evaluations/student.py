@@ -6,11 +6,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from dataset import PIXELS, CaptionedImages, LatentImages, PixelImages
 from encoders.teachers import Teacher, load_vit
 from encoders.vae import VAE
-from evaluations.extract import gather_rows, shard
+from evaluations.extract import gather_rows, rank, shard
 from loss import attention_loss, feature_loss, interpolant
 from models.checkpoint import load_network
 from models.layers import QK
@@ -111,7 +112,8 @@ def mean_tokens(network, teacher, part, times, blocks, seed, path_type, batch_si
     widths = {"teacher": teacher.vit.embed_dim} | {(b, t): network.pos_embed.shape[2] for t in times for b in blocks}
     rows = {name: [torch.zeros(0, width)] for name, width in widths.items()}
     null = part.dataset.empty_context if is_text(network) else torch.tensor(network.null_label)  # the condition of none
-    for first in range(0, len(positions), batch_size):
+    for first in tqdm(range(0, len(positions), batch_size), desc="features", unit="batch",
+                      disable=True if rank() else None):
         batch = positions[first:first + batch_size]
         found = {"teacher": teacher(torch.stack([part.dataset.image(i) for i in batch])).features[0]}
         y = torch.stack([null] * len(batch)).to(device)

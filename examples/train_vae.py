@@ -8,7 +8,6 @@ Loss: mean |x - x'| + mean (x - x')^2 + kl_weight * KL per latent value. Give it
 the channel means and the standard deviation of the latents are folded into the last convolution of the encoder and the
 first of the decoder, so that the scale 0.18215 fits this VAE too.
 """
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -22,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script:
 from data_io.storage import Packed, open_files
 from encoders.vae import VAE
 from evaluations.images import decode
-from runtime.errors import LARGEST_SEED, UserError, check_bounds, run_script
-from runtime.files import check_writable, is_file, writing
+from runtime.errors import LARGEST_SEED, UserError, run_script
+from runtime.files import atomic_folder, is_file, prepare_output
+from runtime.flags import Parser, number, whole
 
 FACTOR = 4  # pixels per latent pixel and side
 
@@ -93,28 +93,25 @@ def normalise_latents(vae, images):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder of images with dataset.json")
     add("--out", type=Path, required=True, help="folder to write, in diffusers' format")
-    add("--channels", type=int, default=4, help="of the latents (default 4)")
+    add("--channels", type=whole(1, 64), default=4, help="of the latents (default 4)")
     add("--augment", choices=AUGMENTATIONS, default="drawings", help="drawings: shift on white, mirror, permute "
         "colours; mirror: for photographs (default drawings)")
-    add("--steps", type=int, default=9000, help="training steps (default 9000)")
-    add("--batch-size", type=int, default=8, help="images a step (default 8)")
-    add("--learning-rate", type=float, default=2e-3, help="peak, decayed to 0 by a cosine (default 2e-3)")
-    add("--kl-weight", type=float, default=1e-3, help="weight of the KL per latent value (default 1e-3)")
-    add("--seed", type=int, default=0, help="default 0")
+    add("--steps", type=whole(2), default=9000, help="training steps (default 9000)")
+    add("--batch-size", type=whole(1), default=8, help="images a step (default 8)")
+    add("--learning-rate", type=number(0), default=2e-3, help="peak, decayed to 0 by a cosine (default 2e-3)")
+    add("--kl-weight", type=number(0), default=1e-3, help="weight of the KL per latent value (default 1e-3)")
+    add("--seed", type=whole(0, LARGEST_SEED), default=0, help="default 0")
     args = parser.parse_args()
-    inf = float("inf")
-    check_bounds(args, {"channels": (1, 64), "steps": (2, inf), "batch_size": (1, inf), "learning_rate": (0, inf),
-                        "kl_weight": (0, inf), "seed": (0, LARGEST_SEED)})
     from diffusers import AutoencoderKL  # takes seconds: after the arguments
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    prepare_output(args.out, inputs=[args.data])
     images = read_images(args.data)
-    check_writable(args.out)
     vae = AutoencoderKL(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8,
                         latent_channels=args.channels, down_block_types=("DownEncoderBlock2D",) * 3,
                         up_block_types=("UpDecoderBlock2D",) * 3, mid_block_add_attention=False,
@@ -145,8 +142,8 @@ def main():
                        f"PSNR {10 * torch.log10(4 / F.mse_loss(x, y)).item():.2f} dB, {time.time() - start:.0f} s")
     vae.eval()
     normalise_latents(vae, images)
-    with writing(args.out):
-        vae.save_pretrained(args.out)
+    with atomic_folder(args.out) as folder:
+        vae.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from models.mmdit import MMDIT_CONFIGS, MMDiT_models
 from models.sit import SIT_CONFIGS, SiT_models
 from runtime.errors import UserError
-from runtime.files import atomic_write, load_tensors, read_json, reading, write_json
+from runtime.files import atomic_folder, atomic_write, load_tensors, read_json, reading, write_json
 
 
 def is_state(value):
@@ -118,9 +118,10 @@ def save_export(path, state):
         with atomic_write(path) as file:
             file.write(safetensors.torch.save(weights, {"config": json.dumps(config)}))
     else:
-        with atomic_write(path / "model.safetensors") as file:
-            file.write(safetensors.torch.save(weights))
-        write_json(path / "config.json", config, indent=2)
+        with atomic_folder(path) as folder:
+            with atomic_write(folder / "model.safetensors") as file:
+                file.write(safetensors.torch.save(weights))
+            write_json(folder / "config.json", config, indent=2)
 
 
 def weights_digest(module):

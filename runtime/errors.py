@@ -1,4 +1,6 @@
 """User-facing errors: one sentence, exit status 1, no traceback. Each --help imports this file: nothing slow here."""
+import contextlib
+import io
 import multiprocessing
 import os
 import signal
@@ -22,30 +24,67 @@ def first_line(error):
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def run_script(main):
+class Forgiving(io.FileIO):
+    """Standard output or error. What cannot be written is dropped: a lost print must not end hours of work."""
+
+    def write(self, data):
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        return len(data)
+
+
+def forgive_prints():
+    """From now on a print or a bar never fails: for a full disk, a closed pipe, or a character of another locale."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before the start
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__"):  # not what a test or a notebook put there
+            stream.flush()
+            raw = io.BufferedWriter(Forgiving(number, "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", "\n",
+                                                stream.line_buffering, stream.write_through))
+
+
+def check_arguments():
+    """Raise UserError for an argument that is no text: neither PyTorch nor JSON takes such names."""
+    for argument in sys.argv[1:]:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"The argument {argument!r} is no text in this locale; set LC_ALL=C.UTF-8 if it is UTF-8, "
+                            "else rename what it names.") from error
+
+
+def run_script(main, continues=False):
     """Call `main()`. A UserError ends the process with its sentence on stderr and exit status 1, without a traceback.
 
-    With several processes the launcher ends the others. One whose connection breaks first says so in one sentence.
+    Ctrl-C ends it with one line and status 130; `continues`: the same command goes on from there. With several
+    processes the launcher ends the others. One whose connection breaks first says so in one sentence.
     """
-    message = None
+    forgive_prints()
+    message, status = None, 1
     try:
+        check_arguments()
         main()
     except UserError as error:
         sentence = str(error).rsplit("UserError: ", 1)[-1].strip()  # a loader worker's error arrives as a traceback
         message = f"error: {sentence}"
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends at once
+        message, status = f"stopped{'; the same command continues' * continues}", 130
     except Exception as error:
         if not process_group():
             raise
         message = PEER_ENDED if is_broken_connection(error) else traceback.format_exc()
     finally:
         end_workers()
-    if message and process_group():
-        print(message, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # a normal exit may wait for collectives that never finish
     if message:
-        sys.exit(message)
+        print(message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        if process_group():
+            os._exit(status)  # a normal exit may wait for collectives that never finish
+        sys.exit(status)
 
 
 def process_group():

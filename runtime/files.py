@@ -11,6 +11,7 @@ import lzma
 import math
 import os
 import pickle
+import shutil
 import stat
 import tempfile
 import tokenize
@@ -98,7 +99,7 @@ def atomic_write(path, mode="wb"):
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, mode) as file:
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -107,12 +108,65 @@ def atomic_write(path, mode="wb"):
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(path):
+    """The same for a folder that is not there yet: yields a temporary one, renamed to `path` at the end."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def remove_temporaries(folder, begin=""):
-    """Delete temporary files that killed processes left in `folder`, of files whose names begin with `begin`."""
+    """Delete what killed processes left in `folder`: temporary files and folders of names that begin with `begin`."""
     for leftover in Path(folder).glob(".*.tmp"):
         if leftover.name.startswith(f".{begin}"):
             with writing(leftover):
-                leftover.unlink(missing_ok=True)
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink(missing_ok=True)
+
+
+def check_output(out, suffixes, inputs=()):
+    """Raise UserError where writing `out` would destroy one of `inputs` or a file of another kind. Links are followed.
+
+    A file `out` may replace one that ends in one of `suffixes`. Without suffixes it is a folder: neither may it lie in
+    an input nor an input in it. Inputs that are not there (None, a name on the hub) do not count.
+    """
+    there, ours = mode_of(out), Path(out).resolve()
+    if suffixes and not Path(out).name:
+        raise UserError(f"{str(out)!r} names no file to write; give one that ends in {' or '.join(suffixes)}.")
+    for each in inputs:
+        if not each or not mode_of(each):
+            continue
+        if there and os.path.samefile(out, each):
+            raise UserError(f"{out} is {each} itself, which is read here; name another output.")
+        theirs = Path(each).resolve()
+        if not suffixes and (theirs in ours.parents or (theirs.is_dir() and ours in theirs.parents)):
+            raise UserError(f"{out} and {each} lie in each other, so that output would become input; name another "
+                            "output.")
+    if suffixes and there and not (stat.S_ISREG(there) and ours.suffix.lower() in suffixes):
+        kind = "folder" if stat.S_ISDIR(there) else "file of another kind"
+        raise UserError(f"{out} is a {kind} and is not written over; name another output, ending in "
+                        f"{' or '.join(suffixes)}.")
+
+
+def prepare_output(out, suffixes=(), inputs=()):
+    """check_output, then make the folder of `out` and delete what a killed process left there of `out`.
+
+    Without suffixes nothing may be there yet.
+    """
+    check_output(out, suffixes, inputs)
+    if not suffixes and mode_of(out):
+        raise UserError(f"{out} is there already and is not written over; name another file or folder, or delete it.")
+    check_writable(Path(out).parent)
+    remove_temporaries(Path(out).parent, f"{Path(out).name}.")
 
 
 @contextlib.contextmanager
@@ -137,7 +191,7 @@ def check_inside(name, where):
 def read_json(path, kind=dict, data=None):
     """The value in a JSON file, or in its bytes `data`. Raises UserError unless it is there, JSON and a `kind`."""
     try:
-        value = json.loads((Path(path).read_bytes() if data is None else data).decode())
+        value = json.loads((Path(path).read_bytes() if data is None else data).decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path} cannot be read as JSON ({reason}); make it again.") from error
@@ -175,7 +229,8 @@ def load_tensors(path, mmap=False, verify=False):
     """
     path = Path(path)
     if not is_file(path):
-        raise UserError(f"{path} does not exist; give the path of a weight or checkpoint file.")
+        what = "is a folder" if is_folder(path) else "is no regular file" if mode_of(path) else "does not exist"
+        raise UserError(f"{path} {what}; give the path of a weight or checkpoint file.")
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
@@ -215,6 +270,8 @@ def _parse_header(header):
     shape, fortran, dtype = read(file)
     if dtype.hasobject:
         raise ValueError("Python objects, which are not read")
+    if not dtype.isnative or dtype.itemsize > 8:
+        raise ValueError(f"numbers of type {dtype.str}, which PyTorch does not know; save them as float32")
     return shape, fortran, dtype
 
 

@@ -6,7 +6,7 @@ import textwrap
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from runtime.errors import UserError, first_line
 from runtime.files import atomic_write
@@ -97,8 +97,13 @@ def decode_image(data, name, resolution):
         raise unreadable(name, error) from error
 
 
+def reason(error):
+    """What is wrong with a picture. Pillow names the object in memory that it could not identify."""
+    return "no PNG or JPEG" if isinstance(error, UnidentifiedImageError) else first_line(error)
+
+
 def unreadable(name, error):
-    return UserError(f"{name} is no readable image ({first_line(error)}); make it again.")
+    return UserError(f"{name} is no readable image ({reason(error)}); make it again.")
 
 
 def write_png(path, image):

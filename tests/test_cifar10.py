@@ -221,5 +221,10 @@ def test_reference_statistics(photographs, monkeypatch, tmp_path):
     prepare.build_reference(tmp_path, "val", 5)
     few = read_statistics(str(tmp_path / "ref-val-5.npz"), MeanColour(), required=True)
     np.testing.assert_allclose(few.mu, colours[:5].mean(axis=0), rtol=1e-5)
+    shard = min((tmp_path / "val/images").glob("0*.npy"))
+    np.save(shard, 255 - np.load(shard))  # other photographs: made again
+    prepare.build_reference(tmp_path, "val")
+    again = read_statistics(str(tmp_path / "ref-val.npz"), MeanColour(), required=True)
+    np.testing.assert_allclose(again.mu, 255 - found.mu, rtol=1e-5)
     monkeypatch.setattr("evaluations.features.load_extractor", lambda *_: pytest.fail("made again"))
     prepare.build_reference(tmp_path, "val")

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -17,6 +18,7 @@ from evaluations.features import load_extractor
 from evaluations.images import NpzImages, open_images
 from evaluations.scores import load_set, score
 from runtime.errors import UserError
+from runtime.files import sha256_of
 from tests.conftest import ROOT, call_main, script
 from tests.test_evaluations_metrics import save_efficientnet, save_inception
 
@@ -132,6 +134,16 @@ def test_bad_folders(tmp_path):
     (folder / "9.png").write_bytes((folder / "000000.png").read_bytes()[:200])
     with pytest.raises(UserError, match=r"9\.png cannot be decoded"):
         read_all(open_images(folder))
+    (folder / "9.png").unlink()
+    os.mkfifo(folder / "8.png")
+    (folder / "9.png").symlink_to("/dev/zero")
+    assert open_images(folder).n == 2  # regular files only: others are never opened
+    for path in (folder / "8.png", "/dev/zero"):
+        with pytest.raises(UserError, match="is no regular file; give an npz file or a folder"):
+            open_images(path)
+    (folder / "7.png").symlink_to("/nowhere")
+    with pytest.raises(UserError, match=r"7\.png cannot be decoded"):  # named, not left out
+        read_all(open_images(folder))
 
 
 # ---- the scripts ----
@@ -140,7 +152,7 @@ def test_five_lines_in_adm_wording(adm):
     names, values = zip(*(line.split(": ") for line in adm["stdout"].splitlines()), strict=True)
     assert names == ("Inception Score", "FID", "sFID", "Precision", "Recall")
     assert tuple(adm["scores"]) == names and (adm["n"], adm["reference_n"]) == (7, 9)
-    assert [float(value) for value in values] == list(adm["scores"].values())
+    assert list(values) == [f"{value:.4f}" for value in adm["scores"].values()]  # JSON keeps all digits
 
 
 def test_coco_protocol(made, monkeypatch, capsys, caplog):
@@ -183,15 +195,17 @@ def test_statistics_file_replaces_the_images(monkeypatch, made, inception, adm, 
     with np.load(made / "stats.npz", allow_pickle=False) as file:
         stored = dict(file)
     assert (int(stored["n"]), str(stored["features"]), str(stored["preset"])) == (9, "inception", "adm")
+    assert str(stored["made_of"]) == f"{made}/reference.npz, sha256 {sha256_of(made / 'reference.npz')}"
     rows = [any(np.array_equal(image, other) for image in stored["arr_0"]) for other in random_images(9, 0)]
     assert stored["arr_0"].shape == (4, 24, 24, 3) and sum(rows) == 4
     only = {key: stored[key] for key in ("mu", "sigma", "mu_s", "sigma_s")}
     np.savez(made / "only.npz", **only)
-    call_main(monkeypatch, evaluator, *paths(made, "only.npz", "sample.npz"), "--metrics", "is,fid,sfid,pr")
-    found = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
-    assert found["Precision"] == found["Recall"] == "n/a"
+    call_main(monkeypatch, evaluator, *paths(made, "only.npz", "sample.npz"), "--metrics", "is,fid,sfid,pr", "--json",
+              made / "only.json")
+    found = json.loads((made / "only.json").read_text())["scores"]
+    assert found["Precision"] is None and found["Recall"] is None and "Recall: n/a" in capsys.readouterr().out
     for name in ("Inception Score", "FID", "sFID"):
-        assert float(found[name]) == pytest.approx(adm["scores"][name], rel=1e-6)
+        assert found[name] == pytest.approx(adm["scores"][name], rel=1e-6)
 
     np.savez(made / "other.npz", arr_0=random_images(9, 0), mu=only["mu"] + 1, sigma=only["sigma"])
     other = load_set(made / "other.npz", inception, ("fid", "sfid", "pr"), is_reference=True)
@@ -210,9 +224,9 @@ def test_few_images_against_statistics_alone(monkeypatch, made, capsys):
     monkeypatch.setattr(scores, "frechet_distance", lambda *statistics: 1.5)
     argv = [*paths(made, "statistics.npz", "sample.npz"), "--num-samples", 3]
     call_main(monkeypatch, evaluator, *argv)
-    assert capsys.readouterr().out.splitlines()[1:] == ["FID: 1.5", "sFID: n/a", "Precision: n/a", "Recall: n/a"]
+    assert capsys.readouterr().out.splitlines()[1:] == ["FID: 1.5000", "sFID: n/a", "Precision: n/a", "Recall: n/a"]
     call_main(monkeypatch, evaluator, *argv, "--metrics", "fid, pr,")
-    assert capsys.readouterr().out.splitlines() == ["FID: 1.5", "Precision: n/a", "Recall: n/a"]
+    assert capsys.readouterr().out.splitlines() == ["FID: 1.5000", "Precision: n/a", "Recall: n/a"]
 
 
 def test_other_features_keep_their_own_names(monkeypatch, made, capsys, tmp_path):
@@ -225,7 +239,7 @@ def test_other_features_keep_their_own_names(monkeypatch, made, capsys, tmp_path
     monkeypatch.setattr(scores, "precision_recall", lambda x, y, dtype: (torch.finfo(dtype).bits, 0.5))
     for flag, bits in (([], 16), (["--pr-dtype", "float32"], 32)):
         call_main(monkeypatch, evaluator, *argv, "--metrics", "pr", *flag)
-        assert capsys.readouterr().out.splitlines() == [f"Precision: {bits}", "Recall: 0.5"]
+        assert capsys.readouterr().out.splitlines() == [f"Precision: {bits}.0000", "Recall: 0.5000"]
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -235,12 +249,36 @@ def test_other_features_keep_their_own_names(monkeypatch, made, capsys, tmp_path
     ({"mu": np.array([None])}, "cannot be read"),
     ({"preset": "pytorch-fid"}, "preset pytorch-fid, not of"),
     ({"mu": None, "sigma": None}, "has the keys features, preset"),
+    *(({"n": np.array(n)}, "n of .*bad.npz is .*expected the number of images") for n in (0, -3, 2.5, "many", [9, 9])),
+    ({"sigma": np.diag([1.0] * 2047 + [-0.1])}, "sigma of .*bad.npz is no covariance .it has negative eigenvalues"),
+    ({"sigma": np.eye(2048) + np.eye(2048, k=1) / 4}, "no covariance .it is not symmetric"),
 ])
 def test_bad_statistics(inception, tmp_path, change, words):
     arrays = {"mu": np.zeros(2048), "sigma": np.eye(2048), "features": "inception", "preset": "adm"} | change
     np.savez(tmp_path / "bad.npz", **{key: value for key, value in arrays.items() if value is not None})
     with pytest.raises(UserError, match=words):
         load_set(tmp_path / "bad.npz", inception, ("fid",))
+
+
+def test_covariances_of_few_images_in_float32(inception, tmp_path):
+    """Of rank 8 and rounded: its eigenvalues are negative by rounding, and it is read."""
+    rows = np.random.default_rng(0).normal(3, 5, (9, 2048)).astype(np.float32)
+    sigma = np.cov(rows.T).astype(np.float32)
+    assert np.linalg.eigvalsh(sigma).min() < 0
+    np.savez(tmp_path / "few.npz", mu=rows.mean(0), sigma=sigma)
+    assert load_set(tmp_path / "few.npz", inception, ("fid",)).sigma.shape == (2048, 2048)
+
+
+def test_digests_follow_the_images(tmp_path):
+    """Of an array, an npz and a folder: another picture of equal size is another digest."""
+    images = random_images(3, 7)
+    other = images.copy()
+    other[1, 0, 0, 0] ^= 1
+    for name, content in (("a", images), ("b", other)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=content)
+        save_folder(tmp_path / name, content)
+    for first, second in ((images, other), (tmp_path / "a.npz", tmp_path / "b.npz"), (tmp_path / "a", tmp_path / "b")):
+        assert open_images(first).digest() == open_images(first).digest() != open_images(second).digest()
 
 
 @pytest.mark.parametrize(("reference", "extra", "words"), [

@@ -97,6 +97,19 @@ def test_bare_weights_tell_their_network(monkeypatch, tmp_path, name, more):
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), model.parameters(), strict=True))
 
 
+def test_a_killed_export_is_made_again(monkeypatch, forms, tmp_path):
+    """Killed between its two files; the same command removes what was left."""
+    with monkeypatch.context() as patch:
+        patch.setattr("models.checkpoint.write_json", lambda *_, **__: (_ for _ in ()).throw(SystemExit))
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # a kill leaves everything
+        with pytest.raises(SystemExit):
+            call_main(patch, export, forms[0], tmp_path / "out")
+    left, = tmp_path.iterdir()
+    assert left.name.startswith(".out.")
+    call_main(monkeypatch, export, forms[0], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and len(list((tmp_path / "out").iterdir())) == 2
+
+
 def test_taps_are_those_of_the_training(text):
     network, args = load_network(text)
     assert (network.attn_layers, network.encoder_depth) == ((0, 2), 1)

@@ -15,7 +15,7 @@ from evaluations.images import decode, open_images
 from models.checkpoint import load_checkpoint
 from preprocessing import coco
 from runtime.errors import UserError
-from runtime.files import load_tensors
+from runtime.files import load_array, load_tensors, read_json
 from runtime.images import decode_image
 from sampling.images import is_finished
 from tests.conftest import CLASSES, ROOT
@@ -77,6 +77,19 @@ def test_formats_that_pillow_hands_to_other_programs(monkeypatch, tmp_path):
         with pytest.raises(UserError, match="img00000003.png (is no readable image|cannot be decoded)"):
             read()
     assert not is_finished(picture, 64) and not ran.exists()
+
+
+@pytest.mark.parametrize("kind", [">f4", ">i8", "g", "c16", "U9"])
+def test_numbers_that_pytorch_does_not_know(tmp_path, kind):
+    """As captions or latents: refused by name, not by a TypeError of torch.from_numpy."""
+    np.save(tmp_path / "0_0.npy", np.zeros((6, 16), kind))
+    with pytest.raises(UserError, match="0_0.npy is no readable .npy file .numbers of type .*; save them as float32"):
+        load_array(tmp_path / "0_0.npy")
+
+
+def test_a_mark_of_byte_order_before_json(tmp_path):
+    (tmp_path / "captions.json").write_bytes(b'\xef\xbb\xbf{"0": ["a"]}')
+    assert read_json(tmp_path / "captions.json") == {"0": ["a"]}
 
 
 def test_weights_that_unpack_to_too_much(tmp_path):

