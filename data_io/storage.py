@@ -67,10 +67,11 @@ class Folder:
         """The bytes of entry i."""
         return read_bytes(self.name(i))
 
-    def sizes(self):
-        """int64 (n,): the files' sizes in bytes, asked for anew."""
+    def stamps(self):
+        """int64 (n, 2): the files' sizes in bytes, and what changes when a file is replaced. Asked for anew."""
         with reading(self.path):
-            return np.array([os.stat(self.name(i)).st_size for i in range(len(self.index.numbers))], np.int64)
+            found = (os.stat(self.name(i)) for i in range(len(self.index.numbers)))
+            return np.array([(status.st_size, status.st_mtime_ns) for status in found], np.int64)
 
 
 def read_member(archive, name):
@@ -80,6 +81,31 @@ def read_member(archive, name):
         raise UserError(f"{archive.filename}/{name} claims {size} bytes, more than any listing has; write the zip "
                         "again.")
     return archive.read(name)
+
+
+def opened(path):
+    """The file, open as long as the data set. Raises UserError where that is not possible, as with too many files."""
+    with reading(path):
+        return open(path, "rb", buffering=0)
+
+
+def read_entry(file, offset, packed, method, crc, size, header=200):
+    """The bytes of an entry of the zip that `file` is: its place, bytes there, method, checksum, bytes once unpacked.
+
+    The local header is 30 bytes, the name and extra fields, whose length only it tells: `header` is a guess at it.
+    Raises ZIP_ERRORS. Nothing is unpacked beyond what was announced.
+    """
+    data = memoryview(os.pread(file.fileno(), header + packed, offset))
+    signature, *lengths = struct.unpack_from("<4s22xHH", data)
+    start = 30 + sum(lengths)
+    data = data[start:start + packed]
+    if len(data) < packed:
+        data = memoryview(os.pread(file.fileno(), packed, offset + start))
+    if method == zipfile.ZIP_DEFLATED:
+        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+    if signature != b"PK\3\4" or len(data) != size or zlib.crc32(data) != crc:
+        raise ValueError("wrong checksum")
+    return data
 
 
 class Zip(Folder):
@@ -126,27 +152,15 @@ class Zip(Folder):
         return known, Index(numbers, names, where, *labels)
 
     def read(self, i):
-        offset, packed, method, crc, size = self.index.where[i].tolist()
         if self.file is None:
-            self.file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - open as long as the data set
+            self.file = opened(self.path)
         try:
-            # A local header is 30 bytes, the name and extra fields, whose length only it tells: 64 is more than usual.
-            data = memoryview(os.pread(self.file.fileno(), 94 + len(self.index.names[i]) + packed, offset))
-            signature, *lengths = struct.unpack_from("<4s22xHH", data)
-            start = 30 + sum(lengths)
-            data = data[start:start + packed]
-            if len(data) < packed:
-                data = memoryview(os.pread(self.file.fileno(), packed, offset + start))
-            if method == zipfile.ZIP_DEFLATED:
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+            return read_entry(self.file, *self.index.where[i].tolist(), 94 + len(self.index.names[i]))
         except ZIP_ERRORS as error:
             raise damaged(self.name(i), first_line(error)) from error
-        if signature != b"PK\3\4" or len(data) != size or zlib.crc32(data) != crc:
-            raise damaged(self.name(i), "wrong checksum")
-        return data
 
-    def sizes(self):
-        return self.index.where[:, self.SIZE]
+    def stamps(self):
+        return self.index.where[:, (self.SIZE, self.CRC)]
 
 
 class Packed:
@@ -204,9 +218,9 @@ class Packed:
         """Entry i, of self.shape and self.dtype: a new array, or read into `row`."""
         row, shard = np.empty(self.shape, self.dtype) if row is None else row, bisect.bisect_right(self.starts, i) - 1
         place = self.offsets[shard] + (i - self.starts[shard]) * row.nbytes
+        if shard not in self.files:
+            self.files[shard] = opened(self.shards[shard])
         try:
-            if shard not in self.files:
-                self.files[shard] = open(self.shards[shard], "rb", buffering=0)  # noqa: SIM115 - kept open
             read = os.preadv(self.files[shard].fileno(), [row.reshape(-1).view(np.uint8)], place)
         except OSError as error:
             raise damaged(self.name(i), first_line(error)) from error
@@ -214,8 +228,9 @@ class Packed:
             raise damaged(self.name(i), "cut short while in use")
         return row
 
-    def sizes(self):
-        return self.index.where[:, 0]
+    def stamps(self):
+        changed = [os.stat(path).st_mtime_ns for path in self.shards]
+        return np.stack([self.index.where[:, 0], np.repeat(changed, np.diff(self.starts))], axis=1)
 
 
 def form_of(data_dir, kind):

@@ -6,19 +6,23 @@
 The source is a folder with a folder, or a tar, per class; ImageNet's ILSVRC2012_img_train.tar as it is; another tar; a
 zip; any of them may have labels in a dataset.json. --dest is a folder or, where its name ends in .zip, an uncompressed
 zip. Pictures are numbered in the order of their paths. One that is skipped keeps its number, which is then missing. The
-same command goes on after any stop; in a complete folder it makes what is missing.
+same command goes on after any stop; in a complete folder it makes what is missing. The names of class folders go to
+classes.json beside --dest, in DATA, in the order of their labels.
 """
+import errno
 import functools
 import os
 import re
+import signal
 
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dataset import digest
 from preprocessing import destinations, pixels
+from preprocessing.destinations import progress
 from preprocessing.sources import open_source, read
-from runtime.errors import UserError, check_bounds, first_line
+from runtime.errors import UserError, first_line
+from runtime.flags import whole
 
 GROUP = 64  # pictures a worker takes at a time, and in a part of a zip
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -63,11 +67,6 @@ def first_side(source):
                     "again.")
 
 
-def progress(what, total, done=0, disable=False):
-    """A bar with images/s and the time left."""
-    return tqdm(total=total, initial=done, desc=what, unit=" images", mininterval=1, disable=disable)
-
-
 def in_groups(items, size):
     """Lists of up to `size` items."""
     return [items[start:start + size] for start in range(0, len(items), size)]
@@ -76,19 +75,24 @@ def in_groups(items, size):
 def in_processes(work, groups, workers, bar):
     """[work(group), ...], computed in `workers` processes; `bar` moves on by the length of each group."""
     workers = min(workers, len(groups)) if workers > 1 else 0
-    loader = DataLoader(groups, batch_size=None, num_workers=workers, collate_fn=work,
-                        multiprocessing_context="fork" if workers else None)  # which copies no list of a million names
     results = []
     try:
+        loader = DataLoader(groups, batch_size=None, num_workers=workers, collate_fn=work, worker_init_fn=ignore_ctrl_c,
+                            multiprocessing_context="fork" if workers else None)  # copies no list of a million names
         for group, result in zip(groups, loader, strict=True):
             results.append(result)
             bar.update(len(group))
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError) as error:
+        if "DataLoader worker" not in str(error) and getattr(error, "errno", None) not in (errno.EMFILE, errno.EAGAIN):
             raise
-        raise UserError(f"A worker process has ended ({first_line(error)}), perhaps for lack of memory; the same "
-                        "command goes on, with fewer --num-workers if need be.") from error
+        raise UserError(f"A worker process has ended or could not start ({first_line(error)}), perhaps for lack of "
+                        "memory; the same command goes on, with fewer --num-workers if need be.") from error
     return results
+
+
+def ignore_ctrl_c(_):
+    """A terminal sends it to all processes; the first one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def convert_group(source, destination, transform, on_error, parent, places):
@@ -134,19 +138,21 @@ def add_arguments(add):
     add("--dest", required=True, help="folder or .zip to write")
     add("--resolution", help="size of the result, such as 256x256 (default: as it is)")
     add("--transform", choices=TRANSFORMS, help="crop before the size is changed (default: none)")
-    add("--max-images", type=int, help="take the first N pictures only (default: all)")
-    add("--num-workers", type=int, default=CORES, help="processes (default: one per core)")
+    add("--class-order", metavar="FILE", help="names of the class folders in the order of their labels, one a line "
+        "(default: alphabetical)")
+    add("--max-images", type=whole(1), help="take the first N pictures only (default: all)")
+    add("--num-workers", type=whole(1), default=CORES, help="processes (default: one per core)")
     add("--on-error", choices=("skip", "stop"), default="skip", help="what to do about pictures that cannot be used: "
         "leave them out and list them in made.json, or end with the first (default skip)")
 
 
 def run(args):
-    check_bounds(args, dict.fromkeys(("max_images", "num_workers"), (1, float("inf"))))
-    source = open_source(args.source, args.max_images)
+    source = open_source(args.source, args.max_images, args.class_order)
     transform, side = make_transform(args.transform, args.resolution, source)
     destination = destinations.open_destination(args.dest, ".png", args.source)
     made = destination.begin({"command": "convert", "resolution": args.resolution, "transform": args.transform,
                               "pictures": digest([source.names, source.labels])}, {"source": args.source})
+    destinations.write_classes(args.dest, source.classes)
     if destination.complete:
         print(f"{args.dest} is complete; there is nothing to do.")
         return

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import features
+from tqdm import tqdm
 
 from data_io.storage import read_member
 from dataset import digest
@@ -23,6 +24,7 @@ from runtime.files import atomic_write, is_file, read_json, reading, remove_temp
 from runtime.versions import version
 
 MADE = "made.json"
+CLASSES = "classes.json"
 NAMED = 20   # skipped pictures named on the terminal
 WRITERS = 4  # files on their way to the disk at a time: waiting for it takes as long as making a picture
 
@@ -37,6 +39,11 @@ def latent_name(index):
     """Path below vae-sd/ of the moments of this index."""
     idx8 = f"{index:08d}"
     return f"{idx8[:5]}/img-mean-std-{idx8}.npy"
+
+
+def progress(what, total, done=0, unit=" images", disable=False):
+    """A bar with images/s and the time left."""
+    return tqdm(total=total, initial=done, desc=what, unit=unit, mininterval=1, disable=disable)
 
 
 class Destination:
@@ -66,9 +73,9 @@ class Destination:
             return None
 
     def holds_other_things(self):
-        if self.is_zip or not self.path.is_dir():
-            return self.path.exists() and not self.note()
-        return not self.note() and ((self.path / LISTING).exists() or bool(self.pieces()))
+        if self.note() or not self.path.exists():
+            return False
+        return self.is_zip or not self.path.is_dir() or (self.path / LISTING).exists() or bool(self.pieces())
 
     def begin(self, settings, more):
         """The note of how this is made; see begin(). What killed processes left half-written is removed."""
@@ -109,7 +116,7 @@ class Destination:
             write_json(self.path / LISTING, listing)
             return
         with atomic_write(self.path) as file, zipfile.ZipFile(file, "w") as archive:
-            for name, piece in sorted(self.pieces().items()):
+            for name, piece in tqdm(sorted(self.pieces().items()), "zip", mininterval=1):
                 add(archive, name, read(piece, name))
             add(archive, MADE, json.dumps(made, indent=1).encode())
             add(archive, LISTING, json.dumps(listing).encode())
@@ -125,16 +132,22 @@ def add(archive, name, data):
 
 def open_destination(path, suffix, source):
     """The Destination `path`. Raises UserError when it is in the source or holds what was not made here."""
-    ours, theirs = Path(path).resolve(), Path(source).resolve()
-    if theirs in (ours, *ours.parents) or (theirs.is_dir() and ours in theirs.parents):
-        raise UserError(f"--dest {path} and --source {source} lie in each other, so that output would become input; "
-                        "name another --dest.")
+    check_apart(path, source)
     with reading(path):
         destination = Destination(path, suffix)
         if destination.holds_other_things():
             raise UserError(f"{path} is there already and was not made by this tool; name another --dest, or remove "
                             "it.")
     return destination
+
+
+def check_apart(dest, *sources):
+    """Raise UserError if `dest` is, is in, or holds one of these files or folders. A zip beside the output is fine."""
+    for source in sources:
+        ours, theirs = Path(dest).resolve(), Path(source).resolve()
+        if theirs in (ours, *ours.parents) or (ours in theirs.parents and theirs.suffix != ".zip"):
+            raise UserError(f"--dest: {dest} and {source}, which is read, lie in each other, so that output would "
+                            "become input; name another --dest.")
 
 
 def origin(path):
@@ -168,12 +181,18 @@ def versions():
     return f"{packages}, libjpeg-turbo {features.version('libjpeg_turbo')}"
 
 
+def amount(size):
+    """Bytes in words: 12.3 MB."""
+    unit, name = next(each for each in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")) if size >= each[0] or each[1] == "KB")
+    return f"{size / unit:,.1f} {name}"
+
+
 def check_space(folder, size):
     """Raise UserError unless `size` bytes fit into the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise UserError(f"{size / 1e9:.1f} GB are needed in {folder}, which has {free / 1e9:.1f} GB free; make room, "
-                        "or name another --dest.")
+        raise UserError(f"{amount(size)} are needed in {folder}, which has {amount(free)} free; make room, or name "
+                        "another --dest.")
 
 
 def check_names(destination, pieces, expected):
@@ -182,6 +201,30 @@ def check_names(destination, pieces, expected):
         wrong = "is missing from" if name not in pieces else "does not belong into"
         raise UserError(f"{name} {wrong} {destination.path}; was it changed meanwhile? Run the command again, or "
                         f"delete {destination.path} first.")
+
+
+def write_classes(dest, names):
+    """Write `names`, of classes in the order of their labels, to classes.json beside `dest`, where training reads it.
+
+    One that is there already stays, as somebody may have written it by hand.
+    """
+    path = Path(dest).resolve().with_name(CLASSES)
+    if names is None:
+        return
+    if is_file(path):
+        if read_json(path, list) != names:
+            print(f"{path} names other classes than the source; it stays as it is.", file=sys.stderr)
+        return
+    remove_temporaries(path.parent, CLASSES)
+    try:
+        write_json(path, names)
+    except UserError as error:  # of a folder that is not ours; training can do without
+        print(error, file=sys.stderr)
+    by_number = sorted(names, key=int) if all(map(str.isdecimal, names)) else names
+    if names == sorted(names) != by_number:
+        label, name = next((i, name) for i, name in enumerate(names) if name != by_number[i])
+        print(f"The class folders are numbers, and labels follow the alphabetical order: {name} has label {label}; "
+              "convert --class-order FILE sets another order.", file=sys.stderr)
 
 
 def finish(destination, made, labels, skipped):

@@ -21,10 +21,12 @@ from dataset import digest
 from encoders.vae import VAE
 from evaluations.images import check_batch
 from preprocessing import destinations, pixels
-from preprocessing.convert import first_side, in_groups, progress
+from preprocessing.convert import first_side, in_groups
+from preprocessing.destinations import progress
 from preprocessing.sources import open_source, read
-from runtime.errors import UserError, check_bounds, first_line
+from runtime.errors import UserError, first_line
 from runtime.files import ARRAY_ERRORS, weights_key
+from runtime.flags import whole
 from runtime.setup import PROCESS_GROUP_TIMEOUT, end_processes, tune
 
 BATCH_SIZE = 64
@@ -66,6 +68,14 @@ def indices_of(names):
     matches = [re.fullmatch(r"(?:.*/)?img(\d{8})\.png", name) for name in names]
     indices = [int(match[1]) for match in matches if match]
     return indices if len(set(indices)) == len(names) else list(range(len(names)))
+
+
+def pictures_key(source, path, note):
+    """What names the pictures to encode in made.json: what `convert` made them of, so that one that it adds later, from
+    a repaired file, changes nothing; else names and labels. An older `note` has both."""
+    origin = destinations.origin(path)
+    exact = digest([source.names, source.labels, origin])
+    return exact if not origin or (note or {}).get("pictures") == exact else digest([origin])
 
 
 def load_vae(model_url, side, device):
@@ -142,7 +152,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     source = open_source(source_path, max_images)
     side = first_side(source)
     names = [destinations.latent_name(index) for index in indices_of(source.names)]
-    batch_size = min(batch_size, len(names))
+    asked, batch_size = batch_size, min(batch_size, len(names))
     check_batch(source_path, batch_size, (side, side))
     destination = destinations.open_destination(dest, ".npy", source_path)
     have = destination.pieces()
@@ -151,9 +161,13 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     vae = load_vae(model_url, side, state.device) if groups else None
     state.wait_for_everyone()  # all have seen what is there
     if state.is_main_process:
-        settings = {"command": "encode", "vae": weights_key(model_url), "batch_size": batch_size, "hflip": hflip,
-                    "pictures": digest([source.names, source.labels, destinations.origin(source_path)])}
+        settings = {"command": "encode", "vae": weights_key(model_url), "batch_size": asked, "hflip": hflip,
+                    "pictures": pictures_key(source, source_path, destination.note())}
         made = destination.begin(settings, {"source": str(source_path), "model_url": str(model_url)})
+        destinations.write_classes(dest, source.classes)
+        if destination.complete and len(have) + len(made["skipped"]) < len(names):
+            raise UserError(f"{source_path} has {len(names)} pictures, {dest} latents of {len(have)}, and nothing is "
+                            "added to a finished zip; delete it and run the command again.")
     state.wait_for_everyone()
     if destination.complete:
         state.print(f"{dest} is complete; there is nothing to do.")
@@ -192,9 +206,10 @@ def add_arguments(add):
     add("--dest", required=True, help="folder or .zip to write")
     add("--model-url", default="stabilityai/sd-vae-ft-mse",
         help="VAE: hub name or diffusers folder (default stabilityai/sd-vae-ft-mse)")
-    add("--max-images", type=int, help="take the first N pictures only (default: all)")
-    add("--batch-size", type=int, default=BATCH_SIZE, help=f"pictures at a time and process (default {BATCH_SIZE})")
-    add("--num-workers", type=int, default=THREADS,
+    add("--max-images", type=whole(1), help="take the first N pictures only (default: all)")
+    add("--batch-size", type=whole(1), default=BATCH_SIZE,
+        help=f"pictures at a time and process (default {BATCH_SIZE})")
+    add("--num-workers", type=whole(1), default=THREADS,
         help=f"threads that read pictures, per process (default {THREADS})")
     add("--hflip", action="store_true", help="encode the mirror images, for train.py --hflip: --dest=DATA/vae-sd-hflip "
         "beside the latents of the pictures as they are")
@@ -204,7 +219,6 @@ def add_arguments(add):
 
 
 def run(args):
-    check_bounds(args, dict.fromkeys(("max_images", "num_workers", "batch_size"), (1, float("inf"))))
     from accelerate import PartialState
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
     tune(state.num_processes, args.allow_tf32)

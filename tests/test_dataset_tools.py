@@ -22,6 +22,7 @@ from runtime.errors import UserError
 from tests.conftest import ROOT, SERVER, call_main, script
 from tests.test_faults import wait_for
 from tests.test_sources import adm_crop, class_tars, odd_pictures, write_folder, write_tar, write_zip
+from tests.test_storage import packed_into
 
 VAE_FOLDER = ROOT / "assets/vae-emoji"
 SIDE, CLASSES, EACH = 16, 3, 16
@@ -123,6 +124,32 @@ def test_zips_and_notes(source, made):
     assert f"torch {torch.__version__.partition('+')[0]}" in note["versions"][0]
     note = json.loads((made / "images/made.json").read_text())
     assert (note["source"], note["resolution"], note["transform"]) == (str(source), "16x16", "center-crop-dhariwal")
+
+
+def test_names_and_order_of_classes(tmp_path, monkeypatch, capsys):
+    """classes.json lies in DATA, beside images/ and vae-sd/, wherever these are made; --class-order is the order."""
+    path = write_folder(tmp_path / "photos", {f"{name}/a.png": png(picture(0)) for name in ("0", "1", "2", "10")})
+    (tmp_path / "order").write_bytes("\ufeff0\r\n1\r\n2\n\n10".encode())
+    for order, more, names in (("a", [], ["0", "1", "10", "2"]),
+                               ("b", [f"--class-order={tmp_path / 'order'}"], ["0", "1", "2", "10"])):
+        data, _ = tmp_path / order, capsys.readouterr()
+        call_main(monkeypatch, dataset_tools, *converting(path, data / "images", "--num-workers=1", *more))
+        assert ("10 has label 2; convert --class-order FILE" in capsys.readouterr().err) == (order == "a")
+        call_main(monkeypatch, dataset_tools, *encoding(data / "images", tmp_path / f"{order}-2/vae-sd.zip"))
+        (tmp_path / f"{order}-2/images").symlink_to(data / "images")
+        packed_into(tmp_path / f"{order}-2", tmp_path / f"{order}-3", "--resolution", SIDE)
+        for folder in (data, tmp_path / f"{order}-2", tmp_path / f"{order}-3"):
+            assert json.loads((folder / "classes.json").read_text()) == names
+        dataset = LatentImages(tmp_path / f"{order}-3", SIDE, 4)
+        assert [dataset.text(i) for i in range(4)] == ["0", "1", "10", "2"]  # pictures stay in alphabetical order
+        assert dataset.labels.tolist() == [names.index(name) for name in ("0", "1", "10", "2")]
+    (tmp_path / "b/classes.json").write_text('["zero", "one", "two", "ten"]')
+    call_main(monkeypatch, dataset_tools, *converting(path, tmp_path / "b/images", "--num-workers=1", *more))
+    assert "names other classes than the source; it stays" in capsys.readouterr().err
+    for lines, words in (("0\n1\n2", "does not name the class folder 10"), ("0\n1\n2\n10\n1", "names 1 twice")):
+        (tmp_path / "order").write_text(lines)
+        with pytest.raises(UserError, match=words):
+            call_main(monkeypatch, dataset_tools, *converting(path, tmp_path / "b/images", *more))
 
 
 @pytest.mark.parametrize("kind", ["tar of tars", "zip"])
@@ -234,6 +261,29 @@ def test_encoding_what_cannot_be_used(made, tmp_path, monkeypatch):
     assert again.keys() == whole.keys() and again["dataset.json"] == whole["dataset.json"]
     assert all(again[name] == found[name] for name in found if name.endswith(".npy"))
     assert_same_moments(tmp_path / "vae-sd", made / "vae-sd", map(latent_name, (5, 6)))
+
+
+def test_a_repaired_picture(source, made, tmp_path, monkeypatch):
+    """convert adds it to a complete folder, encode its latent alone; a zip of latents is not taken for whole."""
+    folder, data = tmp_path / "s", tmp_path / "data"
+    shutil.copytree(source, folder)
+    (folder / "n01/03.png").write_bytes(b"")
+    commands = [converting(folder, data / "images", "--num-workers=1"),
+                encoding(data / "images", data / "vae-sd", "--batch-size=64"),
+                encoding(data / "images", data / "vae-sd.zip")]
+    for command in commands:
+        call_main(monkeypatch, dataset_tools, *command)
+    before = files(data / "vae-sd")
+    shutil.copy(source / "n01/03.png", folder / "n01/03.png")
+    for command in commands[:2]:
+        call_main(monkeypatch, dataset_tools, *command)
+    after = files(data / "vae-sd")
+    assert after["dataset.json"] == files(made / "vae-sd")["dataset.json"]
+    assert after.keys() - before.keys() == {latent_name(3)}
+    assert all(after[name] == content for name, content in before.items() if name.endswith(".npy"))
+    assert_same_moments(data / "vae-sd", made / "vae-sd", [latent_name(3)])
+    with pytest.raises(UserError, match="has 48 pictures, .*vae-sd.zip latents of 47, and nothing is added to a fin"):
+        call_main(monkeypatch, dataset_tools, *commands[2])
 
 
 # ---- stops ----
