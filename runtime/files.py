@@ -137,7 +137,7 @@ def check_inside(name, where):
 def read_json(path, kind=dict, data=None):
     """The value in a JSON file, or in its bytes `data`. Raises UserError unless it is there, JSON and a `kind`."""
     try:
-        value = json.loads((Path(path).read_bytes() if data is None else data).decode())
+        value = json.loads((Path(path).read_bytes() if data is None else data).decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path} cannot be read as JSON ({reason}); make it again.") from error

@@ -375,7 +375,7 @@ CASES = {
     pack: [
         (remove("data"), [], "vae-sd/dataset.json does not exist"),
         (with_nan, [], "img-mean-std-00000003.npy holds"),
-        (None, ["--dest", "{w}/data"], "data is the source itself; name another"),
+        (None, ["--dest", "{w}/data"], "to be written, and .* which is read, lie in each other; name"),
         (put("packed/vae-sd/mine.json", [1]), [], "vae-sd holds something that is not packed"),
         ([lambda w: packed_into(w / "data", w / "packed", "--rows", 3), label(LABELS, 1, 1),
           label(LATENT_LABELS, 1, 1)], [], r"begun from other data \(data\); delete it or name another"),
