@@ -389,6 +389,23 @@ def test_workers_end_with_their_parent(source, tmp_path):
     assert progress_of(tmp_path / "images") <= there + 2 * (destinations.WRITERS + 1)
 
 
+def ctrl_c_as_in_a_terminal():
+    slow_writes()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the fork server has turned off
+
+
+def test_ctrl_c(source, tmp_path):
+    """It reaches all processes of a terminal: the workers say nothing, and end."""
+    command = converting(source, tmp_path / "images", "--num-workers=2")
+    started = SERVER.start("preprocessing/dataset_tools.py", *command,
+                           before="tests.test_dataset_tools.ctrl_c_as_in_a_terminal")
+    wait_for(lambda: progress_of(tmp_path / "images") >= 2)
+    os.killpg(started.pid, signal.SIGINT)
+    assert started.wait() != 0
+    wait_for(lambda: not group_is_alive(started.pid), seconds=8)
+    assert started.stderr.count("Traceback") <= 1 and "Worker" not in started.stderr, started.stderr
+
+
 def group_is_alive(group):
     """Whether a process of the group runs; one that ended and was not waited for does not."""
     for path in Path("/proc").glob("[0-9]*/stat"):

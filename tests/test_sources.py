@@ -126,6 +126,10 @@ def test_what_is_passed_over(tmp_path):
     write_folder(tmp_path / "s", content)
     os.symlink(tmp_path / "s/a", tmp_path / "s/b")
     os.symlink("/nowhere", tmp_path / "s/c.png")
+    for name in ("pipe.png", "pipe.tar", "dataset.json"):  # to open one waits for a writer that never comes
+        os.mkfifo(tmp_path / "s" / name)
+    os.symlink("/dev/zero", tmp_path / "s/zero.png")
+    os.symlink(tmp_path / "s/pipe.png", tmp_path / "s/linked.png")
     assert sorted(find(tmp_path / "s")) == ["a/1.png", "b/1.png", "c.png"]
     with pytest.raises(UserError, match="c.png cannot be read .No such file"):
         read(find(tmp_path / "s")["c.png"], "c.png")
@@ -147,6 +151,7 @@ LISTINGS = {
     '{"labels": [["1.png", 0], ["2.png", true]]}': "the label of 2.png is True",
     '{"labels": [["1.png", 0], ["2.png", -1]]}': "the label of 2.png is -1",
     '{"labels": [["1.png", 0], ["2.png", 0], ["3.png", 0]]}': "names 3.png, which is not there",
+    '{"labels": [["1.png", 0], ["2.png", 0], ["./1.png", 1]]}': "names 1.png twice; keep one",
 }
 
 

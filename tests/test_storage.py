@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import resource
 import shutil
 import zipfile
 
@@ -17,6 +18,7 @@ from benchmarks import synthetic
 from benchmarks.data import Published
 from data_io import index as index_module
 from data_io import storage
+from data_io.captions import scan_numbered
 from data_io.loader import StepBatches, load_batches
 from dataset import LatentImages
 from preprocessing import dataset_tools
@@ -314,6 +316,36 @@ def test_a_folder_that_takes_no_files(data, indexed, caplog):
         for _ in range(2):
             assert len(LatentImages(data, 64, CLASSES)) == 8
     assert len(indexed) == 4 and "index-images could not be written" in caplog.text and "listed anew" in caplog.text
+
+
+def test_pipes_and_devices_are_passed_over(data, tiny_captions, tmp_path):
+    """They would block their reader, or feed it for ever; links to files are files."""
+    images, latent = data / "images/00000", data / "vae-sd/00000/img-mean-std-00000003.npy"
+    latent.rename(tmp_path / "moved.npy")
+    latent.symlink_to(tmp_path / "moved.npy")
+    os.mkfifo(images / "img00000099.png")
+    os.mkfifo(latent.with_name("img-mean-std-00000099.npy"))
+    (images / "img00000098.png").symlink_to("/dev/zero")
+    dataset = LatentImages(data, 64, CLASSES)
+    assert len(dataset) == 8 and torch.equal(dataset.moments(3), torch.from_numpy(np.load(tmp_path / "moved.npy")))
+    captions = shutil.copytree(tiny_captions / "train", tmp_path / "train")
+    expected = scan_numbered(captions)
+    for name in ("99.png", "98.npy", "0_99.npy"):
+        os.mkfifo(captions / name)
+    assert scan_numbered(captions) == expected
+
+
+@pytest.mark.parametrize("form", ["zip", "packed"])
+def test_too_many_open_files(forms, form):
+    """Not told as damage: nothing is to be made again."""
+    dataset, limits = LatentImages(forms[form], 64, CLASSES), resource.getrlimit(resource.RLIMIT_NOFILE)
+    dataset.latents = type(dataset.latents)(dataset.latents.path, dataset.latents.index)  # with no file open
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(UserError, match="vae-sd.* cannot be read .Too many open files"):
+            dataset.moments(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_small_and_new_data_are_not_indexed(data, monkeypatch):
