@@ -13,7 +13,6 @@ import errno
 import functools
 import os
 import re
-import signal
 
 from torch.utils.data import DataLoader
 
@@ -77,7 +76,7 @@ def in_processes(work, groups, workers, bar):
     workers = min(workers, len(groups)) if workers > 1 else 0
     results = []
     try:
-        loader = DataLoader(groups, batch_size=None, num_workers=workers, collate_fn=work, worker_init_fn=ignore_ctrl_c,
+        loader = DataLoader(groups, batch_size=None, num_workers=workers, collate_fn=work,
                             multiprocessing_context="fork" if workers else None)  # copies no list of a million names
         for group, result in zip(groups, loader, strict=True):
             results.append(result)
@@ -88,11 +87,6 @@ def in_processes(work, groups, workers, bar):
         raise UserError(f"A worker process has ended or could not start ({first_line(error)}), perhaps for lack of "
                         "memory; the same command goes on, with fewer --num-workers if need be.") from error
     return results
-
-
-def ignore_ctrl_c(_):
-    """A terminal sends it to all processes; the first one ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def convert_group(source, destination, transform, on_error, parent, places):
