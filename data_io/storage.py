@@ -46,7 +46,17 @@ class Folder:
     """One file per entry."""
 
     def __init__(self, path, index):
-        self.path, self.index = path, index
+        self.path, self.index, self.files = path, index, {}
+
+    def __getstate__(self):
+        return {**self.__dict__, "files": {}}  # a loader process that is not forked opens them by itself
+
+    def opened(self, path):
+        """The file, open as long as the data set."""
+        if path not in self.files:
+            with reading(path):
+                self.files[path] = open(path, "rb", buffering=0)  # noqa: SIM115
+        return self.files[path]
 
     @staticmethod
     def scan(path, suffix, labels):
@@ -83,12 +93,6 @@ def read_member(archive, name):
     return archive.read(name)
 
 
-def opened(path):
-    """The file, open as long as the data set. Raises UserError where that is not possible, as with too many files."""
-    with reading(path):
-        return open(path, "rb", buffering=0)
-
-
 def read_entry(file, offset, packed, method, crc, size, header=200):
     """The bytes of an entry of the zip that `file` is: its place, bytes there, method, checksum, bytes once unpacked.
 
@@ -116,13 +120,6 @@ class Zip(Folder):
     """
 
     OFFSET, PACKED, METHOD, CRC, SIZE = range(5)  # columns of Index.where
-
-    def __init__(self, path, index):
-        super().__init__(path, index)
-        self.file = None
-
-    def __getstate__(self):
-        return {**self.__dict__, "file": None}  # a loader process that is not forked opens the zip by itself
 
     @staticmethod
     def scan(path, suffix, labels):
@@ -152,10 +149,9 @@ class Zip(Folder):
         return known, Index(numbers, names, where, *labels)
 
     def read(self, i):
-        if self.file is None:
-            self.file = opened(self.path)
+        file = self.opened(self.path)
         try:
-            return read_entry(self.file, *self.index.where[i].tolist(), 94 + len(self.index.names[i]))
+            return read_entry(file, *self.index.where[i].tolist(), 94 + len(self.index.names[i]))
         except ZIP_ERRORS as error:
             raise damaged(self.name(i), first_line(error)) from error
 
@@ -163,11 +159,11 @@ class Zip(Folder):
         return self.index.where[:, (self.SIZE, self.CRC)]
 
 
-class Packed:
+class Packed(Folder):
     """Rows of .npy files: `dtype` and `shape` are those of a row."""
 
     def __init__(self, path, index):
-        self.path, self.index, self.files = path, index, {}
+        super().__init__(path, index)
         self.shards = sorted(file for file in path.glob("*.npy") if file.name != "index.npy")
         heads = [self.head(file) for file in self.shards]
         shapes, dtypes, self.offsets = zip(*heads, strict=True) if heads else ([(0,)], [np.dtype("V1")], ())
@@ -176,9 +172,6 @@ class Packed:
         if rows != len(index.numbers) or {shape[1:] for shape in shapes} != {self.shape} or set(dtypes) != {self.dtype}:
             raise UserError(f"{path} has {rows} rows in {len(self.shards)} files for {len(index.numbers)} entries, or "
                             "of different shapes; pack the data again.")
-
-    def __getstate__(self):
-        return {**self.__dict__, "files": {}}
 
     @staticmethod
     def head(path):
@@ -218,10 +211,9 @@ class Packed:
         """Entry i, of self.shape and self.dtype: a new array, or read into `row`."""
         row, shard = np.empty(self.shape, self.dtype) if row is None else row, bisect.bisect_right(self.starts, i) - 1
         place = self.offsets[shard] + (i - self.starts[shard]) * row.nbytes
-        if shard not in self.files:
-            self.files[shard] = opened(self.shards[shard])
+        file = self.opened(self.shards[shard])
         try:
-            read = os.preadv(self.files[shard].fileno(), [row.reshape(-1).view(np.uint8)], place)
+            read = os.preadv(file.fileno(), [row.reshape(-1).view(np.uint8)], place)
         except OSError as error:
             raise damaged(self.name(i), first_line(error)) from error
         if read != row.nbytes:

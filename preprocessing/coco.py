@@ -33,7 +33,7 @@ from encoders.vae import VAE
 from evaluations.images import SUFFIXES, decode
 from preprocessing.convert import in_groups
 from preprocessing.destinations import MADE, NAMED, begin, check_apart, check_space, progress
-from preprocessing.encode import encoded, filled
+from preprocessing.encode import encoded, filled, npy_bytes
 from preprocessing.pixels import center_crop, read_rgb
 from preprocessing.sources import Piece, read
 from runtime.errors import UserError, run_script
@@ -104,7 +104,7 @@ def centre_square(path, resolution):
 
 def save_array(path, array):
     with atomic_write(path) as file:
-        np.save(file, np.ascontiguousarray(array, dtype=np.float32))
+        file.write(npy_bytes(array))
 
 
 def write_pictures(folder, todo, have, picture, vae, args):
@@ -175,18 +175,13 @@ def build_split(folder, names, captions, picture, vae, encoder, args):
     return failures
 
 
-def load_encoders(args):
-    """VAE and text encoder of --vae and --text-encoder."""
+def build(args, splits):
+    """The whole layout in args.dest. splits: {name: (image names, captions, picture)}, as build_split takes them."""
     device = PartialState().device
     vae = VAE(args.vae, device)
     if args.resolution < 1 or args.resolution % vae.factor:
         raise UserError(f"--resolution {args.resolution} is no multiple of {vae.factor}, the VAE's factor; choose one.")
-    return vae, TextEncoder(args.text_encoder, device, args.text_length)
-
-
-def build(args, splits):
-    """The whole layout in args.dest. splits: {name: (image names, captions, picture)}, as build_split takes them."""
-    vae, encoder = load_encoders(args)
+    encoder = TextEncoder(args.text_encoder, device, args.text_length)
     failures = []
     for split, (names, captions, picture) in splits.items():
         failures += build_split(args.dest / split, names, captions, picture, vae, encoder, args)

@@ -155,7 +155,8 @@ def run(args):
     todo = [[i for i in places if names[i] not in have] for places in in_groups(range(len(names)), GROUP)]
     todo = [places for places in todo if places]
     missing = sum(map(len, todo))
-    destination.check_space(missing, 3 * side ** 2)
+    files = 2 * missing + len(have) if destination.is_zip else missing  # a zip needs its parts and itself
+    destinations.check_space(destination.work, files * 3 * side ** 2)
 
     failures = {}
     work = functools.partial(convert_group, source, destination, transform, args.on_error, os.getpid())

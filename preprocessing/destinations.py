@@ -5,17 +5,17 @@ there; then they are put together and removed, which takes twice the room for th
 presence means that everything is there and was checked. made.json says from what and how it was made. It holds no time
 and no count of processes, so that the same work has the same bytes however often it was stopped.
 """
-import collections
+import contextlib
 import json
 import shutil
 import sys
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import features
 from tqdm import tqdm
 
+from data_io.loader import work_ahead
 from data_io.storage import read_member
 from dataset import digest
 from preprocessing.sources import LISTING, find, read
@@ -31,14 +31,12 @@ WRITERS = 4  # files on their way to the disk at a time: waiting for it takes as
 
 def image_name(index):
     """Path below images/ of the picture of this index."""
-    idx8 = f"{index:08d}"
-    return f"{idx8[:5]}/img{idx8}.png"
+    return f"{index // 1000:05d}/img{index:08d}.png"
 
 
 def latent_name(index):
     """Path below vae-sd/ of the moments of this index."""
-    idx8 = f"{index:08d}"
-    return f"{idx8[:5]}/img-mean-std-{idx8}.npy"
+    return f"{index // 1000:05d}/img-mean-std-{index:08d}.npy"
 
 
 def progress(what, total, done=0, unit=" images", disable=False):
@@ -66,16 +64,8 @@ class Destination:
         """The note of how the finished zip, or the folder, was made; or None."""
         if not self.is_zip:
             return read_json(self.path / MADE) if is_file(self.path / MADE) else None
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                return read_json(self.path / MADE, data=read_member(archive, MADE))
-        except (OSError, KeyError, zipfile.BadZipFile):
-            return None
-
-    def holds_other_things(self):
-        if self.note() or not self.path.exists():
-            return False
-        return self.is_zip or not self.path.is_dir() or (self.path / LISTING).exists() or bool(self.pieces())
+        with contextlib.suppress(OSError, KeyError, zipfile.BadZipFile), zipfile.ZipFile(self.path) as archive:
+            return read_json(self.path / MADE, data=read_member(archive, MADE))
 
     def begin(self, settings, more):
         """The note of how this is made; see begin(). What killed processes left half-written is removed."""
@@ -91,22 +81,13 @@ class Destination:
             remove_temporaries(self.path.parent, self.path.name)
         return note
 
-    def check_space(self, files, size):
-        """Raise UserError unless `files` more of `size` bytes fit; for a zip all of them twice."""
-        check_space(self.work, (2 * files + len(self.pieces()) if self.is_zip else files) * size)
-
     def write(self, files):
         """Write pairs (name, bytes), each flushed to the disk while the next ones are made."""
-        with ThreadPoolExecutor(WRITERS) as pool:
-            under_way = collections.deque()
-            for name, data in files:
-                under_way.append(pool.submit(self.write_file, name, data))
-                if len(under_way) > WRITERS:
-                    under_way.popleft().result()
-            for future in under_way:
-                future.result()
+        for _ in work_ahead(self.write_file, files, WRITERS, WRITERS):
+            pass
 
-    def write_file(self, name, data):
+    def write_file(self, name_and_data):
+        name, data = name_and_data
         with atomic_write(self.work / name) as file:
             file.write(data)
 
@@ -135,7 +116,9 @@ def open_destination(path, suffix, source):
     check_apart(path, source)
     with reading(path):
         destination = Destination(path, suffix)
-        if destination.holds_other_things():
+        folder = not destination.is_zip and destination.path.is_dir()
+        if destination.path.exists() and not destination.note() and (
+                not folder or (destination.path / LISTING).exists() or destination.pieces()):
             raise UserError(f"{path} is there already and was not made by this tool; name another --dest, or remove "
                             "it.")
     return destination
@@ -156,14 +139,11 @@ def origin(path):
     return [note.get(key) for key in ("resolution", "transform", "pictures")] if note else None
 
 
-def begin(path, settings, more=None):
-    """Write the note `path` on how the files beside it are made, from `settings`, `more` and versions; return it.
-
-    Raises UserError when it was begun with other settings.
-    """
+def begin(path, settings, more=()):
+    """Write the note `path` on how the files beside it are made and return it. Raises UserError for other settings."""
     old = read_json(path) if path.is_file() else settings
     check_settings(path.parent, old, settings)
-    note = {**settings, **(more or {}), "versions": sorted({*old.get("versions", ()), versions()})}
+    note = {**settings, **dict(more), "versions": sorted({*old.get("versions", ()), versions()})}
     write_json(path, note)
     return note
 
@@ -183,8 +163,8 @@ def versions():
 
 def amount(size):
     """Bytes in words: 12.3 MB."""
-    unit, name = next(each for each in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")) if size >= each[0] or each[1] == "KB")
-    return f"{size / unit:,.1f} {name}"
+    return next(f"{size / unit:,.1f} {name}" for name, unit in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3))
+                if size >= unit or name == "KB")
 
 
 def check_space(folder, size):

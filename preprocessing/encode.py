@@ -11,12 +11,14 @@ processes changes a byte.
 """
 import functools
 import io
+import itertools
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
+from data_io.loader import work_ahead
+from data_io.moments import check_moments
 from dataset import digest
 from encoders.vae import VAE
 from evaluations.images import check_batch
@@ -24,16 +26,14 @@ from preprocessing import destinations, pixels
 from preprocessing.convert import first_side, in_groups
 from preprocessing.destinations import progress
 from preprocessing.sources import open_source, read
-from runtime.errors import UserError, first_line
-from runtime.files import ARRAY_ERRORS, weights_key
+from runtime.errors import UserError
+from runtime.files import parse_array, weights_key
 from runtime.flags import whole
 from runtime.setup import PROCESS_GROUP_TIMEOUT, end_processes, tune
 
 BATCH_SIZE = 64
 THREADS = 8  # that read pictures
 
-
-# ---- what preprocessing/coco.py uses as well ----
 
 def filled(batch, size):
     """`batch` with its last item repeated up to `size`: a network can round batches of another shape otherwise."""
@@ -42,12 +42,9 @@ def filled(batch, size):
 
 def ahead(load, groups, threads):
     """[load(item), ...] of each group, in order; the next group is loaded while the caller works on this one."""
-    with ThreadPoolExecutor(threads) as pool:
-        coming = None
-        for group in [*groups, None]:
-            ready, coming = coming, [pool.submit(load, item) for item in group] if group else None
-            if ready:
-                yield [future.result() for future in ready]
+    results = work_ahead(load, itertools.chain(*groups), threads, max(map(len, groups), default=1))
+    for group in groups:
+        yield list(itertools.islice(results, len(group)))
 
 
 def encoded(vae, groups, load, size, threads, spread="std"):
@@ -60,8 +57,6 @@ def encoded(vae, groups, load, size, threads, spread="std"):
         moments = iter(vae.encode(torch.stack(filled(images, size)), spread).numpy() if images else ())
         yield [item if isinstance(item, UserError) else next(moments) for item in loaded]
 
-
-# ---- the command ----
 
 def indices_of(names):
     """The index of each picture: of its name where all are of the layout's form, else its place."""
@@ -76,14 +71,6 @@ def pictures_key(source, path, note):
     origin = destinations.origin(path)
     exact = digest([source.names, source.labels, origin])
     return exact if not origin or (note or {}).get("pictures") == exact else digest([origin])
-
-
-def load_vae(model_url, side, device):
-    vae = VAE(model_url, device)
-    if side % vae.factor:
-        raise UserError(f"The pictures have {side} pixels a side, no multiple of {vae.factor}, the factor of "
-                        f"{model_url}; convert them at another --resolution.")
-    return vae
 
 
 def load_picture(source, side, on_error, hflip, i):
@@ -110,36 +97,30 @@ def npy_bytes(array):
 
 def check_latent(where, entry):
     """Shape of the moments of an entry (name, Piece), read back; raises UserError unless they are finite float32."""
-    name, piece = entry
-    try:
-        array = np.lib.format.read_array(io.BytesIO(read(piece, f"{where}/{name}")), allow_pickle=False)
-        if array.dtype != np.float32 or not np.isfinite(array).all():
-            raise ValueError(f"it holds {array.dtype} or numbers that are not finite")
-    except ARRAY_ERRORS as error:
-        raise UserError(f"{where}/{name} is damaged ({first_line(error)}); delete it and run the command "
-                        "again.") from error
-    return array.shape
+    name = f"{where}/{entry[0]}"
+    array = parse_array(read(entry[1], name), name)
+    return check_moments(array, array.shape, name).shape
 
 
 def encode_groups(vae, groups, load, names, have, destination, batch_size, threads, advance):
     """Encode groups of places in the source and write what is missing -> {place: sentence} of what cannot be used."""
-    failures, written = {}, None
-    with ThreadPoolExecutor(1) as writer:  # one group is written while the next one is encoded
-        results = encoded(vae, groups, load, batch_size, threads)
-        for places, group in zip(groups, results, strict=True):
-            files = []
+    failures = {}
+
+    def files():
+        for places, group in zip(groups, encoded(vae, groups, load, batch_size, threads), strict=True):
+            made = []
             for i, moments in zip(places, group, strict=True):
                 if isinstance(moments, UserError):
                     failures[i] = str(moments)
                 elif not np.isfinite(moments).all():
                     raise UserError(f"The moments for {names[i]} are not finite; use another --model-url.")
                 elif names[i] not in have:
-                    files.append((names[i], npy_bytes(moments)))
-            if written:
-                written.result()
-            written = writer.submit(destination.write, files)
+                    made.append((names[i], npy_bytes(moments)))
+            yield made
             advance(len(places))
-        written.result()
+
+    for _ in work_ahead(destination.write, files(), 1, 1):  # one group is written while the next one is encoded
+        pass
     return failures
 
 
@@ -158,7 +139,10 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     have = destination.pieces()
     share = in_groups(range(len(names)), batch_size)[state.process_index::state.num_processes]
     groups = [places for places in share if any(names[i] not in have for i in places)]
-    vae = load_vae(model_url, side, state.device) if groups else None
+    vae = VAE(model_url, state.device) if groups else None
+    if vae and side % vae.factor:
+        raise UserError(f"The pictures have {side} pixels a side, no multiple of {vae.factor}, the factor of "
+                        f"{model_url}; convert them at another --resolution.")
     state.wait_for_everyone()  # all have seen what is there
     if state.is_main_process:
         settings = {"command": "encode", "vae": weights_key(model_url), "batch_size": asked, "hflip": hflip,

@@ -310,15 +310,3 @@ def odd_pictures():
         "depth.tif": (saved(Image.new("F", (20, 10), 0.5), "TIFF"), "more than 16 bits"),
         "program.png": (saved(red, "EPS"), "no known kind"),  # would be run by Ghostscript
     }
-
-
-def test_pictures_of_all_kinds(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000_000)
-    for name, (data, expected) in odd_pictures().items():
-        try:
-            found = pixels.center_crop_dhariwal(pixels.read_rgb(data, name), 32)
-            assert found.mode == "RGB" and found.size == (32, 32), name
-            assert np.abs(np.array(found.getpixel((0, 0))) - expected).max() <= 4, (name, found.getpixel((0, 0)))
-        except (UserError, ValueError) as error:
-            assert isinstance(expected, str) and expected in str(error), (name, error)
-            assert "0x" not in str(error)  # an address would differ from run to run
