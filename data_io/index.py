@@ -69,15 +69,12 @@ def read_labels(path, data=None):
         names = encoded([check_inside(name, path) for name, _ in entries or ()])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
-    numbers = numbers_of(names)
-    if (twice := first_twice(numbers.tolist())) is not None:
-        one, other = (os.fsdecode(names[k]) for k in np.flatnonzero(numbers == twice)[:2])
-        raise UserError(f"{path} names {one} and {other}, which have one index; each image needs its own.")
     for k, label in enumerate(labels):
         if type(label) is not int or abs(label) >= LAST_LABEL:
-            raise UserError(f"{path}: the label of index {numbers[k]} is {label}; it must be a whole number from 0 on.")
-    order = np.argsort(numbers)
-    return numbers[order], None if entries is None else np.array(labels, np.int64)[order], names[order]
+            raise UserError(f"{path}: the label of index {numbers_of(names[[k]])[0]} is {label}; it must be a whole "
+                            "number from 0 on.")
+    numbers, names, labels = sort_by_number(path, names, np.array(labels, np.int64))
+    return numbers, None if entries is None else labels, names
 
 
 def sort_by_number(path, names, where):

@@ -94,9 +94,9 @@ def tell(names, message):
 
 
 def centre_square(path, resolution):
-    """Image file -> uint8 (R, R, 3): the centre square of the short side, resized with LANCZOS.
+    """Image file -> uint8 (R, R, 3): the centre square of the short side, resized with LANCZOS, upon white.
 
-    Transparency is white; all else as pixels.read_rgb has it. Raises UserError for what is no picture.
+    Raises UserError for what is no picture.
     """
     image = read_rgb(read(Piece(str(path)), path), path, background="white")
     return np.asarray(center_crop(image, resolution))
@@ -234,11 +234,8 @@ def main():
     for split, (images, path) in sources.items():
         check_apart(args.dest / split, images, path)
         names, captions = zip(*with_both(images, read_captions(path)), strict=True)
-
-        def picture(i, images=images, names=names):
-            return centre_square(images / names[i], args.resolution)
-
-        splits[split] = names, captions, picture
+        splits[split] = names, captions, (
+            lambda i, images=images, names=names: centre_square(images / names[i], args.resolution))
     build(args, splits)
 
 

@@ -9,7 +9,6 @@ zip. Pictures are numbered in the order of their paths. One that is skipped keep
 same command goes on after any stop; in a complete folder it makes what is missing. The names of class folders go to
 classes.json beside --dest, in DATA, in the order of their labels.
 """
-import errno
 import functools
 import os
 import re
@@ -81,11 +80,11 @@ def in_processes(work, groups, workers, bar):
         for group, result in zip(groups, loader, strict=True):
             results.append(result)
             bar.update(len(group))
-    except (RuntimeError, OSError) as error:
-        if "DataLoader worker" not in str(error) and getattr(error, "errno", None) not in (errno.EMFILE, errno.EAGAIN):
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
             raise
-        raise UserError(f"A worker process has ended or could not start ({first_line(error)}), perhaps for lack of "
-                        "memory; the same command goes on, with fewer --num-workers if need be.") from error
+        raise UserError(f"A worker process has ended ({first_line(error)}), perhaps for lack of memory; the same "
+                        "command goes on, with fewer --num-workers if need be.") from error
     return results
 
 

@@ -129,7 +129,7 @@ def check_apart(dest, *sources):
     for source in sources:
         ours, theirs = Path(dest).resolve(), Path(source).resolve()
         if theirs in (ours, *ours.parents) or (ours in theirs.parents and theirs.suffix != ".zip"):
-            raise UserError(f"{dest}, to be written, and {source}, which is read, lie in each other; name another "
+            raise UserError(f"{dest} and {source} lie in each other, so that output would become input; name another "
                             "--dest.")
 
 

@@ -183,18 +183,10 @@ def test_two_processes_make_what_one_makes(source, made, clip_folder, tmp_path):
         assert_same_layout(tmp_path / "dest" / split, made / "train")
 
 
-def test_pictures_of_other_kinds(tmp_path):
-    def read(image, name="a.png"):
-        image.save(tmp_path / name)
-        return coco.centre_square(tmp_path / name, 16)
-
-    half = Image.new("RGBA", (20, 20), (200, 0, 0, 0))
-    assert (read(half) == 255).all()  # what is transparent is white, not the colour behind it
-    assert (read(Image.new("L", (20, 30), 7)) == 7).all()
-    assert np.abs(read(Image.new("CMYK", (20, 20), (0, 255, 255, 0)), "a.jpg").astype(int) - (255, 0, 0)).max() < 8
-    assert (read(Image.fromarray(np.full((20, 20), 7 * 256 + 200, np.uint16))) == 7).all()
-    with pytest.raises(UserError, match="a.tif has more than 16 bits a channel"):
-        read(Image.new("F", (20, 20)), "a.tif")
+def test_what_is_transparent_is_white(tmp_path):
+    """Not the colour behind it."""
+    Image.new("RGBA", (20, 20), (200, 0, 0, 0)).save(tmp_path / "a.png")
+    assert (coco.centre_square(tmp_path / "a.png", 16) == 255).all()
     with pytest.raises(UserError, match="missing.png cannot be read .No such file"):
         coco.centre_square(tmp_path / "missing.png", 16)
 
@@ -269,7 +261,7 @@ def test_long_captions_are_counted(source, made, clip_folder, tmp_path, capsys, 
 def test_output_that_would_become_input(source, clip_folder, tmp_path, monkeypatch):
     copy = shutil.copytree(source, tmp_path / "dest/train")
     for more in ([], ["--images", source / "photos"], ["--captions-json", source / "captions.json"]):
-        with pytest.raises(UserError, match="dest/train, to be written, and .* lie in each other"):
+        with pytest.raises(UserError, match="dest/train and .* lie in each other"):
             call_main(monkeypatch, coco, *arguments(copy, tmp_path / "dest", clip_folder, *more))
     assert contents(copy) == contents(source)
 
