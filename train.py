@@ -6,6 +6,8 @@ One process on a CPU or GPU: the same with `python train.py`. The same command a
 checkpoint of {output-dir}/{exp-name}, which also holds log.txt, args.json, metrics.csv and previews/. --enc-type none
 is plain SiT, --attn-coeff 0 is REPA. Defaults are the paper's run; --preset list shows its other runs.
 """
+import functools
+
 from models.sit import SIT_CONFIGS, SiT_models
 from runtime.errors import MOST_CLASSES, UserError, run_script
 from runtime.flags import Parser, whole
@@ -20,7 +22,7 @@ def parse_args():
         "(default SiT-XL/2)")
     add("--data-dir", default="../data/imagenet256", help="folder with images/ and, for a VAE, vae-sd/, zips of them, "
         "or what `dataset_tools.py pack` made")
-    add("--num-classes", type=whole(1, MOST_CLASSES), default=1000, help="default 1000")
+    add("--num-classes", type=whole(1, MOST_CLASSES), help="default: as many as the data's labels, 1000 for ImageNet")
     add("--hflip", action="store_true", help="show every image as it is or mirrored, at random; needs "
         "DATA/vae-sd-hflip, or --vae none (default off, as published)")
     add_training_flags(parser)
@@ -37,18 +39,19 @@ def main():
     from accelerate.utils import set_seed
 
     from dataset import PIXELS, LatentImages, PixelImages
-    from training.start import align_and_train, make_accelerator, model_arguments, needs_images
+    from training.start import align_and_train, count_classes, model_arguments, needs_images, started
 
-    accelerator, run = make_accelerator(args)
-    with accelerator.local_main_process_first():  # it writes the index of the files, which the others read
-        layout = PixelImages if args.vae == PIXELS else LatentImages
-        dataset = layout(args.data_dir, args.resolution, args.num_classes, images=needs_images(args, run),
-                         seed=args.seed, hflip=args.hflip)
-    args.class_names = dataset.class_names  # into the checkpoints
-    sizes = model_arguments(args, SIT_CONFIGS[args.model], dataset.moments_shape)
-    set_seed(args.seed)
-    model = SiT_models[args.model](num_classes=args.num_classes, **sizes)
-    align_and_train(args, accelerator, run, model, dataset, torch.tensor(model.null_label))
+    with started(args) as (accelerator, run):
+        open_data = functools.partial(PixelImages if args.vae == PIXELS else LatentImages, args.data_dir,
+                                      args.resolution, args.num_classes, seed=args.seed, hflip=args.hflip)
+        with accelerator.local_main_process_first():  # it writes the index of the files, which the others read
+            dataset = open_data(images=needs_images(args, run))
+        count_classes(args, dataset)
+        args.class_names = dataset.class_names  # into the checkpoints
+        sizes = model_arguments(args, SIT_CONFIGS[args.model], dataset.moments_shape)
+        set_seed(args.seed)
+        model = SiT_models[args.model](num_classes=args.num_classes, **sizes)
+        align_and_train(args, accelerator, run, model, dataset, torch.tensor(model.null_label), open_data)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ Everything but model, data and condition is train.py's. Data are read in the lay
 dataset.py; each visit to an image shows one of its captions at random, and with probability --cfg-prob none. Width and
 number of the text tokens are those of the data. Defaults are the published run.
 """
+import functools
+
 from models.mmdit import MMDIT_CONFIGS, MMDiT_models
 from runtime.errors import UserError, run_script
 from runtime.flags import Parser
@@ -30,19 +32,20 @@ def main():
     from accelerate.utils import set_seed  # here: --help need not wait for these
 
     from dataset import PIXELS, CaptionedImages
-    from training.start import align_and_train, logger, make_accelerator, model_arguments, needs_images
+    from training.start import align_and_train, logger, model_arguments, needs_images, started
 
     if args.vae == PIXELS:
         raise UserError("--vae none, training on pixels, is for train.py; give train_t2i.py the VAE of its latents.")
-    accelerator, run = make_accelerator(args)
-    dataset = CaptionedImages(args.data_dir, "train", args.resolution, args.seed, images=needs_images(args, run))
-    if dataset.texts is None:
-        logger.info(f"{dataset.folder} has no captions.json: previews are without captions")
-    args.context_shape = list(dataset.context_shape)  # kept in the checkpoint, for sampling from own texts
-    sizes = model_arguments(args, MMDIT_CONFIGS[args.model], dataset.moments_shape)
-    set_seed(args.seed)
-    model = MMDiT_models[args.model](context_dim=args.context_shape[1], zero_init=args.zero_init, **sizes)
-    align_and_train(args, accelerator, run, model, dataset, dataset.empty_context)
+    with started(args) as (accelerator, run):
+        open_data = functools.partial(CaptionedImages, args.data_dir, "train", args.resolution, args.seed)
+        dataset = open_data(images=needs_images(args, run))
+        if dataset.texts is None:
+            logger.info(f"{dataset.folder} has no captions.json: previews are without captions")
+        args.context_shape = list(dataset.context_shape)  # kept in the checkpoint, for sampling from own texts
+        sizes = model_arguments(args, MMDIT_CONFIGS[args.model], dataset.moments_shape)
+        set_seed(args.seed)
+        model = MMDiT_models[args.model](context_dim=args.context_shape[1], zero_init=args.zero_init, **sizes)
+        align_and_train(args, accelerator, run, model, dataset, dataset.empty_context, open_data)
 
 
 if __name__ == "__main__":

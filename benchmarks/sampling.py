@@ -1,8 +1,11 @@
-"""Images a second when sampling: the published network call, ours, in bf16, compiled; and how often it is called.
+"""Images a second when sampling: the published network call, ours, in bf16, compiled, with a cache.
 
     python benchmarks/sampling.py --model SiT-B/2 --batch-size 8
+    python benchmarks/sampling.py --pareto --ckpt exps/run/checkpoints/0008000.pt --vae assets/vae-cifar10 \\
+        --reference data/cifar10/ref-val.npz --weights data/cifar10/efficientnet-lite0.pth --out exps/pareto
 
-All variants run in one process, in turns, each sampling one batch without the VAE. Weights are random.
+All variants run in one process, in turns, each sampling one batch without the VAE. Weights are random. --pareto
+compares samplers, time grids and caches by the pictures of one checkpoint: see pareto.py.
 """
 import argparse
 import statistics
@@ -17,9 +20,11 @@ from benchmarks import published
 from benchmarks.measure import alternate, machine, table
 from models.sit import SIT_CONFIGS, SiT_models
 from runtime.setup import cast_weights, tune
-from samplers import euler_maruyama_sampler, euler_sampler, guided
+from samplers import SAMPLERS, guided
+from sampling.cache import caching, count_calls
 
 VARIANTS = ("published", "ours", "bf16", "compiled", "compiled bf16")
+CACHES = {"taylor 3": ("taylor", 3), "taylor 4": ("taylor", 4), "delta 2": ("delta", 2)}  # of "ours"
 
 
 def parse_args():
@@ -32,8 +37,16 @@ def parse_args():
     add("--num-steps", type=int, default=10, help="sampler steps (default 10)")
     add("--cfg-scale", type=float, default=1.65, help="default 1.65")
     add("--guidance-high", type=float, default=0.72, help="default 0.72")
-    add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default all")
+    add("--variants", nargs="+", choices=[*VARIANTS, *CACHES], default=VARIANTS,
+        help="default all without a cache")
     add("--rounds", type=int, default=5, help="timed batches of each (default 5)")
+    add("--pareto", action="store_true", help="compare by pictures of --ckpt; takes the flags below")
+    add("--ckpt", help="checkpoint of train.py")
+    add("--vae", help="its VAE")
+    add("--reference", help="what its samples are compared with: npz or folder")
+    add("--weights", help="weights of EfficientNet-Lite0")
+    add("--samples", type=int, default=500, help="images of each setting (default 500)")
+    add("--out", default="exps/pareto", help="beginning of the files' names (default exps/pareto)")
     return parser.parse_args()
 
 
@@ -52,12 +65,17 @@ def networks(args, device):
         if variant == "published":
             return lambda x, t, y: published.forward(model, x, t, y)[0]
         return model
-    return {variant: make(variant) for variant in args.variants}
+    found = {variant: make(variant) for variant in args.variants if variant not in CACHES}
+    cached = found.get("ours") or make("ours")
+    return found | {variant: cached for variant in args.variants if variant in CACHES}
 
 
 @torch.no_grad()
 def main():
     args = parse_args()
+    if args.pareto:
+        from benchmarks import pareto
+        return pareto.run(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tune(1, tf32=True)
     print(machine(device))
@@ -74,9 +92,13 @@ def main():
                 return models[variant](x, t, y)
 
             velocity = guided(counted, y, torch.full_like(y, 1000), args.cfg_scale, 0.0, args.guidance_high)
-            if mode == "sde":
-                return euler_maruyama_sampler(velocity, z, args.num_steps)
-            return euler_sampler(velocity, z, args.num_steps, heun=mode == "heun")
+            sampler, options = SAMPLERS["sde" if mode == "sde" else "ode"], {"heun": mode == "heun"}
+            if variant not in CACHES:
+                return sampler(velocity, z, args.num_steps, **options)
+            kind, interval = CACHES[variant]
+            expected = count_calls(sampler, args.num_steps, options)
+            with caching(models[variant], kind, expected, interval, 2, 0.5) as state:
+                return sampler(lambda x, t: state.begin(t) or velocity(x, t), z, args.num_steps, **options)
 
         works = {variant: (lambda variant=variant, sample=sample: sample(variant)) for variant in args.variants}
         timed = alternate(works, args.rounds, device, ["published"])

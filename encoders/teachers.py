@@ -6,14 +6,16 @@ from typing import NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from timm.models.eva import checkpoint_filter_fn as eva_filter
 from timm.models.vision_transformer import checkpoint_filter_fn
 
+from encoders.teacher_files import fit_names
 from loss import resample_qk, resample_tokens
 from models.layers import Alignment, compile_blocks
 from modify_dinov2.taps import take_attention, tap_attention
 from runtime.errors import UserError, first_line
-from runtime.files import load_tensors
+from runtime.files import is_file, load_tensors
 from runtime.setup import AUTOCAST, cast_weights
 
 
@@ -23,52 +25,135 @@ class TeacherRow(NamedTuple):
     timm_name: str
     width: int  # of its tokens
     patch: int  # pixels
-    mean: tuple  # of the normalised image, per channel
-    std: tuple
-    prefix_tokens: int  # class and register tokens, which are cut off
-    interpolation: str  # resizes the image; a mode of F.interpolate
+    mean: tuple = IMAGENET_DEFAULT_MEAN  # of the normalised image, per channel
+    std: tuple = IMAGENET_DEFAULT_STD
+    prefix_tokens: int = 1  # class and register tokens, which are cut off
+    interpolation: str = "bicubic"  # resizes the image; a mode of F.interpolate
+    antialias: bool = False
+    final_norm: bool = True  # whether features are those after the last norm
+    source: str = "timm's hub, or a torch.hub or timm file"  # of the weights
+    licence: str = "Apache 2.0"
+    options: tuple = ()  # (name, value) of timm.create_model
 
 
 def dinov2(size, width, registers=False):
     """The row of a DINOv2 model, with or without register tokens."""
     return TeacherRow(f"vit_{size}_patch14{'_reg4' if registers else ''}_dinov2", width, patch=14,
-                      mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, prefix_tokens=5 if registers else 1,
-                      interpolation="bicubic")
+                      prefix_tokens=5 if registers else 1)
 
 
-# --enc-type -> TeacherRow
+def mocov3(size, width, **options):
+    return TeacherRow(f"vit_{size}_patch16_224", width, patch=16, source=f"a file: mocov3_vit{size[0]}.pth of REPA",
+                      licence="CC BY-NC 4.0", options=tuple(options.items()))
+
+
+def dinov3(size, width):
+    return TeacherRow(f"vit_{size}_patch16_dinov3.lvd1689m", width, patch=16, prefix_tokens=5, interpolation="bilinear",
+                      antialias=True, licence="DINOv3 licence")
+
+
+def siglip2(size, width):
+    half = (0.5, 0.5, 0.5)
+    return TeacherRow(f"vit_{size}_patch16_siglip_256.v2_webli", width, patch=16, mean=half, std=half, prefix_tokens=0)
+
+
+def perception(name, width, patch):
+    half = (0.5, 0.5, 0.5)
+    return TeacherRow(f"vit_pe_{name}", width, patch=patch, mean=half, std=half, prefix_tokens=int("tiny" not in name))
+
+
+# --enc-type -> TeacherRow. Names are those of REPA and iREPA; the input is patch x (tokens a side) pixels.
 TEACHERS = {
-    "dinov2-vit-s": dinov2("small", 384),
-    "dinov2-vit-b": dinov2("base", 768),
-    "dinov2-vit-l": dinov2("large", 1024),
-    "dinov2-vit-g": dinov2("giant", 1536),
-    "dinov2reg-vit-s": dinov2("small", 384, registers=True),
-    "dinov2reg-vit-b": dinov2("base", 768, registers=True),
-    "dinov2reg-vit-l": dinov2("large", 1024, registers=True),
-    "dinov2reg-vit-g": dinov2("giant", 1536, registers=True),
+    **{f"dinov2{registers}-vit-{size[0]}": dinov2(size, width, bool(registers)) for registers in ("", "reg")
+       for size, width in (("small", 384), ("base", 768), ("large", 1024), ("giant", 1536))},
+    "dinov1-vit-b": TeacherRow("vit_base_patch16_224.dino", 768, patch=16),
+    "mocov3-vit-s": mocov3("small", 384, num_heads=12),
+    "mocov3-vit-b": mocov3("base", 768),
+    "mocov3-vit-l": mocov3("large", 1024),
+    "mae-vit-l": TeacherRow("vit_large_patch16_224.mae", 1024, patch=16, final_norm=False, licence="CC BY-NC 4.0"),
+    "clip-vit-L": TeacherRow("vit_large_patch14_clip_quickgelu_224.openai", 1024, patch=14, mean=OPENAI_CLIP_MEAN,
+                             std=OPENAI_CLIP_STD, final_norm=False, licence="MIT"),
+    "jepa-vit-h": TeacherRow("vit_huge_patch14_gap_224.in1k_ijepa", 1280, patch=14, prefix_tokens=0,
+                             licence="CC BY-NC 4.0"),
+    "dinov3-vit-s16": dinov3("small", 384),
+    "dinov3-vit-b16": dinov3("base", 768),
+    "dinov3-vit-l16": dinov3("large", 1024),
+    "dinov3-vit-h16plus": dinov3("huge_plus", 1280),
+    "siglip2-vit-b": siglip2("base", 768),
+    "siglip2-vit-l": siglip2("large", 1024),
+    "siglip2-vit-so400m": siglip2("so400m", 1152),
+    "pe-vit-b": perception("core_base_patch16_224.fb", 768, 16),
+    "pe-vit-l": perception("core_large_patch14_336.fb", 1024, 14),
+    "spatialpe-vit-b": perception("spatial_base_patch16_512.fb", 768, 16),
+    "spatialpe-vit-l": perception("spatial_large_patch14_448.fb", 1024, 14),
 }
+ALIASES = {"dino-vit-b": "dinov1-vit-b", "clip-vit-l": "clip-vit-L"}
 DINOV2 = TEACHERS["dinov2-vit-b"]
+TIMM = "timm:"  # begins the name of any other ViT of timm
+# Where REPA's users keep weights that no hub has, from the folder in which they train.
+PLACES = {f"mocov3-vit-{size}": f"ckpts/mocov3_vit{size}.pth" for size in "sbl"} | {
+    "mae-vit-l": "ckpts/mae_vitl.pth", "jepa-vit-h": "ckpts/ijepa_vith.pth", "dinov1-vit-b": "ckpts/dinov1_vitb.pth"}
+
+
+def teacher_row(enc_type):
+    """The TeacherRow of a key of TEACHERS or ALIASES, or of "timm:NAME". Raises UserError for any other name."""
+    name = ALIASES.get(enc_type, enc_type)
+    if name in TEACHERS:
+        return TEACHERS[name]
+    if not name.startswith(TIMM):
+        raise UserError(f"--enc-type {enc_type} is not known; use none, timm:NAME for another ViT of timm, or one of "
+                        f"{', '.join(TEACHERS)}.")
+    name = name.removeprefix(TIMM)
+    if not timm.is_model(name):
+        raise UserError(f"--enc-type {enc_type}: timm has no model {name}; timm.list_models('*vit*') lists them.")
+    with torch.device("meta"):
+        vit = timm.create_model(name, num_classes=0)
+    if not hasattr(vit, "blocks") or not hasattr(vit.blocks[0], "attn") or not hasattr(vit, "num_prefix_tokens"):
+        raise UserError(f"--enc-type {enc_type}: {name} is no plain ViT with blocks[i].attn; give another.")
+    return TeacherRow(name, vit.embed_dim, vit.patch_embed.patch_size[0], vit.pretrained_cfg["mean"],
+                      vit.pretrained_cfg["std"], vit.num_prefix_tokens)
+
+
+def teacher_list():
+    """The table as text: name, width, source and licence of the weights."""
+    rows = [("name", "width", "weights", "licence")]
+    rows += [(name, str(row.width), row.source, row.licence) for name, row in TEACHERS.items()]
+    return "\n".join([f"{name:20} {width:>5}  {source:42} {licence}" for name, width, source, licence in rows]
+                     + ["timm:NAME            any other ViT of timm, with its own numbers"])
+
+
+def find_weights(enc_type, weights):
+    """The file `weights`, or that in REPA's place; None: from the hub. Raises UserError where no hub has them."""
+    place = PLACES.get(ALIASES.get(enc_type, enc_type), "")
+    if weights is not None or is_file(place):
+        return weights or place
+    if (source := teacher_row(enc_type).source).startswith("a file"):
+        raise UserError(f"--enc-type {enc_type}: no hub has its weights; give --enc-weights ({source}).")
+    return None
 
 
 def load_vit(enc_type, weights=None):
-    """timm's frozen ViT called `enc_type` (a key of TEACHERS), with weights from the hub or from the file `weights`.
+    """timm's frozen ViT called `enc_type`, as teacher_row takes it, with weights from the hub or the file `weights`.
 
-    A file holds timm's or torch.hub's state dict. Its row is the attribute `row`. Raises UserError for weights of
-    another model.
+    A file holds the state dict of timm, torch.hub, transformers' DINOv2, or of the authors. Its row is the attribute
+    `row`. Raises UserError for weights of another model.
     """
-    row = TEACHERS[enc_type]
+    row, weights = teacher_row(enc_type), find_weights(enc_type, weights)
     try:
-        vit = timm.create_model(row.timm_name, pretrained=weights is None, num_classes=0)
+        vit = timm.create_model(row.timm_name, pretrained=weights is None, num_classes=0, **dict(row.options))
     except (OSError, RuntimeError) as error:
         raise UserError(f"The weights of {enc_type} could not be fetched from the hub ({first_line(error)}); give a "
                         "local file with --enc-weights.") from error
     if weights is not None:
         state = load_tensors(weights)
         try:
-            vit.load_state_dict(checkpoint_filter_fn(state, vit))
+            fit = eva_filter if isinstance(vit, timm.models.eva.Eva) else checkpoint_filter_fn
+            vit.load_state_dict(fit(fit_names(state), vit))
         except Exception as error:  # timm takes the state dict apart before it compares any shape
             raise UserError(f"{weights} does not hold the weights of {enc_type} ({row.timm_name}); give its timm or "
                             "torch.hub file, or the matching --enc-type.") from error
+    if not row.final_norm:
+        vit.norm = torch.nn.Identity()
     vit.row, found = row, (vit.embed_dim, vit.patch_embed.patch_size[0], vit.num_prefix_tokens)
     if found != (row.width, row.patch, row.prefix_tokens):
         raise ValueError(f"timm's {row.timm_name} has (width, patch, prefix tokens) {found}, not as in {row}")
@@ -128,7 +213,8 @@ class Teacher:
     @torch.no_grad()  # not inference_mode: a loss keeps the results for its backward pass
     def __call__(self, images):
         x = (images.to(self.mean.device, non_blocking=True).float() / 255 - self.mean) / self.std
-        x = F.interpolate(x, size=self.input_size, mode=self.row.interpolation, align_corners=False)
+        x = F.interpolate(x, size=self.input_size, mode=self.row.interpolation, align_corners=False,
+                          antialias=self.row.antialias)
         with self.autocast(x.device.type):
             tokens = self.vit.forward_features(x)[:, self.vit.num_prefix_tokens:]  # (N, T, C), after the final norm
             attention = take_attention(self.vit, self.attn_blocks)
@@ -143,8 +229,8 @@ class Teacher:
         for name, value in sorted(self.vit.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
-        images = self.row.mean, self.row.std, self.row.interpolation
-        other = "" if images == (DINOV2.mean, DINOV2.std, DINOV2.interpolation) else f" {images}"  # keeps older caches
+        images = self.row[3:5] + self.row[6:9]  # mean, std, interpolation, antialias, final_norm
+        other = "" if images == DINOV2[3:5] + DINOV2[6:9] else f" {images}"  # keeps older caches
         return f"{digest.hexdigest()} {self.input_size} {self.num_blocks} {self.grid}{other}"
 
     def outputs(self, alignment):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from dataset import PIXELS, CaptionedImages, LatentImages, PixelImages
-from encoders.teachers import TEACHERS, Teacher, load_vit
+from encoders.teachers import Teacher, load_vit
 from encoders.vae import VAE
 from evaluations.extract import gather_rows, shard
 from loss import attention_loss, feature_loss, interpolant
@@ -76,8 +76,6 @@ def open_teacher(network, args, attn_blocks=()):
     enc_type = args.get("enc_type") or "none"
     if enc_type == "none":
         raise UserError("The run had no teacher, so there is none to compare with; name one, or a run that has one.")
-    if enc_type not in TEACHERS:
-        raise UserError(f"The teacher {enc_type} is not known; use one of {', '.join(TEACHERS)}.")
     vit = load_vit(enc_type, args.get("enc_weights"))
     return Teacher(vit, network.input_size // network.patch_size, attn_blocks, args.get("enc_blocks"),
                    input_size=args.get("enc_size"))

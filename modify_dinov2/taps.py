@@ -1,11 +1,13 @@
 """Read queries and keys out of a timm vision transformer while it runs. README.md beside this file says how."""
-from torch import nn
+import functools
+
+from timm.layers import apply_rot_embed_cat
 
 from models.layers import QK
 
 
-class TappedLinear(nn.Linear):
-    """A linear layer that keeps its newest output. torch.compile passes hooks over, but not a class of its own."""
+class Tapped:
+    """Mixed into a module's class: keeps the newest output. torch.compile passes hooks over, but not a class."""
 
     output = None
 
@@ -14,23 +16,37 @@ class TappedLinear(nn.Linear):
         return self.output
 
 
+@functools.cache  # one class for all modules of a kind, or each would be compiled for itself
+def tapped(kind):
+    return type(f"Tapped{kind.__name__}", (Tapped, kind), {})
+
+
 def tap_attention(vit, blocks):
-    """Tap the qkv layers of `blocks` (0-based) of timm's VisionTransformer `vit`, in place; its state dict stays."""
+    """Tap q_norm and k_norm, an identity in most models, of `blocks` (0-based) of timm's ViT `vit`, in place."""
     for block in blocks:
-        attention, layer = vit.blocks[block].attn, vit.blocks[block].attn.qkv
-        attention.qkv = TappedLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        attention.qkv.weight, attention.qkv.bias = layer.weight, layer.bias
+        for norm in (vit.blocks[block].attn.q_norm, vit.blocks[block].attn.k_norm):
+            norm.__class__ = tapped(type(norm))
+
+
+def rotations(vit):
+    """The rotary position embedding of `vit`'s tokens, as its forward pass makes it, or None."""
+    rope = getattr(vit, "rope", None)
+    return None if rope is None else rope.get_embed(shape=vit.patch_embed.grid_size)
 
 
 def take_attention(vit, blocks):
     """{block: QK} of the newest forward pass of `vit`, which then keeps nothing of it.
 
-    Of the patch tokens: (N, H, T, d), class and register tokens cut off, after q and k norm where the model has them.
+    Of the patch tokens: (N, H, T, d), class and register tokens cut off, after q and k norm and after the rotation by
+    the position where the model has them.
     """
-    taken = {}
+    taken, rope = {}, rotations(vit)
     for block in blocks:
-        attention = vit.blocks[block].attn
-        qkv, attention.qkv.output = attention.qkv.output[:, vit.num_prefix_tokens:], None  # (N, T, 3 D)
-        q, k, _ = qkv.unflatten(2, (3, attention.num_heads, -1)).unbind(2)
-        taken[block] = QK(attention.q_norm(q).transpose(1, 2), attention.k_norm(k).transpose(1, 2))
+        attention, qk = vit.blocks[block].attn, []
+        for norm in (attention.q_norm, attention.k_norm):
+            heads, norm.output = norm.output[:, :, vit.num_prefix_tokens:], None  # (N, H, T, d)
+            if rope is not None:
+                heads = apply_rot_embed_cat(heads, rope, half=getattr(attention, "rotate_half", False)).to(heads.dtype)
+            qk.append(heads)
+        taken[block] = QK(*qk)
     return taken

@@ -1,12 +1,13 @@
-"""Out of memory in one sentence: which flags help, and how many images would fit."""
+"""Out of memory, files or processes in one sentence: which flags help, and how many images would fit."""
 import contextlib
+import errno
 import math
 import resource
 import sys
 
 import torch
 
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 
 GIB = 2 ** 30
 CPU_MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
@@ -62,7 +63,15 @@ def explained(args, accelerator, model):
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     try:
         yield
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise UserError("Too many files are open; allow more of them (ulimit -n 65536), or give a smaller "
+                        "--num-workers.") from error
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise UserError(f"A loader process has ended ({first_line(error)}), often for want of memory; give a "
+                            "smaller --num-workers and run the command again.") from error
         if not is_out_of_memory(error):
             raise
         images = args.batch_size // (accelerator.num_processes * args.gradient_accumulation_steps)

@@ -3,6 +3,7 @@ import ctypes
 import datetime
 import os
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -11,8 +12,42 @@ import torch.distributed as dist
 from runtime.errors import UserError, first_line
 
 PROCESS_GROUP_TIMEOUT = datetime.timedelta(hours=2)  # others also wait for previews, scores and the teacher cache
+START_SECONDS = 60  # for the processes of a run to find each other
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # --mixed-precision -> dtype; "no" has none
 GLIBC_KEEPS = 64 << 20  # bytes of freed memory that glibc keeps by default, once blocks of 32 MiB have been freed
+
+
+def connect(make):
+    """make(), which starts the process group; ends this process with a sentence if that takes START_SECONDS.
+
+    torch itself would wait, timeout or not, where the port is another program's. Raises UserError where the port is in
+    use, or the launcher's variables are incomplete.
+    """
+    names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing, several = [name for name in names if not os.environ.get(name)], os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and missing:
+        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set; start by "
+                        "torchrun or accelerate launch, set all of them, or unset WORLD_SIZE for one process.")
+
+    def sentence(reason):
+        return ("The processes of this run could not connect at MASTER_ADDR:MASTER_PORT = "
+                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({reason}); see that all are "
+                "started, or choose another MASTER_PORT.")
+
+    def give_up():
+        os.write(2, f"error: {sentence(f'waited {START_SECONDS} seconds')}\n".encode())
+        os._exit(1)
+
+    timer = threading.Timer(START_SECONDS, give_up)
+    timer.daemon = True
+    if several:
+        timer.start()
+    try:
+        return make()
+    except dist.DistError as error:
+        raise UserError(sentence(first_line(error))) from error
+    finally:
+        timer.cancel()
 
 
 def tune(processes, tf32):

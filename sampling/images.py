@@ -17,7 +17,7 @@ from models.checkpoint import load_network, weights_digest
 from runtime.errors import UserError
 from runtime.files import atomic_write, is_file, read_json, remove_temporaries, write_json
 from runtime.images import IMAGE_ERRORS, image_grid, open_image, write_png
-from runtime.setup import AUTOCAST, PROCESS_GROUP_TIMEOUT, cast_weights, check_compiler, to_device, tune
+from runtime.setup import AUTOCAST, PROCESS_GROUP_TIMEOUT, cast_weights, check_compiler, connect, to_device, tune
 from samplers import SAMPLERS, guided
 from sampling.cache import blocks_of, caching, count_calls, flops_of_call
 
@@ -114,7 +114,7 @@ def start(args):
         raise UserError(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}, so "
                         "nothing would be guided; swap them, or give --cfg-scale 1.")
     check_modes(args.mode, args.heun, args.cache)
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
+    state = connect(lambda: PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT))
     torch.set_grad_enabled(False)
     tune(state.num_processes, args.tf32)
     if args.mixed_precision == "fp16" and state.device.type == "cpu":

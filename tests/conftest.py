@@ -237,6 +237,8 @@ def call_main(monkeypatch, module, *arguments, device="cpu"):
     if device == "cpu":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    for name in ("stdout", "stderr"):  # main replaces them
+        monkeypatch.setattr(sys, name, getattr(sys, name))
     with torch.enable_grad():  # generate.py turns gradients off for its whole process
         module.main()
 

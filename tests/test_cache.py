@@ -1,17 +1,21 @@
 """Caches between steps: nothing changes at interval 1, polynomials are exact, and no state outlives a batch."""
+import functools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import generate
+import sampling.images
+from benchmarks import pareto
 from models.mmdit import MMDiT_models
 from models.sit import SiT_models
 from runtime.errors import UserError
 from samplers import SAMPLERS, guided
 from sampling.cache import FIRST, caching, count_calls, flops_of_call, taylor_weights
-from tests.conftest import call_main
+from tests.conftest import ROOT, call_main, script
 from tests.test_generate import NAME, arguments, make_checkpoint, pictures
 
 
@@ -140,6 +144,20 @@ def test_by_the_command_line(monkeypatch, ckpt, tmp_path, capsys):
         call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, "--mode", "dopri5", "--cache", "taylor"))
 
 
+def test_processes_and_compiled_blocks(monkeypatch, ckpt, tmp_path):
+    """Two processes make the same pictures as one, and so do compiled blocks, up to rounding."""
+    given = ["--num-steps", 6, "--cache", "taylor", "--mode", "sde"]
+    script("generate.py", *arguments(ckpt, tmp_path / "two", *given), processes=2)
+    call_main(monkeypatch, generate, *arguments(ckpt, tmp_path / "one", *given))
+    assert np.array_equal(pictures(tmp_path / "one"), pictures(tmp_path / "two"))
+    eager = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    monkeypatch.setattr(sampling.images, "check_compiler", lambda device: None)
+    call_main(monkeypatch, generate, *arguments(ckpt, tmp_path / "compiled", *given, "--compile"))
+    difference = np.abs(pictures(tmp_path / "one").astype(int) - pictures(tmp_path / "compiled"))
+    assert difference.max() <= 1
+
+
 def test_operations_of_a_call():
     """Twice the weights of the linear layers, by token and for the condition once, and those of attention."""
     network = SiT_models["SiT-T/2"](input_size=16, num_classes=4, z_dims=())
@@ -147,3 +165,25 @@ def test_operations_of_a_call():
     blocks = depth * (2 * tokens * 12 * width ** 2 + 4 * tokens ** 2 * width + 2 * 6 * width ** 2)
     ends = 2 * tokens * width * (16 + 16) + 2 * 2 * width ** 2 + 2 * (256 * width + width ** 2)
     assert flops_of_call(network, torch.zeros(1, dtype=torch.long)) == blocks + ends
+
+
+def test_the_comparison_of_samplers(monkeypatch, ckpt, tmp_path, tiny_data):
+    """A row a setting, with distance and scores; the same command makes none again."""
+    monkeypatch.setattr(pareto, "EXACT", {"num_steps": 6})
+    rows = {"ode 6": {"num_steps": 6}, "ode 6, taylor 2": {"num_steps": 6, "cache": "taylor", "cache_interval": 2},
+            "sde 3": {"mode": "sde", "num_steps": 3}}
+    monkeypatch.setattr(pareto, "settings", lambda: rows)
+    monkeypatch.setattr(pareto, "load_extractor", lambda *_: SimpleNamespace())
+    monkeypatch.setattr(pareto, "load_set", lambda *_, **more: None)
+    monkeypatch.setattr(pareto, "extract", lambda images, *_: [*images])
+    monkeypatch.setattr(pareto, "score", lambda *_, **more: {"FD-EffLite0": 1.5, "KID-EffLite0": 0.25})
+    args = SimpleNamespace(ckpt=ckpt, vae=ROOT / "assets/vae-emoji", weights=None, reference=None, samples=3,
+                           batch_size=2, cfg_scale=1.5, guidance_high=1.0, out=tmp_path / "out")
+    pareto.run(args)
+    found = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert found["ode 6"]["distance"] == 0 < found["sde 3"]["distance"]
+    assert found["ode 6, taylor 2"]["distance"] > 0 and found["ode 6, taylor 2"]["computed"] == 10
+    assert found["ode 6"]["calls"] == 12 and (tmp_path / "out.png").is_file()
+    assert "| ode 6, taylor 2 | 12.0 | 10.0 |" in (tmp_path / "out.md").read_text()
+    monkeypatch.setattr(pareto, "make", lambda *_, **more: pytest.fail("made again"))
+    pareto.run(args)

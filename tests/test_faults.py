@@ -5,6 +5,7 @@ import random
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 import dataset
 from models.checkpoint import saved_steps
 from models.layers import TimestepEmbedder
+from runtime import progress, setup
 from runtime.errors import PEER_ENDED
 from tests.conftest import CLASSES, CPU, ROOT, SERVER, checkpoint, metrics, script, tiny_run, train_arguments
 from tests.test_generate import arguments as generate_arguments
@@ -187,17 +189,106 @@ def slow_end():
 def test_a_signal_before_the_first_step(tiny_data, tmp_path, number):
     """At once and with the same exit code, whatever takes so long; what is there stays as it is."""
     process = SERVER.start("train.py", *long_run(tiny_data, tmp_path), before="tests.test_faults.slow_start")
-    wait_for(lambda: (tmp_path / "run/log.txt").is_file())
+    wait_for(lambda: (tmp_path / "run/.lock").is_file())
     time.sleep(0.2)
     process.send(number)
     assert process.wait(timeout=2) == EXIT_CODE, process.stderr
     assert process.stderr.count(STOPPED_EARLY) == 1
     assert (tmp_path / "run/log.txt").read_text().endswith(f"{STOPPED_EARLY}\n")  # by which a launcher's job knows
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "log.txt"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "log.txt"]
 
 
 def slow_start():
     checkpointing.read_newest = lambda *_: time.sleep(60)
+
+
+def ctrl_c():
+    """Python's handler of SIGINT, which the fork server ignores."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    slow_steps()
+
+
+def test_ctrl_c_saves_and_the_second_ends(tiny_data, tmp_path):
+    """As SIGTERM does; where a shell has SIGINT ignored, as for its background jobs, it stays ignored."""
+    for before, code in (("ctrl_c", EXIT_CODE), ("slow_steps", 0)):
+        out = tmp_path / before
+        process = SERVER.start("train.py", *long_run(tiny_data, out, "--max-train-steps", 8, "--num-workers", 1),
+                               before=f"tests.test_faults.{before}")
+        wait_for(lambda out=out: (out / "run/metrics.csv").is_file() and len(metrics(out)) > 1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=30) == code, process.stderr
+        assert "Traceback" not in process.stderr
+    stopped = newest(tmp_path / "ctrl_c")
+    assert stopped < 8 and f"after step {stopped}; the same command continues" in process.stderr.join(
+        (tmp_path / "ctrl_c/run/log.txt").read_text().splitlines()[-1:] * 2)
+
+
+def test_two_runs_of_one_name(tiny_data, tmp_path):
+    """The second is refused in one sentence and changes nothing; the lock goes with its process, however that ends."""
+    arguments = long_run(tiny_data, tmp_path)
+    process = SERVER.start("train.py", *arguments, "--num-workers", 1, before="tests.test_faults.slow_steps")
+    wait_for(lambda: (tmp_path / "run/metrics.csv").is_file() and len(metrics(tmp_path)) > 1)
+    second = script("train.py", *arguments, check=False)
+    assert second.returncode == 1 and "Traceback" not in second.stderr
+    assert f"error: {tmp_path}/run is in use by process {process.pid} on " in second.stderr
+    process.kill()
+    assert (tmp_path / "run/log.txt").read_text().count("started") == 1
+    script("train.py", *arguments, "--max-train-steps", 2)
+    assert [row["step"] for row in metrics(tmp_path)] == ["1", "2"]
+
+
+@pytest.mark.parametrize("before", ["full_stderr", "closed_stderr"])
+def test_output_that_cannot_be_written_ends_no_run(tiny_data, tmp_path, before):
+    """Neither a full disk nor a closed pipe behind the terminal's lines and the bar."""
+    done = script("train.py", *train_arguments(tiny_data, tmp_path, "--enc-type", "none"), check=False,
+                  before=f"tests.test_faults.{before}")
+    assert done.returncode == 0 and len(metrics(tmp_path)) == 6
+    assert "done: 6 steps" in (tmp_path / "run/log.txt").read_text()
+
+
+def full_stderr():
+    for number in (1, 2):
+        os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+    progress.Lines = lambda _: sys.stderr  # as on a terminal: the bar itself is written
+    progress.LINE_SECONDS = 0
+
+
+def closed_stderr():
+    full_stderr()
+    reader, writer = os.pipe()
+    os.close(reader)
+    for number in (1, 2):
+        os.dup2(writer, number)
+
+
+def test_the_rest_ends_soon_when_the_first_cannot_start(tiny_data, tmp_path):
+    """Its port is another program's: rank 0 says so at once, rank 1 does not wait for two hours."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        processes = [SERVER.start("train.py", *long_run(tiny_data, tmp_path), rank=rank, processes=2,
+                                  port=taken.getsockname()[1], before="tests.test_faults.short_start")
+                     for rank in range(2)]
+        for process in processes:
+            assert process.wait(timeout=30) == 1
+            assert re.search("error: The processes of this run could not connect at .*choose another MASTER_PORT",
+                             process.stderr), process.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def short_start():
+    setup.START_SECONDS = 5
+
+
+def test_a_killed_loader_process(tiny_data, tmp_path):
+    done = script("train.py", *train_arguments(tiny_data, tmp_path, "--num-workers", 1, "--enc-type", "none", "--vae",
+                                               "none"), check=False, before="tests.test_faults.killed_reader")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: A loader process has ended (DataLoader worker" in done.stderr
+
+
+def killed_reader():
+    main, image = os.getpid(), dataset.PixelImages.image
+    dataset.PixelImages.image = lambda self, i: (
+        image(self, i) if os.getpid() == main else os.kill(os.getpid(), signal.SIGKILL))
 
 
 def test_one_of_two_processes_is_killed(tiny_data, tmp_path):

@@ -173,7 +173,7 @@ def test_what_does_not_go_together(monkeypatch, tiny_data, pictures, tmp_path):
             *train_arguments(tiny_data, tmp_path / "pixels", *none, "--max-train-steps", 2))
     refused("was trained with --vae stabilityai.*, and --vae is now none.*do not mix", train,
             *train_arguments(tiny_data, tmp_path / "latents", *none, "--vae", "none", "--max-train-steps", 2))
-    refused("is RGB of 64x64; expected RGB of 32x32", train,
+    refused("--resolution is 32, but the images in .* have 64 pixels a side", train,
             *arguments(pictures, tmp_path / "x", *none, "--resolution", 32))
     refused("cuts latents into patches of 8, of which 36, .* is no multiple", train, *arguments(
         write_tiny_data(tmp_path / "odd", 4, 36), tmp_path / "x", *none, "--resolution", 36))
@@ -182,4 +182,4 @@ def test_what_does_not_go_together(monkeypatch, tiny_data, pictures, tmp_path):
     (pictures_copy := tmp_path / "unlabelled").mkdir()
     shutil.copytree(pictures / "images", pictures_copy / "images")
     (pictures_copy / "images/dataset.json").write_text('{"labels": null}')
-    refused("images/dataset.json has no labels", train, *arguments(pictures_copy, tmp_path / "x", *none))
+    refused("unlabelled has no labels in images/dataset.json", train, *arguments(pictures_copy, tmp_path / "x", *none))

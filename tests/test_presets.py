@@ -1,6 +1,7 @@
 """--preset: every row is a command line that the script takes, typed flags win over it, and the list is shown."""
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ import train
 import train_t2i
 from models.mmdit import MMDIT_CONFIGS
 from models.sit import SIT_CONFIGS
-from tests.conftest import ROOT, call_main, script
+from tests.conftest import ROOT, call_main, fresh_script, script
 from training.presets import NEVER, PRESETS
 
 SCRIPTS = {"train.py": (train, SIT_CONFIGS), "train_t2i.py": (train_t2i, MMDIT_CONFIGS)}
@@ -72,6 +73,14 @@ def test_list(monkeypatch, capsys, module):
     text = capsys.readouterr().out
     assert not end.value.code and all(f"\n{name}\n" in text for name in PRESETS)
     assert "train.py --model SiT-B/2 --early-stop-trigger gradient" in text and "FID 39.9 at 100K steps" in text
+
+
+def test_list_into_a_closed_pipe_and_in_the_help():
+    done = subprocess.run(f"{sys.executable} train.py --preset list | head -1", shell=True, cwd=ROOT, check=True,
+                          capture_output=True, text=True, timeout=120)
+    assert done.stderr == "" and done.stdout.count("\n") == 1
+    done = fresh_script("train.py", "--help")
+    assert all(name in "".join(done.stdout.split()) for name, row in PRESETS.items() if row[0] == "train.py")
 
 
 def test_a_preset_trains(tiny_data, teacher_file, tmp_path):

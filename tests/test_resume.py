@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -15,7 +16,7 @@ from runtime.errors import UserError
 from runtime.files import atomic_write
 from tests.conftest import call_main, checkpoint, metrics, script, train_arguments
 from training import start
-from training.checkpointing import prune_checkpoints, read_newest, save_checkpoint
+from training.checkpointing import check_resumed, prune_checkpoints, read_newest, save_checkpoint
 from training.metric_log import Metrics
 
 
@@ -168,6 +169,21 @@ def test_a_skipped_step_changes_no_weight(monkeypatch, tiny_data, tmp_path):
     assert "step 2 is skipped: denoise is not finite (loss nan, denoise nan, grad_norm nan)" in log(tmp_path)
 
 
+def test_the_cause_is_named(monkeypatch, data, teacher_file, tmp_path):
+    """Huge latents and a teacher with NaN in its weights, not the learning rate."""
+    arguments = train_arguments(data, tmp_path / "a", "--enc-weights")
+    weights = torch.load(teacher_file, weights_only=True)
+    torch.save({**weights, "norm.bias": weights["norm.bias"] * float("nan")}, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match="feature is not finite at step 1 .* The teacher's output is not finite: get"):
+        run(monkeypatch, *arguments, tmp_path / "nan.pth")
+    for path in (data / "vae-sd").rglob("*.npy"):
+        np.save(path, 1e30 * np.load(path))
+    with pytest.raises(UserError, match="not finite at step 1 .* The latents of the data reach .*e.30: see that"):
+        run(monkeypatch, *train_arguments(data, tmp_path / "b", "--enc-weights", teacher_file))
+    with pytest.raises(UserError, match="--adam-epsilon is 0; it must be at least 1e-20"):
+        run(monkeypatch, *train_arguments(data, tmp_path / "b", "--adam-epsilon", 0))
+
+
 @pytest.mark.parametrize("limit, stop", [(0, 2), (1, 3)])
 def test_too_many_skipped_steps_stop_the_run(monkeypatch, tiny_data, teacher_file, tmp_path, limit, stop):
     """Step and term are named; the weights at the stop are still whole, and the last checkpoint is the one before."""
@@ -244,6 +260,82 @@ def test_going_back_makes_the_same_run_again(monkeypatch, tiny_data, tmp_path):
     assert without_time(metrics(tmp_path)) == rows
 
 
+def test_rows_are_of_the_steps_that_the_run_has_followed(monkeypatch, tiny_data, tmp_path):
+    """Step 6, back to 2 with another rate, stopped before the next checkpoint: it goes on from 6, as its rows do."""
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--checkpointing-steps", 2)
+    run(monkeypatch, *arguments)
+    rows = without_time(metrics(tmp_path))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="stop"):
+        break_loss(patch, 2)
+        patch.setattr("training.metric_log.UserError", lambda _: UserError("stop"))
+        run(patch, *arguments, "--resume-step", 2, "--learning-rate", 1e-2)
+    assert [row["step"] for row in metrics(tmp_path)] == ["1", "2", "3"]
+    run(monkeypatch, *arguments, "--max-train-steps", 8)
+    assert [row["step"] for row in metrics(tmp_path)] == [str(step) for step in range(1, 9)]
+    assert without_time(metrics(tmp_path))[:6] == rows
+
+
+def test_what_a_kill_left_beside_the_checkpoints_to_keep_is_pruned(monkeypatch, tiny_data, tmp_path):
+    """By the next start, though it has no step left to make."""
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--checkpointing-steps", 2)
+    run(monkeypatch, *arguments)
+    run(monkeypatch, *arguments, "--keep-checkpoints", 1)
+    assert sorted(saved_steps(tmp_path / "run/checkpoints")) == [6]
+
+
+@pytest.mark.parametrize("name, value", [
+    ("seconds", "long"), ("seconds", float("nan")), ("history", 3), ("trigger_fired", "no"),
+    ("metrics", {"names": ["loss"], "rows": [1.0], "in_a_row": 0}),
+    ("metrics", {"names": ["loss"], "rows": torch.zeros(3), "in_a_row": 0}),
+    ("opt", {"param_groups": [3], "state": {}}), ("opt", {"param_groups": [{"params": [0]}], "state": {0: 1.0}}),
+    ("model", {"pos_embed": torch.zeros(1, 64, 32, device="meta")}),
+    ("ema", {"pos_embed": torch.zeros(1, 64, 32).to_sparse()})])
+def test_entries_of_another_kind(tmp_path, name, value):
+    with pytest.raises(UserError, match=f"0000002.pt has a '{name}' that no train.py wrote"):
+        check_resumed(tmp_path / "0000002.pt", {"model": {}, name: value})
+
+
+def test_a_number_that_only_looks_like_one_is_no_step(tmp_path):
+    (tmp_path / "\u00b2\u00b2.pt").touch()
+    assert saved_steps(tmp_path) == {}
+
+
+# ---- the log and the folder ----
+
+def test_a_refused_start_leaves_nothing_new_and_a_finished_log_as_it_is(monkeypatch, tiny_data, tmp_path):
+    """In an unfinished run's log the last line says it, so that no job starts it again and again."""
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps")
+    lost = [tmp_path / "lost" if each == str(tiny_data) else each for each in arguments]
+    with pytest.raises(UserError, match="lost/vae-sd"):
+        run(monkeypatch, *lost, 1)
+    assert not (tmp_path / "run").exists()
+    run(monkeypatch, *arguments, 1)
+    finished = log(tmp_path)
+    for wrong in ([*lost, 2], [*arguments, 2, "--seed", 1, "--model", "SiT-S/8"]):
+        with pytest.raises(UserError):
+            run(monkeypatch, *wrong)
+        assert log(tmp_path) == finished
+    with open(tmp_path / "run/log.txt", "a") as file:
+        file.write("stopped by a signal after step 1; the same command continues\n")
+    with pytest.raises(UserError):
+        run(monkeypatch, *lost, 2)
+    assert "ended: refused: " in log(tmp_path).splitlines()[-1] and "lost/vae-sd" in log(tmp_path).splitlines()[-1]
+
+
+def test_the_log_says_why_a_run_ends(monkeypatch, tiny_data, tmp_path):
+    for wrong, said in ((UserError("Full."), "ended: Full."), (KeyError("bug"), "ended: KeyError('bug')")):
+        monkeypatch.setattr("training.trainer.update_ema", lambda *_, wrong=wrong: (_ for _ in ()).throw(wrong))
+        with pytest.raises(type(wrong)):
+            run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none"))
+        assert log(tmp_path).endswith(f"{said}\n")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/../../x", "/tmp/x", "a\nb"])
+def test_a_run_stays_inside_the_output_folder(monkeypatch, tiny_data, tmp_path, name):
+    with pytest.raises(UserError, match="--exp-name.* is no name of a folder inside --output-dir"):
+        run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--exp-name", name))
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "one bit", "code"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(monkeypatch, tiny_data, tmp_path, damage):
     arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--checkpointing-steps", 2,
@@ -265,20 +357,19 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(monkeyp
 
 
 def test_phase_two_goes_on_without_images(monkeypatch, tiny_data, teacher_file, tmp_path):
-    """As long as its checkpoint is there: if Phase I has to be gone back to, images are asked for."""
+    """As long as its checkpoint is there: if Phase I has to be gone back to, images are read."""
     data = shutil.copytree(tiny_data, tmp_path / "data")
     steps = [*train_arguments(data, tmp_path), "--enc-weights", teacher_file, "--early-stop-point", 2,
              "--checkpointing-steps", 1]
     run(monkeypatch, *steps, "--max-train-steps", 3)
-    shutil.rmtree(data / "images")
+    (data / "images").rename(tmp_path / "images")
     run(monkeypatch, *steps, "--max-train-steps", 4)
     assert saved_steps(tmp_path / "run/checkpoints").keys() == {1, 2, 3, 4}
     for step in (2, 3, 4):
         os.truncate(tmp_path / f"run/checkpoints/{step:07d}.pt", 1000)
-    with pytest.raises(UserError, match="goes on from step 1 with alignment, for which images are read; give the same"):
-        run(monkeypatch, *steps, "--max-train-steps", 4)
-    with pytest.raises(UserError, match="images/dataset.json does not exist"):
-        run(monkeypatch, *steps, "--max-train-steps", 4)
+    (tmp_path / "images").rename(data / "images")
+    run(monkeypatch, *steps, "--max-train-steps", 4)
+    assert [row["step"] for row in metrics(tmp_path)] == ["1", "2", "3", "4"] and metrics(tmp_path)[1]["feature"]
 
 
 def test_a_disk_that_fails_for_a_while_makes_no_checkpoint_a_damaged_one(monkeypatch, tmp_path):

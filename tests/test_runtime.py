@@ -1,11 +1,16 @@
 """What runtime/ sets at the start of a run, what it says when memory runs out, and the clipped step."""
 import copy
+import errno
+import importlib.machinery
 import importlib.metadata
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
+import time
+import types
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,6 +22,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 
 import train
 from preprocessing import destinations
+from runtime import memory, progress
 from runtime.errors import UserError
 from runtime.memory import GIB, advice, images_that_fit, is_out_of_memory
 from runtime.versions import version
@@ -24,7 +30,8 @@ from tests.conftest import CLASSES, CPU, ROOT, call_main, script, tiny_run, trai
 from tests.test_models import nano_models
 from training import start as setup
 from training.fsdp import set_plugin
-from training.start import MOST_WORKERS, share_of_cores, take_from_launcher
+from training.metric_log import Metrics
+from training.start import MOST_WORKERS, take_from_launcher
 from training.step import backward_and_step
 
 
@@ -81,15 +88,90 @@ def test_a_tracker_that_is_not_installed(monkeypatch, tiny_data, tmp_path):
                                                        "wandb"))
 
 
+class FakeWandb(types.ModuleType):
+    """As much of wandb as a run uses."""
+    errors, config = types.SimpleNamespace(Error=KeyError), types.SimpleNamespace(update=lambda *_, **__: None)
+
+    def init(self, **settings):
+        STARTS.append(settings)
+        return types.SimpleNamespace(log=lambda values, step=None, **_: LOGGED.append((step, values)), finish=int,
+                                     define_metric=lambda *metric, **more: LOGGED.append((metric, more)))
+
+
+STARTS, LOGGED = [], []
+
+
+def test_wandb_goes_on_with_one_run(monkeypatch, tiny_data, tmp_path):
+    """Also to an earlier step, which its own step may not be: "step" is a value like others."""
+    fake = FakeWandb("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: True)
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--report-to", "wandb",
+                                "--checkpointing-steps", 1, "--max-train-steps", 2)
+    call_main(monkeypatch, train, *arguments)
+    call_main(monkeypatch, train, *arguments, "--resume-step", 1)
+    ids = {(start["id"], start["resume"]) for start in STARTS}
+    assert ids == {((tmp_path / "run/wandb-id.txt").read_text(), "allow")} and len(STARTS) == 2
+    assert (("*",), {"step_metric": "step"}) in LOGGED
+    rows = [values["step"] for step, values in LOGGED if step is None]
+    assert rows == [1, 2, 2]
+
+
+# ---- bars ----
+
+def test_without_a_terminal_a_bar_is_a_line_now_and_then(monkeypatch, caplog):
+    caplog.set_level("INFO", "haste")
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.05)
+    with progress.progress(20, "teacher", "image") as bar:
+        for _ in range(20):
+            time.sleep(0.01)
+            bar.update()
+    lines = [record.getMessage() for record in caplog.records]
+    assert 2 <= len(lines) <= 7 and re.match(r"teacher: \d+ of 20 images, ", lines[0])
+    with progress.progress(20, "teacher", "image", shown=False) as bar:
+        bar.update()
+
+
+def test_a_clock_that_stands_still(monkeypatch, tmp_path):
+    monkeypatch.setattr("training.metric_log.time", types.SimpleNamespace(time=lambda: 1.0))
+    metrics = Metrics(tmp_path / "metrics.csv", Accelerator(cpu=True), 0)
+    metrics.begin()
+    metrics.add({name: torch.tensor(1.0) for name in ("loss", "denoise", "grad_norm")})
+    assert metrics.write()["loss"] == 1
+
+
+def test_too_many_open_files(tmp_path):
+    with pytest.raises(UserError, match="Too many files are open; allow more of them"), \
+            memory.explained(Namespace(), None, torch.nn.Linear(1, 1)):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
 # ---- what the launcher says ----
+
+@pytest.mark.parametrize("typed, said", [([], False), (["--mixed-precision", "fp16"], True)])
+def test_a_cpu_warns_of_an_fp16_that_was_typed(monkeypatch, tiny_data, tmp_path, typed, said):
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 1)
+    i = arguments.index("--mixed-precision")
+    call_main(monkeypatch, train, *arguments[:i], *arguments[i + 2:], *typed)
+    assert ("needs a GPU: training in float32" in (tmp_path / "run/log.txt").read_text()) == said
+
+
+def test_a_launcher_that_says_half(monkeypatch, tiny_data, tmp_path):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"):
+        call_main(monkeypatch, train, *train_arguments(tiny_data, tmp_path, "--enc-type", "none"))
+
 
 def flags(precision, accumulation):
     return Namespace(mixed_precision=precision, gradient_accumulation_steps=accumulation)
 
 
 @pytest.mark.parametrize("given, said, used, differing", [
-    ((None, None), ("", ""), ("fp16", 1), []),
-    ((None, None), ("no", ""), ("fp16", 1), []),  # a plain `accelerate launch`
+    ((None, None), ("", ""), (None, 1), []),
+    ((None, None), ("no", ""), (None, 1), []),  # a plain `accelerate launch`
     ((None, None), ("bf16", "4"), ("bf16", 4), []),
     (("no", 2), ("no", "2"), ("no", 2), []),
     (("no", 1), ("bf16", "4"), ("no", 1), ["--mixed-precision no is used; the launcher says bf16",
@@ -138,20 +220,12 @@ def test_a_run_under_the_launchers_variables(monkeypatch, tiny_data, tmp_path):
 
 # ---- cores ----
 
-@pytest.mark.parametrize("mine, others, share", [
-    (("a", range(16)), [], 16),
-    (("a", range(16)), [("a", range(16))] * 7, 2),  # torchrun
-    (("a", range(8)), [("a", range(8, 16)), ("b", range(8))], 8),  # srun binds each process to cores of its own
-    (("a", range(2)), [("a", range(2))] * 7, 1),
-    (("a", range(3)), [("a", range(3))] * 2, 1),
-])
-def test_cores_are_shared_with_who_may_run_there(mine, others, share):
-    assert share_of_cores(mine, [mine, *others]) == share
-
-
-@pytest.mark.parametrize("cores, typed, used", [(3, [], 3), (64, [], MOST_WORKERS), (64, ["--num-workers", 1], 1)])
-def test_workers_follow_the_cores(monkeypatch, tiny_data, tmp_path, cores, typed, used):
+@pytest.mark.parametrize("cores, processes, typed, used", [
+    (3, 1, [], 3), (64, 1, [], MOST_WORKERS), (16, 8, [], 2), (2, 8, [], 1), (64, 1, ["--num-workers", 1], 1)])
+def test_workers_follow_the_cores(monkeypatch, tiny_data, tmp_path, cores, processes, typed, used):
+    """The same cores are of all processes that a launcher starts on this machine."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 1)
     i = arguments.index("--num-workers")
     call_main(monkeypatch, train, *arguments[:i], *arguments[i + 2:], *typed)

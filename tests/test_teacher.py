@@ -1,5 +1,7 @@
 """The teacher: golden numbers, taps against attention written by hand, weights from files, the cache."""
 import functools
+import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +16,7 @@ from torch._inductor.compile_fx import compile_fx
 from dataset import LatentImages
 from encoders.teacher_cache import CachedTeacher
 from encoders.teachers import TEACHERS, Teacher, TeacherRow, load_vit
-from modify_dinov2.taps import TappedLinear
+from modify_dinov2.taps import Tapped
 from runtime.errors import UserError
 from tests.conftest import CLASSES, script, train_arguments
 from tests.golden.fill import fill_value
@@ -112,7 +114,7 @@ def test_a_compiled_teacher_gives_the_same(monkeypatch, around):
             torch.testing.assert_close(found.attention[block].q, qk.q, **near)
             torch.testing.assert_close(found.attention[block].k, qk.k, **near)
     assert len(made) == 2 and len(calls) == 2 * 5
-    assert all(module.output is None for module in compiled.vit.modules() if isinstance(module, TappedLinear))
+    assert all(module.output is None for module in compiled.vit.modules() if isinstance(module, Tapped))
 
 
 def test_stops_after_the_last_needed_block():
@@ -144,16 +146,19 @@ def test_precision_of_the_teacher_alone():
             assert torch.equal(teacher(images).features[0], out.features[0])
 
 
-def test_every_teacher_exists_in_timm():
-    assert len(set(TEACHERS) - {"dinov2-vit-n"}) == 8  # n is the tests' own
-    for row in TEACHERS.values():
+def test_dinov2_is_as_timm_has_it():
+    """Sizes, and how images are normalised; test_teachers.py runs all rows."""
+    assert len(set(TEACHERS) - {"dinov2-vit-n"}) == 26  # n is the tests' own
+    for name, row in TEACHERS.items():
+        if "dinov2" not in name:
+            continue
         with torch.device("meta"):
             vit = timm.create_model(row.timm_name, num_classes=0)
         found = vit.embed_dim, vit.patch_embed.patch_size[0], vit.num_prefix_tokens
         assert found == (row.width, row.patch, row.prefix_tokens)
         config = getattr(vit, "pretrained_cfg", {})  # the tests' own has none
-        for name in ("mean", "std", "interpolation"):
-            assert getattr(row, name) == config.get(name, getattr(row, name))
+        for key in ("mean", "std", "interpolation"):
+            assert getattr(row, key) == config.get(key, getattr(row, key))
 
 
 def test_a_teacher_that_is_not_dinov2(monkeypatch, tmp_path):
@@ -216,6 +221,26 @@ def test_a_cache_that_another_run_is_making_is_waited_for(tiny_data, tmp_path):
         first, second = [pool.submit(make, vit) for vit in vits]
         assert torch.equal(first.result(), second.result()) and first.result().any(dim=(1, 2)).all()
     assert len(calls) == 1 + 64 // 16
+
+
+def test_a_replaced_picture_is_seen(data, tmp_path):
+    """Of equal size and name: by its time, in a zip by its checksum. Rows are of the files that hold them."""
+    accelerator = Accelerator(cpu=True)
+
+    def cache():
+        dataset = LatentImages(data, 64, CLASSES)
+        return CachedTeacher(tmp_path / "cache", Teacher(small_vit(), 8, ()), dataset, accelerator).folder
+
+    path = data / "images/00000/img00000003.png"
+    folders = [cache()]
+    for now in (10 ** 18, 2 * 10 ** 18):
+        path.write_bytes(path.read_bytes())
+        os.utime(path, ns=(now, now))
+        folders.append(cache())
+    shutil.make_archive(data / "images", "zip", data / "images")
+    shutil.rmtree(data / "images")
+    folders.append(cache())
+    assert len(set(folders)) == 4 and cache() == folders[-1]
 
 
 def test_a_stopped_cache_goes_on(monkeypatch, caplog, tiny_data, tmp_path):

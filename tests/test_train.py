@@ -32,9 +32,11 @@ from tests.conftest import (
     train_arguments,
     write_tiny_data,
 )
-from training import start
+from training import previews, start
 from training import trainer as training
 from training.config import add_training_flags, finalize_args
+from training.data_size import find_resolution
+from training.step import ema_decay
 
 
 def run(monkeypatch, *arguments):
@@ -121,6 +123,94 @@ def test_ema_is_the_written_out_average(monkeypatch, tiny_data, tmp_path):
         for state in states[1:]:
             expected = 0.9999 * expected + 0.0001 * state["model"][name].double()
         torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_ema_warmup(monkeypatch, tiny_data, tmp_path):
+    """The written-out average. Without it a line says that previews come too early."""
+    arguments = ["--enc-type", "none", "--checkpointing-steps", 1, "--max-train-steps", 2]
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, *arguments, "--ema-warmup"))
+    one, two = (checkpoint(tmp_path, step) for step in (1, 2))
+    for name, value in two["ema"].items():
+        torch.testing.assert_close(value, torch.lerp(one["ema"][name], two["model"][name], 1 - 2 / 11))
+    assert ema_decay(argparse.Namespace(ema_decay=0.9999, ema_warmup=True), 10 ** 6) == 0.9999
+    for name, more in (("young", ()), ("warm", ("--ema-warmup",)), ("short", ("--ema-decay", 0.5))):
+        run(monkeypatch, *train_arguments(tiny_data, tmp_path / name, *arguments, "--sampling-steps", 2, "--vae",
+                                          ROOT / "assets/vae-emoji", *more))
+        text = (tmp_path / name / "run/log.txt").read_text()
+        assert text.count("still holds much of the first weights") == (name == "young")
+
+
+@pytest.mark.parametrize("more, scale", [((), 4.0), (("--cfg-prob", 0), 1.0)])
+def test_previews_are_guided_by_what_was_trained_only(monkeypatch, tiny_data, tmp_path, more, scale):
+    scales, plain = [], previews.guided
+    monkeypatch.setattr(previews, "guided", lambda *arguments: scales.append(arguments[3]) or plain(*arguments))
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 1,
+                                      "--sampling-steps", 1, "--vae", ROOT / "assets/vae-emoji", *more))
+    assert scales == [scale]
+    assert ("previews are without guidance" in (tmp_path / "run/log.txt").read_text()) == (scale == 1)
+
+
+def without(arguments, flag):
+    i = arguments.index(flag)
+    return arguments[:i] + arguments[i + 2:]
+
+
+def test_classes_and_resolution_are_the_datas(monkeypatch, tiny_data, tmp_path):
+    """Where no flag says them; more classes than the data have are allowed, another resolution is not."""
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 1)
+    run(monkeypatch, *without(without(arguments, "--num-classes"), "--resolution"))
+    settings, log = json.loads((tmp_path / "run/args.json").read_text()), (tmp_path / "run/log.txt").read_text()
+    assert (settings["num_classes"], settings["resolution"]) == (CLASSES, 64)
+    assert f"--num-classes {CLASSES}, by the labels of" in log and "64 images of 64 pixels" in log
+    assert "have no image" not in log
+    run(monkeypatch, *arguments, "--num-classes", 1000, "--exp-name", "more")
+    assert "996 of the 1000 classes have no image" in (tmp_path / "more/log.txt").read_text()
+    with pytest.raises(UserError, match="--resolution is 256, but the images in .* have 64 pixels a side; leave"):
+        run(monkeypatch, *arguments, "--resolution", 256)
+
+
+def test_the_resolution_without_images(tmp_path, tiny_data, tiny_captions):
+    """By the latents, if they are Stable Diffusion's; 256 where nothing tells."""
+    assert find_resolution(None, tiny_captions, "train") == find_resolution(None, tiny_data) == 64
+    (tmp_path / "vae-sd").mkdir()
+    assert find_resolution(None, tmp_path) == 256
+    np.save(tmp_path / "vae-sd/img-mean-std-00000000.npy", np.zeros((8, 64, 64), np.float32))
+    assert find_resolution(None, tmp_path) == 512 and find_resolution(64, tmp_path) == 64
+    (tmp_path / "images").mkdir()  # packed rows
+    np.save(tmp_path / "images/00000.npy", np.zeros((4, 3, 128, 128), np.uint8))
+    assert find_resolution(None, tmp_path) == 128
+
+
+@pytest.mark.parametrize("more, said", [
+    ((), "n: feature x 0.5 (by default), attention x 0.5 (by default), until step 700 (by SiT-N/2's default)"),
+    (("--attn-coeff", 0, "--early-stop-point", 3),
+     "attention x 0 (by --attn-coeff), until step 3 (by --early-stop-point)"),
+    (("--early-stop-fraction", 0.5), "until step 3 (by --early-stop-fraction)"),
+    (("--preset", "sit-b-2-repa"), "attention x 0 (by --preset sit-b-2-repa), to the end (by --preset sit-b-2-repa)"),
+    (("--enc-type", "none"), " no alignment")])
+def test_a_run_says_what_it_aligns(monkeypatch, tiny_data, teacher_file, tmp_path, more, said):
+    """With which weights, until when, by whose default; and when HASTE never stops."""
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, *more))
+    log = (tmp_path / "run/log.txt").read_text()
+    assert said in log
+    assert ("Alignment never stops in this run: its early-stop point 700 is not before the last step 6; "
+            "--early-stop-fraction 0.6 would stop it at step 4." in log) == (more == ())
+    run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, *more,
+                                      "--max-train-steps", 7))
+    again = (tmp_path / "run/log.txt").read_text().removeprefix(log)
+    assert "until step 0" not in again and ("alignment has ended at step" in again) == ("until step 3" in said)
+
+
+def test_one_way_to_say_the_early_stop(monkeypatch, tiny_data, tmp_path):
+    with pytest.raises(UserError, match="--early-stop-fraction: not allowed with argument --early-stop-point"):
+        run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--early-stop-point", 3, "--early-stop-fraction", 0.5))
+
+
+@pytest.mark.parametrize("flag", ["--trigger-samples", "--batch-size", "--epochs", "--max-train-steps", "--resolution",
+                                  "--eval-samples", "--enc-size", "--num-workers"])
+def test_absurd_numbers_are_refused_at_once(monkeypatch, tiny_data, tmp_path, flag):
+    with pytest.raises(UserError, match=f"^{flag} is 100000000000; it must be from "):
+        run(monkeypatch, *train_arguments(tiny_data, tmp_path, flag, 10 ** 11))
 
 
 @pytest.mark.parametrize("coefficients, feature, attention", [((0.5, 0.0), True, False), ((0.0, 0.5), False, True)])
@@ -290,7 +380,7 @@ def test_defaults_follow_the_model_and_resolution():
         parser = argparse.ArgumentParser()
         add_training_flags(parser)
         args = parser.parse_args(["--exp-name", "x", "--resolution", str(resolution)])
-        args.encoder_depth = args.early_stop_point = None
+        args.data_dir = "none"
         finalize_args(args, SIT_CONFIGS[model])
         assert (args.encoder_depth, args.early_stop_point) == (depth, early_stop)
         assert args.attn_layers == [list(pair) for pair in SIT_CONFIGS[model]["attn_pairs"]]

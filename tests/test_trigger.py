@@ -178,7 +178,7 @@ def test_agreement_goes_on_to_the_early_stop_point(monkeypatch, tiny_data, teach
     assert cosines(rows[2]) == cosines(rows[4]) == pytest.approx([1] * 4)
     assert [row["feature"] != "" for row in rows] == [True] * 7 + [False] * 3
     assert checkpoint(tmp_path, 10)["trigger_fired"] is None
-    assert "alignment until step 7 or until the gradients point apart" in log(tmp_path)
+    assert "until step 7, or until the gradients point apart (by --early-stop-point)" in log(tmp_path)
 
 
 def states(accelerator, model):

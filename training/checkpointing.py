@@ -45,6 +45,40 @@ def prune_checkpoints(folder, step, keep, every=0):
             (Path(folder) / f"{number:07d}.pt").unlink(missing_ok=True)
 
 
+def is_dense(value):
+    return torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
+
+
+def is_optimizer(value):
+    groups, state = value["param_groups"], value.get("state")
+    return (isinstance(groups, list) and isinstance(state, dict)
+            and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+            and all(isinstance(i, int) and isinstance(entry, dict) and all(map(is_dense, entry.values()))
+                    for i, entry in state.items()))
+
+
+def is_metrics(value):
+    rows = value.get("rows")
+    return (is_dense(rows) and rows.dim() == 2 and rows.is_floating_point() and isinstance(value.get("names"), list)
+            and isinstance(value.get("in_a_row", 0), int))
+
+
+# What only going on reads, beside CONTENTS of models/checkpoint.py. None counts as missing.
+RESUMED = {"model": lambda value: all(map(is_dense, value.values())), "opt": is_optimizer, "metrics": is_metrics,
+           "seconds": lambda value: type(value) in (int, float) and 0 <= value < float("inf"),
+           "history": lambda value: isinstance(value, str), "scaler": lambda value: isinstance(value, dict),
+           "trigger_fired": lambda value: type(value) is int}
+RESUMED["ema"] = RESUMED["model"]
+
+
+def check_resumed(path, state):
+    """Raise UserError for an entry of the checkpoint `state` that going on cannot use."""
+    for name, is_right in RESUMED.items():
+        if state.get(name) is not None and not is_right(state[name]):
+            raise UserError(f"{path} has a '{name}' that no train.py wrote; give a whole checkpoint, or delete this "
+                            "one to go on from the one before.")
+
+
 def read_newest(folder, step, needed):
     """(path, state) of the checkpoint of `step` in `folder`; 0: the newest that can be read. None if there is none.
 
@@ -106,6 +140,8 @@ def check_same_run(path, saved, args):
     Values that a checkpoint does not know, such as the data of a published one, are not compared.
     """
     def plain(value):
+        if torch.is_tensor(value):  # in no checkpoint of ours
+            return "a tensor"
         return [list(v) if isinstance(v, tuple) else v for v in value] if isinstance(value, (list, tuple)) else value
 
     if "vae" in saved and "vae" in args and (PIXELS == saved["vae"]) != (PIXELS == args["vae"]):

@@ -1,5 +1,7 @@
 """The flags of train.py and train_t2i.py in groups, each with its range beside it, and what follows from the model."""
 import argparse
+import sys
+from pathlib import PurePath
 
 from evaluations import FEATURES, METRICS, PRESETS
 from loss import ALIGNMENT_LOSSES, uses
@@ -13,6 +15,25 @@ EARLY_STOP_512 = 300_000  # the paper's switch at 512 px, whatever the model
 MOST_WORKERS = 12
 PRECISIONS = ["no", "fp16", "bf16"]
 BELOW_1 = 1 - 2 ** -53
+# More than these is a typing error, which would cost memory or hours before it shows.
+step, steps, images, pixels = whole(0, 10 ** 10), whole(1, 10 ** 10), whole(1, 10 ** 7), whole(1, 2 ** 14)
+
+
+def run_name(text):
+    """A `type` for add_argument: the path of a folder inside --output-dir."""
+    path = PurePath(text)
+    if not path.parts or path.is_absolute() or ".." in path.parts or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a folder inside --output-dir; give a plain name.")
+    return text
+
+
+def enc_type(text):
+    """A `type` of --enc-type: "list" prints the table and ends."""
+    if text == "list":
+        from encoders.teachers import teacher_list  # imports timm, which --help does not need
+        print(teacher_list())
+        sys.exit()
+    return text
 
 
 def add_training_flags(parser):
@@ -20,17 +41,18 @@ def add_training_flags(parser):
     on_off = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("run").add_argument
-    add("--exp-name", required=True, help="name of this run, a folder in --output-dir")
+    add("--exp-name", type=run_name, required=True, help="name of this run, a folder in --output-dir")
     add("--output-dir", default="exps", help="folder of all runs (default exps)")
-    add("--max-train-steps", type=whole(1), default=400_000, help="optimizer steps (default 400000)")
-    add("--epochs", type=whole(1), default=1400, help="upper limit on passes over the data (default 1400)")
+    add("--max-train-steps", type=steps, default=400_000, help="optimizer steps (default 400000)")
+    add("--epochs", type=steps, default=1400, help="upper limit on passes over the data (default 1400)")
     add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of weights, data order and noise (default 0)")
 
     add = parser.add_argument_group("data").add_argument
-    add("--resolution", type=whole(1), default=256, help="image side in pixels (default 256)")
-    add("--batch-size", type=whole(1), default=256, help="images a step over all processes (default 256)")
-    add("--num-workers", type=whole(0), help="loader processes per process; threads where nothing is decoded (default: "
-        f"the process's share of the cores, at most {MOST_WORKERS})")
+    add("--resolution", type=pixels, help="image side in pixels (default: that of the images; without "
+        "images by latents and VAE, else 256)")
+    add("--batch-size", type=images, default=256, help="images a step over all processes (default 256)")
+    add("--num-workers", type=whole(0, 1024), help="loader processes per process; threads where nothing is decoded "
+        f"(default: the process's share of the cores, at most {MOST_WORKERS})")
     add("--vae", default="stabilityai/sd-vae-ft-mse", help="VAE of previews and scores: hub name or diffusers folder; "
         "none: train on pixels, without a VAE (train.py)")
     add("--cfg-prob", type=number(0, 1), default=0.1, help="share of conditions dropped for guidance (default 0.1)")
@@ -45,12 +67,13 @@ def add_training_flags(parser):
     for name, row in ALIGNMENT_LOSSES.items():
         add(f"--{row.flag.replace('_', '-')}", type=number(0), default=row.default,
             help=f"weight of the {name} loss (default {row.default:g})")
-    add("--enc-type", default="dinov2-vit-b", help="teacher, dinov2-vit-{s,b,l,g} or dinov2reg-vit-{s,b,l,g}, or none "
+    add("--enc-type", type=enc_type, default="dinov2-vit-b", help="teacher, `--enc-type list` shows all, or none "
         "(default dinov2-vit-b)")
-    add("--enc-weights", help="the teacher's weights: timm's or torch.hub's file (default: from the hub)")
+    add("--enc-weights", help="the teacher's weights: a file of timm, torch.hub, transformers or the authors "
+        "(default: from the hub)")
     add("--enc-blocks", type=whole(1), help="use the teacher's first N blocks only; features are the last one's, after "
         "the final norm (default all)")
-    add("--enc-size", type=whole(1), help="pixels a side that the teacher sees; its outputs are resampled to the "
+    add("--enc-size", type=pixels, help="pixels a side that the teacher sees; its outputs are resampled to the "
         "student's tokens (default: its patch x the student's tokens a side)")
     add("--teacher-cache", help="folder that keeps the teacher's outputs for all images, computed once (default: none)")
     add("--encoder-depth", type=whole(1), help="1-based block whose output is projected (default: the paper's for the "
@@ -58,15 +81,18 @@ def add_training_flags(parser):
     add("--attn-layers", help='pairs student:teacher of 0-based blocks, such as "2:7,3:9,4:11" (default: the paper\'s)')
     add("--attn-heads", type=whole(1), default=12, help="heads aligned, at most what both sides have (default 12)")
 
-    add = parser.add_argument_group("early stop").add_argument
-    add("--early-stop-point", type=whole(0), help="first step without alignment (default: the paper's for the model)")
+    group = parser.add_argument_group("early stop")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    either("--early-stop-point", type=step, help="first step without alignment (default: the paper's for "
+           "the model)")
+    either("--early-stop-fraction", type=number(1e-9, 1), metavar="F", help="the same as a part of --max-train-steps")
     add("--align-decay", choices=["none", "linear", "cosine"], default="none", help="factor on the alignment losses at "
         "step s of early-stop point E: linear 1 - s/E, cosine (1 + cos(pi s/E))/2 (default none: 1)")
     add("--early-stop-trigger", choices=["step", "gradient"], default="step", help="gradient: alignment also ends once "
         "its gradient points away from denoising's, see training/early_stop.py (default step)")
-    add("--trigger-start", type=whole(0), default=50_000, help="step of the first comparison (default 50000)")
-    add("--trigger-every", type=whole(1), default=10_000, help="steps between comparisons (default 10000)")
-    add("--trigger-samples", type=whole(1), default=2048, help="training images of a comparison (default 2048)")
+    add("--trigger-start", type=step, default=50_000, help="step of the first comparison (default 50000)")
+    add("--trigger-every", type=steps, default=10_000, help="steps between comparisons (default 10000)")
+    add("--trigger-samples", type=images, default=2048, help="training images of a comparison (default 2048)")
     add("--trigger-timesteps", type=number(0, 1), nargs="+", default=[0.02, 0.1, 0.5, 0.8], metavar="T",
         help="default 0.02 0.1 0.5 0.8")
     add("--trigger-block", type=whole(1), help="1-based block whose weights' gradients are compared (default: the "
@@ -77,22 +103,24 @@ def add_training_flags(parser):
     add = parser.add_argument_group("optimizer").add_argument
     add("--learning-rate", type=number(0), default=1e-4, help="AdamW's, after warm-up (default 1e-4)")
     add("--lr-schedule", choices=SCHEDULES, default="constant", help="cosine and linear end at 0 (default constant)")
-    add("--lr-warmup-steps", type=whole(0), default=0, help="steps of linear warm-up (default 0)")
+    add("--lr-warmup-steps", type=step, default=0, help="steps of linear warm-up (default 0)")
     add("--adam-beta1", type=number(0, BELOW_1), default=0.9, help="default 0.9")
     add("--adam-beta2", type=number(0, BELOW_1), default=0.999, help="default 0.999")
     add("--adam-weight-decay", type=number(0), default=0.0, help="default 0")
-    add("--adam-epsilon", type=number(0), default=1e-8, help="default 1e-8")
+    add("--adam-epsilon", type=number(1e-20), default=1e-8, help="default 1e-8")
     add("--max-grad-norm", type=number(0), default=1.0, help="gradients are clipped to this norm (default 1)")
-    add("--max-skipped-steps", type=whole(0), help="stop after more steps in a row than this whose loss or gradient is "
+    add("--max-skipped-steps", type=step, help="stop after more steps in a row than this whose loss or gradient is "
         "not finite; such a step changes no weight (default 0; for gradients under fp16's scaler 20)")
     add("--ema-decay", type=number(0, 1), default=0.9999, help="of the weights' average, per step (default 0.9999)")
+    add("--ema-warmup", action="store_true", help="for short runs: the decay after n steps is (1 + n) / (10 + n) at "
+        "most (default off)")
 
     add = parser.add_argument_group("precision and speed").add_argument
     add("--mixed-precision", choices=PRECISIONS, help="default: fp16 or bf16 if accelerate's launcher says so, else "
         "fp16 on a GPU and float32 on a CPU. The flag wins over the launcher")
     add("--enc-precision", choices=PRECISIONS, help="of the teacher alone (default: that of --mixed-precision)")
     add("--allow-tf32", action="store_true", help="TF32 matrix products on Ampere and newer")
-    add("--gradient-accumulation-steps", type=whole(1), help="micro-batches a step (default: what accelerate's "
+    add("--gradient-accumulation-steps", type=images, help="micro-batches a step (default: what accelerate's "
         "launcher says, else 1)")
     add("--grad-checkpointing", action="store_true", help="keep no activations inside blocks: less memory, more time")
     add("--fused-attn", action=on_off, default=True, help="fused attention (default on)")
@@ -100,27 +128,28 @@ def add_training_flags(parser):
         "start")
 
     add = parser.add_argument_group("checkpoints").add_argument
-    add("--checkpointing-steps", type=whole(1), default=50_000, help="steps between checkpoints (default 50000)")
+    add("--checkpointing-steps", type=steps, default=50_000, help="steps between checkpoints (default 50000)")
     add("--checkpoint-minutes", type=number(0), default=0, help="also save when this many minutes have passed since "
         "the last checkpoint, 0 = never (default 0)")
-    add("--keep-checkpoints", type=whole(0), default=0, help="keep the newest N only, 0 = all (default 0)")
-    add("--keep-every", type=whole(0), default=0, help="with --keep-checkpoints: keep multiples of N steps too "
+    add("--keep-checkpoints", type=step, default=0, help="keep the newest N only, 0 = all (default 0)")
+    add("--keep-every", type=step, default=0, help="with --keep-checkpoints: keep multiples of N steps too "
         "(default 0)")
-    add("--resume-step", type=whole(0), default=0, help="continue from this checkpoint (default 0: the newest)")
+    add("--resume-step", type=step, default=0, help="continue from this checkpoint (default 0: the newest)")
 
     add = parser.add_argument_group("logging").add_argument
-    add("--log-every", type=whole(1), default=50, help="steps between rows of metrics.csv, each a sync with the device "
+    add("--log-every", type=steps, default=50, help="steps between rows of metrics.csv, each a sync with the device "
         "(default 50)")
-    add("--sampling-steps", type=whole(0), default=10_000, help="steps between preview grids, 0 = none (default 10000)")
+    add("--sampling-steps", type=step, default=10_000, help="steps between preview grids, 0 = none (default 10000)")
     add("--report-to", choices=["wandb", "tensorboard", "none"], default="wandb", help="tracker beside log.txt and "
         "metrics.csv (default wandb)")
     add("--logging-dir", default="logs", help="tracker files, inside --output-dir (default logs)")
 
     add = parser.add_argument_group("scores").add_argument
-    add("--eval-steps", type=whole(0), default=0, help="steps between scores of the EMA's samples, 0 = none (default "
+    add("--eval-steps", type=step, default=0, help="steps between scores of the EMA's samples, 0 = none (default "
         "0)")
-    add("--eval-samples", type=whole(1), default=5000, help="images made for a score (default 5000)")
-    add("--eval-num-steps", type=whole(1), default=50, help="Euler steps that make them, without guidance (default 50)")
+    add("--eval-samples", type=images, default=5000, help="images made for a score (default 5000)")
+    add("--eval-num-steps", type=whole(1, 10 ** 5), default=50, help="Euler steps that make them, without guidance "
+        "(default 50)")
     add("--eval-metrics", nargs="+", choices=METRICS, default=["fid", "kid"], help="default fid kid; pr: precision, "
         "recall")
     add("--eval-ref", help="what they are compared with: npz, statistics file or folder of images")
@@ -157,16 +186,19 @@ def finalize_args(args, config):
     """Fill in what depends on the model, a row `config` of its table, and refuse what contradicts."""
     if args.encoder_depth is None:
         args.encoder_depth = config["encoder_depth"]
-    if args.early_stop_point is None:
+    from training.data_size import find_resolution  # imports torch, which --help does not need
+    args.resolution = find_resolution(args.resolution, args.data_dir, "images" if "num_classes" in args else "train")
+    if args.early_stop_fraction is not None:
+        args.early_stop_point = round(args.early_stop_fraction * args.max_train_steps)
+    elif args.early_stop_point is None:
         args.early_stop_point = EARLY_STOP_512 if args.resolution == 512 else config["early_stop_point"]
     args.attn_layers = parse_pairs(args.attn_layers) if args.attn_layers else [list(p) for p in config["attn_pairs"]]
     if args.enc_type == "none" or not loss_weights(args):
         args.enc_type = "none"
         vars(args).update({row.flag: 0.0 for row in ALIGNMENT_LOSSES.values()})
     if args.enc_type != "none":
-        from encoders.teachers import TEACHERS  # imports timm, which --help does not need
-        if args.enc_type not in TEACHERS:
-            raise UserError(f"--enc-type {args.enc_type} is not known; use one of {', '.join(TEACHERS)} or none.")
+        from encoders.teachers import teacher_row  # imports timm, which --help does not need
+        teacher_row(args.enc_type)
     if args.keep_every and not args.keep_checkpoints:
         raise UserError("--keep-every says what --keep-checkpoints spares; give both, or neither to keep all.")
     if args.eval_steps and not args.eval_ref:

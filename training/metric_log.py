@@ -2,6 +2,7 @@
 import csv
 import logging
 import math
+import secrets
 import time
 from pathlib import Path
 
@@ -18,8 +19,11 @@ SCALER_SKIPS = 20  # in a row: each halves fp16's loss scale, which starts at 2 
 logger = logging.getLogger("haste")
 
 
-def start_trackers(accelerator, args):
-    """wandb or tensorboard, if asked for; wandb offline with WANDB_MODE=offline."""
+def start_trackers(accelerator, args, run):
+    """wandb or tensorboard, if asked for; wandb offline with WANDB_MODE=offline.
+
+    wandb goes on with the run whose id is in the folder `run`. Its own step can only grow, so "step" is a value.
+    """
     folder = Path(args.output_dir) / args.logging_dir
     if args.report_to != "none" and accelerator.is_main_process:
         check_writable(folder)
@@ -28,18 +32,33 @@ def start_trackers(accelerator, args):
         with writing(folder / args.exp_name):
             return accelerator.init_trackers(args.exp_name, config=config)
     import wandb  # only when asked for
+    kept, settings = run / "wandb-id.txt", {"name": args.exp_name, "dir": str(folder), "resume": "allow"}
+    if accelerator.is_main_process:
+        if not is_file(kept):
+            with atomic_write(kept, "w") as file:
+                file.write(secrets.token_hex(4))
+        with reading(kept):
+            settings["id"] = kept.read_text(errors="replace").strip()
     try:
-        accelerator.init_trackers("HASTE", config=config,
-                                  init_kwargs={"wandb": {"name": args.exp_name, "dir": str(folder)}})
+        accelerator.init_trackers("HASTE", config=config, init_kwargs={"wandb": settings})
+        if accelerator.is_main_process:
+            accelerator.get_tracker("wandb", unwrap=True).define_metric("*", step_metric="step")
     except (wandb.errors.Error, ValueError) as error:  # a ValueError: of its environment variables
         raise UserError(f"wandb could not start ({error}); run `wandb login`, set WANDB_MODE=offline, or use "
                         "--report-to none.") from error
 
 
-def rows_of(path):
+def track(accelerator, values, step):
+    """Hand {name: number} of `step` to the tracker."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            tracker.log({**values, "step": step})
+        else:
+            tracker.log(values, step=step)
+
+
+def rows_of(text):
     """(column names, rows) of a metrics.csv, without lines that a crash cut short or filled with other bytes."""
-    with reading(path):
-        text = path.read_text(encoding="utf-8", errors="replace")
     reader = csv.DictReader(line for line in text.splitlines() if line.isascii() and line.isprintable())
     rows = [row for row in reader if None not in row and None not in row.values() and row.get("step", "").isdigit()]
     return list(reader.fieldnames or ()), rows
@@ -50,10 +69,14 @@ class Metrics:
 
     `state`, state_dict() of the checkpoint of `start_step`, and `seconds`: metrics not yet written when the checkpoint
     was saved, and the time since the last row. With them a run that was stopped anywhere writes the rows of one that
-    was not. `scores` names more columns, for what `write` is given.
+    was not. `scores` names more columns, for what `write` is given. `history`, of the same checkpoint, is metrics.csv
+    as it was then: the file may since hold rows of a branch that --resume-step began and left. explain(step) may give
+    the cause of a loss that is not finite.
     """
 
-    def __init__(self, path, accelerator, start_step, state=None, scores=(), max_skipped=None, seconds=0.0):
+    def __init__(self, path, accelerator, start_step, state=None, scores=(), max_skipped=None, seconds=0.0,
+                 history=None, explain=lambda step: None):
+        self.known, self.explain = history, explain
         self.path, self.accelerator, self.columns = path, accelerator, [*COLUMNS, *scores]
         self.step, self.unseen = start_step, []
         self.names, self.pending = TERMS, []
@@ -64,12 +87,19 @@ class Metrics:
 
     def begin(self):
         """Write the file without the rows past the checkpoint that the run continues from: they are made again."""
-        names, rows = rows_of(self.path) if is_file(self.path) else ([], [])
+        names, rows = rows_of(self.history() if self.known is None else self.known)
         self.columns += [name for name in names if name not in self.columns]
         with atomic_write(self.path, "w") as file:
             writer = csv.DictWriter(file, self.columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(row for row in rows if int(row["step"]) <= self.step - len(self.pending))
+
+    def history(self):
+        """The text of metrics.csv, on the main process."""
+        if not (self.accelerator.is_main_process and is_file(self.path)):
+            return ""
+        with reading(self.path):
+            return self.path.read_text(encoding="utf-8", errors="replace")
 
     def add(self, terms):
         """The next step's `terms`: one detached scalar tensor per name of TERMS that this phase has."""
@@ -97,10 +127,10 @@ class Metrics:
             scaled = self.accelerator.scaler is not None and culprit == "grad_norm"
             allowed = SCALER_SKIPS * scaled if self.max_skipped is None else self.max_skipped
             if self.in_a_row > allowed:
+                advice = self.explain(self.step) or ("Lower --learning-rate, use --mixed-precision bf16, or allow "
+                                                     "more of them with --max-skipped-steps.")
                 raise UserError(f"{culprit} is not finite at step {self.step} ({terms}), in {self.in_a_row} step(s) in "
-                                "a row; no weight was changed by them and the last checkpoint is intact. Lower "
-                                "--learning-rate, use --mixed-precision bf16, or allow more of them with "
-                                "--max-skipped-steps.")
+                                f"a row; no weight was changed by them and the last checkpoint is intact. {advice}")
             logger.info(f"step {self.step} is skipped: {culprit} is not finite ({terms})")
         self.pending += rows
 
@@ -134,6 +164,6 @@ class Metrics:
                 csv.DictWriter(file, self.columns, lineterminator="\n").writerow(
                     {"step": self.step, **{name: f"{value:.6g}" for name, value in values.items()},
                      "seconds": f"{seconds:.3f}"})
-        self.accelerator.log({**values, "steps_per_second": len(rows) / seconds}, step=self.step)
+        track(self.accelerator, {**values, "steps_per_second": len(rows) / max(seconds, 1e-9)}, self.step)
         self.pending, self.started = [], time.time()
         return values

@@ -1,12 +1,13 @@
 """When to save beside the usual steps: on a signal, which also ends the run, or when some minutes have passed.
 
-SIGTERM and SIGUSR1 mean, from `listen` on,
+SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) mean, from `listen` on,
     before the first step   an end at once with EXIT_CODE: there is nothing to save yet
     while a Preemption is entered   the first one asks the run to save after the step and to exit with EXIT_CODE;
         another one, from SECOND_AFTER seconds later on, ends the process at once, which harms nothing: files have their
         names only when complete
     after it        nothing: the run is over, and its exit status is its own
 """
+import contextlib
 import logging
 import os
 import signal
@@ -17,11 +18,12 @@ import torch
 import torch.distributed as dist
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, give the same command again
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SECOND_AFTER = 1.0  # a cluster and a launcher may both pass one signal on; what comes this soon is the same request
 SAVE, STOP = 1, 2
 BEFORE, STEPS, AFTER = range(3)
 STOPPED_EARLY = "stopped by a signal before the first step; the same command continues"
+HEARD = b"\nA signal: saving after this step. Another one ends the run at once, without saving.\n"
 
 logger = logging.getLogger("haste")
 
@@ -39,6 +41,8 @@ class Listener:
         # Python runs its handlers only between bytecodes, so never while a collective hangs. The wakeup descriptor is
         # written by the C handler at once, and the thread reads it.
         self.phase, self.heard, self.first = BEFORE, None, None
+        # A shell starts background jobs with SIGINT ignored: Ctrl-C is not for them.
+        self.numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         threading.Thread(target=self._listen, daemon=True).start()
@@ -49,14 +53,19 @@ class Listener:
             if number not in SIGNALS or self.phase == AFTER:
                 continue
             if self.phase == BEFORE:
-                # Into log.txt and, by the root's handler, to stderr
-                if logger.isEnabledFor(logging.INFO) and logger.handlers:
-                    logger.info(STOPPED_EARLY)
-                else:
-                    os.write(2, f"{STOPPED_EARLY}\n".encode())
-                os._exit(EXIT_CODE)
+                try:
+                    if not logger.isEnabledFor(logging.INFO):
+                        os.write(2, f"{STOPPED_EARLY}\n".encode())
+                    logger.info(STOPPED_EARLY)  # to stderr, by the root's handler, and into log.txt
+                    for handler in logger.handlers:
+                        handler.flush()
+                finally:
+                    os._exit(EXIT_CODE)
             if self.heard is None:
                 self.heard, self.first = signal.Signals(number), time.monotonic()
+                if logger.isEnabledFor(logging.INFO):  # on one process
+                    with contextlib.suppress(OSError):
+                        os.write(2, HEARD)
             elif time.monotonic() - self.first >= SECOND_AFTER:
                 os._exit(128 + number)
 
@@ -70,7 +79,7 @@ def listen():
     _listener = _listener or Listener()
     _listener.phase, _listener.heard = BEFORE, None
     signal.set_wakeup_fd(_listener.writer, warn_on_full_buffer=False)
-    for number in SIGNALS:
+    for number in _listener.numbers:
         signal.signal(number, lambda *_: None)
 
 

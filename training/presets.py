@@ -73,12 +73,18 @@ def parse_with_preset(parser, script):
     """
     finder = argparse.ArgumentParser(add_help=False)
     for p in (parser, finder):
-        p.add_argument("--preset", metavar="NAME", help="the settings of one of the paper's runs, which typed flags "
-                       "change; `--preset list` shows them with the numbers that the paper reports")
+        p.add_argument("--preset", metavar="NAME", help="settings of one of the paper's runs, which typed flags "
+                       "change; `list` shows them with the numbers that the paper reports: "
+                       + ", ".join(name for name, row in PRESETS.items() if row[0] == script))
     name = finder.parse_known_args()[0].preset
     if name == "list":
-        print(listing())
-        sys.exit()
+        code = 0
+        try:
+            print(listing(), flush=True)
+        except OSError as error:  # a full disk; or `| head`, which is none
+            code = int(not isinstance(error, BrokenPipeError))
+            sys.stdout = None  # else the interpreter flushes it again
+        sys.exit(code)
     if name is not None:
         if name not in PRESETS:
             raise UserError(f"--preset {name} is not known; `--preset list` shows all of them.")

@@ -1,4 +1,5 @@
 """Sample grids along a run."""
+import logging
 
 import numpy as np
 import torch
@@ -9,12 +10,17 @@ from samplers import SAMPLERS, guided
 
 PREVIEW_IMAGES, PREVIEW_STEPS, PREVIEW_CFG = 16, 50, 4.0
 
+logger = logging.getLogger("haste")
+
 
 class Previews:
     """Sample grids of the EMA, with the noise and conditions of 16 fixed entries, beside what those entries are."""
 
     def __init__(self, args, accelerator, folder, dataset, vae, y_null):
-        self.accelerator, self.folder, self.vae = accelerator, folder, vae
+        self.accelerator, self.folder, self.vae, self.cfg_scale = accelerator, folder, vae, PREVIEW_CFG
+        if not args.cfg_prob or getattr(args, "num_classes", None) == 1:
+            self.cfg_scale = 1.0
+            logger.info("previews are without guidance: --cfg-prob 0 trains no empty condition, one class needs none")
         rng = np.random.default_rng(args.seed)
         entries = [int(i) for i in rng.permutation(len(dataset))[:PREVIEW_IMAGES]]
         self.y = torch.stack([torch.as_tensor(dataset.condition(i)) for i in entries]).to(accelerator.device)
@@ -28,12 +34,15 @@ class Previews:
         images = self.vae.decode(latents)
         grid = image_grid(images, texts=self.texts)
         write_png(self.folder / f"{name}.png", grid)
+        pictures = {"truth" if step is None else "samples": grid[None]}
         for tracker in self.accelerator.trackers:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"truth" if step is None else "samples": grid[None]}, step=step, **layout)
+            if tracker.name == "tensorboard":
+                tracker.log_images(pictures, step=step, dataformats="NHWC")
+            else:  # of the newest "step" that was logged
+                tracker.log_images(pictures)
 
     def make(self, ema, step):
-        velocity = guided(ema, self.y, self.y_null, PREVIEW_CFG)
+        velocity = guided(ema, self.y, self.y_null, self.cfg_scale)
         with self.accelerator.autocast():
             latents = SAMPLERS["ode"](velocity, self.noise.to(self.accelerator.device), PREVIEW_STEPS)
         self.save(f"{step:07d}", latents, step)

@@ -1,12 +1,13 @@
-"""The start of a training run: what the launcher says, processes, cores, run folder, log, model and teacher."""
-import collections
+"""The start of a training run: what the launcher says, processes, cores, model and teacher."""
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
-import platform
+import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -14,23 +15,26 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
-    gather_object,
 )
 
-from encoders.teachers import TEACHERS, Teacher, load_vit
+from encoders.teachers import Teacher, load_vit, teacher_row
 from loss import SILoss, uses
 from models.checkpoint import saved_steps
+from models.mmdit import MMDIT_CONFIGS
+from models.sit import SIT_CONFIGS
 from runtime import memory
-from runtime.errors import UserError
-from runtime.files import check_writable, writing
-from runtime.setup import PROCESS_GROUP_TIMEOUT, tune
+from runtime.errors import MOST_CLASSES, UserError
+from runtime.progress import Unfailing
+from runtime.setup import PROCESS_GROUP_TIMEOUT, connect, tune
+from training import run_folder
 from training.config import MOST_WORKERS, aligned_pairs, loss_weights
 from training.preemption import listen
+from training.sentences import describe_alignment
 from training.trainer import Trainer
 
 # Flags that accelerate's launcher or its configuration may set instead: environment variable, our default, what it may
 # be.
-LAUNCHER = {"mixed_precision": ("ACCELERATE_MIXED_PRECISION", "fp16", ("no", "fp16", "bf16")),
+LAUNCHER = {"mixed_precision": ("ACCELERATE_MIXED_PRECISION", None, ("no", "fp16", "bf16")),
             "gradient_accumulation_steps": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1, range(1, 10 ** 6))}
 
 logger = logging.getLogger("haste")
@@ -63,42 +67,35 @@ def take_from_launcher(args, environ):
     return differing
 
 
-def share_of_cores(mine, everyone):
-    """Cores for a process that may run on the cores `mine` = (machine, numbers), as `everyone` = [(machine, numbers)]
-    may.
-
-    Each core is divided among the processes that may run on it: srun gives each process cores of its own, torchrun
-    gives all of a machine the same. At least 1.
-    """
-    users = collections.Counter((machine, core) for machine, cores in everyone for core in cores)
-    machine, cores = mine
-    return max(1, int(sum(1 / users[machine, core] for core in cores) + 1e-6))
-
-
-def cores_of_this_process():
-    """share_of_cores of this process; all processes call it."""
-    numbers = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
-    mine = platform.node(), numbers
-    return share_of_cores(mine, gather_object([mine]))
+def share_of_cores():
+    """Cores for this process: of those that it may run on, its share, as torchrun gives all of a machine the same."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def make_accelerator(args):
-    """Accelerator and run folder. fp16 needs a GPU: on a CPU the run is in float32, and says so.
+    """Accelerator and run folder. fp16 needs a GPU: on a CPU the run is in float32, and says so if fp16 was asked for.
 
     Fills in what args leave to the launcher and to the machine: mixed_precision, gradient_accumulation_steps,
     num_workers.
     """
     listen()
-    run = Path(args.output_dir) / args.exp_name
-    differing = take_from_launcher(args, os.environ)
+    sys.stdout, sys.stderr = map(Unfailing, (sys.stdout, sys.stderr))
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
+    logging.raiseExceptions = False  # a full disk costs log.txt its lines, not the run
+    has_gpu, run = torch.cuda.is_available(), Path(args.output_dir) / args.exp_name
+    warnings = take_from_launcher(args, os.environ)
+    args.mixed_precision = precision = args.mixed_precision or ("fp16" if has_gpu else "no")
+    if precision == "fp16" and not has_gpu:
+        warnings.append("--mixed-precision fp16 needs a GPU: training in float32 on this CPU.")
+        precision = "no"
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise UserError(f"--report-to {args.report_to} needs the package {args.report_to}; install it, or give "
                         "--report-to none.")
-    precision = args.mixed_precision if torch.cuda.is_available() or args.mixed_precision != "fp16" else "no"
     if args.compile:  # a block is compiled by itself; made for whole models, this would cut each at DDP's buckets
         torch._dynamo.config.optimize_ddp = False
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # several processes without a GPU are a group only when told so
+    accelerator = connect(lambda: Accelerator(
+        cpu=not has_gpu,  # several processes without a GPU are a group only when told so
         # Gradients live in DDP's buckets, not beside them; the only buffers are constant. No static_graph: without
         # find_unused_parameters DDP does not walk the graph, so there is nothing to save.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT),
@@ -107,41 +104,57 @@ def make_accelerator(args):
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         mixed_precision=precision, log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir,
-                                            logging_dir=str(Path(args.output_dir) / args.logging_dir)))
+                                            logging_dir=str(Path(args.output_dir) / args.logging_dir))))
     split = accelerator.num_processes * args.gradient_accumulation_steps
-    if args.batch_size < 1 or args.batch_size % split:
+    if args.batch_size % split:
         raise UserError(f"--batch-size {args.batch_size} is global and must divide by processes x accumulation = "
                         f"{split}; change one of them.")
-    if args.enc_precision == "fp16" and not torch.cuda.is_available():
+    if args.enc_precision == "fp16" and not has_gpu:
         raise UserError("--enc-precision fp16 needs a GPU; use bf16 or no.")
     if args.early_stop_trigger == "gradient" and args.trigger_samples % accelerator.num_processes:
         raise UserError(f"--trigger-samples {args.trigger_samples} must divide by the number of processes = "
                         f"{accelerator.num_processes}; change it.")
     if args.num_workers is None:
-        args.num_workers = min(MOST_WORKERS, cores_of_this_process())
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
-    logging.raiseExceptions = False  # a full disk costs log.txt its lines, not the run
+        args.num_workers = min(MOST_WORKERS, share_of_cores())
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if accelerator.is_main_process:
-        with writing(run / "log.txt"):
-            run.mkdir(parents=True, exist_ok=True)
-            logger.handlers = [logging.FileHandler(run / "log.txt")]
-        logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        logger.info("started")  # the last line tells how the newest start has ended
-        for folder in ["checkpoints"] + ["previews"] * bool(args.sampling_steps):  # rather than after the first steps
-            check_writable(run / folder)
-    for sentence in differing:
+        run_folder.collect_log(run)
+    logger.info("started")  # the last line tells how the newest start has ended
+    for sentence in warnings:
         logger.warning(sentence)
-    if precision != args.mixed_precision:
-        logger.warning("--mixed-precision fp16 needs a GPU: training in float32 on this CPU.")
     tune(accelerator.num_processes, args.allow_tf32)
     return accelerator, run
+
+
+@contextlib.contextmanager
+def started(args):
+    """(Accelerator, run folder) for the time of a run."""
+    accelerator, run = make_accelerator(args)
+    with run_folder.opened(run, accelerator.is_main_process):
+        yield accelerator, run
 
 
 def needs_images(args, run):
     """Whether alignment is ahead, by the newest checkpoint's name; in Phase II no images are read."""
     newest = args.resume_step or max(saved_steps(run / "checkpoints"), default=0)
     return args.enc_type != "none" and newest < args.early_stop_point
+
+
+def count_classes(args, dataset):
+    """Fill in --num-classes by the names of the classes or the labels; say how many classes have no image."""
+    if not hasattr(dataset, "labels"):  # a layout of another kind
+        if args.num_classes is None:
+            raise UserError("These data have no labels to count; give --num-classes.")
+        return
+    if args.num_classes is None:
+        args.num_classes = len(dataset.class_names or range(int(dataset.labels.max()) + 1))
+        logger.info(f"--num-classes {args.num_classes}, by the labels of {args.data_dir}")
+    if args.num_classes > MOST_CLASSES:
+        raise UserError(f"The labels of {args.data_dir} go up to {args.num_classes - 1}, past {MOST_CLASSES}; number "
+                        "the classes from 0 on.")
+    if empty := args.num_classes - len(np.unique(dataset.labels)):
+        logger.warning(f"{empty} of the {args.num_classes} classes have no image in {args.data_dir}: they are not "
+                       "trained.")
 
 
 def load_teacher(args, grid):
@@ -159,14 +172,15 @@ def model_arguments(args, config, moments_shape):
                         f"the latents' side at --resolution {args.resolution}, is no multiple; choose another patch.")
     return {"input_size": side, "in_channels": channels // 2, "encoder_depth": args.encoder_depth,
             "attn_layers": [student for student, _ in aligned_pairs(args)],
-            "z_dims": (TEACHERS[args.enc_type].width,) if uses(loss_weights(args), "features") else (),
+            "z_dims": (teacher_row(args.enc_type).width,) if uses(loss_weights(args), "features") else (),
             "qk_norm": args.qk_norm, "fused_attn": args.fused_attn, "grad_checkpointing": args.grad_checkpointing}
 
 
-def align_and_train(args, accelerator, run, model, dataset, y_null):
-    """Train with the losses and the teacher that args ask for."""
+def align_and_train(args, accelerator, run, model, dataset, y_null, open_data):
+    """Train with the losses and the teacher that args ask for. `open_data`(images=True) opens the dataset anew."""
     loss_fn = SILoss(args.path_type, args.weighting, aligned_pairs(args), args.attn_heads, tuple(loss_weights(args)))
     grid = model.input_size // model.patch_size
     teacher = None if args.enc_type == "none" else functools.partial(load_teacher, args, grid)
+    logger.info(describe_alignment(args, {**SIT_CONFIGS, **MMDIT_CONFIGS}[args.model]))
     with memory.explained(args, accelerator, model):
-        Trainer(args, accelerator, run, model, dataset, teacher, loss_fn, y_null).run()
+        Trainer(args, accelerator, run, model, dataset, teacher, loss_fn, y_null, open_data).run()

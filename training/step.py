@@ -5,6 +5,11 @@ from torch.nn.utils import get_total_norm
 from training.fsdp import whole
 
 
+def ema_decay(args, step):
+    """The average's decay in the step after `step` steps; with --ema-warmup it grows with the steps."""
+    return min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
+
+
 @torch.no_grad()
 def update_ema(ema, model, decay):
     """ema <- decay ema + (1 - decay) model, all parameters in one call."""

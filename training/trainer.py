@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from data_io.loader import NOISE_STREAM, StepBatches, load_batches, load_noise
 from encoders.teacher_cache import CachedTeacher
@@ -19,11 +18,12 @@ from evaluations import score_names
 from evaluations.during_training import Evaluation
 from loss import sample_t, weighted_sum
 from models.checkpoint import load_weights
-from runtime.errors import UserError
 from runtime.files import is_file, read_json, remove_temporaries, write_json
+from runtime.progress import progress
 from runtime.setup import PROCESS_GROUP_TIMEOUT, check_compiler, end_processes, give_back_memory, to_device
 from runtime.versions import environment
 from training.checkpointing import (
+    check_resumed,
     check_same_run,
     describe_resume,
     prune_checkpoints,
@@ -36,8 +36,10 @@ from training.fsdp import is_sharded, load_optimizer, shard, whole_module, whole
 from training.metric_log import Metrics, start_trackers
 from training.preemption import EXIT_CODE, STOP, Preemption, ignore_signals
 from training.previews import Previews
+from training.run_folder import DONE, open_log
 from training.schedule import learning_rate
-from training.step import backward_and_step, update_ema
+from training.sentences import describe, first_not_finite
+from training.step import backward_and_step, ema_decay, update_ema
 
 logger = logging.getLogger("haste")
 
@@ -54,10 +56,11 @@ class Trainer:
 
     dataset[i] -> dict(position, moments, y, and image while dataset.images); y_null is the condition of no condition,
     shaped like one y. `load_teacher()` gives a Teacher, or is None; it is called, and its result kept, in Phase I only.
+    open_data(images=True) gives the dataset with images, for a Phase I that was thought to be over.
     """
 
-    def __init__(self, args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null):
-        self.args, self.accelerator, self.run_folder = args, accelerator, run
+    def __init__(self, args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null, open_data=None):
+        self.args, self.accelerator, self.run_folder, self.open_data = args, accelerator, run, open_data
         self.model, self.dataset, self.loss_fn, self.load_teacher = model, dataset, loss_fn, load_teacher
         self.weights, self.y_null = loss_weights(args), y_null.to(accelerator.device)
         self.max_steps = min(args.max_train_steps, math.ceil(args.epochs * len(dataset) / args.batch_size))
@@ -101,19 +104,20 @@ class Trainer:
             self.model.compile()
             self.loss_fn.compile()
         saved = self.resume()
+        open_log(self.run_folder, ["checkpoints"] + ["previews"] * bool(self.args.sampling_steps))
         self.open_scores()
         if self.load_teacher and self.step < self.alignment_end_step:
             self.open_teacher()
-        start_trackers(self.accelerator, self.args)
+        start_trackers(self.accelerator, self.args, self.run_folder)
         columns = score_names(self.args.eval_features, self.args.eval_metrics) if self.evaluation else []
         self.metrics = Metrics(self.run_folder / "metrics.csv", self.accelerator, self.step, saved.get("metrics"),
                                columns + trigger_columns(self.args), self.args.max_skipped_steps,
-                               saved.get("seconds", 0.0))
+                               saved.get("seconds", 0.0), saved.get("history"),
+                               functools.partial(first_not_finite, self))
         self.preemption = Preemption(self.accelerator.num_processes, self.args.checkpoint_minutes,
                                      PROCESS_GROUP_TIMEOUT)
-        self.bar = tqdm(total=self.max_steps, initial=self.step, mininterval=1,
-                        disable=not self.accelerator.is_main_process)
-        self.describe()
+        self.bar = progress(self.max_steps, "training", "step", self.step, self.accelerator.is_main_process)
+        describe(self)
 
     def phases(self):
         """The phases that are left: alignment, then denoising only."""
@@ -150,7 +154,7 @@ class Trainer:
                 loss, terms = self.loss(batch, draws, factor)
                 norm = backward_and_step(args, self.accelerator, loss, self.model, self.optimizer, self.ddp_optimizer)
             shares.append(terms)
-        update_ema(self.ema, self.model, args.ema_decay)
+        update_ema(self.ema, self.model, ema_decay(args, self.step))
         self.step += 1
         means = {name: torch.stack([share[name] for share in shares]).mean() for name in shares[0]}
         self.metrics.add({**means, "grad_norm": norm})
@@ -189,7 +193,7 @@ class Trainer:
     def finish(self):
         """Last line of the log; all processes leave together, as a launcher may end those that are left."""
         logger.info(f"stopped by a signal after step {self.step}; the same command continues" if self.stopping else
-                    f"done: {self.max_steps} steps in {self.run_folder}")
+                    f"{DONE}{self.max_steps} steps in {self.run_folder}")
         for tracker in self.accelerator.trackers:
             tracker.finish()
         end_processes()
@@ -243,7 +247,7 @@ class Trainer:
     def log_row(self, measures=()):
         """One row of metrics.csv, with what the functions `measures` return; its values."""
         values = self.metrics.write(measures, learning_rate=self.optimizer.param_groups[0]["lr"])
-        self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
+        self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         return values
 
     # ---- start and end ----
@@ -258,6 +262,7 @@ class Trainer:
         path, state = found or (None, {})
         if found:
             changed = check_same_run(path, state["args"], settings)
+            check_resumed(path, state)
             load_weights(self.model, state.pop("model"), path)
             load_weights(self.ema, state.pop("ema"), path)
             if self.accelerator.scaler is not None and state.get("scaler"):
@@ -290,8 +295,7 @@ class Trainer:
         """The teacher, or the cache of its outputs."""
         args, accelerator = self.args, self.accelerator
         if not self.dataset.images:  # the checkpoint of Phase II that was to be read was damaged
-            raise UserError(f"{self.run_folder} goes on from step {self.step} with alignment, for which images are "
-                            "read; give the same command again.")
+            self.dataset = self.open_data(images=True)
         self.teacher = self.load_teacher().to(accelerator.device)
         if args.compile:
             self.teacher.compile()
@@ -314,6 +318,8 @@ class Trainer:
             write_json(self.run_folder / "args.json",
                        {**self.settings, "environment": environment(self.accelerator)}, indent=2)
             self.metrics.begin()
+            prune_checkpoints(self.run_folder / "checkpoints", self.step, self.args.keep_checkpoints,
+                              self.args.keep_every)  # a kill may have come between a checkpoint and this
         if self.previews:
             self.previews.save("truth", self.previews.truth)
 
@@ -322,7 +328,7 @@ class Trainer:
         args, accelerator = self.args, self.accelerator
         pending = self.metrics.state_dict()  # first, as it raises when a loss or gradient went wrong
         state = {"args": self.settings, "metrics": pending, "seconds": self.metrics.seconds(),
-                 "trigger_fired": self.trigger_fired}
+                 "trigger_fired": self.trigger_fired, "history": self.metrics.history()}
         for name, part in (("model", self.model), ("ema", self.ema), ("opt", self.optimizer)):
             state[name] = whole_state(part.state_dict(), accelerator.is_main_process)
         if not accelerator.is_main_process:
@@ -331,15 +337,3 @@ class Trainer:
             state["scaler"] = accelerator.scaler.state_dict()
         logger.info(f"saved {save_checkpoint(self.run_folder / 'checkpoints', self.step, state)}")
         prune_checkpoints(self.run_folder / "checkpoints", self.step, args.keep_checkpoints, args.keep_every)
-
-    def describe(self):
-        """Log size, steps, devices and alignment of the run."""
-        args, accelerator, alignment = self.args, self.accelerator, "no alignment"
-        if self.teacher:
-            alignment = f"alignment until step {self.alignment_end_step}"
-            alignment += " or until the gradients point apart" if args.early_stop_trigger == "gradient" else ""
-        elif self.load_teacher:
-            alignment = f"alignment ended at step {self.alignment_end_step}"
-        logger.info(f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {len(self.dataset):,} images, "
-                    f"steps {self.step} to {self.max_steps}, {accelerator.num_processes} process(es) on "
-                    f"{accelerator.device}, precision {accelerator.mixed_precision}, {alignment}")

@@ -1,0 +1,43 @@
+"""State dicts of teachers as users have them, under the names that timm's own filters take."""
+import torch
+
+
+def moco_names(state):
+    """MoCo v3's file under timm's names: its prefix, and in the file of L two blocks' misnamed layers."""
+    state = {name.removeprefix("module.base_encoder."): value for name, value in state["state_dict"].items()
+             if name.startswith("module.base_encoder.") and ".head" not in name}
+    wrong = {"blocks.13.norm13": "blocks.13.norm1", "blocks.13.mlp.fc13": "blocks.13.mlp.fc1",
+             "blocks.14.norm14": "blocks.14.norm2", "blocks.14.mlp.fc14": "blocks.14.mlp.fc2"}
+    for old, new in wrong.items():
+        state = {name.replace(old, new): value for name, value in state.items()}
+    return state
+
+
+def transformers_names(state):
+    """transformers' Dinov2Model under torch.hub's names."""
+    renamed = {}
+    for name, value in state.items():
+        name = name.removeprefix("dinov2.")
+        for old, new in (("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
+                         ("embeddings.register_tokens", "register_tokens"), ("embeddings.mask_token", "mask_token"),
+                         ("embeddings.patch_embeddings.projection", "patch_embed.proj"), ("encoder.layer.", "blocks."),
+                         ("attention.output.dense", "attn.proj"), ("layer_scale1.lambda1", "ls1.gamma"),
+                         ("layer_scale2.lambda1", "ls2.gamma"), ("mlp.weights_in", "mlp.w12"),
+                         ("mlp.weights_out", "mlp.w3"), ("layernorm.", "norm.")):
+            name = name.replace(old, new)
+        renamed[name] = value
+    for name in [name for name in renamed if ".attention.attention.query." in name]:
+        parts = [renamed.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+        renamed[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
+    return renamed
+
+
+def fit_names(state):
+    """A state dict as users have it, as timm's own filters take it."""
+    if not isinstance(state, dict):
+        return state
+    if any(name.startswith("module.base_encoder.") for name in state.get("state_dict", ())):
+        return moco_names(state)
+    if any("encoder.layer.0.attention.attention.query.weight" in name for name in state):
+        return transformers_names(state)
+    return state

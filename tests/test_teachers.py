@@ -1,0 +1,129 @@
+"""The table of teachers: each at its real width, taps after rotation, and weights in the files that users have."""
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import transformers
+
+import train
+from encoders.teachers import ALIASES, PLACES, TEACHERS, Teacher, load_vit, teacher_list, teacher_row
+from runtime.errors import UserError
+from tests.conftest import call_main
+
+
+def shallow(monkeypatch, depth=2):
+    """Every ViT that timm makes from here on has `depth` blocks."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **more: create(name, **{**more, "depth": depth}))
+
+
+@pytest.mark.parametrize("name", [
+    *(name for name in TEACHERS if name != "dinov2-vit-n"), "timm:vit_tiny_patch16_224",
+    "timm:vit_small_patch16_rope_224"])
+def test_every_teacher_at_its_width(monkeypatch, name, tmp_path):
+    """Two blocks of it: features of the table's width, and q and k those that its own attention compares."""
+    shallow(monkeypatch)
+    row = teacher_row(name)
+    torch.manual_seed(0)
+    torch.save(timm.create_model(row.timm_name.split(".")[0], num_classes=0, **dict(row.options)).state_dict(),
+               tmp_path / "vit.pth")
+    teacher, seen = Teacher(load_vit(name, tmp_path / "vit.pth"), 4, (0, 1)), []
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **more: seen.append((q, k)) or attend(
+        q, k, v, **more))
+    out = teacher(torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8))
+    assert out.features[0].shape == (1, 16, row.width) and teacher.input_size == 4 * row.patch
+    assert len(seen) == 2
+    for block, (q, k) in enumerate(seen):
+        assert torch.equal(out.attention[block].q, q[:, :, row.prefix_tokens:])
+        assert torch.equal(out.attention[block].k, k[:, :, row.prefix_tokens:])
+        assert out.attention[block].q.shape[2] == 16
+    assert row.final_norm == (not isinstance(teacher.vit.norm, torch.nn.Identity)) or "spatial" in row.timm_name
+
+
+def test_rotation_depends_on_the_position(monkeypatch, tmp_path):
+    """Of equal patches: equal q before it, other q after it, and products of q and k that tell distances only."""
+    shallow(monkeypatch)
+    torch.save(timm.create_model("vit_small_patch16_dinov3", num_classes=0).state_dict(), tmp_path / "vit.pth")
+    teacher = Teacher(load_vit("dinov3-vit-s16", tmp_path / "vit.pth"), 4, (0,))
+    qk = teacher(torch.full((1, 3, 64, 64), 100, dtype=torch.uint8)).attention[0]
+    assert not torch.allclose(qk.q[:, :, 0], qk.q[:, :, 5], atol=1e-4)
+    logits = qk.logits()[0]
+    torch.testing.assert_close(logits[:, 0, 1], logits[:, 5, 6], rtol=1e-4, atol=1e-5)  # a column further
+    torch.testing.assert_close(logits[:, 0, 4], logits[:, 5, 9], rtol=1e-4, atol=1e-5)  # a row further
+    assert not torch.allclose(logits[:, 0, 1], logits[:, 0, 4], atol=1e-6)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_weights_of_transformers(monkeypatch, tmp_path, registers):
+    """Features equal those of transformers' own DINOv2."""
+    shallow(monkeypatch)
+    torch.manual_seed(0)
+    options = {"hidden_size": 384, "num_hidden_layers": 2, "num_attention_heads": 6, "image_size": 518,
+               "patch_size": 14}
+    if registers:
+        theirs = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(
+            **options, num_register_tokens=registers)).eval()
+    else:
+        theirs = transformers.Dinov2Model(transformers.Dinov2Config(**options)).eval()
+    for parameter in theirs.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    vit = load_vit("dinov2reg-vit-s" if registers else "dinov2-vit-s", tmp_path / "model.safetensors")
+    images = torch.randn(1, 3, 518, 518)
+    with torch.no_grad():
+        expected = theirs(images).last_hidden_state
+        torch.testing.assert_close(vit.forward_features(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_moco(monkeypatch, tmp_path):
+    """In MoCo v3's wrapping, with the layers that the file of L misnames; S has 12 heads. From REPA's place, too."""
+    shallow(monkeypatch, depth=15)
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12).eval()
+    wrong = {"blocks.13.norm1": "blocks.13.norm13", "blocks.13.mlp.fc1": "blocks.13.mlp.fc13",
+             "blocks.14.norm2": "blocks.14.norm14", "blocks.14.mlp.fc2": "blocks.14.mlp.fc14"}
+    state = {}
+    for name, value in vit.state_dict().items():
+        for old, new in wrong.items():
+            name = name.replace(old, new)
+        state[f"module.base_encoder.{name}"] = value
+    state |= {f"module.{name}": torch.zeros(1) for name in ("base_encoder.head.0.weight", "momentum_encoder.norm.bias")}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / PLACES["mocov3-vit-s"]).parent.mkdir()
+    torch.save({"state_dict": state, "epoch": 300}, tmp_path / PLACES["mocov3-vit-s"])
+    images = torch.randn(1, 3, 224, 224)
+    found = load_vit("mocov3-vit-s")
+    assert torch.equal(found.forward_features(images), vit.forward_features(images))
+    assert found.blocks[0].attn.num_heads == 12
+    with pytest.raises(UserError, match="no hub has its weights; give --enc-weights .a file: mocov3_vitb.pth"):
+        load_vit("mocov3-vit-b")
+
+
+@pytest.mark.parametrize("name, wrap", [
+    ("mae-vit-l", lambda state: {"model": state}),
+    ("jepa-vit-h", lambda state: {"encoder": {f"module.{name}": value for name, value in state.items()}}),
+    ("dinov1-vit-b", lambda state: state)])
+def test_weights_of_the_authors(monkeypatch, tmp_path, name, wrap):
+    shallow(monkeypatch, depth=1)
+    torch.manual_seed(0)
+    vit = timm.create_model(teacher_row(name).timm_name.split(".")[0], num_classes=0).eval()
+    torch.save(wrap(vit.state_dict()), tmp_path / "weights.pth")
+    images, found = torch.randn(1, 3, 224, 224), load_vit(name, tmp_path / "weights.pth")
+    if not teacher_row(name).final_norm:
+        vit.norm = torch.nn.Identity()
+    assert torch.equal(found.forward_features(images), vit.forward_features(images))
+    with pytest.raises(UserError, match="does not hold the weights of dinov2-vit-b"):
+        load_vit("dinov2-vit-b", tmp_path / "weights.pth")
+
+
+def test_names(monkeypatch, capsys):
+    assert all(teacher_row(alias) is TEACHERS[name] for alias, name in ALIASES.items())
+    assert all(name in teacher_list() for name in TEACHERS)
+    with pytest.raises(SystemExit):
+        call_main(monkeypatch, train, "--enc-type", "list")
+    assert "mocov3-vit-l          1024" in capsys.readouterr().out
+    for name, words in (("dinov4", "is not known; use none, timm:NAME"), ("timm:nothing", "timm has no model nothing"),
+                        ("timm:resnet18", "resnet18 is no plain ViT")):
+        with pytest.raises(UserError, match=words):
+            teacher_row(name)
