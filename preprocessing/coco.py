@@ -16,6 +16,7 @@ takes are cut, and counted. Each file appears whole or not at all:
 after any stop the same command makes only what is missing. Nothing depends on the number of processes.
 COCO's captions take 100 GB (77 x 768 numbers for each of 617,000).
 """
+import logging
 import os
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ from encoders.text import TextEncoder
 from encoders.vae import VAE
 from evaluations.images import SUFFIXES, decode
 from preprocessing.convert import in_groups
-from preprocessing.destinations import MADE, NAMED, begin, check_apart, check_space, progress
+from preprocessing.destinations import MADE, NAMED, begin, check_apart, check_space
 from preprocessing.encode import encoded, filled, npy_bytes
 from preprocessing.pixels import center_crop, read_rgb
 from preprocessing.sources import Piece, read
@@ -40,6 +41,7 @@ from runtime.errors import UserError, run_script
 from runtime.files import atomic_write, check_inside, read_json, reading, remove_temporaries, weights_key, write_json
 from runtime.flags import Parser, whole
 from runtime.images import write_png
+from runtime.progress import progress
 from runtime.setup import PROCESS_GROUP_TIMEOUT, end_processes
 
 SPLITS = ("train", "val")
@@ -120,7 +122,7 @@ def write_pictures(folder, todo, have, picture, vae, args):
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
     failures, groups = [], in_groups(todo, args.batch_size)
-    with progress(f"{folder.name} images", len(todo), disable=not PartialState().is_main_process) as bar:
+    with progress(len(todo), f"{folder.name} images", "image", shown=PartialState().is_main_process) as bar:
         results = encoded(vae, groups, load, args.batch_size, args.num_workers, spread="logvar")
         for group, moments in zip(groups, results, strict=True):
             for i, array in zip(group, moments, strict=True):
@@ -135,7 +137,7 @@ def write_pictures(folder, todo, have, picture, vae, args):
 def write_contexts(folder, todo, captions, encoder, args):
     """{i}_{k}.npy of the pairs (i, k) in `todo` -> how many of these captions were cut."""
     cut = 0
-    with progress(f"{folder.name} captions", len(todo), disable=not PartialState().is_main_process) as bar:
+    with progress(len(todo), f"{folder.name} captions", "caption", shown=PartialState().is_main_process) as bar:
         for group in in_groups(todo, args.batch_size):
             texts = [captions[i][k] for i, k in group]
             cut += encoder.count_cut(texts)
@@ -222,6 +224,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("haste").setLevel(logging.INFO)  # the state of a bar, where there is no terminal
     alone = (args.images, args.captions_json, args.split)
     if bool(args.coco) == any(alone) or any(alone) != all(alone):
         raise UserError("Give --coco alone, or --images, --captions-json and --split together.")

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 
 from dataset import digest
 from preprocessing import destinations, pixels
-from preprocessing.destinations import progress
 from preprocessing.sources import open_source, read
 from runtime.errors import UserError, first_line
 from runtime.flags import whole
+from runtime.progress import progress
 
 GROUP = 64  # pictures a worker takes at a time, and in a part of a zip
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -159,14 +159,14 @@ def run(args):
 
     failures = {}
     work = functools.partial(convert_group, source, destination, transform, args.on_error, os.getpid())
-    with progress("convert", len(names), len(names) - missing) as bar:
+    with progress(len(names), "convert", "image", len(names) - missing) as bar:
         for failed in in_processes(work, todo, args.num_workers, bar):
             failures |= failed
 
     pieces = destination.pieces()
     labels = {name: source.labels and source.labels[i] for i, name in enumerate(names) if i not in failures}
     destinations.check_names(destination, pieces, labels)
-    with progress("check", len(pieces)) as bar:
+    with progress(len(pieces), "check", "file") as bar:
         work = functools.partial(check_pictures, args.dest, side)
         in_processes(work, in_groups(sorted(pieces.items()), GROUP), args.num_workers, bar)
     destinations.finish(destination, made, labels, [failures[i] for i in sorted(failures)])

@@ -8,6 +8,7 @@
 
 Each command can be stopped at any moment; the same command goes on, to the same bytes. COMMAND --help says more.
 """
+import logging
 import sys
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def main():
         command = commands.add_parser(name, help=module.__doc__.partition("\n")[0], description=module.__doc__)
         module.add_arguments(command.add_argument)
     args = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("haste").setLevel(logging.INFO)  # the state of a bar, where there is no terminal
     COMMANDS[args.command].run(args)
 
 

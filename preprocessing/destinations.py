@@ -7,13 +7,13 @@ and no count of processes, so that the same work has the same bytes however ofte
 """
 import contextlib
 import json
+import os
 import shutil
 import sys
 import zipfile
 from pathlib import Path
 
 from PIL import features
-from tqdm import tqdm
 
 from data_io.loader import work_ahead
 from data_io.storage import read_member
@@ -21,6 +21,7 @@ from dataset import digest
 from preprocessing.sources import LISTING, find, read
 from runtime.errors import UserError
 from runtime.files import atomic_write, is_file, read_json, reading, remove_temporaries, write_json
+from runtime.progress import progress
 from runtime.versions import version
 
 MADE = "made.json"
@@ -37,11 +38,6 @@ def image_name(index):
 def latent_name(index):
     """Path below vae-sd/ of the moments of this index."""
     return f"{index // 1000:05d}/img-mean-std-{index:08d}.npy"
-
-
-def progress(what, total, done=0, unit=" images", disable=False):
-    """A bar with images/s and the time left."""
-    return tqdm(total=total, initial=done, desc=what, unit=unit, mininterval=1, disable=disable)
 
 
 class Destination:
@@ -96,9 +92,12 @@ class Destination:
             write_json(self.path / MADE, made, indent=1)
             write_json(self.path / LISTING, listing)
             return
-        with atomic_write(self.path) as file, zipfile.ZipFile(file, "w") as archive:
-            for name, piece in tqdm(sorted(self.pieces().items()), "zip", mininterval=1):
-                add(archive, name, read(piece, name))
+        pieces = self.pieces()
+        with (atomic_write(self.path) as file, zipfile.ZipFile(file, "w") as archive,
+              progress(len(pieces), "zip", "file") as bar):
+            for name in sorted(pieces):
+                add(archive, name, read(pieces[name], name))
+                bar.update()
             add(archive, MADE, json.dumps(made, indent=1).encode())
             add(archive, LISTING, json.dumps(listing).encode())
         shutil.rmtree(self.work, ignore_errors=True)
@@ -188,7 +187,7 @@ def write_classes(dest, names):
 
     One that is there already stays, as somebody may have written it by hand.
     """
-    path = Path(dest).resolve().with_name(CLASSES)
+    path = Path(os.path.abspath(dest)).with_name(CLASSES)  # not where a link leads
     if names is None:
         return
     if is_file(path):

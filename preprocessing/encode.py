@@ -24,11 +24,11 @@ from encoders.vae import VAE
 from evaluations.images import check_batch
 from preprocessing import destinations, pixels
 from preprocessing.convert import first_side, in_groups
-from preprocessing.destinations import progress
 from preprocessing.sources import open_source, read
 from runtime.errors import UserError
 from runtime.files import parse_array, weights_key
 from runtime.flags import whole
+from runtime.progress import progress
 from runtime.setup import PROCESS_GROUP_TIMEOUT, end_processes, tune
 
 BATCH_SIZE = 64
@@ -160,7 +160,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     failures = {}
     if vae:
         load = functools.partial(load_picture, source, side, on_error, hflip)
-        with progress("encode", len(names), len(have), disable=not state.is_main_process) as bar:
+        with progress(len(names), "encode", "image", len(have), state.is_main_process) as bar:
             def advance(done):
                 bar.update(min(done * state.num_processes, bar.total - bar.n))
 
@@ -172,7 +172,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     labels = {name: source.labels and source.labels[i] for i, name in enumerate(names) if i not in failures}
     destinations.check_names(destination, pieces, labels)
     share, shapes = sorted(pieces.items())[state.process_index::state.num_processes], set()
-    with progress("check", len(share), disable=not state.is_main_process) as bar:
+    with progress(len(share), "check", "file", shown=state.is_main_process) as bar:
         for found in ahead(functools.partial(check_latent, dest), in_groups(share, BATCH_SIZE), threads):
             shapes.update(found)
             bar.update(len(found))

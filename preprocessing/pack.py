@@ -23,10 +23,11 @@ import numpy as np
 
 from data_io.storage import form_of
 from dataset import LatentImages, PixelImages, digest
-from preprocessing.destinations import MADE, check_apart, check_settings, check_space, progress, write_classes
+from preprocessing.destinations import MADE, check_apart, check_settings, check_space, write_classes
 from runtime.errors import UserError
 from runtime.files import atomic_write, read_json, remove_temporaries, write_json, writing
 from runtime.flags import whole
+from runtime.progress import progress
 
 ROWS = 10_000      # of a file, at least: 2 GB of pixels at 256 px
 FILES = 128        # of a kind, at most: each stays open while a run reads
@@ -87,7 +88,7 @@ def pack_kind(folder, read, entries, source, rows=None, threads=1, stamps=None):
     left = sum(map(len, missing.values()))
     check_space(folder, first.nbytes * left)
     stop = threading.Event()
-    bar = progress(folder.name, len(entries), len(entries) - left, " entries")
+    bar = progress(len(entries), folder.name, "entry", len(entries) - left)
     with bar, ThreadPoolExecutor(threads) as pool:
         try:
             for future in as_completed([pool.submit(write_shard, path, places, read, first, bar.update, stop)

@@ -68,7 +68,7 @@ def find(path, suffixes=SUFFIXES):
             found = in_zip(path) if path.suffix == ".zip" else in_tar(path)
         else:
             raise UserError(f"{path} is no folder, .zip or .tar; give one that is there as --source.")
-        found = tqdm(found, f"list {path.name}", unit=" files", delay=3, leave=False)  # shown if it takes longer
+        found = tqdm(found, f"list {path.name}", unit=" files", delay=3, leave=False, disable=None)  # if it takes long
         return {name: piece for name, piece in found if name.lower().endswith(suffixes) or name == LISTING}
     except (*ZIP_ERRORS, tarfile.TarError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)

@@ -15,6 +15,13 @@ from tests.test_faults import wait_for
 source, made = tools.source, tools.made  # fixtures
 
 
+def making(kind, source, made, dest):
+    """The command that makes what `made` holds as `kind`, images or latents, a folder or a zip, at `dest`."""
+    if kind.startswith("images"):
+        return tools.converting(source, dest, "--num-workers=2")
+    return tools.encoding(made / kind.replace("vae-sd", "images"), dest)
+
+
 def slow_groups(size=4, seconds=0.005):
     """Many groups, slowly written, so that there is time to kill at any place."""
     convert.GROUP = size
@@ -76,7 +83,7 @@ def test_kill_9_and_the_same_command(source, made, tmp_path, kind):
     """Five kills each at random moments, with and without the workers, one of a zip while it is put together: the bytes
     are those of no kill."""
     dest, moment, seen = tmp_path / kind, random.Random(kind), [0]
-    command = tools.making(kind, source, made, dest)
+    command = making(kind, source, made, dest)
     processes = 2 if kind == "vae-sd.zip" else 1
     while len(seen) < 6:
         putting_together = len(seen) == 5 and dest.suffix == ".zip"

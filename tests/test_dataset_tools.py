@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import LatentImages
+from dataset import LatentImages, digest
 from encoders.vae import VAE
-from preprocessing import convert, dataset_tools, encode
+from preprocessing import convert, dataset_tools, destinations, encode
 from preprocessing.destinations import image_name, latent_name
+from preprocessing.sources import open_source
 from runtime.errors import UserError
+from runtime.files import read_json
 from tests.conftest import ROOT, call_main
 from tests.test_sources import adm_crop, odd_pictures, write_folder, write_tar, write_zip
 from tests.test_storage import packed_into
@@ -55,13 +57,6 @@ def converting(source, dest, *more):
 
 def encoding(source, dest, *more):
     return ["encode", f"--source={source}", f"--dest={dest}", f"--model-url={VAE_FOLDER}", "--batch-size=4", *more]
-
-
-def making(kind, source, made, dest):
-    """The command that makes what `made` holds as `kind`, images or latents, a folder or a zip, at `dest`."""
-    if kind.startswith("images"):
-        return converting(source, dest, "--num-workers=2")
-    return encoding(made / kind.replace("vae-sd", "images"), dest)
 
 
 @pytest.fixture(scope="session")
@@ -281,6 +276,11 @@ def test_what_is_there_is_not_made_again(source, made, tmp_path, monkeypatch, ca
         assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     monkeypatch.setattr(encode, "VAE", None)  # is not needed where nothing is missing
     call_main(monkeypatch, dataset_tools, *encoding(made / "images", tmp_path / "vae-sd"))
+    note, pictures = read_json(tmp_path / "vae-sd/made.json"), open_source(made / "images")
+    note["pictures"] = digest([pictures.names, pictures.labels, destinations.origin(made / "images")])
+    (tmp_path / "vae-sd/made.json").write_text(json.dumps(note))  # as older versions wrote it
+    call_main(monkeypatch, dataset_tools, *encoding(made / "images", tmp_path / "vae-sd"))
+    assert read_json(tmp_path / "vae-sd/made.json") == note
     before = (made / "vae-sd.zip").stat().st_mtime_ns
     call_main(monkeypatch, dataset_tools, *encoding(made / "images.zip", made / "vae-sd.zip"))
     assert "is complete; there is nothing to do" in capsys.readouterr().out

@@ -84,6 +84,9 @@ def test_killed_at_any_moment(source, packed, tmp_path):
 
 def test_images_come_later(source, packed, tmp_path):
     """--latents-only first, the images by the whole command: all in all the same."""
+    put_there = tmp_path / "dest/vae-sd/.made.json.99.tmp"  # by a process killed in its first moment
+    put_there.parent.mkdir(parents=True)
+    put_there.touch()
     dest = packed_into(source, tmp_path / "dest", "--rows", 3, "--latents-only")
     assert not (dest / "images").exists()
     stamps = {path: path.stat().st_mtime_ns for path in dest.rglob("*.npy")}
