@@ -136,8 +136,8 @@ class Zip(Folder):
                 where = np.fromiter(map(operator.attrgetter(*columns), members), row, len(members))
         except ZIP_ERRORS as error:
             raise UserError(f"{path} is no readable zip ({first_line(error)}); write it again.") from error
-        is_known = np.isin(where[:, Zip.METHOD], (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)) & (where[:, -1] & 1 == 0)
-        for k in np.flatnonzero(~is_known)[:1]:
+        known_method = np.isin(where[:, Zip.METHOD], (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+        for k in np.flatnonzero(~known_method | (where[:, -1] & 1 == 1))[:1]:  # a flag says that it is encrypted
             raise UserError(f"{path}/{os.fsdecode(names[k])} is encrypted or packed in another way than stored or "
                             "deflated; write the zip again.")
         for k in np.flatnonzero(where[:, Zip.SIZE] > LARGEST)[:1]:

@@ -42,7 +42,7 @@ def filled(batch, size):
 
 def ahead(load, groups, threads):
     """[load(item), ...] of each group, in order; the next group is loaded while the caller works on this one."""
-    results = work_ahead(load, itertools.chain(*groups), threads, max(map(len, groups), default=1))
+    results = work_ahead(load, itertools.chain.from_iterable(groups), threads, max(map(len, groups), default=1))
     for group in groups:
         yield list(itertools.islice(results, len(group)))
 

@@ -13,6 +13,7 @@ to it, beside PACKED/vae-sd. --images-only leaves the latents out. Every picture
 way. Each file appears whole or not at all: after any stop the same command writes only what is missing, and the bytes
 are the same. Rows of which an entry was replaced since, by its time of change or checksum, are made again.
 """
+import functools
 import math
 import os
 import threading
@@ -114,20 +115,20 @@ def run(args):
     if args.images_only and args.latents_only:
         raise UserError("--images-only and --latents-only together leave nothing to pack; give one of them.")
     hflip = not args.images_only and form_of(args.source, "vae-sd-hflip")[1].exists()
-    layout = PixelImages if args.images_only else LatentImages
-    data = layout(args.source, args.resolution, None, images=not args.latents_only, hflip=hflip)
+    layout = functools.partial(PixelImages if args.images_only else LatentImages, resolution=args.resolution,
+                               num_classes=None, images=not args.latents_only, hflip=hflip)
+    data = layout(args.source)
     source = data.fingerprint()
-    kinds = {"vae-sd": (data.latents, data.moments), "images": (data.pictures, data.image),
-             "vae-sd-hflip": (data.mirrored, lambda i: data.moments(i, mirrored=True))}
-    kinds = {kind: each for kind, each in kinds.items() if each[0] is not None}
-    for kind in kinds:
-        check_apart(args.dest / kind, *(files.path for files, _ in kinds.values()))
-    for kind, (files, read) in kinds.items():
+    kinds = [each for each in (("vae-sd", data.latents, data.moments), ("images", data.pictures, data.image),
+                               ("vae-sd-hflip", data.mirrored, lambda i: data.moments(i, mirrored=True))) if each[1]]
+    for kind, _, _ in kinds:
+        check_apart(args.dest / kind, *(files.path for _, files, _ in kinds))
+    for kind, files, read in kinds:
         names, table = map(os.fsdecode, files.index.names.tolist()), files.stamps()
         entries = list(zip(data.indices.tolist(), names, data.labels.tolist(), table[:, 0].tolist(), strict=True))
         pack_kind(args.dest / kind, read, entries, source, args.rows, args.num_workers, table[:, 1].tolist())
     write_classes(args.dest / "images", data.class_names)
-    packed = layout(args.dest, args.resolution, None, images=not args.latents_only, hflip=hflip)
+    packed = layout(args.dest)
     if packed.fingerprint(files=True) != data.fingerprint(files=True):
         raise UserError(f"{args.source} has changed while it was packed; delete {args.dest} and pack it again.")
     print(f"{args.dest}: {len(packed)} entries")
