@@ -350,7 +350,7 @@ def test_other_latents_under_the_same_names_are_other_data(monkeypatch, data, tm
     arguments = train_arguments(data, tmp_path, "--enc-type", "none", "--max-train-steps")
     run(monkeypatch, *arguments, 1)
     for path in (data / "vae-sd").rglob("*.npy"):
-        np.save(path, -3 * np.load(path))
+        np.save(path, 3 * np.load(path))
     with pytest.raises(UserError, match="belongs to another run: data was"):
         run(monkeypatch, *arguments, 2)
 

@@ -1,12 +1,12 @@
 """The flags of train.py and train_t2i.py in groups, each with its range beside it, and what follows from the model."""
 import argparse
-import sys
 from pathlib import PurePath
 
 from evaluations import FEATURES, METRICS, PRESETS
 from loss import ALIGNMENT_LOSSES, uses
 from runtime.errors import LARGEST_SEED, UserError
 from runtime.flags import number, whole
+from training.presets import print_and_exit
 from training.schedule import SCHEDULES
 
 EARLY_STOP_512 = 300_000  # the paper's switch at 512 px, whatever the model
@@ -31,8 +31,7 @@ def enc_type(text):
     """A `type` of --enc-type: "list" prints the table and ends."""
     if text == "list":
         from encoders.teachers import teacher_list  # imports timm, which --help does not need
-        print(teacher_list())
-        sys.exit()
+        print_and_exit(teacher_list())
     return text
 
 

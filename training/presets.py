@@ -66,6 +66,17 @@ def listing():
     return "\n".join(lines)
 
 
+def print_and_exit(text):
+    """Print `text` and end; with status 1 where it cannot be written, but for `| head`."""
+    code = 0
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        code = int(not isinstance(error, BrokenPipeError))
+        sys.stdout = None  # else the interpreter flushes it again
+    sys.exit(code)
+
+
 def parse_with_preset(parser, script):
     """`script`'s arguments, with those of --preset in the place of the defaults; `--preset list` prints and exits.
 
@@ -78,13 +89,7 @@ def parse_with_preset(parser, script):
                        + ", ".join(name for name, row in PRESETS.items() if row[0] == script))
     name = finder.parse_known_args()[0].preset
     if name == "list":
-        code = 0
-        try:
-            print(listing(), flush=True)
-        except OSError as error:  # a full disk; or `| head`, which is none
-            code = int(not isinstance(error, BrokenPipeError))
-            sys.stdout = None  # else the interpreter flushes it again
-        sys.exit(code)
+        print_and_exit(listing())
     if name is not None:
         if name not in PRESETS:
             raise UserError(f"--preset {name} is not known; `--preset list` shows all of them.")
