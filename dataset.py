@@ -217,7 +217,7 @@ class LatentImages(LatentDataset):
         """Names and sizes of the images, if there are any."""
         if self.pictures is None:
             return [], []
-        return [os.fsdecode(name) for name in self.pictures.index.names.tolist()], self.pictures.sizes().tolist()
+        return [os.fsdecode(name) for name in self.pictures.index.names.tolist()], self.pictures.stamps()[:, 0].tolist()
 
 
 def same_labels(data_dir, latents, images):

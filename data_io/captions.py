@@ -1,4 +1,5 @@
 """Files of the COCO layout: which there are, and the captions in words."""
+import json
 import os
 import re
 
@@ -6,6 +7,7 @@ from runtime.errors import UserError
 from runtime.files import is_file, read_json, reading
 
 NUMBERED = re.compile(r"(0|[1-9]\d*)(?:_(0|[1-9]\d*))?\.(png|npy)")
+HALF = re.compile("[\ud800-\udfff]")  # of a pair, which no encoding takes
 
 
 def scan_numbered(folder):
@@ -17,6 +19,8 @@ def scan_numbered(folder):
         with os.scandir(folder) as entries:
             for entry in entries:
                 match = NUMBERED.fullmatch(entry.name)
+                if match and not entry.is_file() and os.path.exists(entry.path):
+                    continue  # a pipe or device, which would block a reader; a link to nothing is found out below
                 if match and match[3] == "npy":  # the size of a picture says nothing
                     i, size = int(match[1]), entry.stat().st_size
                     if match[2]:
@@ -28,12 +32,22 @@ def scan_numbered(folder):
     return pictures, moments, captions
 
 
+def clean(text, where):
+    """A caption with one space between words, no mark of byte order. Raises UserError, naming `where`, for no text."""
+    if not isinstance(text, str):
+        raise UserError(f"{where} is {json.dumps(text)[:40]}, not text; correct it.")
+    if HALF.search(text):
+        raise UserError(f"{where}, {text!a:.60}, holds half a character (a lone surrogate); correct it.")
+    return " ".join(text.replace("\ufeff", " ").split())
+
+
 def read_texts(path, counts):
     """{index: [caption, ...]} from captions.json, or None if there is none. `counts`: {index: number of captions}."""
     if not is_file(path):
         return None
     try:
-        texts = {int(i): [" ".join(text.split()) for text in captions] for i, captions in read_json(path).items()}
+        texts = {int(i): [clean(text, f"{path}: caption {k} of image {i}") for k, text in enumerate(captions)]
+                 for i, captions in read_json(path).items()}
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f'{path} is not of the form {{"0": ["caption", ...], ...}}; make it again or remove '
                         "it.") from error

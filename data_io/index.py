@@ -44,6 +44,12 @@ def numbers_of(names):
     return np.array([int(match[1]) for match in matches], np.int64)
 
 
+def first_twice(values):
+    """The first of `values` that was among them before, or None."""
+    seen = set()
+    return next((value for value in values if value in seen or seen.add(value)), None)
+
+
 def encoded(names):
     """Paths, a list of str -> bytes (n,). Raises ValueError for what can be no path."""
     if any("\0" in name for name in names):
@@ -63,15 +69,12 @@ def read_labels(path, data=None):
         names = encoded([check_inside(name, path) for name, _ in entries or ()])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
-    numbers = numbers_of(names)
-    if (different := len(np.unique(numbers))) < len(numbers):
-        raise UserError(f"{path} has {len(numbers)} entries of {different} different indices; each image needs its "
-                        "own.")
     for k, label in enumerate(labels):
         if type(label) is not int or abs(label) >= LAST_LABEL:
-            raise UserError(f"{path}: the label of index {numbers[k]} is {label}; it must be a whole number from 0 on.")
-    order = np.argsort(numbers)
-    return numbers[order], None if entries is None else np.array(labels, np.int64)[order], names[order]
+            raise UserError(f"{path}: the label of index {numbers_of(names[[k]])[0]} is {label}; it must be a whole "
+                            "number from 0 on.")
+    numbers, names, labels = sort_by_number(path, names, np.array(labels, np.int64))
+    return numbers, None if entries is None else labels, names
 
 
 def sort_by_number(path, names, where):
@@ -109,22 +112,24 @@ def check_labels(files, num_classes):
 def walk(folder, suffix, sizes=False):
     """({path of each folder: its stamp}, names of files bytes (n,), where (n, 1) their sizes if asked, else (n, 0)).
 
-    Names are relative and end in `suffix`; hidden files are ignored.
+    Names are relative and end in `suffix`. Hidden files are ignored, and what is no regular file or a link to one.
     """
-    stamps, names, where = {}, [np.empty(0, "S1")], []
-    root, suffix = os.path.join(os.fsencode(folder), b""), suffix.encode()
-
-    def fail(error):
-        raise error
-
+    stamps, names, where, folders = {}, [np.empty(0, "S1")], [], [os.path.join(os.fsencode(folder), b"")]
+    start, suffix = len(folders[0]), suffix.encode()
     with reading(folder):
-        for path, _, files in os.walk(root, onerror=fail, followlinks=True):
+        while folders:
+            path, found = folders.pop(), []
             stamps |= stamps_of(os.fsdecode(path))
-            found = [name for name in files if name.endswith(suffix) and not name.startswith(b".")]
-            if found:
-                names.append(np.array([os.path.join(path, name)[len(root):] for name in found]))
-            if sizes:
-                where += [os.stat(os.path.join(path, name)).st_size for name in found]
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        folders.append(entry.path)
+                    elif entry.name.endswith(suffix) and not entry.name.startswith(b"."):
+                        size = entry.stat().st_size if sizes else 0  # of a link to nothing: names it
+                        if entry.is_file():
+                            found.append(entry.path[start:])
+                            where += [size] * sizes
+            names.append(np.array(found, "S"))
     names = np.concatenate(names)
     return stamps, names, np.array(where, np.int64).reshape(len(names), -1 if where else 0)
 

@@ -13,13 +13,16 @@ NOISE_STREAM = 2  # in checkpoints; those without it had one stream for the whol
 AHEAD = 2  # batches in preparation per worker, as DataLoader has it
 
 
-def work_ahead(work, items, threads):
-    """work(item) of each item, in order, done by `threads` threads while the caller uses the results before."""
+def work_ahead(work, items, threads, ahead=None):
+    """work(item) of each item, in order, done by `threads` threads while the caller uses the results before.
+
+    `ahead`: results that wait for the caller at most (default: AHEAD for each thread).
+    """
     with ThreadPoolExecutor(threads) as pool:
         coming = deque()
         for item in items:
             coming.append(pool.submit(work, item))
-            if len(coming) > AHEAD * threads:
+            if len(coming) > (ahead or AHEAD * threads):
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()

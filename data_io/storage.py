@@ -46,7 +46,17 @@ class Folder:
     """One file per entry."""
 
     def __init__(self, path, index):
-        self.path, self.index = path, index
+        self.path, self.index, self.files = path, index, {}
+
+    def __getstate__(self):
+        return {**self.__dict__, "files": {}}  # a loader process that is not forked opens them by itself
+
+    def opened(self, path):
+        """The file, open as long as the data set."""
+        if path not in self.files:
+            with reading(path):
+                self.files[path] = open(path, "rb", buffering=0)  # noqa: SIM115
+        return self.files[path]
 
     @staticmethod
     def scan(path, suffix, labels):
@@ -67,10 +77,11 @@ class Folder:
         """The bytes of entry i."""
         return read_bytes(self.name(i))
 
-    def sizes(self):
-        """int64 (n,): the files' sizes in bytes, asked for anew."""
+    def stamps(self):
+        """int64 (n, 2): the files' sizes in bytes, and what changes when a file is replaced. Asked for anew."""
         with reading(self.path):
-            return np.array([os.stat(self.name(i)).st_size for i in range(len(self.index.numbers))], np.int64)
+            found = (os.stat(self.name(i)) for i in range(len(self.index.numbers)))
+            return np.array([(status.st_size, status.st_mtime_ns) for status in found], np.int64)
 
 
 def read_member(archive, name):
@@ -82,6 +93,25 @@ def read_member(archive, name):
     return archive.read(name)
 
 
+def read_entry(file, offset, packed, method, crc, size, header=200):
+    """The bytes of an entry of the zip that `file` is: its place, bytes there, method, checksum, bytes once unpacked.
+
+    The local header is 30 bytes, the name and extra fields, whose length only it tells: `header` is a guess at it.
+    Raises ZIP_ERRORS. Nothing is unpacked beyond what was announced.
+    """
+    data = memoryview(os.pread(file.fileno(), header + packed, offset))
+    signature, *lengths = struct.unpack_from("<4s22xHH", data)
+    start = 30 + sum(lengths)
+    data = data[start:start + packed]
+    if len(data) < packed:
+        data = memoryview(os.pread(file.fileno(), packed, offset + start))
+    if method == zipfile.ZIP_DEFLATED:
+        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+    if signature != b"PK\3\4" or len(data) != size or zlib.crc32(data) != crc:
+        raise ValueError("wrong checksum")
+    return data
+
+
 class Zip(Folder):
     """One member of a zip per entry.
 
@@ -90,13 +120,6 @@ class Zip(Folder):
     """
 
     OFFSET, PACKED, METHOD, CRC, SIZE = range(5)  # columns of Index.where
-
-    def __init__(self, path, index):
-        super().__init__(path, index)
-        self.file = None
-
-    def __getstate__(self):
-        return {**self.__dict__, "file": None}  # a loader process that is not forked opens the zip by itself
 
     @staticmethod
     def scan(path, suffix, labels):
@@ -113,8 +136,8 @@ class Zip(Folder):
                 where = np.fromiter(map(operator.attrgetter(*columns), members), row, len(members))
         except ZIP_ERRORS as error:
             raise UserError(f"{path} is no readable zip ({first_line(error)}); write it again.") from error
-        is_known = np.isin(where[:, Zip.METHOD], (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)) & (where[:, -1] & 1 == 0)
-        for k in np.flatnonzero(~is_known)[:1]:
+        known_method = np.isin(where[:, Zip.METHOD], (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+        for k in np.flatnonzero(~known_method | (where[:, -1] & 1 == 1))[:1]:  # a flag says that it is encrypted
             raise UserError(f"{path}/{os.fsdecode(names[k])} is encrypted or packed in another way than stored or "
                             "deflated; write the zip again.")
         for k in np.flatnonzero(where[:, Zip.SIZE] > LARGEST)[:1]:
@@ -126,34 +149,21 @@ class Zip(Folder):
         return known, Index(numbers, names, where, *labels)
 
     def read(self, i):
-        offset, packed, method, crc, size = self.index.where[i].tolist()
-        if self.file is None:
-            self.file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - open as long as the data set
+        file = self.opened(self.path)
         try:
-            # A local header is 30 bytes, the name and extra fields, whose length only it tells: 64 is more than usual.
-            data = memoryview(os.pread(self.file.fileno(), 94 + len(self.index.names[i]) + packed, offset))
-            signature, *lengths = struct.unpack_from("<4s22xHH", data)
-            start = 30 + sum(lengths)
-            data = data[start:start + packed]
-            if len(data) < packed:
-                data = memoryview(os.pread(self.file.fileno(), packed, offset + start))
-            if method == zipfile.ZIP_DEFLATED:
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+            return read_entry(file, *self.index.where[i].tolist(), 94 + len(self.index.names[i]))
         except ZIP_ERRORS as error:
             raise damaged(self.name(i), first_line(error)) from error
-        if signature != b"PK\3\4" or len(data) != size or zlib.crc32(data) != crc:
-            raise damaged(self.name(i), "wrong checksum")
-        return data
 
-    def sizes(self):
-        return self.index.where[:, self.SIZE]
+    def stamps(self):
+        return self.index.where[:, (self.SIZE, self.CRC)]
 
 
-class Packed:
+class Packed(Folder):
     """Rows of .npy files: `dtype` and `shape` are those of a row."""
 
     def __init__(self, path, index):
-        self.path, self.index, self.files = path, index, {}
+        super().__init__(path, index)
         self.shards = sorted(file for file in path.glob("*.npy") if file.name != "index.npy")
         heads = [self.head(file) for file in self.shards]
         shapes, dtypes, self.offsets = zip(*heads, strict=True) if heads else ([(0,)], [np.dtype("V1")], ())
@@ -162,9 +172,6 @@ class Packed:
         if rows != len(index.numbers) or {shape[1:] for shape in shapes} != {self.shape} or set(dtypes) != {self.dtype}:
             raise UserError(f"{path} has {rows} rows in {len(self.shards)} files for {len(index.numbers)} entries, or "
                             "of different shapes; pack the data again.")
-
-    def __getstate__(self):
-        return {**self.__dict__, "files": {}}
 
     @staticmethod
     def head(path):
@@ -204,18 +211,18 @@ class Packed:
         """Entry i, of self.shape and self.dtype: a new array, or read into `row`."""
         row, shard = np.empty(self.shape, self.dtype) if row is None else row, bisect.bisect_right(self.starts, i) - 1
         place = self.offsets[shard] + (i - self.starts[shard]) * row.nbytes
+        file = self.opened(self.shards[shard])
         try:
-            if shard not in self.files:
-                self.files[shard] = open(self.shards[shard], "rb", buffering=0)  # noqa: SIM115 - kept open
-            read = os.preadv(self.files[shard].fileno(), [row.reshape(-1).view(np.uint8)], place)
+            read = os.preadv(file.fileno(), [row.reshape(-1).view(np.uint8)], place)
         except OSError as error:
             raise damaged(self.name(i), first_line(error)) from error
         if read != row.nbytes:
             raise damaged(self.name(i), "cut short while in use")
         return row
 
-    def sizes(self):
-        return self.index.where[:, 0]
+    def stamps(self):
+        changed = [os.stat(path).st_mtime_ns for path in self.shards]
+        return np.stack([self.index.where[:, 0], np.repeat(changed, np.diff(self.starts))], axis=1)
 
 
 def form_of(data_dir, kind):

@@ -11,11 +11,12 @@ same form: {"images": [{"id", "file_name"}, ...], "annotations": [{"image_id", "
     DEST/{train,val}/{i}_{k}.npy      float32 (L, C): the text encoder's last hidden state of caption k, in file order
     DEST/{train,val}/captions.json    {"0": [caption, ...], ...}, written when everything else of the split is there
     DEST/empty_context.npy            (L, C), of the empty caption
-Images that have no caption or no file are left out before counting, and named. Each file appears whole or not at all:
+Images that have no caption or no file are left out before counting, and named. Captions longer than the text encoder
+takes are cut, and counted. Each file appears whole or not at all:
 after any stop the same command makes only what is missing. Nothing depends on the number of processes.
 COCO's captions take 100 GB (77 x 768 numbers for each of 617,000).
 """
-import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -26,18 +27,21 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
+from data_io.captions import clean
 from dataset import digest
 from encoders.text import TextEncoder
 from encoders.vae import VAE
 from evaluations.images import SUFFIXES, decode
-from preprocessing.convert import in_groups, progress
-from preprocessing.destinations import MADE, NAMED, begin, check_space
-from preprocessing.encode import encoded, filled
+from preprocessing.convert import in_groups
+from preprocessing.destinations import MADE, NAMED, begin, check_apart, check_space
+from preprocessing.encode import encoded, filled, npy_bytes
 from preprocessing.pixels import center_crop, read_rgb
 from preprocessing.sources import Piece, read
-from runtime.errors import UserError, check_bounds, run_script
-from runtime.files import atomic_write, check_inside, read_json, remove_temporaries, weights_key, write_json
+from runtime.errors import UserError, run_script
+from runtime.files import atomic_write, check_inside, read_json, reading, remove_temporaries, weights_key, write_json
+from runtime.flags import Parser, whole
 from runtime.images import write_png
+from runtime.progress import progress
 from runtime.setup import PROCESS_GROUP_TIMEOUT, end_processes
 
 SPLITS = ("train", "val")
@@ -45,35 +49,39 @@ SPLITS = ("train", "val")
 
 def read_captions(path):
     """[(file name, [caption, ...])] of a COCO captions file, by image id; captions in file order, no blank ones."""
-    content = read_json(path)
+    content, unknown = read_json(path), []
     try:
         names = {image["id"]: check_inside(image["file_name"], path) for image in content["images"]}
         captions = {image_id: [] for image_id in sorted(names)}
-        annotations = [(entry["image_id"], " ".join(entry["caption"].split())) for entry in content["annotations"]]
+        for k, entry in enumerate(content["annotations"]):
+            image_id = entry["image_id"]
+            text = clean(entry["caption"], f"{path}: the caption of annotation {k} (image id {image_id})")
+            if image_id not in captions:
+                unknown.append(image_id)
+            elif text:
+                captions[image_id].append(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{path} is not of the form {{"images": [{{"id", "file_name"}}, ...], "annotations": '
                         f'[{{"image_id", "caption"}}, ...]}} ({type(error).__name__}: {error}); correct it.') from error
     if len(names) < len(content["images"]):
         raise UserError(f"{path} lists {len(content['images'])} images under {len(names)} different ids; every image "
                         "needs its own.")
-    for image_id, caption in annotations:
-        if caption and image_id in captions:
-            captions[image_id].append(caption)
-    unknown = [image_id for image_id, _ in annotations if image_id not in captions]
     tell(unknown, f"captions in {path} are of no image listed there and are left out, the first of image id")
     return [(names[image_id], texts) for image_id, texts in captions.items()]
 
 
 def with_both(images, entries):
     """Those `entries` that have captions and whose file lies in the folder `images`; the others are named."""
-    if not images.is_dir():
-        raise UserError(f"{images} is no folder; give the one that holds the images of the captions file.")
-    there = {path.relative_to(images).as_posix() for path in images.rglob("*") if path.suffix.lower() in SUFFIXES}
+    with reading(images):
+        if not images.is_dir():
+            raise UserError(f"{images} is no folder; give the one that holds the images of the captions file.")
+        there = {path.relative_to(images).as_posix() for path in images.rglob("*") if path.suffix.lower() in SUFFIXES}
+        captioned = [entry for entry in entries if entry[1]]
+        kept = [entry for entry in captioned if (images / entry[0]).is_file()]
     bare = [name for name, captions in entries if not captions] + sorted(there - {name for name, _ in entries})
     tell(bare, f"images of {images} have no caption and are left out, the first being")
-    captioned = [(name, captions) for name, captions in entries if captions]
-    kept = [entry for entry in captioned if (images / entry[0]).is_file()]
-    absent = [name for name, _ in captioned if not (images / name).is_file()]
+    names = {name for name, _ in kept}
+    absent = [name for name, _ in captioned if name not in names]
     tell(absent, f"images with captions are not in {images} and are left out, the first being")
     if not kept:
         raise UserError(f"No image of the captions file lies in {images}; give the folder that its file names start "
@@ -88,9 +96,9 @@ def tell(names, message):
 
 
 def centre_square(path, resolution):
-    """Image file -> uint8 (R, R, 3): the centre square of the short side, resized with LANCZOS.
+    """Image file -> uint8 (R, R, 3): the centre square of the short side, resized with LANCZOS, upon white.
 
-    Transparency is white; all else as pixels.read_rgb has it. Raises UserError for what is no picture.
+    Raises UserError for what is no picture.
     """
     image = read_rgb(read(Piece(str(path)), path), path, background="white")
     return np.asarray(center_crop(image, resolution))
@@ -98,7 +106,7 @@ def centre_square(path, resolution):
 
 def save_array(path, array):
     with atomic_write(path) as file:
-        np.save(file, np.ascontiguousarray(array, dtype=np.float32))
+        file.write(npy_bytes(array))
 
 
 def write_pictures(folder, todo, have, picture, vae, args):
@@ -114,7 +122,7 @@ def write_pictures(folder, todo, have, picture, vae, args):
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
     failures, groups = [], in_groups(todo, args.batch_size)
-    with progress(f"{folder.name} images", len(todo), disable=not PartialState().is_main_process) as bar:
+    with progress(len(todo), f"{folder.name} images", "image", shown=PartialState().is_main_process) as bar:
         results = encoded(vae, groups, load, args.batch_size, args.num_workers, spread="logvar")
         for group, moments in zip(groups, results, strict=True):
             for i, array in zip(group, moments, strict=True):
@@ -127,13 +135,17 @@ def write_pictures(folder, todo, have, picture, vae, args):
 
 
 def write_contexts(folder, todo, captions, encoder, args):
-    """{i}_{k}.npy of the pairs (i, k) in `todo`."""
-    with progress(f"{folder.name} captions", len(todo), disable=not PartialState().is_main_process) as bar:
+    """{i}_{k}.npy of the pairs (i, k) in `todo` -> how many of these captions were cut."""
+    cut = 0
+    with progress(len(todo), f"{folder.name} captions", "caption", shown=PartialState().is_main_process) as bar:
         for group in in_groups(todo, args.batch_size):
-            states = encoder(filled([captions[i][k] for i, k in group], args.batch_size)).numpy()
+            texts = [captions[i][k] for i, k in group]
+            cut += encoder.count_cut(texts)
+            states = encoder(filled(texts, args.batch_size)).numpy()
             for (i, k), array in zip(group, states[:len(group)], strict=True):
                 save_array(folder / f"{i}_{k}.npy", array)
             bar.update(len(group))
+    return cut
 
 
 def build_split(folder, names, captions, picture, vae, encoder, args):
@@ -153,33 +165,30 @@ def build_split(folder, names, captions, picture, vae, encoder, args):
     missing = sum(f"{i}_{k}.npy" not in have for i, texts in enumerate(captions) for k in range(len(texts)))
     check_space(folder, missing * 4 * encoder.length * encoder.width)
     share = range(state.process_index, len(names), state.num_processes)
-    write_contexts(folder, [(i, k) for i in share for k in range(len(captions[i])) if f"{i}_{k}.npy" not in have],
-                   captions, encoder, args)
+    todo = [(i, k) for i in share for k in range(len(captions[i])) if f"{i}_{k}.npy" not in have]
+    cut = sum(gather_object([write_contexts(folder, todo, captions, encoder, args)]))
     todo = [i for i in share if not {f"{i}.png", f"{i}.npy"} <= have]
     failures = gather_object(write_pictures(folder, todo, have, picture, vae, args))
+    if state.is_main_process and cut:
+        print(f"{cut} captions for {folder} are longer than {encoder.length} tokens: their ends are not seen.")
     if state.is_main_process and not failures:
         write_json(folder / "captions.json", {str(i): texts for i, texts in enumerate(captions)})
         print(f"{folder}: {len(names)} images, {sum(map(len, captions))} captions of {encoder.length} tokens")
     return failures
 
 
-def load_encoders(args):
-    """VAE and text encoder of --vae and --text-encoder."""
-    check_bounds(args, dict.fromkeys(("resolution", "batch_size", "num_workers", "text_length"), (1, float("inf"))))
-    device = PartialState().device
-    vae = VAE(args.vae, device)
-    if args.resolution % vae.factor:
-        raise UserError(f"--resolution {args.resolution} is no multiple of {vae.factor}, the VAE's factor; choose one.")
-    return vae, TextEncoder(args.text_encoder, device, args.text_length)
-
-
 def build(args, splits):
     """The whole layout in args.dest. splits: {name: (image names, captions, picture)}, as build_split takes them."""
-    vae, encoder = load_encoders(args)
+    device = PartialState().device
+    vae = VAE(args.vae, device)
+    if args.resolution < 1 or args.resolution % vae.factor:
+        raise UserError(f"--resolution {args.resolution} is no multiple of {vae.factor}, the VAE's factor; choose one.")
+    encoder = TextEncoder(args.text_encoder, device, args.text_length)
     failures = []
     for split, (names, captions, picture) in splits.items():
         failures += build_split(args.dest / split, names, captions, picture, vae, encoder, args)
     if PartialState().is_main_process:
+        remove_temporaries(args.dest)
         save_array(args.dest / "empty_context.npy", encoder(filled([""], args.batch_size))[0])
     PartialState().wait_for_everyone()
     if failures and PartialState().is_main_process:
@@ -191,20 +200,21 @@ def build(args, splits):
 
 def add_encoder_arguments(add):
     """Arguments of both scripts that write this layout."""
-    add("--batch-size", type=int, default=64, help="images or captions at a time and process (default 64)")
-    add("--num-workers", type=int, default=8, help="threads that read and write pictures (default 8)")
-    add("--text-length", type=int, help="tokens a caption is padded or cut to (default: the text encoder's maximum)")
+    add("--batch-size", type=whole(1), default=64, help="images or captions at a time and process (default 64)")
+    add("--num-workers", type=whole(1), default=8, help="threads that read and write pictures (default 8)")
+    add("--text-length", type=whole(1),
+        help="tokens a caption is padded or cut to (default: the text encoder's maximum)")
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--coco", type=Path, help="folder with train2014, val2014 and annotations")
     add("--images", type=Path, help="instead of --coco: folder of images")
     add("--captions-json", type=Path, help="with --images: their captions, in COCO's form")
     add("--split", choices=SPLITS, help="with --images: which split to write")
     add("--dest", type=Path, required=True, help="folder to write")
-    add("--resolution", type=int, default=256, help="side of the square in pixels (default 256)")
+    add("--resolution", type=whole(1), default=256, help="side of the square in pixels (default 256)")
     add("--vae", default="stabilityai/sd-vae-ft-mse", help="VAE: hub name or diffusers folder (default sd-vae-ft-mse)")
     add("--text-encoder", default="openai/clip-vit-large-patch14",
         help="CLIP or a BERT-like encoder: hub name or folder (default CLIP ViT-L/14)")
@@ -214,6 +224,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("haste").setLevel(logging.INFO)  # the state of a bar, where there is no terminal
     alone = (args.images, args.captions_json, args.split)
     if bool(args.coco) == any(alone) or any(alone) != all(alone):
         raise UserError("Give --coco alone, or --images, --captions-json and --split together.")
@@ -224,12 +236,10 @@ def main():
                    for split in SPLITS}
     splits = {}
     for split, (images, path) in sources.items():
+        check_apart(args.dest / split, images, path)
         names, captions = zip(*with_both(images, read_captions(path)), strict=True)
-
-        def picture(i, images=images, names=names):
-            return centre_square(images / names[i], args.resolution)
-
-        splits[split] = names, captions, picture
+        splits[split] = names, captions, (
+            lambda i, images=images, names=names: centre_square(images / names[i], args.resolution))
     build(args, splits)
 
 

@@ -6,19 +6,21 @@
 The source is a folder with a folder, or a tar, per class; ImageNet's ILSVRC2012_img_train.tar as it is; another tar; a
 zip; any of them may have labels in a dataset.json. --dest is a folder or, where its name ends in .zip, an uncompressed
 zip. Pictures are numbered in the order of their paths. One that is skipped keeps its number, which is then missing. The
-same command goes on after any stop; in a complete folder it makes what is missing.
+same command goes on after any stop; in a complete folder it makes what is missing. The names of class folders go to
+classes.json beside --dest, in DATA, in the order of their labels.
 """
 import functools
 import os
 import re
 
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dataset import digest
 from preprocessing import destinations, pixels
 from preprocessing.sources import open_source, read
-from runtime.errors import UserError, check_bounds, first_line
+from runtime.errors import UserError, first_line
+from runtime.flags import whole
+from runtime.progress import progress
 
 GROUP = 64  # pictures a worker takes at a time, and in a part of a zip
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -63,11 +65,6 @@ def first_side(source):
                     "again.")
 
 
-def progress(what, total, done=0, disable=False):
-    """A bar with images/s and the time left."""
-    return tqdm(total=total, initial=done, desc=what, unit=" images", mininterval=1, disable=disable)
-
-
 def in_groups(items, size):
     """Lists of up to `size` items."""
     return [items[start:start + size] for start in range(0, len(items), size)]
@@ -76,10 +73,10 @@ def in_groups(items, size):
 def in_processes(work, groups, workers, bar):
     """[work(group), ...], computed in `workers` processes; `bar` moves on by the length of each group."""
     workers = min(workers, len(groups)) if workers > 1 else 0
-    loader = DataLoader(groups, batch_size=None, num_workers=workers, collate_fn=work,
-                        multiprocessing_context="fork" if workers else None)  # which copies no list of a million names
     results = []
     try:
+        loader = DataLoader(groups, batch_size=None, num_workers=workers, collate_fn=work,
+                            multiprocessing_context="fork" if workers else None)  # copies no list of a million names
         for group, result in zip(groups, loader, strict=True):
             results.append(result)
             bar.update(len(group))
@@ -134,19 +131,21 @@ def add_arguments(add):
     add("--dest", required=True, help="folder or .zip to write")
     add("--resolution", help="size of the result, such as 256x256 (default: as it is)")
     add("--transform", choices=TRANSFORMS, help="crop before the size is changed (default: none)")
-    add("--max-images", type=int, help="take the first N pictures only (default: all)")
-    add("--num-workers", type=int, default=CORES, help="processes (default: one per core)")
+    add("--class-order", metavar="FILE", help="names of the class folders in the order of their labels, one a line "
+        "(default: alphabetical)")
+    add("--max-images", type=whole(1), help="take the first N pictures only (default: all)")
+    add("--num-workers", type=whole(1), default=CORES, help="processes (default: one per core)")
     add("--on-error", choices=("skip", "stop"), default="skip", help="what to do about pictures that cannot be used: "
         "leave them out and list them in made.json, or end with the first (default skip)")
 
 
 def run(args):
-    check_bounds(args, dict.fromkeys(("max_images", "num_workers"), (1, float("inf"))))
-    source = open_source(args.source, args.max_images)
+    source = open_source(args.source, args.max_images, args.class_order)
     transform, side = make_transform(args.transform, args.resolution, source)
     destination = destinations.open_destination(args.dest, ".png", args.source)
     made = destination.begin({"command": "convert", "resolution": args.resolution, "transform": args.transform,
                               "pictures": digest([source.names, source.labels])}, {"source": args.source})
+    destinations.write_classes(args.dest, source.classes)
     if destination.complete:
         print(f"{args.dest} is complete; there is nothing to do.")
         return
@@ -155,18 +154,19 @@ def run(args):
     todo = [[i for i in places if names[i] not in have] for places in in_groups(range(len(names)), GROUP)]
     todo = [places for places in todo if places]
     missing = sum(map(len, todo))
-    destination.check_space(missing, 3 * side ** 2)
+    files = 2 * missing + len(have) if destination.is_zip else missing  # a zip needs its parts and itself
+    destinations.check_space(destination.work, files * 3 * side ** 2)
 
     failures = {}
     work = functools.partial(convert_group, source, destination, transform, args.on_error, os.getpid())
-    with progress("convert", len(names), len(names) - missing) as bar:
+    with progress(len(names), "convert", "image", len(names) - missing) as bar:
         for failed in in_processes(work, todo, args.num_workers, bar):
             failures |= failed
 
     pieces = destination.pieces()
     labels = {name: source.labels and source.labels[i] for i, name in enumerate(names) if i not in failures}
     destinations.check_names(destination, pieces, labels)
-    with progress("check", len(pieces)) as bar:
+    with progress(len(pieces), "check", "file") as bar:
         work = functools.partial(check_pictures, args.dest, side)
         in_processes(work, in_groups(sorted(pieces.items()), GROUP), args.num_workers, bar)
     destinations.finish(destination, made, labels, [failures[i] for i in sorted(failures)])

@@ -8,25 +8,27 @@
 
 Each command can be stopped at any moment; the same command goes on, to the same bytes. COMMAND --help says more.
 """
-import argparse
+import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
 from preprocessing import convert, encode, pack
 from runtime.errors import run_script
+from runtime.flags import Parser
 
 COMMANDS = {"convert": convert, "encode": encode, "pack": pack}  # modules: docstring, add_arguments(add), run(args)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.__doc__.partition("\n")[0], description=module.__doc__,
-                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+        command = commands.add_parser(name, help=module.__doc__.partition("\n")[0], description=module.__doc__)
         module.add_arguments(command.add_argument)
     args = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("haste").setLevel(logging.INFO)  # the state of a bar, where there is no terminal
     COMMANDS[args.command].run(args)
 
 

@@ -5,38 +5,39 @@ there; then they are put together and removed, which takes twice the room for th
 presence means that everything is there and was checked. made.json says from what and how it was made. It holds no time
 and no count of processes, so that the same work has the same bytes however often it was stopped.
 """
-import collections
+import contextlib
 import json
+import os
 import shutil
 import sys
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import features
 
+from data_io.loader import work_ahead
 from data_io.storage import read_member
 from dataset import digest
 from preprocessing.sources import LISTING, find, read
 from runtime.errors import UserError
 from runtime.files import atomic_write, is_file, read_json, reading, remove_temporaries, write_json
+from runtime.progress import progress
 from runtime.versions import version
 
 MADE = "made.json"
+CLASSES = "classes.json"
 NAMED = 20   # skipped pictures named on the terminal
 WRITERS = 4  # files on their way to the disk at a time: waiting for it takes as long as making a picture
 
 
 def image_name(index):
     """Path below images/ of the picture of this index."""
-    idx8 = f"{index:08d}"
-    return f"{idx8[:5]}/img{idx8}.png"
+    return f"{index // 1000:05d}/img{index:08d}.png"
 
 
 def latent_name(index):
     """Path below vae-sd/ of the moments of this index."""
-    idx8 = f"{index:08d}"
-    return f"{idx8[:5]}/img-mean-std-{idx8}.npy"
+    return f"{index // 1000:05d}/img-mean-std-{index:08d}.npy"
 
 
 class Destination:
@@ -59,16 +60,8 @@ class Destination:
         """The note of how the finished zip, or the folder, was made; or None."""
         if not self.is_zip:
             return read_json(self.path / MADE) if is_file(self.path / MADE) else None
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                return read_json(self.path / MADE, data=read_member(archive, MADE))
-        except (OSError, KeyError, zipfile.BadZipFile):
-            return None
-
-    def holds_other_things(self):
-        if self.is_zip or not self.path.is_dir():
-            return self.path.exists() and not self.note()
-        return not self.note() and ((self.path / LISTING).exists() or bool(self.pieces()))
+        with contextlib.suppress(OSError, KeyError, zipfile.BadZipFile), zipfile.ZipFile(self.path) as archive:
+            return read_json(self.path / MADE, data=read_member(archive, MADE))
 
     def begin(self, settings, more):
         """The note of how this is made; see begin(). What killed processes left half-written is removed."""
@@ -84,22 +77,13 @@ class Destination:
             remove_temporaries(self.path.parent, self.path.name)
         return note
 
-    def check_space(self, files, size):
-        """Raise UserError unless `files` more of `size` bytes fit; for a zip all of them twice."""
-        check_space(self.work, (2 * files + len(self.pieces()) if self.is_zip else files) * size)
-
     def write(self, files):
         """Write pairs (name, bytes), each flushed to the disk while the next ones are made."""
-        with ThreadPoolExecutor(WRITERS) as pool:
-            under_way = collections.deque()
-            for name, data in files:
-                under_way.append(pool.submit(self.write_file, name, data))
-                if len(under_way) > WRITERS:
-                    under_way.popleft().result()
-            for future in under_way:
-                future.result()
+        for _ in work_ahead(self.write_file, files, WRITERS, WRITERS):
+            pass
 
-    def write_file(self, name, data):
+    def write_file(self, name_and_data):
+        name, data = name_and_data
         with atomic_write(self.work / name) as file:
             file.write(data)
 
@@ -108,9 +92,12 @@ class Destination:
             write_json(self.path / MADE, made, indent=1)
             write_json(self.path / LISTING, listing)
             return
-        with atomic_write(self.path) as file, zipfile.ZipFile(file, "w") as archive:
-            for name, piece in sorted(self.pieces().items()):
-                add(archive, name, read(piece, name))
+        pieces = self.pieces()
+        with (atomic_write(self.path) as file, zipfile.ZipFile(file, "w") as archive,
+              progress(len(pieces), "zip", "file") as bar):
+            for name in sorted(pieces):
+                add(archive, name, read(pieces[name], name))
+                bar.update()
             add(archive, MADE, json.dumps(made, indent=1).encode())
             add(archive, LISTING, json.dumps(listing).encode())
         shutil.rmtree(self.work, ignore_errors=True)
@@ -125,16 +112,24 @@ def add(archive, name, data):
 
 def open_destination(path, suffix, source):
     """The Destination `path`. Raises UserError when it is in the source or holds what was not made here."""
-    ours, theirs = Path(path).resolve(), Path(source).resolve()
-    if theirs in (ours, *ours.parents) or (theirs.is_dir() and ours in theirs.parents):
-        raise UserError(f"--dest {path} and --source {source} lie in each other, so that output would become input; "
-                        "name another --dest.")
+    check_apart(path, source)
     with reading(path):
         destination = Destination(path, suffix)
-        if destination.holds_other_things():
+        folder = not destination.is_zip and destination.path.is_dir()
+        if destination.path.exists() and not destination.note() and (
+                not folder or (destination.path / LISTING).exists() or destination.pieces()):
             raise UserError(f"{path} is there already and was not made by this tool; name another --dest, or remove "
                             "it.")
     return destination
+
+
+def check_apart(dest, *sources):
+    """Raise UserError if `dest` is, is in, or holds one of these files or folders. A zip beside the output is fine."""
+    for source in sources:
+        ours, theirs = Path(dest).resolve(), Path(source).resolve()
+        if theirs in (ours, *ours.parents) or (ours in theirs.parents and theirs.suffix != ".zip"):
+            raise UserError(f"{dest} and {source} lie in each other, so that output would become input; name another "
+                            "--dest.")
 
 
 def origin(path):
@@ -143,14 +138,11 @@ def origin(path):
     return [note.get(key) for key in ("resolution", "transform", "pictures")] if note else None
 
 
-def begin(path, settings, more=None):
-    """Write the note `path` on how the files beside it are made, from `settings`, `more` and versions; return it.
-
-    Raises UserError when it was begun with other settings.
-    """
+def begin(path, settings, more=()):
+    """Write the note `path` on how the files beside it are made and return it. Raises UserError for other settings."""
     old = read_json(path) if path.is_file() else settings
     check_settings(path.parent, old, settings)
-    note = {**settings, **(more or {}), "versions": sorted({*old.get("versions", ()), versions()})}
+    note = {**settings, **dict(more), "versions": sorted({*old.get("versions", ()), versions()})}
     write_json(path, note)
     return note
 
@@ -168,12 +160,18 @@ def versions():
     return f"{packages}, libjpeg-turbo {features.version('libjpeg_turbo')}"
 
 
+def amount(size):
+    """Bytes in words: 12.3 MB."""
+    return next(f"{size / unit:,.1f} {name}" for name, unit in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3))
+                if size >= unit or name == "KB")
+
+
 def check_space(folder, size):
     """Raise UserError unless `size` bytes fit into the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise UserError(f"{size / 1e9:.1f} GB are needed in {folder}, which has {free / 1e9:.1f} GB free; make room, "
-                        "or name another --dest.")
+        raise UserError(f"{amount(size)} are needed in {folder}, which has {amount(free)} free; make room, or name "
+                        "another --dest.")
 
 
 def check_names(destination, pieces, expected):
@@ -182,6 +180,30 @@ def check_names(destination, pieces, expected):
         wrong = "is missing from" if name not in pieces else "does not belong into"
         raise UserError(f"{name} {wrong} {destination.path}; was it changed meanwhile? Run the command again, or "
                         f"delete {destination.path} first.")
+
+
+def write_classes(dest, names):
+    """Write `names`, of classes in the order of their labels, to classes.json beside `dest`, where training reads it.
+
+    One that is there already stays, as somebody may have written it by hand.
+    """
+    path = Path(os.path.abspath(dest)).with_name(CLASSES)  # not where a link leads
+    if names is None:
+        return
+    if is_file(path):
+        if read_json(path, list) != names:
+            print(f"{path} names other classes than the source; it stays as it is.", file=sys.stderr)
+        return
+    remove_temporaries(path.parent, CLASSES)
+    try:
+        write_json(path, names)
+    except UserError as error:  # of a folder that is not ours; training can do without
+        print(error, file=sys.stderr)
+    by_number = sorted(names, key=int) if all(map(str.isdecimal, names)) else names
+    if names == sorted(names) != by_number:
+        label, name = next((i, name) for i, name in enumerate(names) if name != by_number[i])
+        print(f"The class folders are numbers, and labels follow the alphabetical order: {name} has label {label}; "
+              "convert --class-order FILE sets another order.", file=sys.stderr)
 
 
 def finish(destination, made, labels, skipped):

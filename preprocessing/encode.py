@@ -11,27 +11,29 @@ processes changes a byte.
 """
 import functools
 import io
+import itertools
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
+from data_io.loader import work_ahead
+from data_io.moments import check_moments
 from dataset import digest
 from encoders.vae import VAE
 from evaluations.images import check_batch
 from preprocessing import destinations, pixels
-from preprocessing.convert import first_side, in_groups, progress
+from preprocessing.convert import first_side, in_groups
 from preprocessing.sources import open_source, read
-from runtime.errors import UserError, check_bounds, first_line
-from runtime.files import ARRAY_ERRORS, weights_key
+from runtime.errors import UserError
+from runtime.files import parse_array, weights_key
+from runtime.flags import whole
+from runtime.progress import progress
 from runtime.setup import PROCESS_GROUP_TIMEOUT, end_processes, tune
 
 BATCH_SIZE = 64
 THREADS = 8  # that read pictures
 
-
-# ---- what preprocessing/coco.py uses as well ----
 
 def filled(batch, size):
     """`batch` with its last item repeated up to `size`: a network can round batches of another shape otherwise."""
@@ -40,12 +42,9 @@ def filled(batch, size):
 
 def ahead(load, groups, threads):
     """[load(item), ...] of each group, in order; the next group is loaded while the caller works on this one."""
-    with ThreadPoolExecutor(threads) as pool:
-        coming = None
-        for group in [*groups, None]:
-            ready, coming = coming, [pool.submit(load, item) for item in group] if group else None
-            if ready:
-                yield [future.result() for future in ready]
+    results = work_ahead(load, itertools.chain.from_iterable(groups), threads, max(map(len, groups), default=1))
+    for group in groups:
+        yield list(itertools.islice(results, len(group)))
 
 
 def encoded(vae, groups, load, size, threads, spread="std"):
@@ -59,8 +58,6 @@ def encoded(vae, groups, load, size, threads, spread="std"):
         yield [item if isinstance(item, UserError) else next(moments) for item in loaded]
 
 
-# ---- the command ----
-
 def indices_of(names):
     """The index of each picture: of its name where all are of the layout's form, else its place."""
     matches = [re.fullmatch(r"(?:.*/)?img(\d{8})\.png", name) for name in names]
@@ -68,12 +65,12 @@ def indices_of(names):
     return indices if len(set(indices)) == len(names) else list(range(len(names)))
 
 
-def load_vae(model_url, side, device):
-    vae = VAE(model_url, device)
-    if side % vae.factor:
-        raise UserError(f"The pictures have {side} pixels a side, no multiple of {vae.factor}, the factor of "
-                        f"{model_url}; convert them at another --resolution.")
-    return vae
+def pictures_key(source, path, note):
+    """What names the pictures to encode in made.json: what `convert` made them of, so that one that it adds later, from
+    a repaired file, changes nothing; else names and labels. An older `note` has both."""
+    origin = destinations.origin(path)
+    exact = digest([source.names, source.labels, origin])
+    return exact if not origin or (note or {}).get("pictures") == exact else digest([origin])
 
 
 def load_picture(source, side, on_error, hflip, i):
@@ -100,36 +97,30 @@ def npy_bytes(array):
 
 def check_latent(where, entry):
     """Shape of the moments of an entry (name, Piece), read back; raises UserError unless they are finite float32."""
-    name, piece = entry
-    try:
-        array = np.lib.format.read_array(io.BytesIO(read(piece, f"{where}/{name}")), allow_pickle=False)
-        if array.dtype != np.float32 or not np.isfinite(array).all():
-            raise ValueError(f"it holds {array.dtype} or numbers that are not finite")
-    except ARRAY_ERRORS as error:
-        raise UserError(f"{where}/{name} is damaged ({first_line(error)}); delete it and run the command "
-                        "again.") from error
-    return array.shape
+    name = f"{where}/{entry[0]}"
+    array = parse_array(read(entry[1], name), name)
+    return check_moments(array, array.shape, name).shape
 
 
 def encode_groups(vae, groups, load, names, have, destination, batch_size, threads, advance):
     """Encode groups of places in the source and write what is missing -> {place: sentence} of what cannot be used."""
-    failures, written = {}, None
-    with ThreadPoolExecutor(1) as writer:  # one group is written while the next one is encoded
-        results = encoded(vae, groups, load, batch_size, threads)
-        for places, group in zip(groups, results, strict=True):
-            files = []
+    failures = {}
+
+    def files():
+        for places, group in zip(groups, encoded(vae, groups, load, batch_size, threads), strict=True):
+            made = []
             for i, moments in zip(places, group, strict=True):
                 if isinstance(moments, UserError):
                     failures[i] = str(moments)
                 elif not np.isfinite(moments).all():
                     raise UserError(f"The moments for {names[i]} are not finite; use another --model-url.")
                 elif names[i] not in have:
-                    files.append((names[i], npy_bytes(moments)))
-            if written:
-                written.result()
-            written = writer.submit(destination.write, files)
+                    made.append((names[i], npy_bytes(moments)))
+            yield made
             advance(len(places))
-        written.result()
+
+    for _ in work_ahead(destination.write, files(), 1, 1):  # one group is written while the next one is encoded
+        pass
     return failures
 
 
@@ -142,18 +133,25 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     source = open_source(source_path, max_images)
     side = first_side(source)
     names = [destinations.latent_name(index) for index in indices_of(source.names)]
-    batch_size = min(batch_size, len(names))
+    asked, batch_size = batch_size, min(batch_size, len(names))
     check_batch(source_path, batch_size, (side, side))
     destination = destinations.open_destination(dest, ".npy", source_path)
     have = destination.pieces()
     share = in_groups(range(len(names)), batch_size)[state.process_index::state.num_processes]
     groups = [places for places in share if any(names[i] not in have for i in places)]
-    vae = load_vae(model_url, side, state.device) if groups else None
+    vae = VAE(model_url, state.device) if groups else None
+    if vae and side % vae.factor:
+        raise UserError(f"The pictures have {side} pixels a side, no multiple of {vae.factor}, the factor of "
+                        f"{model_url}; convert them at another --resolution.")
     state.wait_for_everyone()  # all have seen what is there
     if state.is_main_process:
-        settings = {"command": "encode", "vae": weights_key(model_url), "batch_size": batch_size, "hflip": hflip,
-                    "pictures": digest([source.names, source.labels, destinations.origin(source_path)])}
+        settings = {"command": "encode", "vae": weights_key(model_url), "batch_size": asked, "hflip": hflip,
+                    "pictures": pictures_key(source, source_path, destination.note())}
         made = destination.begin(settings, {"source": str(source_path), "model_url": str(model_url)})
+        destinations.write_classes(dest, source.classes)
+        if destination.complete and len(have) + len(made["skipped"]) < len(names):
+            raise UserError(f"{source_path} has {len(names)} pictures, {dest} latents of {len(have)}, and nothing is "
+                            "added to a finished zip; delete it and run the command again.")
     state.wait_for_everyone()
     if destination.complete:
         state.print(f"{dest} is complete; there is nothing to do.")
@@ -162,7 +160,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     failures = {}
     if vae:
         load = functools.partial(load_picture, source, side, on_error, hflip)
-        with progress("encode", len(names), len(have), disable=not state.is_main_process) as bar:
+        with progress(len(names), "encode", "image", len(have), state.is_main_process) as bar:
             def advance(done):
                 bar.update(min(done * state.num_processes, bar.total - bar.n))
 
@@ -174,7 +172,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     labels = {name: source.labels and source.labels[i] for i, name in enumerate(names) if i not in failures}
     destinations.check_names(destination, pieces, labels)
     share, shapes = sorted(pieces.items())[state.process_index::state.num_processes], set()
-    with progress("check", len(share), disable=not state.is_main_process) as bar:
+    with progress(len(share), "check", "file", shown=state.is_main_process) as bar:
         for found in ahead(functools.partial(check_latent, dest), in_groups(share, BATCH_SIZE), threads):
             shapes.update(found)
             bar.update(len(found))
@@ -192,9 +190,10 @@ def add_arguments(add):
     add("--dest", required=True, help="folder or .zip to write")
     add("--model-url", default="stabilityai/sd-vae-ft-mse",
         help="VAE: hub name or diffusers folder (default stabilityai/sd-vae-ft-mse)")
-    add("--max-images", type=int, help="take the first N pictures only (default: all)")
-    add("--batch-size", type=int, default=BATCH_SIZE, help=f"pictures at a time and process (default {BATCH_SIZE})")
-    add("--num-workers", type=int, default=THREADS,
+    add("--max-images", type=whole(1), help="take the first N pictures only (default: all)")
+    add("--batch-size", type=whole(1), default=BATCH_SIZE,
+        help=f"pictures at a time and process (default {BATCH_SIZE})")
+    add("--num-workers", type=whole(1), default=THREADS,
         help=f"threads that read pictures, per process (default {THREADS})")
     add("--hflip", action="store_true", help="encode the mirror images, for train.py --hflip: --dest=DATA/vae-sd-hflip "
         "beside the latents of the pictures as they are")
@@ -204,7 +203,6 @@ def add_arguments(add):
 
 
 def run(args):
-    check_bounds(args, dict.fromkeys(("max_images", "num_workers", "batch_size"), (1, float("inf"))))
     from accelerate import PartialState
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
     tune(state.num_processes, args.allow_tf32)

@@ -5,14 +5,15 @@
 writes PACKED/images/, PACKED/vae-sd/ and, where DATA has it, PACKED/vae-sd-hflip/, each with
     00000.npy, 00001.npy, ...   rows by number: pictures uint8 (n, 3, R, R), moments float32 (n, 2 C, h, w)
     index.npy                   int64 (N, 2): the number in each file's name, and the file's size in bytes
-    made.json                   of which data, and how many rows a file has
+    made.json                   of which data, how many rows a file has, and a hash of the source's files of each
     dataset.json                names and labels, as ever; written last: its presence means that the folder is complete
 Pictures become pixels, so that training decodes nothing: 252 GB for ImageNet at 256 px, as much as PNGs without
 compression, beside 42 GB of latents. --latents-only leaves them out: put the source's images or images.zip, or a link
 to it, beside PACKED/vae-sd. --images-only leaves the latents out. Every picture and latent is read and checked on the
 way. Each file appears whole or not at all: after any stop the same command writes only what is missing, and the bytes
-are the same. A file of the source that is replaced by another of the same size is not noticed: delete PACKED then.
+are the same. Rows of which an entry was replaced since, by its time of change or checksum, are made again.
 """
+import functools
 import math
 import os
 import threading
@@ -20,13 +21,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data_io.storage import form_of
 from dataset import LatentImages, PixelImages, digest
-from preprocessing.destinations import check_space
-from runtime.errors import UserError, check_bounds
-from runtime.files import atomic_write, load_array, read_json, remove_temporaries, write_json, writing
+from preprocessing.destinations import MADE, check_apart, check_settings, check_space, write_classes
+from runtime.errors import UserError
+from runtime.files import atomic_write, read_json, remove_temporaries, write_json, writing
+from runtime.flags import whole
+from runtime.progress import progress
 
 ROWS = 10_000      # of a file, at least: 2 GB of pixels at 256 px
 FILES = 128        # of a kind, at most: each stays open while a run reads
@@ -47,46 +49,47 @@ def write_shard(path, places, read, first, done, stop):
 def begin(folder, made, table, parts):
     """Write made.json and index.npy of a new `folder`, or check those of one that is gone on with.
 
-    A file of rows is removed if its entries have changed in size. Raises UserError for a folder of something else.
+    Removes the files of rows among `parts` whose source has changed. Raises UserError for a folder of something else.
     """
-    if folder.is_dir() and any(not path.match(".*.tmp") for path in folder.iterdir()):
-        if not (folder / "made.json").is_file():
-            raise UserError(f"{folder} holds something that is not packed; name another --dest.")
-        if (old := read_json(folder / "made.json")) != made:
-            changed = ", ".join(key for key in made if old.get(key) != made[key])
-            raise UserError(f"{folder} was begun from other data ({changed}); delete it or name another --dest.")
+    old = {}
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         remove_temporaries(folder)
-    else:
-        write_json(folder / "made.json", made)
-    known = load_array(folder / "index.npy") if (folder / "index.npy").is_file() else None
-    if known is not None and known.shape == table.shape:
-        if np.array_equal(known, table):
-            return
-        for path, places in parts.items():
-            if (known[places.start:places.stop] != table[places.start:places.stop]).any():
+        if any(folder.iterdir()):
+            if not (folder / MADE).is_file():
+                raise UserError(f"{folder} holds something that is not packed; name another --dest.")
+            old = read_json(folder / MADE)
+            check_settings(folder, {**old, "files": made["files"]}, made)
+        if (old.get("files") or made["files"]) == made["files"] and (folder / "index.npy").is_file():
+            return  # an older note has no "files"
+        (folder / "dataset.json").unlink(missing_ok=True)
+        for path in parts:
+            if old.get("files", {}).get(path.name) != made["files"][path.name]:
                 path.unlink(missing_ok=True)
-    (folder / "dataset.json").unlink(missing_ok=True)
-    with atomic_write(folder / "index.npy") as file:  # from now on the folder is known as packed, though not to its end
-        np.save(file, table)
+        write_json(folder / MADE, made)
+        with atomic_write(folder / "index.npy") as file:  # from now on the folder is known as packed, if not to its end
+            np.save(file, table)
 
 
-def pack_kind(folder, read, entries, source, rows=None, threads=1):
+def pack_kind(folder, read, entries, source, rows=None, threads=1, stamps=None):
     """Write or complete one kind of data in `folder`.
 
     read(i): array or tensor of entry i, all alike; entries: [(number, name, label, size in bytes), ...] by number;
-    source: what names the data; rows: entries a file.
+    source: what names the data; rows: entries a file; stamps: of each entry what changes with its file.
     """
     numbers, names, labels, sizes = zip(*entries, strict=True)
     rows, first = rows or max(ROWS, math.ceil(len(entries) / FILES)), np.asarray(read(0))
     parts = {folder / f"{start // rows:05d}.npy": range(start, min(start + rows, len(entries)))
              for start in range(0, len(entries), rows)}
-    begin(folder, {"data": source, "names": digest(names), "rows": rows, "row": list(first.shape)},
+    files = {path.name: digest([sizes[places.start:places.stop], (stamps or [])[places.start:places.stop]])
+             for path, places in parts.items()}
+    begin(folder, {"data": source, "names": digest(names), "rows": rows, "row": list(first.shape), "files": files},
           np.stack([numbers, sizes], axis=1), parts)
     missing = {path: places for path, places in parts.items() if not path.is_file()}
     left = sum(map(len, missing.values()))
     check_space(folder, first.nbytes * left)
     stop = threading.Event()
-    bar = tqdm(total=len(entries), initial=len(entries) - left, desc=folder.name, unit=" entries", mininterval=1)
+    bar = progress(len(entries), folder.name, "entry", len(entries) - left)
     with bar, ThreadPoolExecutor(threads) as pool:
         try:
             for future in as_completed([pool.submit(write_shard, path, places, read, first, bar.update, stop)
@@ -100,33 +103,32 @@ def pack_kind(folder, read, entries, source, rows=None, threads=1):
 def add_arguments(add):
     add("--source", type=Path, required=True, help="folder with images and vae-sd, as folders or zips")
     add("--dest", type=Path, required=True, help="folder to write")
-    add("--resolution", type=int, default=256, help="image side in pixels (default 256)")
+    add("--resolution", type=whole(1), default=256, help="image side in pixels (default 256)")
     add("--latents-only", action="store_true", help="leave the images out")
     add("--images-only", action="store_true", help="leave the latents out, for train.py --vae none")
-    add("--rows", type=int, help=f"entries a file (default {ROWS}, and more where that would make over {FILES} files)")
-    add("--num-workers", type=int, default=os.cpu_count(), help="threads (default: one per core)")
+    add("--rows", type=whole(1),
+        help=f"entries a file (default {ROWS}, and more where that would make over {FILES} files)")
+    add("--num-workers", type=whole(1), default=os.cpu_count(), help="threads (default: one per core)")
 
 
 def run(args):
-    check_bounds(args, dict.fromkeys(("resolution", "rows", "num_workers"), (1, float("inf"))))
-    if args.source.resolve() == args.dest.resolve():
-        raise UserError(f"--dest {args.dest} is the source itself; name another.")
     if args.images_only and args.latents_only:
         raise UserError("--images-only and --latents-only together leave nothing to pack; give one of them.")
     hflip = not args.images_only and form_of(args.source, "vae-sd-hflip")[1].exists()
-    layout = PixelImages if args.images_only else LatentImages
-    data = layout(args.source, args.resolution, None, images=not args.latents_only, hflip=hflip)
-    with writing(args.dest):
-        args.dest.mkdir(parents=True, exist_ok=True)
+    layout = functools.partial(PixelImages if args.images_only else LatentImages, resolution=args.resolution,
+                               num_classes=None, images=not args.latents_only, hflip=hflip)
+    data = layout(args.source)
     source = data.fingerprint()
-    for kind, files, read in (("vae-sd", data.latents, data.moments),
-                              ("vae-sd-hflip", data.mirrored, lambda i: data.moments(i, mirrored=True)),
-                              ("images", data.pictures, data.image)):
-        if files is not None:
-            names = map(os.fsdecode, files.index.names.tolist())
-            entries = list(zip(data.indices.tolist(), names, data.labels.tolist(), files.sizes().tolist(), strict=True))
-            pack_kind(args.dest / kind, read, entries, source, args.rows, args.num_workers)
-    packed = layout(args.dest, args.resolution, None, images=not args.latents_only, hflip=hflip)
+    kinds = [each for each in (("vae-sd", data.latents, data.moments), ("images", data.pictures, data.image),
+                               ("vae-sd-hflip", data.mirrored, lambda i: data.moments(i, mirrored=True))) if each[1]]
+    for kind, _, _ in kinds:
+        check_apart(args.dest / kind, *(files.path for _, files, _ in kinds))
+    for kind, files, read in kinds:
+        names, table = map(os.fsdecode, files.index.names.tolist()), files.stamps()
+        entries = list(zip(data.indices.tolist(), names, data.labels.tolist(), table[:, 0].tolist(), strict=True))
+        pack_kind(args.dest / kind, read, entries, source, args.rows, args.num_workers, table[:, 1].tolist())
+    write_classes(args.dest / "images", data.class_names)
+    packed = layout(args.dest)
     if packed.fingerprint(files=True) != data.fingerprint(files=True):
         raise UserError(f"{args.source} has changed while it was packed; delete {args.dest} and pack it again.")
     print(f"{args.dest}: {len(packed)} entries")

@@ -3,64 +3,59 @@
 A tar counts as a folder of its name without ".tar": ImageNet's train archive, a tar of one tar per class, reads like
 its unpacked folders. Pictures are in the order of their relative paths as strings. Labels are those of a dataset.json
 at the top, {"labels": [[path, label], ...]} or null; without one the label is the place of the top-level folder among
-their sorted names, and one folder alone means no labels. Names that lead out of the source are refused. Links in
-archives, which may lead anywhere, and names that begin with a dot are passed over.
+their sorted names, or in the file `order`. One folder alone means no labels. Names that lead out of the source are
+refused. Passed over are links in archives, which may lead anywhere, names that begin with a dot, and what is no regular
+file.
 """
 import os
 import stat
-import struct
 import tarfile
 import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from data_io.index import ZIP_ERRORS
-from data_io.storage import LARGEST, LARGEST_LISTING
+import numpy as np
+from tqdm import tqdm
+
+from data_io.index import ZIP_ERRORS, first_twice
+from data_io.moments import read_class_names
+from data_io.storage import LARGEST, LARGEST_LISTING, read_entry
 from runtime.errors import UserError, first_line
-from runtime.files import check_inside, read_json
+from runtime.files import check_inside, read_json, reading
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 LISTING = "dataset.json"
-ZIP_HEADER = 30            # bytes before an entry's name, whose length and that of an extra field end them
 
 
 class Piece(NamedTuple):
     """Where a file's bytes are: in `path` as a whole, or as a member of the tar or an entry of the zip there."""
     path: str
-    start: int = 0             # of the bytes; in a zip, of the header before them
-    stored: int | None = None  # bytes from there on; None: to the end
-    size: int | None = None    # in a zip: bytes once inflated
-    crc: int | None = None     # in a zip: their checksum
-    deflated: bool = False     # in a zip: whether they need inflating
+    start: int = 0             # in a tar: of its bytes
+    stored: int | None = None  # in a tar: how many
+    entry: tuple = ()          # in a zip: what read_entry takes
 
 
 class Source(NamedTuple):
     names: list                # relative paths
     pieces: list
     labels: list | None        # int for each name
+    classes: list | None       # names in the order of the labels, where they are known
 
 
 def read(piece, name, largest=LARGEST):
     """The bytes of a piece, called `name` in errors. Raises UserError for what is damaged or larger than `largest`."""
     try:
-        if (os.path.getsize(piece.path) if piece.stored is None else max(piece.stored, piece.size or 0)) > largest:
-            raise UserError(f"{name} has more than {largest >> 20} MiB, which no picture needs; replace it.")
         with open(piece.path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size if piece.stored is None else piece.stored
+            if max(piece.entry[1::3] or [size]) > largest:
+                raise UserError(f"{name} has more than {largest >> 20} MiB, which no picture needs; replace it.")
+            if piece.entry:
+                return bytes(read_entry(file, *piece.entry))
             file.seek(piece.start)
-            if piece.size is not None:
-                header = file.read(ZIP_HEADER)
-                file.seek(sum(struct.unpack("<HH", header[-4:])), os.SEEK_CUR)
-            data = file.read() if piece.stored is None else file.read(piece.stored)
-        if piece.size is not None:
-            if piece.deflated:
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, piece.size)  # never more than was announced
-            if len(data) != piece.size or zlib.crc32(data) != piece.crc:
-                raise ValueError("its checksum is wrong")
-    except (OSError, ValueError, struct.error, zlib.error) as error:
+            return file.read(size)
+    except ZIP_ERRORS as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{name} cannot be read ({reason}); replace or remove it.") from error
-    return data
 
 
 def find(path, suffixes=SUFFIXES):
@@ -73,6 +68,7 @@ def find(path, suffixes=SUFFIXES):
             found = in_zip(path) if path.suffix == ".zip" else in_tar(path)
         else:
             raise UserError(f"{path} is no folder, .zip or .tar; give one that is there as --source.")
+        found = tqdm(found, f"list {path.name}", unit=" files", delay=3, leave=False, disable=None)  # if it takes long
         return {name: piece for name, piece in found if name.lower().endswith(suffixes) or name == LISTING}
     except (*ZIP_ERRORS, tarfile.TarError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
@@ -87,9 +83,9 @@ def in_folder(folder, prefix=""):
                 continue
             if entry.is_dir():
                 yield from in_folder(entry.path, f"{name}/")
-            elif name.endswith(".tar"):
+            elif entry.is_file() and name.endswith(".tar"):
                 yield from in_tar(entry.path, name.removesuffix(".tar"), nested=False)
-            elif entry.is_file() or entry.is_symlink():  # a link to nothing is found out, and named, when it is read
+            elif entry.is_file() or not os.path.exists(entry.path):  # a link to nothing is named when it is read
                 yield name, Piece(entry.path)
 
 
@@ -126,8 +122,8 @@ def in_zip(path):
                 continue
             if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise UserError(f"{path} is encrypted or packed by another method than deflate; zip its files again.")
-            yield name, Piece(str(path), info.header_offset, info.compress_size, info.file_size, info.CRC,
-                              info.compress_type == zipfile.ZIP_DEFLATED)
+            yield name, Piece(str(path), entry=(info.header_offset, info.compress_size, info.compress_type, info.CRC,
+                                                info.file_size))
 
 
 def member_name(name, path, prefix=""):
@@ -137,27 +133,49 @@ def member_name(name, path, prefix=""):
     return None if hidden else (prefix / inside).as_posix()
 
 
-def open_source(path, max_images=None):
-    """The first `max_images` pictures of a source, or all. Raises UserError for what cannot be read or labelled."""
+def open_source(path, max_images=None, order=None):
+    """The first `max_images` pictures of a source, or all. Raises UserError for what cannot be read or labelled.
+
+    order: a file of the names of all class folders in the order of their labels, one a line. The classes of a
+    dataset.json may be named in a classes.json beside the source.
+    """
     found = find(path)
     listing = found.pop(LISTING, None)
     names = sorted(found)
     if not names:
         raise UserError(f"{path} holds no pictures ({', '.join(SUFFIXES)}); give another --source.")
-    labels = class_labels(names, path) if listing is None else listed_labels(names, listing, Path(path) / LISTING)
+    if listing is None:
+        classes = class_folders(names, path, order)
+        numbers = {name: i for i, name in enumerate(classes or ())}
+        labels = classes and {name: numbers[name.partition("/")[0]] for name in names}
+    elif order:
+        raise UserError(f"The labels of {path} are in its {LISTING}, so that --class-order {order} has nothing to set; "
+                        "leave one of them out.")
+    else:
+        labels = listed_labels(names, listing, Path(path) / LISTING)
+        classes = labels and read_class_names(Path(path).parent, np.array([*labels.values()]))
     names = names[:max_images]
-    return Source(names, [found[name] for name in names], labels and [labels[name] for name in names])
+    return Source(names, [found[name] for name in names], labels and [labels[name] for name in names], classes)
 
 
-def class_labels(names, path):
-    """{name: place of its top-level folder among all of them}, or None where there are not several."""
-    tops = {name: name.partition("/")[0] if "/" in name else None for name in names}
-    loose = next((name for name, top in tops.items() if top is None), None)
-    numbers = {top: i for i, top in enumerate(sorted(set(tops.values()) - {None}))}
-    if loose and numbers:
+def class_folders(names, path, order):
+    """The top-level folders in the order of their labels, or None where there are not several."""
+    folders = sorted({name.partition("/")[0] for name in names if "/" in name})
+    loose = next((name for name in names if "/" not in name), None)
+    if loose and folders:
         raise UserError(f"{path} has pictures beside its folders, such as {loose}; move them into the folder of a "
                         f"class, or give labels in {LISTING}.")
-    return {name: numbers[top] for name, top in tops.items()} if len(numbers) > 1 else None
+    if order is None:
+        return folders if len(folders) > 1 else None
+    if not folders:
+        raise UserError(f"{path} has no class folders, which --class-order {order} could name; leave it out.")
+    with reading(order), open(order, encoding="utf-8-sig", errors="surrogateescape") as file:  # as folders are named
+        listed = [name for line in file if (name := line.strip())]
+    if twice := first_twice(listed):
+        raise UserError(f"--class-order {order} names {twice} twice; give each class folder one line.")
+    if missing := next((name for name in folders if name not in listed), None):
+        raise UserError(f"--class-order {order} does not name the class folder {missing}; give each of them one line.")
+    return listed
 
 
 def listed_labels(names, listing, path):
@@ -166,16 +184,17 @@ def listed_labels(names, listing, path):
     if entries is None:
         return None
     try:
-        labels = {PurePosixPath(check_inside(name, path)).as_posix(): label for name, label in entries}
+        listed = [(PurePosixPath(check_inside(name, path)).as_posix(), label) for name, label in entries]
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
-    there = set(names)
+    if twice := first_twice(name for name, _ in listed):
+        raise UserError(f"{path} names {twice} twice; keep one of the two entries.")
+    labels, there = dict(listed), set(names)
     for name, label in labels.items():
-        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+        if type(label) is not int or label < 0:
             raise UserError(f"{path}: the label of {name} is {label}; it must be a whole number from 0 on.")
         if name not in there:
             raise UserError(f"{path} names {name}, which is not there; make {LISTING} again.")
-    unlabelled = next((name for name in names if name not in labels), None)
-    if unlabelled:
+    if unlabelled := next((name for name in names if name not in labels), None):
         raise UserError(f"{path} has no label of {unlabelled}; make it again, or remove the picture.")
     return labels

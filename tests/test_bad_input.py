@@ -100,7 +100,7 @@ CASES = {
         (None, ["--data-dir", "/no/where"], "/no/where/vae-sd/dataset.json does not exist; --data-dir must hold"),
         (remove(LATENT), [], "vae-sd has no .npy file of index 00000003"),
         (copy(IMAGE, "data/images/00000/copy3.png"), [], "have one index; remove one"),
-        (label(LABELS, 0, "00000/img00000004.png"), [], "8 entries of 7 different indices"),
+        (label(LABELS, 0, "00000/img00000004.png"), [], "dataset.json: 00000/img.* and 00000/img.* have one index"),
         (copy(IMAGE, "data/images/cat.png"), [], "cat.png has no index in its name"),
         (cut(IMAGE), WITH_TEACHER, "img00000003.png is no readable image"),
         (put(IMAGE, Image.new("RGBA", (64, 64))), WITH_TEACHER, "RGBA of 64x64"),
@@ -281,10 +281,10 @@ CASES = {
     pack: [
         (remove("data"), [], "vae-sd/dataset.json does not exist"),
         (with_nan, [], "img-mean-std-00000003.npy holds"),
-        (None, ["--dest", "{w}/data"], "data is the source itself; name another"),
+        (None, ["--dest", "{w}/data"], "data/.* and .* lie in each other, so that output would become"),
         (put("packed/vae-sd/mine.json", [1]), [], "vae-sd holds something that is not packed"),
         ([lambda w: packed_into(w / "data", w / "packed", "--rows", 3), label(LABELS, 1, 1),
-          label(LATENT_LABELS, 1, 1)], [], r"begun from other data \(data\); delete it or name another"),
+          label(LATENT_LABELS, 1, 1)], [], r"begun with other settings \(data\); delete it or name another"),
     ],
     train_t2i: [
         (remove("data/train"), [], "train does not exist; --data-dir must hold train/, val/"),
@@ -309,7 +309,7 @@ CASES = {
     coco: [
         (None, ["--coco", "c"], "Give --coco alone"),
         (remove("captions.json"), [], "captions.json cannot be read as JSON .No such file"),
-        (captions_file(annotations=[{"image_id": 1, "caption": 3}]), [], "captions.json is not of the form"),
+        (captions_file(annotations=[{"image_id": 1, "caption": 3}]), [], "annotation 0 .image id 1. is 3, not text"),
         (captions_file([{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], []), [],
          "2 images under 1 different ids"),
         (captions_file([{"id": 1, "file_name": "a.png"}]), [], "No image of the captions file lies in"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_io.captions import read_texts
 from encoders.text import TextEncoder
 from encoders.vae import VAE
 from preprocessing import coco
@@ -182,18 +183,10 @@ def test_two_processes_make_what_one_makes(source, made, clip_folder, tmp_path):
         assert_same_layout(tmp_path / "dest" / split, made / "train")
 
 
-def test_pictures_of_other_kinds(tmp_path):
-    def read(image, name="a.png"):
-        image.save(tmp_path / name)
-        return coco.centre_square(tmp_path / name, 16)
-
-    half = Image.new("RGBA", (20, 20), (200, 0, 0, 0))
-    assert (read(half) == 255).all()  # what is transparent is white, not the colour behind it
-    assert (read(Image.new("L", (20, 30), 7)) == 7).all()
-    assert np.abs(read(Image.new("CMYK", (20, 20), (0, 255, 255, 0)), "a.jpg").astype(int) - (255, 0, 0)).max() < 8
-    assert (read(Image.fromarray(np.full((20, 20), 7 * 256 + 200, np.uint16))) == 7).all()
-    with pytest.raises(UserError, match="a.tif has more than 16 bits a channel"):
-        read(Image.new("F", (20, 20)), "a.tif")
+def test_what_is_transparent_is_white(tmp_path):
+    """Not the colour behind it."""
+    Image.new("RGBA", (20, 20), (200, 0, 0, 0)).save(tmp_path / "a.png")
+    assert (coco.centre_square(tmp_path / "a.png", 16) == 255).all()
     with pytest.raises(UserError, match="missing.png cannot be read .No such file"):
         coco.centre_square(tmp_path / "missing.png", 16)
 
@@ -221,6 +214,56 @@ def test_other_settings_are_refused(source, made, clip_folder, tmp_path, monkeyp
         call_main(monkeypatch, coco, *arguments(source, tmp_path / "dest", clip_folder, "--resolution", 64))
     with pytest.raises(UserError, match=r"other settings \(length\)"):
         call_main(monkeypatch, coco, *arguments(source, tmp_path / "dest", clip_folder, "--text-length", 20))
+
+
+def captions_json(folder, change):
+    """The source's captions with one change; the file."""
+    path = folder / "captions.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(content).encode())  # as Windows' editors save it
+    return path
+
+
+@pytest.mark.parametrize("caption, words", [
+    (None, "captions.json: the caption of annotation 1 .image id 100. is null, not text"),
+    (7, "the caption of annotation 1 .image id 100. is 7, not text"),
+    ("\ud83d", r"annotation 1 .image id 100., '.ud83d', holds half a character"),
+    ("\ufeffred\u2028sea\x85 ", ["red sea"])])
+def test_captions_that_are_no_text(source, tmp_path, caption, words):
+    """File and entry are named; what is between words is one space, whatever ends lines elsewhere."""
+    shutil.copy(source / "captions.json", tmp_path)
+    path = captions_json(tmp_path, lambda content: content["annotations"][1].update(caption=caption))
+    if isinstance(words, list):
+        assert dict(coco.read_captions(path))["picture0.png"][1:2] == words
+    else:
+        with pytest.raises(UserError, match=words):
+            coco.read_captions(path)
+        (tmp_path / "captions.json").write_text(json.dumps({"3": ["red", caption]}))
+        with pytest.raises(UserError, match=r"captions.json: caption 1 of image 3(, '.ud83d', ho| is (7|null), n)"):
+            read_texts(tmp_path / "captions.json", {})
+
+
+def test_long_captions_are_counted(source, made, clip_folder, tmp_path, capsys, monkeypatch):
+    """And cut: one of 10,000 words as one of 77 tokens, in no time."""
+    copy = shutil.copytree(source, tmp_path / "source")
+    captions_json(copy, lambda content: content["annotations"][1].update(caption="heart " * 10_000))
+    (tmp_path / "dest").mkdir()
+    (tmp_path / "dest/.empty_context.npy.99.tmp").write_text("left by a killed process")
+    start = time.monotonic()
+    call_main(monkeypatch, coco, *arguments(copy, tmp_path / "dest", clip_folder))
+    assert "1 captions for" in (said := capsys.readouterr().out) and "longer than 77 tokens: their ends" in said
+    assert time.monotonic() - start < 60 and not list((tmp_path / "dest").glob(".*.tmp"))
+    expected = TextEncoder(clip_folder)(["heart " * 77])[0]
+    np.testing.assert_allclose(np.load(tmp_path / f"dest/train/{len(KEPT) - 1}_1.npy"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_output_that_would_become_input(source, clip_folder, tmp_path, monkeypatch):
+    copy = shutil.copytree(source, tmp_path / "dest/train")
+    for more in ([], ["--images", source / "photos"], ["--captions-json", source / "captions.json"]):
+        with pytest.raises(UserError, match="dest/train and .* lie in each other"):
+            call_main(monkeypatch, coco, *arguments(copy, tmp_path / "dest", clip_folder, *more))
+    assert contents(copy) == contents(source)
 
 
 # ---- text encoder ----

@@ -1,27 +1,26 @@
-"""convert and encode by their command lines: what is written, what is skipped, stops and continuations, processes."""
+"""convert and encode by their command lines: what is written, what is skipped, what is refused."""
 import io
 import json
 import os
-import random
 import shutil
 import signal
-import time
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dataset import LatentImages
+from dataset import LatentImages, digest
 from encoders.vae import VAE
 from preprocessing import convert, dataset_tools, destinations, encode
 from preprocessing.destinations import image_name, latent_name
+from preprocessing.sources import open_source
 from runtime.errors import UserError
-from tests.conftest import ROOT, SERVER, call_main, script
-from tests.test_faults import wait_for
-from tests.test_sources import adm_crop, class_tars, odd_pictures, write_folder, write_tar, write_zip
+from runtime.files import read_json
+from tests.conftest import ROOT, call_main
+from tests.test_sources import adm_crop, odd_pictures, write_folder, write_tar, write_zip
+from tests.test_storage import packed_into
 
 VAE_FOLDER = ROOT / "assets/vae-emoji"
 SIDE, CLASSES, EACH = 16, 3, 16
@@ -46,7 +45,7 @@ def content():
             for i in range(EACH)}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # of test_dataset_stops.py too
 def source(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("imagenet"), content())
 
@@ -60,14 +59,7 @@ def encoding(source, dest, *more):
     return ["encode", f"--source={source}", f"--dest={dest}", f"--model-url={VAE_FOLDER}", "--batch-size=4", *more]
 
 
-def making(kind, source, made, dest):
-    """The command that makes what `made` holds as `kind`, images or latents, a folder or a zip, at `dest`."""
-    if kind.startswith("images"):
-        return converting(source, dest, "--num-workers=2")
-    return encoding(made / kind.replace("vae-sd", "images"), dest)
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def made(source, tmp_path_factory):
     """images/, vae-sd/, images.zip and vae-sd.zip, each by one uninterrupted command; tests must not change them."""
     folder = tmp_path_factory.mktemp("made")
@@ -125,13 +117,30 @@ def test_zips_and_notes(source, made):
     assert (note["source"], note["resolution"], note["transform"]) == (str(source), "16x16", "center-crop-dhariwal")
 
 
-@pytest.mark.parametrize("kind", ["tar of tars", "zip"])
-def test_archives_give_the_same_pictures(made, tmp_path, monkeypatch, kind):
-    path = (write_tar(tmp_path / "s.tar", class_tars(content())) if kind == "tar of tars" else
-            write_zip(tmp_path / "s.zip", content(), zipfile.ZIP_DEFLATED))
-    call_main(monkeypatch, dataset_tools, *converting(path, tmp_path / "dest", "--num-workers=1"))
-    found, expected = files(tmp_path / "dest"), files(made / "images")
-    assert {**found, "made.json": b""} == {**expected, "made.json": b""}
+def test_names_and_order_of_classes(tmp_path, monkeypatch, capsys):
+    """classes.json lies in DATA, beside images/ and vae-sd/, wherever these are made; --class-order is the order."""
+    path = write_folder(tmp_path / "photos", {f"{name}/a.png": png(picture(0)) for name in ("0", "1", "2", "10")})
+    (tmp_path / "order").write_bytes("\ufeff0\r\n1\r\n2\n\n10".encode())
+    for order, more, names in (("a", [], ["0", "1", "10", "2"]),
+                               ("b", [f"--class-order={tmp_path / 'order'}"], ["0", "1", "2", "10"])):
+        data, _ = tmp_path / order, capsys.readouterr()
+        call_main(monkeypatch, dataset_tools, *converting(path, data / "images", "--num-workers=1", *more))
+        assert ("10 has label 2; convert --class-order FILE" in capsys.readouterr().err) == (order == "a")
+        call_main(monkeypatch, dataset_tools, *encoding(data / "images", tmp_path / f"{order}-2/vae-sd.zip"))
+        (tmp_path / f"{order}-2/images").symlink_to(data / "images")
+        packed_into(tmp_path / f"{order}-2", tmp_path / f"{order}-3", "--resolution", SIDE)
+        for folder in (data, tmp_path / f"{order}-2", tmp_path / f"{order}-3"):
+            assert json.loads((folder / "classes.json").read_text()) == names
+        dataset = LatentImages(tmp_path / f"{order}-3", SIDE, 4)
+        assert [dataset.text(i) for i in range(4)] == ["0", "1", "10", "2"]  # pictures stay in alphabetical order
+        assert dataset.labels.tolist() == [names.index(name) for name in ("0", "1", "10", "2")]
+    (tmp_path / "b/classes.json").write_text('["zero", "one", "two", "ten"]')
+    call_main(monkeypatch, dataset_tools, *converting(path, tmp_path / "b/images", "--num-workers=1", *more))
+    assert "names other classes than the source; it stays" in capsys.readouterr().err
+    for lines, words in (("0\n1\n2", "does not name the class folder 10"), ("0\n1\n2\n10\n1", "names 1 twice")):
+        (tmp_path / "order").write_text(lines)
+        with pytest.raises(UserError, match=words):
+            call_main(monkeypatch, dataset_tools, *converting(path, tmp_path / "b/images", *more))
 
 
 def assert_same_moments(ours, theirs, names):
@@ -162,18 +171,6 @@ def test_mirrored_pictures_have_latents_of_their_own(made, tmp_path, monkeypatch
         assert (expected - data.moments(i).flip(-1)).abs().max() > 1e-3  # and not the latent mirrored
     with pytest.raises(UserError, match=r"begun with other settings \(hflip\)"):
         call_main(monkeypatch, dataset_tools, *encoding(made / "images", tmp_path / "vae-sd-hflip"))
-
-
-def test_processes_change_no_byte(source, made, tmp_path):
-    for kind in ("", ".zip"):
-        images, latents = f"images{kind}", f"vae-sd{kind}"
-        script("preprocessing/dataset_tools.py", *converting(source, tmp_path / images, "--num-workers=3"),
-               before="tests.test_dataset_tools.slow_groups")
-        assert files(tmp_path / images) == files(made / images)
-        done = script("preprocessing/dataset_tools.py", *encoding(made / images, tmp_path / latents), processes=2,
-                      before="tests.test_dataset_tools.even_shares")
-        assert files(tmp_path / latents) == files(made / latents)
-        assert "48 files, 3 classes, 0 pictures skipped" in done.stdout
 
 
 def test_other_flags(source, tmp_path, monkeypatch):
@@ -213,6 +210,9 @@ def test_odd_pictures(tmp_path, monkeypatch, capsys, kind):
     numbers = [i for i, name in enumerate(sorted(expected)) if name not in bad] + [len(expected)]
     assert json.loads((tmp_path / "images/dataset.json").read_text())["labels"] == [
         [image_name(i), int(i == len(expected))] for i in numbers]
+    for i in numbers[:-1]:
+        corner = np.asarray(Image.open(tmp_path / "images" / image_name(i)))[0, 0].astype(int)
+        assert np.abs(corner - expected[sorted(expected)[i]][1]).max() <= 4, sorted(expected)[i]
     call_main(monkeypatch, dataset_tools, *encoding(tmp_path / "images", tmp_path / "vae-sd"))
     assert LatentImages(tmp_path, SIDE, 2).latents.index.names.tolist() == [latent_name(i).encode() for i in numbers]
 
@@ -225,131 +225,33 @@ def test_encoding_what_cannot_be_used(made, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="img00000005.png is 20x20, the first picture 16x16"):
         call_main(monkeypatch, dataset_tools, *encoding(images, tmp_path / "vae-sd", "--on-error=stop"))
     call_main(monkeypatch, dataset_tools, *encoding(images, tmp_path / "vae-sd"))
-    found, whole = files(tmp_path / "vae-sd"), files(made / "vae-sd")
-    assert sorted(whole.keys() - found.keys()) == [latent_name(5), latent_name(6)]
-    for i in (5, 6):
-        shutil.copy(made / "images" / image_name(i), images / image_name(i))
-    call_main(monkeypatch, dataset_tools, *encoding(images, tmp_path / "vae-sd"))
-    again = files(tmp_path / "vae-sd")
-    assert again.keys() == whole.keys() and again["dataset.json"] == whole["dataset.json"]
-    assert all(again[name] == found[name] for name in found if name.endswith(".npy"))
-    assert_same_moments(tmp_path / "vae-sd", made / "vae-sd", map(latent_name, (5, 6)))
+    assert sorted(files(made / "vae-sd").keys() - files(tmp_path / "vae-sd")) == [latent_name(5), latent_name(6)]
 
 
-# ---- stops ----
-
-def slow_groups(size=4, seconds=0.005):
-    """Many groups, slowly written, so that there is time to kill at any place."""
-    convert.GROUP = size
-    fsync, add = os.fsync, destinations.add
-    os.fsync = lambda number: time.sleep(seconds) or fsync(number)
-    destinations.add = lambda *arguments: time.sleep(seconds / 2) or add(*arguments)
-
-
-def one_step():
-    """Stands still when one more file is made, so that five kills find the work undone on a machine of any speed."""
-    slow_groups()
-    fsync, dest, most = os.fsync, Path(os.environ["HASTE_TEST_DEST"]), int(os.environ["HASTE_TEST_MOST"])
-    command = os.getpid()
-
-    def stand_still(number):
-        while progress_of(dest) > most and command in (os.getpid(), os.getppid()):  # a worker alone goes on and sees it
-            time.sleep(0.02)
-        fsync(number)
-
-    os.fsync = stand_still
-
-
-def slow_writes():
-    slow_groups(16, 0.05)
-
-
-def even_shares():
-    """Fails unless this process is given half of the twelve batches."""
-    encode_groups = encode.encode_groups
-
-    def checked(vae, groups, *more):
-        assert len(groups) == 6
-        return encode_groups(vae, groups, *more)
-
-    encode.encode_groups = checked
-    slow_groups()
-
-
-def progress_of(dest):
-    """Files that have their names; for a zip, its parts."""
-    work = dest.with_name(dest.name + ".parts") if dest.suffix == ".zip" else dest
-    return len([path for path in work.rglob("*.???") if not path.name.startswith(".")])
-
-
-@pytest.mark.parametrize("kind", ["images", "images.zip", "vae-sd", "vae-sd.zip"])
-def test_kill_9_and_the_same_command(source, made, tmp_path, kind):
-    """Five kills each at random moments, with and without the workers, one of a zip while it is put together: the bytes
-    are those of no kill."""
-    dest, moment, seen = tmp_path / kind, random.Random(kind), [0]
-    command = making(kind, source, made, dest)
-    processes = 2 if kind == "vae-sd.zip" else 1
-    while len(seen) < 6:
-        putting_together = len(seen) == 5 and dest.suffix == ".zip"
-        before = f"tests.test_dataset_tools.{'slow_groups' if putting_together else 'one_step'}"
-        started = SERVER.start_all("preprocessing/dataset_tools.py", *command, processes=processes, before=before,
-                                   env={"HASTE_TEST_DEST": str(dest), "HASTE_TEST_MOST": str(seen[-1])})
-        if putting_together:
-            wait_for(lambda: list(tmp_path.glob(f".{kind}.*.tmp")))
-        else:
-            wait_for(lambda: progress_of(dest) > seen[-1])
-        time.sleep(moment.uniform(0, 0.01))
-        for process in started:
-            (os.killpg if len(seen) % 2 else os.kill)(process.pid, signal.SIGKILL)
-        assert started[0].wait() == -signal.SIGKILL, started[0].stderr
-        assert all(process.wait() for process in started)
-        wait_for(lambda group=started[0].pid: not group_is_alive(group))  # workers end by themselves
-        seen.append(progress_of(dest))
-        assert not (dest / "dataset.json").exists() and (dest.suffix != ".zip" or not dest.exists())
-    assert 0 < seen[1] < seen[2] < seen[3] < seen[4] <= 48, seen
-    script("preprocessing/dataset_tools.py", *command, processes=processes)
-    if dest.suffix == ".zip":
-        assert dest.read_bytes() == (made / kind).read_bytes()
-    assert files(dest) == files(made / kind)
-    assert [path.name for path in tmp_path.iterdir()] == [kind]
-
-
-def test_a_picture_repaired_before_the_zip_is_complete(source, made, tmp_path, monkeypatch):
-    """Its part is completed, and keeps what it had."""
-    folder, dest = tmp_path / "s", tmp_path / "images.zip"
+def test_a_repaired_picture(source, made, tmp_path, monkeypatch):
+    """convert adds it to a complete folder, encode its latent alone; a zip of latents is not taken for whole."""
+    folder, data = tmp_path / "s", tmp_path / "data"
     shutil.copytree(source, folder)
     (folder / "n01/03.png").write_bytes(b"")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(destinations, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        call_main(patch, dataset_tools, *converting(folder, dest, "--num-workers=1"))
+    commands = [converting(folder, data / "images", "--num-workers=1"),
+                encoding(data / "images", data / "vae-sd", "--batch-size=64"),
+                encoding(data / "images", data / "vae-sd.zip")]
+    for command in commands:
+        call_main(monkeypatch, dataset_tools, *command)
+    before = files(data / "vae-sd")
     shutil.copy(source / "n01/03.png", folder / "n01/03.png")
-    call_main(monkeypatch, dataset_tools, *converting(folder, dest, "--num-workers=1"))
-    found, expected = files(dest), files(made / "images.zip")
-    assert list(found) == list(expected) and {**found, "made.json": b""} == {**expected, "made.json": b""}
+    for command in commands[:2]:
+        call_main(monkeypatch, dataset_tools, *command)
+    after = files(data / "vae-sd")
+    assert after["dataset.json"] == files(made / "vae-sd")["dataset.json"]
+    assert after.keys() - before.keys() == {latent_name(3)}
+    assert all(after[name] == content for name, content in before.items() if name.endswith(".npy"))
+    assert_same_moments(data / "vae-sd", made / "vae-sd", [latent_name(3)])
+    with pytest.raises(UserError, match="has 48 pictures, .*vae-sd.zip latents of 47, and nothing is added to a fin"):
+        call_main(monkeypatch, dataset_tools, *commands[2])
 
 
-def test_workers_end_with_their_parent(source, tmp_path):
-    """At once: each completes at most the pictures on their way to the disk, not its sixteen."""
-    command = converting(source, tmp_path / "images", "--num-workers=2")
-    started = SERVER.start("preprocessing/dataset_tools.py", *command, before="tests.test_dataset_tools.slow_writes")
-    wait_for(lambda: progress_of(tmp_path / "images") >= 2)
-    started.kill()
-    there = progress_of(tmp_path / "images")
-    wait_for(lambda: not group_is_alive(started.pid), seconds=8)
-    assert progress_of(tmp_path / "images") <= there + 2 * (destinations.WRITERS + 1)
-
-
-def group_is_alive(group):
-    """Whether a process of the group runs; one that ended and was not waited for does not."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, pgrp = path.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue
-        if int(pgrp) == group and state != "Z":
-            return True
-    return False
-
+# ---- what is there ----
 
 def test_a_worker_that_is_killed(source, tmp_path, monkeypatch):
     """As for lack of memory: a sentence, and the same command goes on."""
@@ -374,6 +276,11 @@ def test_what_is_there_is_not_made_again(source, made, tmp_path, monkeypatch, ca
         assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     monkeypatch.setattr(encode, "VAE", None)  # is not needed where nothing is missing
     call_main(monkeypatch, dataset_tools, *encoding(made / "images", tmp_path / "vae-sd"))
+    note, pictures = read_json(tmp_path / "vae-sd/made.json"), open_source(made / "images")
+    note["pictures"] = digest([pictures.names, pictures.labels, destinations.origin(made / "images")])
+    (tmp_path / "vae-sd/made.json").write_text(json.dumps(note))  # as older versions wrote it
+    call_main(monkeypatch, dataset_tools, *encoding(made / "images", tmp_path / "vae-sd"))
+    assert read_json(tmp_path / "vae-sd/made.json") == note
     before = (made / "vae-sd.zip").stat().st_mtime_ns
     call_main(monkeypatch, dataset_tools, *encoding(made / "images.zip", made / "vae-sd.zip"))
     assert "is complete; there is nothing to do" in capsys.readouterr().out
@@ -432,9 +339,9 @@ def test_a_file_that_changed_meanwhile(source, made, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="img00000099.png does not belong into"):
         call_main(monkeypatch, dataset_tools, *images)
     path, good = tmp_path / "vae-sd" / latent_name(3), np.load(tmp_path / "vae-sd" / latent_name(3))
-    for wrong, words in ((np.where(good == good[0, 0, 0], np.nan, good).astype(np.float32), "not finite"),
-                         (good.astype(np.float64), "it holds float64"), (good[:, :2], "moments of shapes"),
-                         (np.array([{}]), "damaged")):
+    for wrong, words in ((np.where(good == good[0, 0, 0], np.nan, good).astype(np.float32), "finite"),
+                         (good.astype(np.float64), "00000003.npy holds float64"), (good[:, :2], "moments of shapes"),
+                         (np.array([{}]), "no readable .npy")):
         np.save(path, wrong, allow_pickle=True)
         with pytest.raises(UserError, match=words):
             call_main(monkeypatch, dataset_tools, *latents)

@@ -3,13 +3,18 @@ import argparse
 import ast
 import contextlib
 import os
+import shutil
 import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluations.images
+from data_io import storage
+from data_io.captions import scan_numbered
+from dataset import LatentImages
 from evaluations import statistics_file
 from evaluations.images import decode, open_images
 from models.checkpoint import load_checkpoint
@@ -21,6 +26,7 @@ from sampling.images import is_finished
 from tests.conftest import CLASSES, ROOT
 from tests.damage import blank
 from tests.test_generate import make_checkpoint
+from tests.test_storage import write_zips
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +104,30 @@ def test_weights_that_unpack_to_too_much(tmp_path):
         archive.writestr("archive/data/0", b"\0" * 10_000_000)
     with pytest.raises(UserError, match="claims to unpack to far more than it holds"):
         load_tensors(tmp_path / "bomb.pt")
+
+
+def test_a_listing_that_unpacks_to_too_much(monkeypatch, tiny_data, tmp_path):
+    write_zips(tiny_data, tmp_path, zipfile.ZIP_DEFLATED)
+    monkeypatch.setattr(storage, "LARGEST_LISTING", 100)
+    with pytest.raises(UserError, match=r"vae-sd.zip/dataset.json claims \d+ bytes, more than any listing has"):
+        LatentImages(tmp_path, 64, CLASSES)
+
+
+def test_pipes_and_devices_are_passed_over(data, tiny_captions, tmp_path):
+    """They would block their reader, or feed it for ever; links to files are files."""
+    images, latent = data / "images/00000", data / "vae-sd/00000/img-mean-std-00000003.npy"
+    latent.rename(tmp_path / "moved.npy")
+    latent.symlink_to(tmp_path / "moved.npy")
+    os.mkfifo(images / "img00000099.png")
+    os.mkfifo(latent.with_name("img-mean-std-00000099.npy"))
+    (images / "img00000098.png").symlink_to("/dev/zero")
+    dataset = LatentImages(data, 64, CLASSES)
+    assert len(dataset) == 8 and torch.equal(dataset.moments(3), torch.from_numpy(np.load(tmp_path / "moved.npy")))
+    captions = shutil.copytree(tiny_captions / "train", tmp_path / "train")
+    expected = scan_numbered(captions)
+    for name in ("99.png", "98.npy", "0_99.npy"):
+        os.mkfifo(captions / name)
+    assert scan_numbered(captions) == expected
 
 
 @pytest.mark.parametrize("seed", range(4))

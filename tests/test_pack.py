@@ -1,9 +1,10 @@
 """pack: the same bytes whenever it was killed, what it refuses, and a run that goes on from folder to packed data."""
-import os
+import json
 import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ import train
 from dataset import LatentImages
 from preprocessing import pack as pack_module
 from runtime.errors import UserError
+from runtime.files import read_json
 from tests.conftest import CLASSES, SERVER, call_main, write_tiny_data
 from tests.test_resume import assert_same_run
-from tests.test_storage import packed_into, write_mirrored
+from tests.test_storage import packed_into, write_mirrored, write_zips
 from tests.test_train import train_arguments
 
 KILLS = 8
@@ -82,6 +84,9 @@ def test_killed_at_any_moment(source, packed, tmp_path):
 
 def test_images_come_later(source, packed, tmp_path):
     """--latents-only first, the images by the whole command: all in all the same."""
+    put_there = tmp_path / "dest/vae-sd/.made.json.99.tmp"  # by a process killed in its first moment
+    put_there.parent.mkdir(parents=True)
+    put_there.touch()
     dest = packed_into(source, tmp_path / "dest", "--rows", 3, "--latents-only")
     assert not (dest / "images").exists()
     stamps = {path: path.stat().st_mtime_ns for path in dest.rglob("*.npy")}
@@ -105,25 +110,56 @@ def test_a_bad_entry_ends_it_without_harm(source, packed, tmp_path):
         packed_into(copy, tmp_path / "dest", "--rows", 3)
     there, expected = contents(tmp_path / "dest"), contents(packed)
     assert not (tmp_path / "dest/images/dataset.json").exists() and not any(name.suffix == ".tmp" for name in there)
-    assert all(content == expected[name] for name, content in there.items() if str(name) != "images/index.npy")
+    assert all(content == expected[name] for name, content in there.items()
+               if str(name) not in ("images/index.npy", "images/made.json"))
     path.write_bytes(whole)
     packed_into(copy, tmp_path / "dest", "--rows", 3)
-    assert contents(tmp_path / "dest") == expected
+    assert {**contents(tmp_path / "dest"), Path("images/made.json"): b""} == {**expected, Path("images/made.json"): b""}
 
 
-def test_an_image_replaced_after_it_was_packed(source, packed, tmp_path):
-    """Its file of rows is made again, no other."""
+@pytest.mark.parametrize("form", ["folder", "zip"])
+def test_entries_replaced_after_they_were_packed(source, packed, tmp_path, form):
+    """Their files of rows are made again, no others: of another size, and of the same."""
     copy, dest = shutil.copytree(source, tmp_path / "copy"), shutil.copytree(packed, tmp_path / "dest")
+    data = copy
+    if form == "zip":
+        data, dest = write_zips(copy, tmp_path / "zips"), tmp_path / "other"
+        packed_into(data, dest, "--rows", 3)
     stamps = {path: path.stat().st_mtime_ns for path in dest.rglob("0*.npy")}
     Image.new("RGB", (64, 64), "red").save(copy / "images/00000/img00000020.png")
-    packed_into(copy, dest, "--rows", 3)
-    assert (LatentImages(dest, 64, CLASSES).image(20)[0] == 255).all()
-    assert [path.name for path, old in stamps.items() if path.stat().st_mtime_ns != old] == ["00006.npy"]
+    latent = copy / "vae-sd/00000/img-mean-std-00000030.npy"
+    np.save(latent, np.load(latent) + 1)
+    if form == "zip":
+        write_zips(copy, data)
+    packed_into(data, dest, "--rows", 3)
+    made = LatentImages(dest, 64, CLASSES)
+    assert (made.image(20)[0] == 255).all() and np.array_equal(made.moments(30), np.load(latent))
+    assert sorted(path.relative_to(dest).as_posix() for path, old in stamps.items()
+                  if path.stat().st_mtime_ns != old) == ["images/00006.npy", "vae-sd/00010.npy"]
+
+
+def test_a_folder_of_an_older_pack_is_kept(source, packed, tmp_path):
+    """Its note has no hashes of the source's files."""
+    dest = shutil.copytree(packed, tmp_path / "dest")
+    for path in dest.rglob("made.json"):
+        path.write_text(json.dumps({name: value for name, value in read_json(path).items() if name != "files"}))
+    before = contents(dest)
+    packed_into(source, dest, "--rows", 3)
+    assert contents(dest) == before
+
+
+def test_it_does_not_pack_into_its_source(source, tmp_path):
+    copy = shutil.copytree(source, tmp_path / "copy")
+    for dest in (copy, copy / "vae-sd", copy / "images/00000"):
+        with pytest.raises(UserError, match="lie in each other, so that output would become"):
+            packed_into(copy, dest)
+    packed_into(copy, copy / "packed")
+    assert contents(copy / "images") == contents(source / "images")
 
 
 def test_no_room(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("", (), {"free": 10 ** 5}))
-    with pytest.raises(UserError, match="0.0 GB are needed in .*vae-sd, which has 0.0 GB free; make room, or name"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("", (), {"free": 10 ** 5}))
+    with pytest.raises(UserError, match="327.7 KB are needed in .*vae-sd, which has 100.0 KB free; make room, or name"):
         packed_into(source, tmp_path / "dest")
 
 

@@ -88,7 +88,8 @@ def test_one_set_of_pictures_in_every_form(tmp_path, kind):
     source = open_source(path)
     assert source.names == ORDER and source.labels == LABELS
     assert [read(piece, "x") for piece in source.pieces] == [content[name] for name in ORDER]
-    assert open_source(path, 2) == (ORDER[:2], source.pieces[:2], LABELS[:2])  # labels are those of the whole
+    few = open_source(path, 2)  # labels are those of the whole
+    assert few == (ORDER[:2], source.pieces[:2], LABELS[:2], ["a", "a-b", "b"])
 
 
 def test_labels(tmp_path):
@@ -125,6 +126,10 @@ def test_what_is_passed_over(tmp_path):
     write_folder(tmp_path / "s", content)
     os.symlink(tmp_path / "s/a", tmp_path / "s/b")
     os.symlink("/nowhere", tmp_path / "s/c.png")
+    for name in ("pipe.png", "pipe.tar", "dataset.json"):  # to open one waits for a writer that never comes
+        os.mkfifo(tmp_path / "s" / name)
+    os.symlink("/dev/zero", tmp_path / "s/zero.png")
+    os.symlink(tmp_path / "s/pipe.png", tmp_path / "s/linked.png")
     assert sorted(find(tmp_path / "s")) == ["a/1.png", "b/1.png", "c.png"]
     with pytest.raises(UserError, match="c.png cannot be read .No such file"):
         read(find(tmp_path / "s")["c.png"], "c.png")
@@ -146,6 +151,7 @@ LISTINGS = {
     '{"labels": [["1.png", 0], ["2.png", true]]}': "the label of 2.png is True",
     '{"labels": [["1.png", 0], ["2.png", -1]]}': "the label of 2.png is -1",
     '{"labels": [["1.png", 0], ["2.png", 0], ["3.png", 0]]}': "names 3.png, which is not there",
+    '{"labels": [["1.png", 0], ["2.png", 0], ["./1.png", 1]]}': "names 1.png twice; keep one",
 }
 
 
@@ -175,7 +181,7 @@ def test_archives_that_are_cut_or_damaged(tmp_path):
     path = write_zip(tmp_path / "s.zip", tree(), zipfile.ZIP_DEFLATED)
     piece, data = find(path)["b/y.png"], path.read_bytes()
     broken = bytearray(data)
-    broken[piece.start + 60] ^= 255
+    broken[piece.entry[0] + 60] ^= 255
     path.write_bytes(broken)
     with pytest.raises(UserError, match="y cannot be read"):
         read(piece, "y")
@@ -196,8 +202,8 @@ def test_bombs(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="1 has more than 1 MiB"):
         read(piece, "1", sources.LARGEST)
     tracemalloc.start()
-    with pytest.raises(UserError, match="its checksum is wrong"):
-        read(piece._replace(size=1000), "1")  # a directory that lies
+    with pytest.raises(UserError, match="wrong checksum"):
+        read(piece._replace(entry=(*piece.entry[:-1], 1000)), "1")  # a directory that lies
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
     big = tmp_path / "big.png"
@@ -304,15 +310,3 @@ def odd_pictures():
         "depth.tif": (saved(Image.new("F", (20, 10), 0.5), "TIFF"), "more than 16 bits"),
         "program.png": (saved(red, "EPS"), "no known kind"),  # would be run by Ghostscript
     }
-
-
-def test_pictures_of_all_kinds(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000_000)
-    for name, (data, expected) in odd_pictures().items():
-        try:
-            found = pixels.center_crop_dhariwal(pixels.read_rgb(data, name), 32)
-            assert found.mode == "RGB" and found.size == (32, 32), name
-            assert np.abs(np.array(found.getpixel((0, 0))) - expected).max() <= 4, (name, found.getpixel((0, 0)))
-        except (UserError, ValueError) as error:
-            assert isinstance(expected, str) and expected in str(error), (name, error)
-            assert "0x" not in str(error)  # an address would differ from run to run
