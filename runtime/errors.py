@@ -104,12 +104,3 @@ def end_workers():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else a loader still in use raises an error about it
         worker.kill()
         worker.join(1)
-
-
-def check_bounds(args, bounds):
-    """Raise UserError for a number in `args` outside its (lowest, highest) or infinite. None means not given."""
-    for name, (low, high) in bounds.items():
-        value = getattr(args, name, None)
-        if value is not None and not (low <= value <= high and abs(value) < float("inf")):  # nan is outside too
-            limits = f"at least {low} and finite" if high == float("inf") else f"from {low} to {high}"
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {limits}.")

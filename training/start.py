@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import logging
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,6 @@ from models.mmdit import MMDIT_CONFIGS
 from models.sit import SIT_CONFIGS
 from runtime import memory
 from runtime.errors import MOST_CLASSES, UserError
-from runtime.progress import Unfailing
 from runtime.setup import PROCESS_GROUP_TIMEOUT, connect, tune
 from training import run_folder
 from training.config import MOST_WORKERS, aligned_pairs, loss_weights
@@ -80,7 +78,6 @@ def make_accelerator(args):
     num_workers.
     """
     listen()
-    sys.stdout, sys.stderr = map(Unfailing, (sys.stdout, sys.stderr))
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
     logging.raiseExceptions = False  # a full disk costs log.txt its lines, not the run
     has_gpu, run = torch.cuda.is_available(), Path(args.output_dir) / args.exp_name
