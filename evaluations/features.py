@@ -62,15 +62,19 @@ class Extractor:
 
 @contextmanager
 def full_float32(device):
-    """Switch off tf32 and autocast inside, whatever a training loop has set."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Switch off tf32 and autocast inside, whatever a training loop has set.
+
+    By the flag that runtime.setup.tune sets: set_float32_matmul_precision would switch it on for CPUs, too, and leave
+    flags that PyTorch refuses to read.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
     try:
         convolutions = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with torch.autocast(device.type, enabled=False), convolutions:
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def resize_tf1(x, size):

@@ -153,7 +153,7 @@ CASES = {
         (None, [*TRIGGER, "--trigger-block", 3], "--trigger-block 3 has no gradient of .*1 to 2"),
         (None, ["--preset", "sit-s-2-haste"], "--preset sit-s-2-haste is not known; `--preset list` shows"),
         (None, ["--batch-size", "many"], "--batch-size: 'many' is no whole number"),
-        (None, ["--enc-type", "clip-vit-L"], "--enc-type clip-vit-L is not known; use one of"),
+        (None, ["--enc-type", "clip-vit-X"], "--enc-type clip-vit-X is not known; use none, timm:NAME"),
         # what else training reads
         (None, ["--enc-type", "dinov2-vit-b", "--exp-name", "new"], "could not be fetched from the hub"),
         (None, [*WITH_TEACHER, "--enc-weights", "/no/file.pth"], "/no/file.pth does not exist"),

@@ -15,6 +15,7 @@ from evaluations.features import INCEPTION_URL, load_extractor, resize_tf1
 from evaluations.inception import Inception
 from evaluations.scores import score
 from runtime.errors import UserError
+from runtime.setup import tune
 from tests.conftest import ROOT
 from tests.golden.fill import inception_state
 
@@ -224,21 +225,21 @@ def test_efficientnet_is_fed_as_it_was_trained(tmp_path):
     assert extractor(images)[0].shape == (2, extractor.dim)
 
 
-def test_scoring_leaves_the_random_stream_and_settings_alone(tmp_path, monkeypatch):
+def test_scoring_leaves_the_random_stream_and_settings_alone(tmp_path):
     """Inside it runs in full float32, whatever a training loop has set."""
     save_efficientnet(tmp_path / "w.pth")
-    torch.set_float32_matmul_precision("high")
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    tune(1, tf32=True)
     before, inside = torch.get_rng_state(), []
     extractor = load_extractor("efficientnet-lite0", tmp_path / "w.pth", verify=False)
     extractor.network.conv_stem.register_forward_hook(lambda *_: inside.append(
-        (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu"))))
+        (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.is_autocast_enabled("cpu"))))
     with torch.autocast("cpu", torch.bfloat16):
         pool, _ = extractor(np.zeros((1, 8, 8, 3), np.uint8))
-    assert pool.dtype == torch.float32 and not pool.requires_grad and inside == [(False, "highest", False)]
+    assert pool.dtype == torch.float32 and not pool.requires_grad and inside == [(False, False, False)]
     assert torch.equal(torch.get_rng_state(), before) and torch.backends.cudnn.allow_tf32
-    assert torch.get_float32_matmul_precision() == "high"
-    torch.set_float32_matmul_precision("highest")
+    assert torch.backends.cuda.matmul.allow_tf32
+    tune(1, tf32=False)
+    assert torch.get_float32_matmul_precision() == "highest"  # which PyTorch refuses to say of flags that differ
 
 
 def test_downloads_are_checked(monkeypatch, tmp_path):

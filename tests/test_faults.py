@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -249,7 +250,7 @@ def test_output_that_cannot_be_written_ends_no_run(tiny_data, tmp_path, before):
 def full_stderr():
     for number in (1, 2):
         os.dup2(os.open("/dev/full", os.O_WRONLY), number)
-    progress.Lines = lambda _: sys.stderr  # as on a terminal: the bar itself is written
+    progress.Lines = SimpleNamespace(write=lambda text: sys.stderr.write(text), flush=lambda: sys.stderr.flush())
     progress.LINE_SECONDS = 0
 
 
