@@ -179,6 +179,7 @@ def build_photographs(dest, source, wheels, train_images):
         entries = [(i, image_name(i), label, ROW) for i, label in enumerate(labels.tolist())]
         data = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
         pack_kind(folder, images.__getitem__, entries, data, BATCH)
+        write_json(folder.parent / "classes.json", CLASSES)
         print(f"{folder}: {count:,} photographs, {len(CLASSES)} classes")
 
 

@@ -105,6 +105,7 @@ def build_images(dest, resolution, wheels):
     write_json(dest / "classes.json", CLASSES)
     for part, folder in zip(split_by_pixels(emoji), splits, strict=True):
         write_images(part, folder)
+        write_json(folder.parent / "classes.json", CLASSES)
         print(f"{folder}: {len(part)} images, {len(CLASSES)} classes")
 
 
