@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from data_io.captions import HALF
 from dataset import CaptionedImages
 from encoders.text import CLIP, TextEncoder
 from models.checkpoint import weights_digest
@@ -56,7 +57,7 @@ def read_prompts(args):
                             "image.") from error
     prompts = [" ".join(text.split()) for text in [*args.prompt, *(line for line in lines if line.strip())]]
     for text in prompts:
-        if any("\ud800" <= character <= "\udfff" for character in text):
+        if HALF.search(text):
             raise UserError(f"--prompt {text!r} is not text in UTF-8; type it again.")
     if args.prompts and not prompts:
         raise UserError(f"--prompts {args.prompts} holds no text; give a line per image.")
@@ -65,10 +66,10 @@ def read_prompts(args):
     return prompts, f"prompts-{hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:8]}"
 
 
-def own_texts(args, texts, device):
+def own_texts(args, texts, state):
     """(file numbers, texts, tokens(i) -> (L, C), tokens of no text (L, C), hash of the encoder) of own texts."""
-    encoder = TextEncoder(args.text_encoder, device, length=args.context_shape and args.context_shape[0])
-    if count := encoder.count_cut(texts):
+    encoder = TextEncoder(args.text_encoder, state.device, length=args.context_shape and args.context_shape[0])
+    if state.is_main_process and (count := encoder.count_cut(texts)):
         print(f"{count} of {len(texts)} texts are longer than {encoder.length} tokens: their ends are not seen")
     # One at a time, so that no text depends on its neighbours in a batch.
     return (list(range(len(texts))), texts, lambda i: encoder([texts[i]])[0], encoder([""])[0],
@@ -95,7 +96,7 @@ def main():
     (prompts, name), own = read_prompts(args), bool(args.prompt or args.prompts)
     model, vae, identity = open_checkpoint(args, "MMDiT", state.device)
     if own:
-        numbers, texts, tokens, empty, seen = own_texts(args, prompts, state.device)
+        numbers, texts, tokens, empty, seen = own_texts(args, prompts, state)
         args.data_dir, args.caption_index, args.prompt, args.prompts = None, None, prompts, None  # not used: no setting
     else:
         numbers, texts, tokens, empty, seen = val_captions(args)

@@ -59,8 +59,7 @@ def parse_args():
     add("--enc-type", choices=TEACHERS, default="dinov2-vit-b", help="default dinov2-vit-b")
     add("--no-attention", action="store_true", help="without the attention loss, to see what memory it takes")
     add("--grad-checkpointing", action="store_true", help="as in train.py")
-    args = parser.parse_args()
-    return args
+    return parser.parse_args()
 
 
 class Run:

@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from data_io.storage import Packed, Zip
 from dataset import digest
 from models.layers import QK, Alignment
 from runtime.errors import UserError, first_line
@@ -28,16 +27,11 @@ def picture_stamps(dataset):
 
     Reading all pictures at each start would take too long. Copies that keep times (cp -a, rsync -a) keep the cache.
     """
-    files = getattr(dataset, "pictures", None)
-    if isinstance(files, Zip):
-        return files.index.where[:, [Zip.CRC, Zip.SIZE]].tolist()
-    if isinstance(files, Packed):
-        paths = files.shards
-    else:
-        names = map(files.name, range(len(dataset))) if files else (f"{i}.png" for i in dataset.indices)
-        paths = [Path(getattr(dataset, "folder", ""), name) for name in names]
-    with reading(paths[0]):
-        return [[status.st_size, status.st_mtime_ns] for status in map(os.stat, paths)]
+    if files := getattr(dataset, "pictures", None):
+        return files.stamps().tolist()
+    with reading(dataset.folder):
+        found = (os.stat(dataset.folder / f"{i}.png") for i in dataset.indices)
+        return [[status.st_size, status.st_mtime_ns] for status in found]
 
 
 class CachedTeacher:

@@ -1,6 +1,5 @@
 """The frozen teacher: a vision transformer of timm, with taps on the attention of some of its blocks."""
 import contextlib
-import hashlib
 from typing import NamedTuple
 
 import timm
@@ -12,6 +11,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 
 from encoders.teacher_files import fit_names
 from loss import resample_qk, resample_tokens
+from models.checkpoint import weights_digest
 from models.layers import Alignment, compile_blocks
 from modify_dinov2.taps import take_attention, tap_attention
 from runtime.errors import UserError, first_line
@@ -225,13 +225,8 @@ class Teacher:
 
     def key(self):
         """Text that changes with the weights and with everything else that changes an output."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.vit.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
         images = self.row[3:5] + self.row[6:9]  # mean, std, interpolation, antialias, final_norm
-        other = "" if images == DINOV2[3:5] + DINOV2[6:9] else f" {images}"  # keeps older caches
-        return f"{digest.hexdigest()} {self.input_size} {self.num_blocks} {self.grid}{other}"
+        return f"{weights_digest(self.vit)} {self.input_size} {self.num_blocks} {self.grid} {images}"
 
     def outputs(self, alignment):
         """{name: (N, ...)} of this teacher's Alignment: the features, and for each block q and k stacked."""

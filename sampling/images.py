@@ -169,8 +169,8 @@ def sample_folder(args, name, state, identity):
     `identity` holds what tells the weights and the conditions from others under the same path.
     """
     folder = Path(args.sample_dir) / (
-        f"{args.prefix}{name}-{Path(args.ckpt).stem}-size-{args.resolution}-vae-{Path(args.vae).name}-cfg-{args.cfg_scale}-"
-        f"seed-{args.global_seed}-{args.mode}-high-{args.guidance_high}")
+        f"{args.prefix}{name}-{Path(args.ckpt).stem}-size-{args.resolution}-vae-{Path(args.vae).name}-"
+        f"cfg-{args.cfg_scale}-seed-{args.global_seed}-{args.mode}-high-{args.guidance_high}")
     settings = {key: value for key, value in vars(args).items() if key not in NOT_IN_SETTINGS} | identity
     path, old = folder / "settings.json", {}
     if is_file(path):
