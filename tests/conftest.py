@@ -121,6 +121,18 @@ def clip_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    from tests.worlds import make_world  # which imports this file
+    return make_world(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def text_world(tmp_path_factory, clip_folder):
+    from tests.worlds import make_text_world
+    return make_text_world(tmp_path_factory.getbasetemp(), clip_folder)
+
+
 CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

@@ -13,18 +13,13 @@ from evaluations import baselines, curves, evaluator, probe, report, stats
 from runtime.errors import UserError
 from tests.conftest import call_main
 from tests.damage import CKPT
-from tests.worlds import base, make_world
+from tests.worlds import base
 
 TEXTS = ("", " ", "-1", "0", "1", "0.5", "1e400", "nan", "inf", "9" * 30, "1_000", "\u0663", "caf\udcff", "a\u2028b",
          "a" * 300, "..", ".", "~", "/dev/null", "/dev/zero", "/dev/full", "{w}/pipe", "{w}", "{w}/data", "{w}/new/x",
          "{w}/reference.npz", "{w}/out/run/metrics.csv", "{w}/other.pth", f"{{w}}/{CKPT}", "a/b", "%s", "{x}", "list",
          "none", "-", "1,2,,3", "1,2,3", "cuda", "[]", "*", "100000000000", "{w}/new.json", "{w}/new.npz")
 READ = ("reference.npz", "samples.npz", "other.pth", "out/run/metrics.csv", "out/run/args.json", CKPT)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.getbasetemp())
 
 
 @pytest.mark.parametrize("module", [baselines, curves, evaluator, export, probe, report, stats])

@@ -63,23 +63,13 @@ from tests.damage import (
     zipped,
 )
 from tests.test_storage import packed_into, write_mirrored
-from tests.worlds import NO_TEACHER, base, make_text_world, make_world
+from tests.worlds import NO_TEACHER, base
 
 TRIGGER = ["--early-stop-trigger", "gradient", "--trigger-start", 2]
 WITH_TEACHER = ["--enc-weights", "{w}/teacher.pth", "--exp-name", "other"]
 TEACHER_CACHE = [*WITH_TEACHER, "--teacher-cache", "{w}/cache"]
 GOING_ON = [*NO_TEACHER, "--max-train-steps", 4]
 SCORING = [*NO_TEACHER, "--eval-steps", 1, "--eval-samples", 4, "--vae", VAE, "--eval-features", "efficientnet-lite0"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def text_world(tmp_path_factory, clip_folder):
-    return make_text_world(tmp_path_factory.getbasetemp(), clip_folder)
 
 
 COMMANDS = (convert, encode, pack)  # of dataset_tools.py

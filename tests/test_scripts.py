@@ -25,19 +25,9 @@ from runtime.files import atomic_folder, check_output, prepare_output
 from tests.conftest import ROOT, call_main, metrics, script, train_arguments
 from tests.damage import CKPT, IMAGE, Planted, change_bytes, cut, damaged, put
 from tests.test_bad_input import TEXT, WITH_TEACHER
-from tests.worlds import NO_TEACHER, base, make_text_world, make_world
+from tests.worlds import NO_TEACHER, base
 
 TOO_LONG = "a" * 300
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def text_world(tmp_path_factory, clip_folder):
-    return make_text_world(tmp_path_factory.getbasetemp(), clip_folder)
 
 
 @pytest.mark.parametrize("name, change, more, words", [
