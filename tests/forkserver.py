@@ -10,6 +10,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import signal
 import sys
 import time
@@ -24,9 +25,13 @@ import generate  # noqa: F401
 import generate_t2i  # noqa: F401
 import train  # noqa: F401
 import train_t2i  # noqa: F401
-import training.start  # noqa: F401 - what `main` imports, as for all below: a test may close the folder of the code
 from runtime.errors import run_script
 from tests import nano  # noqa: F401
+
+# Scripts import some modules only when they need them. A test may close the folder of the code by then.
+for package in ("data_io", "encoders", "models", "runtime", "sampling", "training"):
+    for module in pkgutil.iter_modules([str(Path(__file__).resolve().parents[1] / package)]):
+        importlib.import_module(f"{package}.{module.name}")
 
 with contextlib.suppress(ImportError):  # tests that need none can run without it
     from diffusers import AutoencoderKL  # noqa: F401
