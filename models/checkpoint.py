@@ -34,7 +34,7 @@ def is_whole(value):
 CONTENTS = {
     "model": (is_state, "named tensors"), "ema": (is_state, "named tensors"), "steps": (is_whole, "a number of steps"),
     "metrics": (lambda value: value is None or isinstance(value, dict), "terms of a loss"),
-    "opt": (lambda value: isinstance(value, dict) and bool(value.get("param_groups")),
+    "opt": (lambda value: isinstance(value, dict) and isinstance(value.get("param_groups"), list),
             "an optimizer's state and param_groups"),
     "args": (lambda value: isinstance(value, dict), "settings by name")}
 # The same for the args that are used after training. All may be missing or None.
@@ -86,7 +86,7 @@ def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):
             raise UserError(f"{path} has no '{key}'; give a checkpoint of train.py.")
     args = state.get("args", {})
     state = {**state, "args": vars(args) if isinstance(args, argparse.Namespace) else args}
-    check_contents(path, state, {*needed, "args", "metrics"})
+    check_contents(path, state, {*needed, "args", "metrics", "steps"})
     return state
 
 
@@ -205,7 +205,7 @@ def load_network(path, kind=None, source="ema", **typed):
     state = load_checkpoint(path, needed=(source,))
     weights, args = modern_names(state[source]), {**state["args"], **typed}
     configs, networks, own_key = KINDS[kind or ("MMDiT" if "context_embedder.weight" in weights else "SiT")]
-    required_keys = ("x_embedder.proj.weight", "pos_embed", own_key)
+    required_keys = {"x_embedder.proj.weight": 4, "pos_embed": 3, own_key: 2}  # and their numbers of dimensions
     missing = [key for key in required_keys if key not in weights]
     if missing and kind:
         raise UserError(f"{path} is no checkpoint of this kind of model, having no {missing[0]}; generate.py takes "
@@ -213,6 +213,8 @@ def load_network(path, kind=None, source="ema", **typed):
     if missing:
         raise UserError(f"{path} holds the weights of neither SiT nor MMDiT; give a checkpoint of train.py or "
                         "train_t2i.py.")
+    if wrong := next((key for key, dims in required_keys.items() if weights[key].dim() != dims), None):
+        raise UserError(f"{path} is damaged: its {wrong} has shape {tuple(weights[wrong].shape)}; use another one.")
     name = args.get("model") or find_model(weights, configs, path)
     if name not in configs:
         raise UserError(f"--model {name} is not known; use one of {', '.join(configs)}.")

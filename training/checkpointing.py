@@ -51,8 +51,9 @@ def is_dense(value):
 
 def is_optimizer(value):
     groups, state = value["param_groups"], value.get("state")
-    return (isinstance(groups, list) and isinstance(state, dict)
-            and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+    return (isinstance(state, dict)
+            and all(isinstance(group, dict) and isinstance(group.get("params"), list)
+                    and all(isinstance(i, int) for i in group["params"]) for group in groups)
             and all(isinstance(i, int) and isinstance(entry, dict) and all(map(is_dense, entry.values()))
                     for i, entry in state.items()))
 
@@ -142,7 +143,7 @@ def check_same_run(path, saved, args):
     def plain(value):
         if torch.is_tensor(value):  # in no checkpoint of ours
             return "a tensor"
-        return [list(v) if isinstance(v, tuple) else v for v in value] if isinstance(value, (list, tuple)) else value
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
     if "vae" in saved and "vae" in args and (PIXELS == saved["vae"]) != (PIXELS == args["vae"]):
         raise UserError(f"{path} was trained with --vae {saved['vae']}, and --vae is now {args['vae']}: pixels and a "

@@ -112,7 +112,7 @@ class Trainer:
         columns = score_names(self.args.eval_features, self.args.eval_metrics) if self.evaluation else []
         self.metrics = Metrics(self.run_folder / "metrics.csv", self.accelerator, self.step, saved.get("metrics"),
                                columns + trigger_columns(self.args), self.args.max_skipped_steps,
-                               saved.get("seconds", 0.0), saved.get("history"),
+                               saved.get("seconds") or 0.0, saved.get("history"),
                                functools.partial(first_not_finite, self))
         self.preemption = Preemption(self.accelerator.num_processes, self.args.checkpoint_minutes,
                                      PROCESS_GROUP_TIMEOUT)
