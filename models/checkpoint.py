@@ -15,6 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from data_io.latent_scale import is_scale
 from models.mmdit import MMDIT_CONFIGS, MMDiT_models
 from models.sit import SIT_CONFIGS, SiT_models
 from runtime.errors import UserError
@@ -45,6 +46,7 @@ ARGS = {
     "class_names": (lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
                     "a list of names"),
     "cfg_prob": (lambda value: isinstance(value, (int, float)), "a number"),
+    "latents": (is_scale, "a scale and a shift"),
     "qk_norm": (lambda value: isinstance(value, bool), "true or false"),
     "path_type": (lambda value: value in ("linear", "cosine"), "linear or cosine"),
     "context_shape": (lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_whole, value)),

@@ -2,11 +2,12 @@
 import logging
 import os
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from dataset import PIXELS
+from data_io.latent_scale import PIXELS, scale_of
 from models.checkpoint import load_checkpoint, saved_steps
 from runtime.errors import Unreadable, UserError
 from runtime.files import atomic_write, writing
@@ -15,7 +16,7 @@ logger = logging.getLogger("haste")
 
 # What must be equal for a run to go on; everything else may change and is reported. `data` is the fingerprint.
 MUST_MATCH_ON_RESUME = ("model", "num_classes", "resolution", "qk_norm", "path_type", "prediction", "weighting",
-                        "enc_type", "encoder_depth", "attn_layers", "data")
+                        "enc_type", "encoder_depth", "attn_layers", "latents", "data")
 
 
 def save_checkpoint(folder, step, state):
@@ -148,10 +149,16 @@ def check_same_run(path, saved, args):
     if "vae" in saved and "vae" in args and (PIXELS == saved["vae"]) != (PIXELS == args["vae"]):
         raise UserError(f"{path} was trained with --vae {saved['vae']}, and --vae is now {args['vae']}: pixels and a "
                         "VAE's latents do not mix; use another --exp-name, or the --vae of that run.")
+    if "latents" in args:  # others have said nothing of it
+        saved = {**saved, "latents": scale_of(saved).plain()}
     for name in MUST_MATCH_ON_RESUME:
         if name in saved and name in args and plain(saved[name]) != plain(args[name]):
-            raise UserError(f"{path} belongs to another run: {name} was {saved[name]} and is now {args[name]}; use "
-                            "another --exp-name, or the settings of that run.")
+            old, new = saved[name], args[name]
+            if name == "latents":
+                old, new = ({key: value for key, value in each.items() if saved[name][key] != args[name][key]}
+                            for each in (old, new))
+            raise UserError(f"{path} belongs to another run: {name} was {shorten(str(old), 200)} and is now "
+                            f"{shorten(str(new), 200)}; use another --exp-name, or the settings of that run.")
     return [(name, saved[name], value) for name, value in args.items()
             if name in saved and name not in MUST_MATCH_ON_RESUME and plain(saved[name]) != plain(value)]
 
