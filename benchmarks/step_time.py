@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import published
 from benchmarks.measure import added_memory, alternate, machine, spread, table
+from data_io.latent_scale import SD_SCALE
 from data_io.loader import StepBatches, load_noise
-from dataset import SD_SCALE
 from encoders.teachers import TEACHERS, Teacher
 from loss import ALIGNMENT_LOSSES, SILoss
 from models.sit import SIT_CONFIGS, SiT_models
@@ -148,7 +148,7 @@ class Run:
         trainer = Trainer.__new__(Trainer)  # with what a step needs, and no run folder
         vars(trainer).update(args=self.args, accelerator=self.accelerator, y_null=self.y_null, loss_fn=loss_fn,
                              ddp_model=wrapped, teacher=teacher if aligned else None, weights=loss_weights(self.args),
-                             dataset=argparse.Namespace(latent_scale=SD_SCALE))
+                             latent_scale=SD_SCALE)
 
         def work():
             model.projectors.requires_grad_(aligned)

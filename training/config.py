@@ -54,8 +54,10 @@ def add_training_flags(parser):
     add("--batch-size", type=images, default=256, help="images a step over all processes (default 256)")
     add("--num-workers", type=whole(0, 1024), help="loader processes per process; threads where nothing is decoded "
         f"(default: the process's share of the cores, at most {MOST_WORKERS})")
-    add("--vae", default="stabilityai/sd-vae-ft-mse", help="VAE of previews and scores: hub name or diffusers folder; "
-        "none: train on pixels, without a VAE (train.py)")
+    add("--vae", help="VAE of previews and scores: hub name or diffusers folder; none: train on pixels, without a VAE "
+        "(train.py) (default: the one that made the latents, by DATA/latents.json, else stabilityai/sd-vae-ft-mse)")
+    add("--latents-stats", metavar="FILE", help="train on (latent - mean) / std of each channel: .safetensors, .npz or "
+        "LightningDiT's .pt with mean and std, or a latents.json (default: DATA/latents.json, else latent x 0.18215)")
     add("--cfg-prob", type=number(0, 1), default=0.1, help="share of conditions dropped for guidance (default 0.1)")
 
     add = parser.add_argument_group("model").add_argument
@@ -196,7 +198,8 @@ def finalize_args(args, config):
     """Fill in what depends on the model, a row `config` of its table, and refuse what contradicts."""
     if args.encoder_depth is None:
         args.encoder_depth = config["encoder_depth"]
-    from training.data_size import find_resolution  # imports torch, which --help does not need
+    from training.data_size import find_latents, find_resolution  # import torch, which --help does not need
+    find_latents(args)
     args.resolution = find_resolution(args.resolution, args.data_dir, "images" if "num_classes" in args else "train")
     if args.early_stop_fraction is not None:
         args.early_stop_point = round(args.early_stop_fraction * args.max_train_steps)

@@ -16,6 +16,7 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 
+from data_io.latent_scale import NOTE, scale_of
 from encoders.teachers import Teacher, Teachers, load_vit, teacher_row
 from loss import SILoss, uses
 from models.checkpoint import saved_steps
@@ -166,6 +167,7 @@ def load_teacher(args, grid):
 def model_arguments(args, config, moments_shape):
     """Arguments that both kinds of model take, for latents of these moments."""
     channels, side, _ = moments_shape
+    scale_of(vars(args)).check(channels // 2, args.latents_stats or Path(args.data_dir) / NOTE)
     if side % config["patch_size"]:
         raise UserError(f"--model {args.model} cuts latents into patches of {config['patch_size']}, of which {side}, "
                         f"the latents' side at --resolution {args.resolution}, is no multiple; choose another patch.")
