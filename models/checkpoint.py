@@ -136,10 +136,10 @@ def weights_digest(module):
 
 
 def modern_names(weights):
-    """The weights of REPA's first release under today's names: decoder_blocks.i followed the other blocks."""
+    """The weights of REPA's first release, where decoder_blocks.i followed the other blocks, and iREPA's projectors."""
     first = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    return {re.sub(r"^decoder_blocks\.(\d+)", lambda found: f"blocks.{int(found[1]) + first}", name): value
-            for name, value in weights.items()}
+    return {re.sub(r"^decoder_blocks\.(\d+)", lambda found: f"blocks.{int(found[1]) + first}", name)
+            .replace(".projection_layer.", "."): value for name, value in weights.items()}
 
 
 def infer_model_kwargs(weights):
@@ -147,10 +147,13 @@ def infer_model_kwargs(weights):
     _, channels, _, patch = weights["x_embedder.proj.weight"].shape
     kwargs = {"input_size": patch * math.isqrt(weights["pos_embed"].shape[1]), "in_channels": channels,
               "z_dims": [value.shape[0] for name, value in weights.items()
-                         if name.startswith("projectors.") and name.endswith(".4.weight")],
+                         if re.fullmatch(r"projectors\.\d+\.(4\.)?weight", name)],
               "qk_norm": any(name.endswith("q_norm.weight") for name in weights)}
     if "projectors.0.0.weight" in weights:
         kwargs["projector_dim"] = weights["projectors.0.0.weight"].shape[0]
+    if "projectors.0.weight" in weights:  # one layer
+        kernel = weights["projectors.0.weight"].shape[2:]
+        kwargs |= {"projector": "conv", "projector_kernel": kernel[0]} if kernel else {"projector": "linear"}
     if "y_embedder.embedding_table.weight" in weights:
         kwargs["num_classes"] = weights["y_embedder.embedding_table.weight"].shape[0] - 1  # the last row is no class
     if "context_embedder.weight" in weights:
