@@ -187,8 +187,9 @@ def look_inside(path, count, t, teacher=None):
     _, student = network(x, torch.full((len(x),), float(t)), y, return_alignment=True)
     found = {"images": list(images.permute(0, 2, 3, 1).numpy()), "pairs": [],
              "teacher_colours": [], "student_colours": []}
-    if student.features:
-        features, projected = target.features[0], student.features[0]  # on equal grids, see open_teacher
+    features = target.features[0]
+    if network.z_dims[:1] == (features.shape[2],):  # else nothing is projected to it
+        projected = student.features[0]  # on equal grids, see open_teacher
         found["teacher_colours"], found["student_colours"] = map(list, colours(features, projected))
         found["cosine"] = -feature_loss(projected, features).item()
     for ours, theirs in args["attn_layers"]:

@@ -146,11 +146,12 @@ def run(args):
     made = destination.begin({"command": "convert", "resolution": args.resolution, "transform": args.transform,
                               "pictures": digest([source.names, source.labels])}, {"source": args.source})
     destinations.write_classes(args.dest, source.classes)
+    names = [destinations.image_name(i) for i in range(len(source.names))]
+    have = destination.pieces()
+    destinations.check_older(have, dict(zip(names, zip(source.names, source.pieces, strict=True), strict=True)))
     if destination.complete:
         print(f"{args.dest} is complete; there is nothing to do.")
         return
-    names = [destinations.image_name(i) for i in range(len(source.names))]
-    have = destination.pieces()
     todo = [[i for i in places if names[i] not in have] for places in in_groups(range(len(names)), GROUP)]
     todo = [places for places in todo if places]
     missing = sum(map(len, todo))

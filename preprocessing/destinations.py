@@ -6,6 +6,7 @@ presence means that everything is there and was checked. made.json says from wha
 and no count of processes, so that the same work has the same bytes however often it was stopped.
 """
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -180,6 +181,21 @@ def check_names(destination, pieces, expected):
         wrong = "is missing from" if name not in pieces else "does not belong into"
         raise UserError(f"{name} {wrong} {destination.path}; was it changed meanwhile? Run the command again, or "
                         f"delete {destination.path} first.")
+
+
+def check_older(have, made_of):
+    """Raise UserError if a picture is newer than the file that was made of it.
+
+    have: {name of a file: Piece}; made_of: {name of a file: (name, Piece) of its picture}.
+    """
+    changed = functools.cache(os.path.getmtime)  # an archive is asked once
+    newer = [(picture, have[name]) for name, (picture, piece) in made_of.items()
+             if name in have and changed(piece.path) > changed(have[name].path)]
+    if newer:
+        picture, piece = newer[0]
+        raise UserError(f"{len(newer):,} pictures are newer than the files that were made of them, such as {picture} "
+                        f"and {piece.path}; delete these files and run the command again, or, where the pictures are "
+                        "the same, touch these files.")
 
 
 def write_classes(dest, names):

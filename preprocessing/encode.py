@@ -154,6 +154,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
         if vae:
             write_note(Path(os.path.abspath(dest)).parent, vae, settings["vae"])
         made = destination.begin(settings, {"source": str(source_path), "model_url": str(model_url)})
+        destinations.check_older(have, dict(zip(names, zip(source.names, source.pieces, strict=True), strict=True)))
         destinations.write_classes(dest, source.classes)
         if destination.complete and len(have) + len(made["skipped"]) < len(names):
             raise UserError(f"{source_path} has {len(names)} pictures, {dest} latents of {len(have)}, and nothing is "

@@ -138,7 +138,7 @@ def open_checkpoint(args, kind, device):
     network, vae, args.vae, trained = open_network(args.ckpt, args.vae, device, kind, args.weights, args.latents_stats,
                                                    **typed)
     check_guidance(args.ckpt, args.cfg_scale, trained)
-    widths = ",".join(str(projector[-1].out_features) for projector in network.projectors)
+    widths = ",".join(map(str, network.z_dims))
     if args.projector_embed_dims and args.projector_embed_dims != widths:
         raise UserError(f"--projector-embed-dims {args.projector_embed_dims}: {args.ckpt} has projectors to "
                         f"{widths or 'nothing'}; leave the flag out.")

@@ -251,6 +251,25 @@ def test_a_repaired_picture(source, made, tmp_path, monkeypatch):
         call_main(monkeypatch, dataset_tools, *commands[2])
 
 
+def test_a_replaced_picture(source, tmp_path, monkeypatch):
+    """Neither command keeps what was made of a picture that was replaced since; both say which file to delete."""
+    folder, data = tmp_path / "s", tmp_path / "data"
+    shutil.copytree(source, folder)
+    commands = {image_name(3): converting(folder, data / "images", "--num-workers=1"),
+                latent_name(3): encoding(data / "images", data / "vae-sd", "--batch-size=64")}
+    for command in commands.values():
+        call_main(monkeypatch, dataset_tools, *command)
+    before = {**files(data / "images"), **files(data / "vae-sd")}
+    shutil.copy(source / "n01/04.png", folder / "n01/03.png")
+    for (name, command), where in zip(commands.items(), ("images", "vae-sd"), strict=True):
+        with pytest.raises(UserError, match=f"1 pictures are newer than .*03.png and .*{name}; delete"):
+            call_main(monkeypatch, dataset_tools, *command)
+        (data / where / name).unlink()
+        call_main(monkeypatch, dataset_tools, *command)
+    after = {**files(data / "images"), **files(data / "vae-sd")}
+    assert {name for name in before if before[name] != after[name]} == {image_name(3), latent_name(3)}
+
+
 # ---- what is there ----
 
 def test_a_worker_that_is_killed(source, tmp_path, monkeypatch):

@@ -16,7 +16,8 @@ logger = logging.getLogger("haste")
 
 # What must be equal for a run to go on; everything else may change and is reported. `data` is the fingerprint.
 MUST_MATCH_ON_RESUME = ("model", "num_classes", "resolution", "qk_norm", "path_type", "prediction", "weighting",
-                        "time_shift", "enc_type", "encoder_depth", "attn_layers", "latents", "data")
+                        "time_shift", "enc_type", "projector", "projector_kernel", "encoder_depth", "attn_layers",
+                        "latents", "data")
 
 
 def save_checkpoint(folder, step, state):
@@ -52,8 +53,9 @@ def is_dense(value):
 
 def is_optimizer(value):
     groups, state = value["param_groups"], value.get("state")
-    return (isinstance(groups, list) and isinstance(state, dict)
-            and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+    return (isinstance(state, dict)
+            and all(isinstance(group, dict) and isinstance(group.get("params"), list)
+                    and all(isinstance(i, int) for i in group["params"]) for group in groups)
             and all(isinstance(i, int) and isinstance(entry, dict) and all(map(is_dense, entry.values()))
                     for i, entry in state.items()))
 
@@ -143,7 +145,7 @@ def check_same_run(path, saved, args):
     def plain(value):
         if torch.is_tensor(value):  # in no checkpoint of ours
             return "a tensor"
-        return [list(v) if isinstance(v, tuple) else v for v in value] if isinstance(value, (list, tuple)) else value
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
     if "vae" in saved and "vae" in args and (PIXELS == saved["vae"]) != (PIXELS == args["vae"]):
         raise UserError(f"{path} was trained with --vae {saved['vae']}, and --vae is now {args['vae']}: pixels and a "

@@ -14,6 +14,7 @@ import torch
 from data_io.latent_scale import scale_of
 from data_io.loader import NOISE_STREAM, StepBatches, load_batches, load_noise
 from encoders.teacher_cache import CachedTeacher
+from encoders.teachers import Teachers
 from encoders.vae import open_vae
 from evaluations import score_names
 from evaluations.during_training import Evaluation
@@ -57,7 +58,7 @@ class Trainer:
     """A run, from its newest checkpoint to its last step. The same command again continues it.
 
     dataset[i] -> dict(position, moments, y, and image while dataset.images); y_null is the condition of no condition,
-    shaped like one y. `load_teacher()` gives a Teacher, or is None; it is called, and its result kept, in Phase I only.
+    shaped like one y. `load_teacher()` gives Teachers, or is None; it is called, and its result kept, in Phase I only.
     open_data(images=True) gives the dataset with images, for a Phase I that was thought to be over.
     """
 
@@ -115,7 +116,7 @@ class Trainer:
         columns = score_names(self.args.eval_features, self.args.eval_metrics) if self.evaluation else []
         self.metrics = Metrics(self.run_folder / "metrics.csv", self.accelerator, self.step, saved.get("metrics"),
                                columns + trigger_columns(self.args), self.args.max_skipped_steps,
-                               saved.get("seconds", 0.0), saved.get("history"),
+                               saved.get("seconds") or 0.0, saved.get("history"),
                                functools.partial(first_not_finite, self))
         self.preemption = Preemption(self.accelerator.num_processes, self.args.checkpoint_minutes,
                                      PROCESS_GROUP_TIMEOUT)
@@ -139,7 +140,7 @@ class Trainer:
         # Outside Phase I the projector is frozen and DDP is built anew, so that it leaves the gradient exchange.
         set_trainable(self.model, self.args.freeze, phase.aligned)
         self.wrap()
-        self.dataset.images = phase.aligned and not isinstance(self.teacher, CachedTeacher)
+        self.dataset.images = phase.aligned and self.teacher.sees_images
         batches = self.batches(phase)
         first = next(batches)
         self.begin()
@@ -297,15 +298,17 @@ class Trainer:
     def open_teacher(self):
         """The teacher, or the cache of its outputs."""
         args, accelerator = self.args, self.accelerator
-        if not self.dataset.images:  # the checkpoint of Phase II that was to be read was damaged
-            self.dataset = self.open_data(images=True)
         self.teacher = self.load_teacher().to(accelerator.device)
+        if self.teacher.sees_images and not self.dataset.images:  # the checkpoint of Phase II to be read was damaged
+            self.dataset = self.open_data(images=True)
         if args.compile:
             self.teacher.compile()
         if args.teacher_cache:
             started = time.time()
-            self.teacher = CachedTeacher(args.teacher_cache, self.teacher, self.dataset, accelerator)
-            logger.info(f"teacher outputs in {self.teacher.folder} ({time.time() - started:.0f} s)")
+            self.teacher = Teachers([CachedTeacher(args.teacher_cache, teacher, self.dataset, accelerator)
+                                     for teacher in self.teacher.parts])
+            for cached in self.teacher.parts:
+                logger.info(f"teacher outputs in {cached.folder} ({time.time() - started:.0f} s)")
         else:
             self.teacher.cast(accelerator.mixed_precision)
 
