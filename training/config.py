@@ -64,7 +64,16 @@ def add_training_flags(parser):
     add("--qk-norm", action=on_off, default=False, help="LayerNorm on q and k (default off)")
     add("--path-type", choices=["linear", "cosine"], default="linear", help="interpolant (default linear)")
     add("--weighting", choices=["uniform", "lognormal"], default="uniform", help="of t (default uniform)")
+    add("--time-shift", type=number(0.01, 100), default=1.0, metavar="S", help="train at S t / (1 + (S - 1) t): above "
+        "1 more of t is noisy, for larger latents (default 1)")
     add("--prediction", choices=["v"], default="v", help="what the network predicts: the velocity")
+
+    add = parser.add_argument_group("fine-tuning").add_argument
+    add("--init-from", metavar="CKPT", help="begin with the weights of this checkpoint, of ours or published, or an "
+        "export: at step 0, with an optimizer of its own (default: at random)")
+    add("--init-weights", choices=["ema", "model"], default="ema", help="which of its weights (default ema)")
+    add("--freeze", nargs="+", default=[], metavar="PATTERN", help='weights that stay as they are: names of parts or '
+        'patterns, such as "blocks.[0-3]" x_embedder (default none)')
 
     add = parser.add_argument_group("alignment").add_argument
     for name, row in ALIGNMENT_LOSSES.items():

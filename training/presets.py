@@ -12,6 +12,7 @@ from runtime.errors import UserError
 
 NEVER = 10 ** 9  # REPA aligns from the first step to the last
 REPA = {"attn_coeff": 0.0, "early_stop_point": NEVER}
+E2E_VAE = "REPA-E/e2e-vavae-hf"
 IREPA = {"projector": "conv", "spatial_norm": 0.6, "proj_coeff": 1.0, **REPA}
 EMBEDDED = {
     "resolution": 64, "vae": "assets/vae-emoji", "enc_type": "dinov2-vit-s", "enc_blocks": 10,
@@ -40,6 +41,10 @@ PRESETS = {
     "sit-b-2-irepa": ("train.py", {"model": "SiT-B/2", "enc_type": "dinov3-vit-b16", "encoder_depth": 4, **IREPA},
                       "arXiv 2512.10794: FID 19.7 at 400K steps, 23.9 with REPA"),
     "sit-b-2-vanilla": ("train.py", {"model": "SiT-B/2", "enc_type": "none"}, "FID 33.0 at 400K steps"),
+    **{f"sit-xl-1-{name}": ("train.py", {"model": "SiT-XL/1", "vae": E2E_VAE, **more},
+                            ("no paper's run: on the latents of a VAE tuned end to end (arXiv 2504.10483), 32 "
+                             "channels at a 16th of the side; `dataset_tools.py stats` makes their mean and std"))
+       for name, more in (("haste", {}), ("repa", REPA), ("vanilla", {"enc_type": "none"}))},
     "mmdit-haste": ("train_t2i.py", {"model": "MMDiT", "early_stop_point": 200_000, "max_train_steps": 250_000},
                     "FID on COCO 4.06 at 250K steps, of 40,192 images with --cfg-scale 2.25"),
     "embedded": ("train.py", {"model": "SiT-T/2", "num_classes": 9, "data_dir": "data/emoji/train",
