@@ -122,6 +122,19 @@ def teacher_list():
                      + ["timm:NAME            any other ViT of timm, with its own numbers"])
 
 
+def split_teachers(enc_type, weights=None):
+    """[(name, its file or None)] of a comma list of teachers, "none" being an empty one, and one of their weights.
+
+    Raises UserError for another number of files than of names.
+    """
+    names = [] if enc_type == "none" else enc_type.split(",")
+    files = weights.split(",") if weights and len(names) > 1 else [weights] * len(names)
+    if len(files) != len(names):
+        raise UserError(f"--enc-weights {weights} names {len(files)} files for {len(names)} teachers, --enc-type "
+                        f"{enc_type}; give one for each, nothing between two commas for weights of the hub.")
+    return [(name, file or None) for name, file in zip(names, files, strict=True)]
+
+
 def find_weights(enc_type, weights):
     """The file `weights`, or that in REPA's place; None: from the hub. Raises UserError where no hub has them."""
     place = PLACES.get(ALIASES.get(enc_type, enc_type), "")
@@ -238,6 +251,15 @@ class Teacher:
     def names(self):
         """The names in outputs()."""
         return ["features0"] * self.features + [f"block{block}" for block in self.attn_blocks]
+
+
+def load_teachers(enc_type, weights, grid, attn_blocks=(), attn_teacher=1, **options):
+    """Teachers of the comma lists `enc_type` and `weights`. Attention is that of the teacher number `attn_teacher`.
+
+    `options` are those of Teacher, for all of them.
+    """
+    return Teachers([Teacher(load_vit(name, file), grid, attn_blocks if i == attn_teacher else (), **options)
+                     for i, (name, file) in enumerate(split_teachers(enc_type, weights), 1)])
 
 
 class Teachers:
