@@ -87,7 +87,7 @@ def open_teacher(network, args, attn_blocks=()):
         raise UserError(f"The run's --attn-teacher is {number + 1} of {len(teachers)}, {enc_type}; give another run.")
     vit = load_vit(*teachers[number])
     return Teacher(vit, network.input_size // network.patch_size, attn_blocks, args.get("enc_blocks"),
-                   input_size=args.get("enc_size"))
+                   input_size=args.get("enc_size"), resample="teacher")  # maps are shown side by side
 
 
 def noised(dataset, positions, t, args, seed=0):

@@ -38,6 +38,8 @@ def test_relational_loss():
     assert float(relational_loss(ours, theirs)) == pytest.approx(sum(squares) / len(squares), rel=1e-5)
     turned = 3 * ours @ torch.linalg.qr(tokens(2, 1, 5)[0]).Q
     assert float(relational_loss(ours, turned)) < 1e-10
+    coarse = ours.mean(dim=1, keepdim=True)  # 2 x 2 tokens on a grid of one
+    assert relational_loss(ours, tokens(1, t=1)) == relational_loss(coarse, tokens(1, t=1)) < 1e-10
     with torch.autocast("cpu", torch.bfloat16):
         assert float(relational_loss(ours, theirs)) == pytest.approx(sum(squares) / len(squares), rel=1e-5)
 
@@ -162,6 +164,27 @@ def test_irepa_and_relations(monkeypatch, tiny_data, teacher_file, tmp_path):
         parts = float(row["denoise"]) + 0.5 * float(row["feature"]) + 2 * float(row["relational"])
         assert float(row["loss"]) == pytest.approx(parts, rel=1e-4) and float(row["relational"]) > 0
     assert checkpoint(tmp_path, 2)["model"]["projectors.0.weight"].shape == (48, 32, 3, 3)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_who_is_resampled(monkeypatch, tiny_data, teacher_file, tmp_path, cache):
+    """The student has 8 x 8 tokens, the teacher 4 x 4: the student's come to these, or the teacher's to those."""
+    seen, plain = {}, SILoss.__call__
+
+    def watched(self, model, x, y, target, *more):
+        seen["grids"] = [target.features[0].shape[1], *(qk.k.shape[2] for qk in target.attention.values())]
+        return plain(self, model, x, y, target, *more)
+
+    monkeypatch.setattr(SILoss, "__call__", watched)
+    cached = ["--teacher-cache", tmp_path / "cache"] if cache else []
+    for who, count in (("student", 16), ("teacher", 64)):
+        call_main(monkeypatch, train, *train_arguments(
+            tiny_data, tmp_path / who, "--enc-weights", teacher_file, "--enc-size", 56, "--resample", who,
+            "--relational-coeff", 1, "--max-train-steps", 1, *cached))
+        assert seen["grids"] == [count] * 3
+    ours, theirs = (metrics(tmp_path / who)[0] for who in ("student", "teacher"))
+    assert ours["denoise"] == theirs["denoise"]
+    assert all(ours[name] != theirs[name] for name in ("feature", "attention", "relational"))
 
 
 # ---- several teachers ----

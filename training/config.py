@@ -76,8 +76,10 @@ def add_training_flags(parser):
         "list for several teachers (default: from the hub)")
     add("--enc-blocks", type=whole(1), help="use the teacher's first N blocks only; features are the last one's, after "
         "the final norm (default all)")
-    add("--enc-size", type=pixels, help="pixels a side that the teacher sees; its outputs are resampled to the "
-        "student's tokens (default: its patch x the student's tokens a side)")
+    add("--enc-size", type=pixels, help="pixels a side that the teacher sees (default: its patch x the student's "
+        "tokens a side, so that both have as many)")
+    add("--resample", choices=["student", "teacher"], default="student", help="whose features and attention are "
+        "resampled to the other's tokens, where --enc-size gives the teacher more or fewer (default student)")
     add("--teacher-cache", help="folder that keeps the teacher's outputs for all images, computed once (default: none)")
     add("--projector", choices=PROJECTORS, default="mlp", help="from the student's tokens to the teacher's width: "
         "REPA's MLP (default), one linear layer, or iREPA's convolution on the grid of tokens")

@@ -159,7 +159,8 @@ def open_teachers(args, grid):
     """The Teachers that args ask for, with `grid` tokens a side."""
     return load_teachers(args.enc_type, args.enc_weights, grid, [teacher for _, teacher in aligned_pairs(args)],
                          args.attn_teacher, num_blocks=args.enc_blocks, precision=args.enc_precision,
-                         features=uses(loss_weights(args), "teacher", "features"), input_size=args.enc_size)
+                         features=uses(loss_weights(args), "teacher", "features"), input_size=args.enc_size,
+                         resample=args.resample)
 
 
 def model_arguments(args, config, moments_shape):
