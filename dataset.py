@@ -14,6 +14,7 @@ COCO, the layout of U-ViT (CaptionedImages):
     {data}/{train,val}/{i}_{k}.npy     (L, C), text tokens of caption k = 0, 1, ... of image i
     {data}/empty_context.npy           (L, C), text tokens of the empty caption
     {data}/{train,val}/captions.json   {"0": ["caption 0 of image 0", ...], ...}; optional, for previews
+In each, {data}/latents.json may say of which VAE and scale the latents are, see data_io/latent_scale.py.
 """
 import os
 from pathlib import Path
@@ -38,10 +39,6 @@ from runtime.errors import UserError
 from runtime.files import load_array, parse_array, read_bytes, reading
 from runtime.images import decode_image
 
-PIXELS = "none"      # --vae none: no VAE, the pixels are the latents
-SD_SCALE = 0.18215   # latents = moments x this, to unit variance: Stable Diffusion's factor
-PIXEL_SCALE = 2.0    # the same for pixels in [-1, 1], whose std is 0.503 in CIFAR-10's training photographs
-
 
 def pixel_moments(images):
     """uint8 (N, 3, R, R) -> moments float32 (N, 6, R, R) for --vae none: pixels in [-1, 1] and a std of 0."""
@@ -65,11 +62,10 @@ class LatentDataset(Dataset):
     A layout that draws its condition (captions) or mirrors its images replaces sample_condition or sample_pair.
     """
 
-    latent_scale = SD_SCALE  # latents = moments x this
-    texts = None             # captions or names of classes, where there are any; text(i) gives one
-    class_names = None       # of classes, in the order of the labels, if they are known
+    texts = None        # captions or names of classes, where there are any; text(i) gives one
+    class_names = None  # of classes, in the order of the labels, if they are known
     hflip = False
-    decodes = True           # whether a sample costs work beyond reading; see data_io/loader.py
+    decodes = True      # whether a sample costs work beyond reading; see data_io/loader.py
 
     def __len__(self):
         return len(self.indices)
@@ -235,8 +231,6 @@ class PixelImages(LatentImages):
 
     Images are read in every phase; `images` says whether samples include them. `hflip` mirrors the pixels.
     """
-
-    latent_scale = PIXEL_SCALE
 
     def __init__(self, data_dir, resolution, num_classes, images=True, seed=0, hflip=False):
         self.resolution, self.images, self.seed, self.hflip = resolution, images, seed, hflip

@@ -1,12 +1,13 @@
-"""Turn a checkpoint into safetensors with its config, or back: the EMA in full precision, without the optimizer.
+"""Turn a checkpoint into safetensors with its config, or back: the EMA, without the optimizer.
 
     python export.py exps/sitxl_haste/checkpoints/0400000.pt sitxl_haste.safetensors    # one file
     python export.py exps/sitxl_haste/checkpoints/0400000.pt sitxl_haste                # model.safetensors, config.json
     python export.py sitxl_haste.safetensors sitxl_haste.pt                # for tools that expect ckpt["ema"]
 
 Takes checkpoints of the HASTE and REPA releases too. generate.py, generate_t2i.py and load_pipeline take all three
-forms; weights and args are the same in each, bit for bit.
+forms; weights and args are the same in each, bit for bit, unless --release asks for a file to publish.
 """
+import os
 from pathlib import Path
 
 from models.checkpoint import load_checkpoint, load_network, save_export
@@ -15,14 +16,26 @@ from runtime.files import prepare_output
 from runtime.flags import Parser
 
 
+def released(state):
+    """`state` of load_checkpoint with a float16 EMA, and without args that are absolute paths."""
+    def is_path(value):
+        return isinstance(value, str) and os.path.isabs(value)
+
+    return {**state, "ema": {name: value.half() for name, value in state["ema"].items()},
+            "args": {name: value for name, value in state["args"].items() if not is_path(value)}}
+
+
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("ckpt", metavar="CKPT", help="checkpoint (.pt), .safetensors or folder of an earlier export")
     parser.add_argument("out", metavar="OUT", type=Path, help="NAME.safetensors, NAME.pt, or NAME of a folder")
+    parser.add_argument("--release", action="store_true", help="to publish: weights in float16, half the size, and a "
+                        "config without paths of this machine")
     args = parser.parse_args()
     prepare_output(args.out)
     network, settings = load_network(args.ckpt)  # only what can be loaded again is worth exporting
-    save_export(args.out, load_checkpoint(args.ckpt))
+    state = load_checkpoint(args.ckpt)
+    save_export(args.out, released(state) if args.release else state)
     print(f"{args.out}: {settings.get('model', 'EMA')}, {sum(p.numel() for p in network.parameters()):,} parameters")
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from models.layers import QK
+from models.layers import QK, patchify
 
 
 def interpolant(t, path_type="linear"):
@@ -53,6 +53,43 @@ def feature_loss(projected, target):
     """
     target = resample_tokens(target.float(), projected.shape[1])
     return -F.cosine_similarity(projected.float(), target, dim=-1).mean()
+
+
+def spatial_normalize(tokens, alpha, eps=1e-6):
+    """iREPA's normalisation of a teacher's tokens (N, T, C), over T: (y - alpha mean) / (unbiased std + eps), float32.
+
+    arXiv 2512.10794, with alpha 0.6 there: less of what all tokens have in common, more of how they differ.
+    """
+    tokens = tokens.float()
+    return (tokens - alpha * tokens.mean(dim=1, keepdim=True)) / (tokens.std(dim=1, keepdim=True) + eps)
+
+
+def relational_loss(tokens, target):
+    """Mean squared difference of the Gram matrices, the cosines between all tokens of an image: float32 scalar.
+
+    (N, T, D) and (N, T', C) of any widths, so that nothing has to be projected. A target on another token grid is
+    resampled to the student's.
+    """
+    def gram(x):
+        x = F.normalize(x.float(), dim=-1)
+        return x @ x.mT
+
+    target = resample_tokens(target.float(), tokens.shape[1])
+    with torch.autocast(tokens.device.type, enabled=False):
+        return F.mse_loss(gram(tokens), gram(target))
+
+
+def dispersive_loss(tokens):
+    """log mean_ij exp(-|z_i - z_j|^2 / dim z), over all pairs of images, i = j included: (N, T, D) -> float32 scalar.
+
+    z is all tokens of an image in a row, dim z = T D. That is the InfoNCE loss of arXiv 2506.09027 with the squared L2
+    distance, as in its release: 0 when all images are alike, less the further they are apart. Pairs are formed among
+    the images of one micro-batch of one process, so the value depends on how a batch is split.
+    """
+    z = tokens.flatten(1).float()
+    nearness = -F.pdist(z).square() / z.shape[1]  # of each pair once; its own distance, 0, is added
+    every = torch.cat([nearness, nearness, nearness.new_zeros(len(z))])
+    return every.logsumexp(dim=0) - 2 * math.log(len(z))
 
 
 def resample_qk(qk, count):
@@ -150,9 +187,9 @@ def attention_loss(student, teacher, num_heads=12, tile=attention_tile):
 
 
 def feature_term(loss_fn, student, teacher):
-    """feature_loss of each teacher, averaged."""
-    losses = [feature_loss(p, z) for p, z in zip(student.features, teacher.features, strict=True)]
-    return torch.stack(losses).mean()
+    """feature_loss of each teacher, averaged. The projectors of teachers come first."""
+    pairs = zip(student.features[:len(teacher.features)], teacher.features, strict=True)
+    return torch.stack([feature_loss(projected, target) for projected, target in pairs]).mean()
 
 
 def attention_term(loss_fn, student, teacher):
@@ -162,25 +199,49 @@ def attention_term(loss_fn, student, teacher):
     return attention_loss(ours, theirs, loss_fn.num_heads, loss_fn.tile)
 
 
+def relational_term(loss_fn, student, teacher):
+    """relational_loss of the student's tokens with each teacher's, averaged."""
+    return torch.stack([relational_loss(student.tokens, target) for target in teacher.features]).mean()
+
+
+def dispersive_term(loss_fn, student, teacher):
+    """dispersive_loss of the student's tokens."""
+    return dispersive_loss(student.tokens)
+
+
+def latent_term(loss_fn, student, teacher):
+    """feature_loss with the patches of the clean latents, to which the last projector leads.
+
+    The target is that of SRA 2 (arXiv 2601.17830), whose code is not published; the distance is this project's cosine.
+    """
+    return feature_loss(student.features[-1], teacher.tokens)
+
+
 class AlignmentLoss(NamedTuple):
     """A row of ALIGNMENT_LOSSES."""
-    flag: str           # of its weight in the total loss: "proj_coeff" is --proj-coeff
-    default: float      # of that weight
-    taps: str           # what it compares: "features" or "attention" of an Alignment
-    function: Callable  # (SILoss, student's Alignment, teacher's Alignment) -> float32 scalar
-    title: str          # of its curve
+    flag: str            # of its weight in the total loss: "proj_coeff" is --proj-coeff
+    default: float       # of that weight
+    student: str         # what it takes: "features" projected to teachers, to "latents", "tokens" or "attention"
+    teacher: str | None  # what it takes: "features" or "attention"; None: it needs no teacher
+    function: Callable   # (SILoss, student's Alignment, teacher's Alignment) -> float32 scalar
+    title: str           # of its curve
 
 
 # All that knows of an alignment loss reads this table: flags, training step, metrics.csv, trigger, curves, report.
 ALIGNMENT_LOSSES = {
-    "feature": AlignmentLoss("proj_coeff", 0.5, "features", feature_term, "feature loss (-cosine)"),
-    "attention": AlignmentLoss("attn_coeff", 0.5, "attention", attention_term, "attention loss (nats)"),
+    "feature": AlignmentLoss("proj_coeff", 0.5, "features", "features", feature_term, "feature loss (-cosine)"),
+    "attention": AlignmentLoss("attn_coeff", 0.5, "attention", "attention", attention_term, "attention loss (nats)"),
+    "relational": AlignmentLoss("relational_coeff", 0.0, "tokens", "features", relational_term,
+                                "relational loss (squared difference of cosines)"),
+    "dispersive": AlignmentLoss("dispersive_coeff", 0.0, "tokens", None, dispersive_term,
+                                "dispersive loss (log mean nearness)"),
+    "latent": AlignmentLoss("latent_coeff", 0.0, "latents", None, latent_term, "loss to the latents (-cosine)"),
 }
 
 
-def uses(weights, taps):
-    """Whether a loss of `weights`, {name: weight}, compares `taps`, "features" or "attention"."""
-    return any(weight > 0 and ALIGNMENT_LOSSES[name].taps == taps for name, weight in weights.items())
+def uses(weights, side, taps):
+    """Whether a loss of `weights`, {name: weight}, takes `taps` of `side`, "student" or "teacher"."""
+    return any(weight > 0 and getattr(ALIGNMENT_LOSSES[name], side) == taps for name, weight in weights.items())
 
 
 def weighted_sum(terms, weights, factor=1.0, start=0.0):
@@ -195,12 +256,13 @@ class SILoss:
     """All losses of one batch.
 
     attn_pairs: (student block, teacher block), 0-based; () leaves attention out. `terms` names the rows of
-    ALIGNMENT_LOSSES that are computed.
+    ALIGNMENT_LOSSES that are computed. `spatial_norm` is the alpha of spatial_normalize on the teachers' features,
+    None: they are taken as they are.
     """
 
     def __init__(self, path_type="linear", weighting="uniform", attn_pairs=((4, 8), (5, 9), (6, 10), (7, 11)),
-                 num_heads=12, terms=tuple(ALIGNMENT_LOSSES)):
-        self.path_type, self.weighting, self.terms = path_type, weighting, terms
+                 num_heads=12, terms=("feature", "attention"), spatial_norm=None):
+        self.path_type, self.weighting, self.terms, self.spatial_norm = path_type, weighting, terms, spatial_norm
         self.attn_pairs, self.num_heads, self.tile = tuple(attn_pairs), num_heads, attention_tile
 
     def compile(self):
@@ -210,9 +272,9 @@ class SILoss:
     def __call__(self, model, x, y, teacher=None, t=None, noise=None):
         """Latents x (N, C, R, R), condition y -> dict(denoise (N,), and a scalar per name of `terms`), float32.
 
-        `teacher` is an Alignment of the same images, or None in Phase II: then there is only `denoise`, and the model
-        hands out no alignment. A loss whose taps are empty is 0. `t` (N,) and `noise`, like x, are drawn when not
-        given.
+        `teacher` is an Alignment of the same images, an empty one for losses that need no teacher, or None in Phase
+        II: then there is only `denoise`, and the model hands out no alignment. A loss whose taps are empty is 0. `t`
+        (N,) and `noise`, like x, are drawn when not given.
         """
         if t is None:
             t = sample_t(torch.rand(len(x), device=x.device), self.weighting, self.path_type)
@@ -224,10 +286,14 @@ class SILoss:
             return {"denoise": mean_flat((model(x_t, t, y).float() - target) ** 2)}
         v, student = model(x_t, t, y, return_alignment=True)
         losses = {"denoise": mean_flat((v.float() - target) ** 2)}
-        tapped = {"features": student.features, "attention": self.attn_pairs}
+        if self.spatial_norm is not None:
+            teacher = teacher._replace(features=[spatial_normalize(z, self.spatial_norm) for z in teacher.features])
+        if any(ALIGNMENT_LOSSES[name].student == "latents" for name in self.terms):
+            teacher = teacher._replace(tokens=patchify(x, student.tokens.shape[1]))
+        empty = {"features": not student.features, "attention": not self.attn_pairs}
         for name in self.terms:
             row = ALIGNMENT_LOSSES[name]
-            losses[name] = row.function(self, student, teacher) if tapped[row.taps] else x.new_zeros(())
+            losses[name] = x.new_zeros(()) if empty.get(row.student) else row.function(self, student, teacher)
         return losses
 
 

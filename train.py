@@ -38,7 +38,8 @@ def main():
     import torch  # here: --help need not wait for these
     from accelerate.utils import set_seed
 
-    from dataset import PIXELS, LatentImages, PixelImages
+    from data_io.latent_scale import PIXELS
+    from dataset import LatentImages, PixelImages
     from training.start import align_and_train, count_classes, model_arguments, needs_images, started
 
     with started(args) as (accelerator, run):

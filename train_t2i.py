@@ -31,7 +31,8 @@ def main():
     args = parse_args()
     from accelerate.utils import set_seed  # here: --help need not wait for these
 
-    from dataset import PIXELS, CaptionedImages
+    from data_io.latent_scale import PIXELS
+    from dataset import CaptionedImages
     from training.start import align_and_train, logger, model_arguments, needs_images, started
 
     if args.vae == PIXELS:

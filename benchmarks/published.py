@@ -8,7 +8,7 @@ device.
 import torch
 from torch import nn
 
-from encoders.vae import VAE
+from data_io.latent_scale import SD_SCALE
 from loss import feature_loss, interpolant, mean_flat
 from models.layers import QK, modulate, unpatchify
 
@@ -70,7 +70,7 @@ def training_step(args, accelerator, model, ema, optimizer, teacher, pairs, batc
     Phase II (not `aligned`) does all of it but the two losses.
     """
     with torch.no_grad():
-        x = VAE.latents(batch["moments"], draws["posterior"])
+        x = SD_SCALE.latents(batch["moments"], draws["posterior"])
         y = torch.where(draws["drop"] < args.cfg_prob, y_null, batch["y"])
         with accelerator.autocast():
             target = teacher(batch["image"])

@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import published
 from benchmarks.measure import added_memory, alternate, machine, spread, table
+from data_io.latent_scale import SD_SCALE
 from data_io.loader import StepBatches, load_noise
-from dataset import SD_SCALE
 from encoders.teachers import TEACHERS, Teacher
-from loss import SILoss
+from loss import ALIGNMENT_LOSSES, SILoss
 from models.sit import SIT_CONFIGS, SiT_models
 from runtime.flags import Parser, whole
 from runtime.setup import to_device, tune
@@ -68,8 +68,9 @@ class Run:
     def __init__(self, options, batch_size, precision):
         self.accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
         self.device, config = self.accelerator.device, SIT_CONFIGS[options.model]
-        self.args = argparse.Namespace(path_type="linear", weighting="uniform", cfg_prob=0.1, proj_coeff=0.5,
-                                       attn_coeff=0.5, max_grad_norm=1.0, ema_decay=0.9999)
+        coefficients = {row.flag: row.default for row in ALIGNMENT_LOSSES.values()}
+        self.args = argparse.Namespace(path_type="linear", weighting="uniform", cfg_prob=0.1, max_grad_norm=1.0,
+                                       ema_decay=0.9999, **coefficients)
         self.pairs = () if options.no_attention else config["attn_pairs"]
         self.sizes = {"input_size": options.resolution // 8, "grad_checkpointing": options.grad_checkpointing}
         self.name, row = options.model, TEACHERS[options.enc_type]
@@ -147,7 +148,7 @@ class Run:
         trainer = Trainer.__new__(Trainer)  # with what a step needs, and no run folder
         vars(trainer).update(args=self.args, accelerator=self.accelerator, y_null=self.y_null, loss_fn=loss_fn,
                              ddp_model=wrapped, teacher=teacher if aligned else None, weights=loss_weights(self.args),
-                             dataset=argparse.Namespace(latent_scale=SD_SCALE))
+                             latent_scale=SD_SCALE)
 
         def work():
             model.projectors.requires_grad_(aligned)

@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.measure import machine
 from benchmarks.study_report import FEATURES, LOSS, METRICS, NO_STOP, SCORES, as_text, draw
-from encoders.vae import VAE
+from data_io.latent_scale import scale_of
 from loss import SILoss
 from models.checkpoint import load_network
 from models.sit import SIT_CONFIGS
@@ -257,7 +257,7 @@ def held_out_losses(args, paths):
         rng, total, count = np.random.default_rng(0), torch.zeros(TIMES, dtype=torch.float64), min(len(data), HELD_OUT)
         for images in torch.arange(count).split(32):
             moments, y = data.batch(images.tolist())["moments"], torch.tensor([data.condition(int(i)) for i in images])
-            x = VAE.latents(moments, torch.zeros(()), data.latent_scale).repeat_interleave(TIMES, dim=0)
+            x = scale_of(saved).latents(moments, torch.zeros(())).repeat_interleave(TIMES, dim=0)
             u = torch.from_numpy(rng.random((len(images), TIMES), dtype=np.float32))
             t = ((torch.arange(TIMES) + u) / TIMES).flatten()
             noise = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))

@@ -42,6 +42,8 @@ class CachedTeacher:
     fewer outputs computes nothing. A run waits while another one computes the same.
     """
 
+    sees_images = False
+
     def __init__(self, folder, teacher, dataset, accelerator, batch_size=32):
         self.device, names = accelerator.device, teacher.names()
         parts = (teacher.key(), teacher.precision or accelerator.mixed_precision, dataset.fingerprint(),

@@ -171,6 +171,8 @@ class Teacher:
     the autocast around it.
     """
 
+    sees_images = True
+
     def __init__(self, vit, grid, attn_blocks=(), num_blocks=None, features=True, precision=None, input_size=None):
         num_blocks = num_blocks or len(vit.blocks)
         if num_blocks > len(vit.blocks) or any(not 0 <= block < num_blocks for block in attn_blocks):
@@ -236,3 +238,33 @@ class Teacher:
     def names(self):
         """The names in outputs()."""
         return ["features0"] * self.features + [f"block{block}" for block in self.attn_blocks]
+
+
+class Teachers:
+    """Several teachers in the place of one: images uint8 (N, 3, R, R) -> an Alignment with the outputs of all.
+
+    `parts` are of Teacher, or all of CachedTeacher: then positions take the images' place. There may be none, for
+    losses that need no teacher.
+    """
+
+    def __init__(self, parts):
+        self.parts = parts
+        self.sees_images = any(part.sees_images for part in parts)
+
+    def to(self, device):
+        for part in self.parts:
+            part.to(device)
+        return self
+
+    def compile(self):
+        for part in self.parts:
+            part.compile()
+
+    def cast(self, around):
+        for part in self.parts:
+            part.cast(around)
+
+    def __call__(self, images):
+        outputs = [part(images) for part in self.parts]
+        return Alignment([tokens for output in outputs for tokens in output.features],
+                         {block: qk for output in outputs for block, qk in output.attention.items()})

@@ -1,14 +1,18 @@
 """The frozen VAE between images and latents, and the identity for networks of pixels."""
 import contextlib
+import logging
 
 import torch
 
-from dataset import PIXEL_SCALE, PIXELS, SD_SCALE, pixel_moments
+from data_io.latent_scale import PIXEL_SCALE, PIXELS, SD_SCALE, LatentScale, from_statistics
+from dataset import pixel_moments
 from runtime.errors import UserError, first_line
 from runtime.files import is_folder
 from runtime.setup import to_device
 
 VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+
+logger = logging.getLogger("haste")
 
 
 @contextlib.contextmanager
@@ -23,13 +27,13 @@ def loading(what, source, remedy):
                         "name with the network up.") from error
 
 
-def open_vae(source, device="cpu"):
+def open_vae(source, device="cpu", latent_scale=None):
     """The VAE `source`, a key of VAES or what VAE takes, or Pixels for PIXELS."""
-    return Pixels(device) if source == PIXELS else VAE(VAES.get(source, source), device)
+    return Pixels(device) if source == PIXELS else VAE(VAES.get(source, source), device, latent_scale)
 
 
 class Pixels:
-    """Stands in for a VAE: latents are pixels in [-1, 1] x latent_scale, 3 channels of the image's own size."""
+    """Stands in for a VAE: latents are pixels in [-1, 1] x PIXEL_SCALE, 3 channels of the image's own size."""
 
     latent_scale = PIXEL_SCALE
     factor, channels, source, vae = 1, 3, PIXELS, None
@@ -50,27 +54,49 @@ class Pixels:
 
     def decode(self, latents, _chunk=None):
         """Latents (N, 3, R, R) -> uint8 images (N, 3, R, R). Rounded, so that encoded images come back equal."""
-        x = latents.float() / self.latent_scale
+        x = self.latent_scale.undone(latents.float())
         return (255 * (x + 1) / 2).round().clamp(0, 255).to(torch.uint8)
+
+
+def scale_in(config):
+    """The LatentScale in a VAE's config, by diffusers' formula: (latent - shift_factor) x scaling_factor or, where the
+    config has a mean and std of each channel, (latent - mean) / std x scaling_factor.
+
+    AutoencoderKL puts its default factor, Stable Diffusion's, into configs with mean and std that need none.
+    """
+    factor = config.get("scaling_factor") or 1.0
+    if config.get("latents_mean") and config.get("latents_std"):
+        return from_statistics(config["latents_mean"], config["latents_std"],
+                               1.0 if factor == SD_SCALE.scale else factor)
+    return LatentScale(factor, config.get("shift_factor") or 0.0)
 
 
 class VAE:
     """Images <-> moments <-> latents.
 
-    `source` is a folder in diffusers' format or a hub name such as stabilityai/sd-vae-ft-mse. Raises UserError when
-    neither can be loaded.
+    `source` is a folder in diffusers' format or a hub name such as stabilityai/sd-vae-ft-mse: an AutoencoderKL, or an
+    AutoencoderDC, whose latents have no spread. `latent_scale` is that of the latents, by default that of the config.
+    Raises UserError when it cannot be loaded.
     """
 
-    SCALE = latent_scale = SD_SCALE  # latent bias 0
-
-    def __init__(self, source, device="cpu"):
-        from diffusers import AutoencoderKL  # takes seconds, and only previews and sampling need it
+    def __init__(self, source, device="cpu", latent_scale=None):
+        from diffusers import AutoencoderDC, AutoencoderKL  # takes seconds, and only previews and sampling need it
         with loading("The VAE", source, "a folder in diffusers' format"):
-            vae = AutoencoderKL.from_pretrained(source, use_safetensors=True)
+            self.has_spread = AutoencoderKL.load_config(source).get("_class_name") != "AutoencoderDC"
+            vae = (AutoencoderKL.from_pretrained(source, use_safetensors=True) if self.has_spread
+                   else AutoencoderDC.from_pretrained(source, use_safetensors=True))
             self.vae = vae.to(device).eval().requires_grad_(False)
-        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent pixel and side
-        self.channels = self.vae.config.latent_channels
-        self.source, self.device = source, torch.device(device)
+        config = self.vae.config
+        widths = config.block_out_channels if self.has_spread else config.encoder_block_out_channels
+        self.factor = 2 ** (len(widths) - 1)  # pixels per latent pixel and side
+        self.channels, self.source, self.device = config.latent_channels, source, torch.device(device)
+        self.own_scale = scale_in(config)
+        self.latent_scale = latent_scale or self.own_scale
+        self.latent_scale.check(self.channels, f"The VAE {source}" if latent_scale is None else "What scales latents")
+        if not any(isinstance(x, tuple) for x in self.latent_scale) and self.latent_scale != self.own_scale:
+            logger.warning(f"The config of the VAE {source} says {self.own_scale}, the data or the checkpoint say "
+                           f"{self.latent_scale}: the latter is used; images are wrong if latents and VAE do not "
+                           "belong together.")
 
     def check(self, channels, side, resolution):
         """Raise UserError unless latents of `channels` x `side` x `side` are this VAE's for images of `resolution`."""
@@ -86,24 +112,17 @@ class VAE:
         The ImageNet layout stores the "std", the text-to-image layout the "logvar", clamped to [-30, 20].
         """
         x = to_device(images, self.device).float() / 127.5 - 1  # on the device: a quarter of the bytes to send
+        if not self.has_spread:
+            mean = self.vae.encode(x).latent
+            return torch.cat([mean, torch.full_like(mean, 0.0 if spread == "std" else -30.0)], dim=1).cpu()
         posterior = self.vae.encode(x).latent_dist
         return torch.cat([posterior.mean, getattr(posterior, spread)], dim=1).cpu()
-
-    @staticmethod
-    def latents(moments, noise, scale=SCALE):
-        """Posterior sample (mean + std noise) * scale: moments (N, 2 C, h, w), noise (N, C, h, w) -> (N, C, h, w).
-
-        `scale` is the latent_scale of the data set: Pixels' differs.
-        """
-        mean, std = moments.chunk(2, dim=1)
-        return (mean + std * noise) * scale
 
     @torch.no_grad()
     def decode(self, latents, chunk=32):
         """Latents (N, C, h, w) of any float dtype -> uint8 images (N, 3, R, R), `chunk` at a time; truncated."""
         out = []
         for z in latents.split(chunk):
-            x = self.vae.decode(z.to(self.device, torch.float32) / self.SCALE).sample
+            x = self.vae.decode(self.latent_scale.undone(z.to(self.device, torch.float32))).sample
             out.append((255 * (x + 1) / 2).clamp(0, 255).to(torch.uint8))
         return torch.cat(out)
-

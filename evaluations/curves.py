@@ -26,6 +26,7 @@ def main():
     import matplotlib.pyplot as plt
 
     from evaluations.runs import TITLES, alignment_stop, read_table, shown
+    from loss import ALIGNMENT_LOSSES
     from runtime.files import atomic_write, prepare_output, read_json
     found = []
     for run in args.runs:
@@ -36,6 +37,7 @@ def main():
                                        if not term.startswith("cosine_")}))
     prepare_output(out, FORMATS)
     terms = dict.fromkeys(term for _, _, metrics in found for term in metrics)
+    terms = [term for term in terms if term not in ALIGNMENT_LOSSES or any(m.get(term, [[]])[0] for _, _, m in found)]
     figure, axes = plt.subplots(1, len(terms), figsize=(4.3 * len(terms), 3.6), constrained_layout=True)
     for name, stop, metrics in found:
         for axis, term in zip(axes, terms, strict=True):

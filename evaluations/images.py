@@ -115,7 +115,7 @@ class Reconstructions:
     def batches(self, start, stop, batch_size):
         for batch in self.images.batches(start, stop, batch_size):
             moments = self.vae.encode(torch.tensor(batch).permute(0, 3, 1, 2))
-            latents = self.vae.latents(moments, torch.zeros(()))
+            latents = self.vae.latent_scale.latents(moments, torch.zeros(()))
             yield self.vae.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
 
 

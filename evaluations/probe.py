@@ -52,8 +52,7 @@ def evaluate(args):
                         "more, or a smaller --k.")
     device = join_processes(args.device)
     network, teacher = network.to(device), open_teacher(network, trained).to(device)
-    path_type = trained.get("path_type") or "linear"
-    known, held_out = (mean_tokens(network, teacher, part, args.t, blocks, args.seed, path_type, args.batch_size)
+    known, held_out = (mean_tokens(network, teacher, part, args.t, blocks, args.seed, trained, args.batch_size)
                        for part in (train, val))
     if rank():
         return None

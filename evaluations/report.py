@@ -46,6 +46,7 @@ def main():
     prepare_output(out, (".html", ".htm"))
     teacher = next((known for known in settings if known.get("enc_type") != "none"), {})
     data = {"losses": list(runs.TITLES), "titles": {**runs.TITLES, **TITLES},
+            "weights": [flag for flag in runs.WEIGHTS if any(known.get(flag) for known in settings)],
             "samples": [runs.samples(path) for path in args.samples],
             "runs": [runs.read_run(run, args.images, args.t, teacher) for run in args.runs]}
     with atomic_write(out, "w") as file:

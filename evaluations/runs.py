@@ -19,6 +19,7 @@ from runtime.files import is_file, is_folder, read_json, reading
 from runtime.images import image_grid
 
 TITLES = {"denoise": "denoising loss", **{name: row.title for name, row in ALIGNMENT_LOSSES.items()}}
+WEIGHTS = [row.flag for row in ALIGNMENT_LOSSES.values()]  # settings
 LARGEST = 768  # pixels a side of a picture on the page; larger ones are scaled down
 PREVIEWS = 24  # most previews of a run, evenly spread
 GRID = 36  # pictures shown of a samples folder without a grid beside it
@@ -75,7 +76,7 @@ def alignment_stop(table, settings):
     """
     last = max((step for name in ALIGNMENT_LOSSES if name in table for step in table[name][0]), default=0)
     after = next((step for step in table["denoise"][0] if step > last), None)
-    if after is None or settings.get("enc_type") == "none":
+    if after is None or (not last and settings.get("enc_type") == "none"):
         return None
     known = {name: value for name, value in settings.items() if isinstance(value, (int, float))}
     fired = [step for step, cosine in zip(*table.get("cosine", ([], [])), strict=True)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dataset import PIXELS, CaptionedImages, LatentImages, PixelImages
+from data_io.latent_scale import PIXELS, scale_of
+from dataset import CaptionedImages, LatentImages, PixelImages
 from encoders.teachers import Teacher, load_vit
-from encoders.vae import VAE
 from evaluations.extract import gather_rows, rank, shard
 from loss import attention_loss, feature_loss, interpolant
 from models.checkpoint import load_network
@@ -82,12 +82,15 @@ def open_teacher(network, args, attn_blocks=()):
                    input_size=args.get("enc_size"))
 
 
-def noised(dataset, positions, t, seed=0, path_type="linear"):
-    """x_t (N, C, h, w) of the images at `positions`: the posterior's mean, with noise drawn from (seed, position)."""
-    x = VAE.latents(torch.stack([dataset.moments(i) for i in positions]), torch.zeros(()), dataset.latent_scale)
+def noised(dataset, positions, t, args, seed=0):
+    """x_t (N, C, h, w) of the images at `positions`: the posterior's mean, with noise drawn from (seed, position).
+
+    `args`, of the network's training, say scale and path.
+    """
+    x = scale_of(args).latents(torch.stack([dataset.moments(i) for i in positions]), torch.zeros(()))
     noise = np.stack([np.random.default_rng((seed, NOISE, i)).standard_normal(x.shape[1:], dtype=np.float32)
                       for i in positions])
-    alpha, sigma, _, _ = interpolant(torch.tensor(float(t)), path_type)
+    alpha, sigma, _, _ = interpolant(torch.tensor(float(t)), args.get("path_type") or "linear")
     return alpha * x + sigma * torch.from_numpy(noise)
 
 
@@ -104,7 +107,7 @@ def block_tokens(network, x, t, y, blocks):
 
 
 @torch.no_grad()
-def mean_tokens(network, teacher, part, times, blocks, seed, path_type, batch_size):
+def mean_tokens(network, teacher, part, times, blocks, seed, args, batch_size):
     """{"teacher" or (block, t): tokens averaged over an image, (n, D)} of a Split; on processes but 0 None for each."""
     if part.dataset is None:
         return {}
@@ -118,7 +121,7 @@ def mean_tokens(network, teacher, part, times, blocks, seed, path_type, batch_si
         found = {"teacher": teacher(torch.stack([part.dataset.image(i) for i in batch])).features[0]}
         y = torch.stack([null] * len(batch)).to(device)
         for t in times:
-            x = noised(part.dataset, batch, t, seed, path_type).to(device)
+            x = noised(part.dataset, batch, t, args, seed).to(device)
             found |= {(block, t): tokens for block, tokens in block_tokens(network, x, t, y, blocks).items()}
         for name, tokens in found.items():
             rows[name].append(tokens.mean(dim=1).cpu())
@@ -179,13 +182,14 @@ def look_inside(path, count, t, teacher=None):
     positions = np.random.default_rng(0).permutation(len(dataset))[:count].tolist()
     images = torch.stack([dataset.image(i) for i in positions])
     target = vit(images)
-    x = noised(dataset, positions, t, path_type=args.get("path_type") or "linear")
+    x = noised(dataset, positions, t, args)
     y = torch.stack([torch.as_tensor(dataset.condition(i)) for i in positions])
     _, student = network(x, torch.full((len(x),), float(t)), y, return_alignment=True)
     found = {"images": list(images.permute(0, 2, 3, 1).numpy()), "pairs": [],
              "teacher_colours": [], "student_colours": []}
-    if student.features:
-        features, projected = target.features[0], student.features[0]  # on equal grids, see open_teacher
+    features = target.features[0]
+    if network.z_dims[:1] == (features.shape[2],):  # else nothing is projected to it
+        projected = student.features[0]  # on equal grids, see open_teacher
         found["teacher_colours"], found["student_colours"] = map(list, colours(features, projected))
         found["cosine"] = -feature_loss(projected, features).item()
     for ours, theirs in args["attn_layers"]:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
+from data_io.latent_scale import SD_SCALE
 from data_io.storage import Packed, open_files
-from encoders.vae import VAE
 from evaluations.images import decode
 from runtime.errors import LARGEST_SEED, UserError, run_script
 from runtime.files import atomic_folder, is_file, prepare_output
@@ -74,7 +74,7 @@ AUGMENTATIONS = {"drawings": draw_anew, "mirror": mirror}
 
 @torch.no_grad()
 def normalise_latents(vae, images):
-    """Give the latents of `images` zero mean in each channel and the standard deviation 1 / VAE.SCALE, exactly.
+    """Give the latents of `images` zero mean in each channel and the standard deviation 1 / SD_SCALE, exactly.
 
     images: uint8 (N, 3, R, R).
 
@@ -83,7 +83,7 @@ def normalise_latents(vae, images):
     batches = (in_range(batch).to(vae.device) for batch in images.split(64))
     means = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])  # (N, C, h, w)
     shift = means.mean(dim=(0, 2, 3))
-    factor = 1 / (VAE.SCALE * (means - shift.view(1, -1, 1, 1)).std())
+    factor = 1 / (SD_SCALE.scale * (means - shift.view(1, -1, 1, 1)).std())
     channels = len(shift)
     vae.quant_conv.weight[:channels] *= factor
     vae.quant_conv.bias[:channels] = (vae.quant_conv.bias[:channels] - shift) * factor
@@ -115,7 +115,7 @@ def main():
     vae = AutoencoderKL(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8,
                         latent_channels=args.channels, down_block_types=("DownEncoderBlock2D",) * 3,
                         up_block_types=("UpDecoderBlock2D",) * 3, mid_block_add_attention=False,
-                        sample_size=images.shape[-1], scaling_factor=VAE.SCALE)
+                        sample_size=images.shape[-1], scaling_factor=SD_SCALE.scale)
     vae = vae.to(device, memory_format=torch.channels_last)  # a fifth faster on a CPU
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(images)} images")
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, weight_decay=0, fused=True)

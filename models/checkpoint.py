@@ -15,6 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from data_io.latent_scale import is_scale
 from models.mmdit import MMDIT_CONFIGS, MMDiT_models
 from models.sit import SIT_CONFIGS, SiT_models
 from runtime.errors import UserError
@@ -34,7 +35,7 @@ def is_whole(value):
 CONTENTS = {
     "model": (is_state, "named tensors"), "ema": (is_state, "named tensors"), "steps": (is_whole, "a number of steps"),
     "metrics": (lambda value: value is None or isinstance(value, dict), "terms of a loss"),
-    "opt": (lambda value: isinstance(value, dict) and bool(value.get("param_groups")),
+    "opt": (lambda value: isinstance(value, dict) and isinstance(value.get("param_groups"), list),
             "an optimizer's state and param_groups"),
     "args": (lambda value: isinstance(value, dict), "settings by name")}
 # The same for the args that are used after training. All may be missing or None.
@@ -45,6 +46,7 @@ ARGS = {
     "class_names": (lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
                     "a list of names"),
     "cfg_prob": (lambda value: isinstance(value, (int, float)), "a number"),
+    "latents": (is_scale, "a scale and a shift"),
     "qk_norm": (lambda value: isinstance(value, bool), "true or false"),
     "path_type": (lambda value: value in ("linear", "cosine"), "linear or cosine"),
     "context_shape": (lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_whole, value)),
@@ -86,7 +88,7 @@ def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):
             raise UserError(f"{path} has no '{key}'; give a checkpoint of train.py.")
     args = state.get("args", {})
     state = {**state, "args": vars(args) if isinstance(args, argparse.Namespace) else args}
-    check_contents(path, state, {*needed, "args", "metrics"})
+    check_contents(path, state, {*needed, "args", "metrics", "steps"})
     return state
 
 
@@ -134,10 +136,10 @@ def weights_digest(module):
 
 
 def modern_names(weights):
-    """The weights of REPA's first release under today's names: decoder_blocks.i followed the other blocks."""
+    """The weights of REPA's first release, where decoder_blocks.i followed the other blocks, and iREPA's projectors."""
     first = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    return {re.sub(r"^decoder_blocks\.(\d+)", lambda found: f"blocks.{int(found[1]) + first}", name): value
-            for name, value in weights.items()}
+    return {re.sub(r"^decoder_blocks\.(\d+)", lambda found: f"blocks.{int(found[1]) + first}", name)
+            .replace(".projection_layer.", "."): value for name, value in weights.items()}
 
 
 def infer_model_kwargs(weights):
@@ -145,10 +147,13 @@ def infer_model_kwargs(weights):
     _, channels, _, patch = weights["x_embedder.proj.weight"].shape
     kwargs = {"input_size": patch * math.isqrt(weights["pos_embed"].shape[1]), "in_channels": channels,
               "z_dims": [value.shape[0] for name, value in weights.items()
-                         if name.startswith("projectors.") and name.endswith(".4.weight")],
+                         if re.fullmatch(r"projectors\.\d+\.(4\.)?weight", name)],
               "qk_norm": any(name.endswith("q_norm.weight") for name in weights)}
     if "projectors.0.0.weight" in weights:
         kwargs["projector_dim"] = weights["projectors.0.0.weight"].shape[0]
+    if "projectors.0.weight" in weights:  # one layer
+        kernel = weights["projectors.0.weight"].shape[2:]
+        kwargs |= {"projector": "conv", "projector_kernel": kernel[0]} if kernel else {"projector": "linear"}
     if "y_embedder.embedding_table.weight" in weights:
         kwargs["num_classes"] = weights["y_embedder.embedding_table.weight"].shape[0] - 1  # the last row is no class
     if "context_embedder.weight" in weights:
@@ -205,7 +210,7 @@ def load_network(path, kind=None, source="ema", **typed):
     state = load_checkpoint(path, needed=(source,))
     weights, args = modern_names(state[source]), {**state["args"], **typed}
     configs, networks, own_key = KINDS[kind or ("MMDiT" if "context_embedder.weight" in weights else "SiT")]
-    required_keys = ("x_embedder.proj.weight", "pos_embed", own_key)
+    required_keys = {"x_embedder.proj.weight": 4, "pos_embed": 3, own_key: 2}  # and their numbers of dimensions
     missing = [key for key in required_keys if key not in weights]
     if missing and kind:
         raise UserError(f"{path} is no checkpoint of this kind of model, having no {missing[0]}; generate.py takes "
@@ -213,6 +218,8 @@ def load_network(path, kind=None, source="ema", **typed):
     if missing:
         raise UserError(f"{path} holds the weights of neither SiT nor MMDiT; give a checkpoint of train.py or "
                         "train_t2i.py.")
+    if wrong := next((key for key, dims in required_keys.items() if weights[key].dim() != dims), None):
+        raise UserError(f"{path} is damaged: its {wrong} has shape {tuple(weights[wrong].shape)}; use another one.")
     name = args.get("model") or find_model(weights, configs, path)
     if name not in configs:
         raise UserError(f"--model {name} is not known; use one of {', '.join(configs)}.")

@@ -25,8 +25,9 @@ class QK(namedtuple("QK", ("q", "k", "scale"))):
 class Alignment(NamedTuple):
     """What alignment needs of one forward pass, of a student or of a teacher."""
 
-    features: list  # (N, T, C) per teacher
+    features: list  # (N, T, C) per projector of a student, per teacher of the other side
     attention: dict  # {block: QK}
+    tokens: torch.Tensor | None = None  # (N, T, D) of a student, not projected; of the other side the latent's patches
 
 
 class PatchEmbed(nn.Module):
@@ -61,6 +62,13 @@ def sincos_2d(dim, side):
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     table = torch.cat([sincos_1d(dim // 2, column.flatten()), sincos_1d(dim // 2, row.flatten())], dim=1)
     return table.float()[None]
+
+
+def patchify(x, count):
+    """Image (N, C, R, R) -> `count` tokens (N, T, p * p * C) that unpatchify puts together again."""
+    side = math.isqrt(count)
+    x = x.unflatten(3, (side, -1)).unflatten(2, (side, -1))  # (N, C, side, p, side, p)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -189,8 +197,23 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-def projector(hidden_size, projector_dim, z_dim):
-    """REPA's projection head: student width -> teacher width."""
+class ConvProjector(nn.Conv2d):
+    """iREPA's projection head (arXiv 2512.10794): a convolution on the grid of tokens, (N, T, D) -> (N, T, z_dim)."""
+
+    def forward(self, tokens):
+        side = math.isqrt(tokens.shape[1])
+        return super().forward(tokens.mT.unflatten(2, (side, side))).flatten(2).mT
+
+
+PROJECTORS = ("mlp", "linear", "conv")
+
+
+def projector(hidden_size, projector_dim, z_dim, kind="mlp", kernel=3):
+    """Projection head, student width -> teacher width: REPA's MLP, or one layer, linear or ConvProjector."""
+    if kind == "conv":
+        return ConvProjector(hidden_size, z_dim, kernel, padding=kernel // 2)
+    if kind == "linear":
+        return nn.Linear(hidden_size, z_dim)
     return nn.Sequential(nn.Linear(hidden_size, projector_dim), nn.SiLU(), nn.Linear(projector_dim, projector_dim),
                          nn.SiLU(), nn.Linear(projector_dim, z_dim))
 

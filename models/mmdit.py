@@ -56,9 +56,9 @@ class MMDiT(nn.Module):
 
     The width is 32 `depth` and the heads are `depth`, as published. `attn_layers` (0-based) and `encoder_depth`
     (1-based) say where q, k and features of the image stream are tapped, `z_dims` holds one teacher width per
-    projector. `fused_attn=False` writes each attention map out instead of using the fused kernel, `grad_checkpointing`
-    trades the blocks' activations for a second forward pass. Weights start as PyTorch's layers do, which is how the
-    published runs started; `zero_init` is adaLN-zero on top.
+    projector; `projector` and `projector_kernel` are as in SiT. `fused_attn=False` writes each attention map out
+    instead of using the fused kernel, `grad_checkpointing` trades the blocks' activations for a second forward pass.
+    Weights start as PyTorch's layers do, which is how the published runs started; `zero_init` is adaLN-zero on top.
     """
 
     _no_split_modules = ("JointBlock",)  # accelerate's name for the units in which FSDP splits
@@ -66,13 +66,13 @@ class MMDiT(nn.Module):
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, depth=24, mlp_ratio=4.0, context_dim=768,
                  encoder_depth=8, attn_layers=(4, 5, 6, 7), z_dims=(768,), projector_dim=2048, qk_norm=False,
-                 fused_attn=True, grad_checkpointing=False, zero_init=False):
+                 fused_attn=True, grad_checkpointing=False, zero_init=False, projector="mlp", projector_kernel=3):
         super().__init__()
         layers.check_sizes(input_size, patch_size, depth, encoder_depth, attn_layers)
         hidden_size, num_heads = 32 * depth, depth
         self.patch_size, self.in_channels, self.input_size = patch_size, in_channels, input_size
         self.encoder_depth, self.attn_layers = encoder_depth, tuple(attn_layers)
-        self.fused_attn, self.grad_checkpointing = fused_attn, grad_checkpointing
+        self.z_dims, self.fused_attn, self.grad_checkpointing = tuple(z_dims), fused_attn, grad_checkpointing
         self.register_buffer("pos_embed", layers.sincos_2d(hidden_size, input_size // patch_size))
         self.x_embedder = layers.PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = layers.TimestepEmbedder(hidden_size)
@@ -80,7 +80,8 @@ class MMDiT(nn.Module):
         self.joint_blocks = nn.ModuleList(
             JointBlock(hidden_size, num_heads, mlp_ratio, qk_norm, last=i == depth - 1) for i in range(depth))
         self.final_layer = layers.FinalLayer(hidden_size, patch_size, in_channels)
-        self.projectors = nn.ModuleList(layers.projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
+        self.projectors = nn.ModuleList(layers.projector(
+            hidden_size, projector_dim, z_dim, projector, projector_kernel) for z_dim in z_dims)
         if zero_init:
             layers.adaln_zero([half for block in self.joint_blocks for half in block.children()], self.final_layer)
 
@@ -96,7 +97,7 @@ class MMDiT(nn.Module):
         tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         context = self.context_embedder(y)  # (N, L, D)
         c = self.t_embedder(t)  # (N, D)
-        features, attention = [], {}
+        features, attention, projected = [], {}, None
         for i, block in enumerate(self.joint_blocks):
             tapped = return_alignment and i in self.attn_layers
             context, tokens, qk = layers.run_block(i, block, context, tokens, c, self.fused_attn, tapped,
@@ -104,9 +105,9 @@ class MMDiT(nn.Module):
             if tapped:
                 attention[i] = qk
             if return_alignment and i + 1 == self.encoder_depth:
-                features = [project(tokens) for project in self.projectors]  # (N, T, z_dim) each
+                projected, features = tokens, [project(tokens) for project in self.projectors]  # (N, T, z_dim) each
         v = layers.unpatchify(self.final_layer(tokens, c), self.patch_size)
-        return (v, layers.Alignment(features, attention)) if return_alignment else v
+        return (v, layers.Alignment(features, attention, projected)) if return_alignment else v
 
 
 MMDiT_models = {name: functools.partial(layers.from_config, MMDiT, config) for name, config in MMDIT_CONFIGS.items()}

@@ -47,8 +47,9 @@ class SiT(nn.Module):
     """Latents in, velocity out. Sizes are in SIT_CONFIGS; labels are dropped by the training step, not in here.
 
     `attn_layers` (0-based) and `encoder_depth` (1-based) say where q, k and features are tapped, `z_dims` holds one
-    teacher width per projector. `fused_attn=False` writes each attention map out instead of using the fused kernel,
-    `grad_checkpointing` trades the blocks' activations for a second forward pass.
+    teacher width per projector; `projector` is one of layers.PROJECTORS, `projector_kernel` a convolution's side.
+    `fused_attn=False` writes each attention map out instead of using the fused kernel, `grad_checkpointing` trades the
+    blocks' activations for a second forward pass.
     """
 
     _no_split_modules = ("SiTBlock",)  # accelerate's name for the units in which FSDP splits
@@ -56,19 +57,21 @@ class SiT(nn.Module):
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, encoder_depth=8, attn_layers=(4, 5, 6, 7),
-                 z_dims=(768,), projector_dim=2048, qk_norm=False, fused_attn=True, grad_checkpointing=False):
+                 z_dims=(768,), projector_dim=2048, qk_norm=False, fused_attn=True, grad_checkpointing=False,
+                 projector="mlp", projector_kernel=3):
         super().__init__()
         layers.check_sizes(input_size, patch_size, depth, encoder_depth, attn_layers)
         self.patch_size, self.in_channels, self.input_size = patch_size, in_channels, input_size
         self.num_classes, self.encoder_depth, self.attn_layers = num_classes, encoder_depth, tuple(attn_layers)
-        self.fused_attn, self.grad_checkpointing = fused_attn, grad_checkpointing
+        self.z_dims, self.fused_attn, self.grad_checkpointing = tuple(z_dims), fused_attn, grad_checkpointing
         side = input_size // patch_size
         self.x_embedder = layers.PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = layers.TimestepEmbedder(hidden_size)
         self.y_embedder = layers.LabelEmbedder(num_classes, hidden_size, null_row=class_dropout_prob > 0)
         self.pos_embed = nn.Parameter(layers.sincos_2d(hidden_size, side), requires_grad=False)
         self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
-        self.projectors = nn.ModuleList(layers.projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
+        self.projectors = nn.ModuleList(layers.projector(
+            hidden_size, projector_dim, z_dim, projector, projector_kernel) for z_dim in z_dims)
         self.final_layer = layers.FinalLayer(hidden_size, patch_size, in_channels)
         self.init_weights()
 
@@ -102,7 +105,7 @@ class SiT(nn.Module):
         """x (N, C, R, R), t (N,), y (N,) int -> v (N, C, R, R), with `return_alignment` also the Alignment."""
         tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
-        features, attention = [], {}
+        features, attention, projected = [], {}, None
         for i, block in enumerate(self.blocks):
             tapped = return_alignment and i in self.attn_layers
             tokens, qk = layers.run_block(i, block, tokens, c, self.fused_attn, tapped, cache=self.cache,
@@ -110,9 +113,9 @@ class SiT(nn.Module):
             if tapped:
                 attention[i] = qk
             if return_alignment and i + 1 == self.encoder_depth:
-                features = [project(tokens) for project in self.projectors]  # (N, T, z_dim) each
+                projected, features = tokens, [project(tokens) for project in self.projectors]  # (N, T, z_dim) each
         v = layers.unpatchify(self.final_layer(tokens, c), self.patch_size)
-        return (v, layers.Alignment(features, attention)) if return_alignment else v
+        return (v, layers.Alignment(features, attention, projected)) if return_alignment else v
 
 
 SiT_models = {name: functools.partial(layers.from_config, SiT, config) for name, config in SIT_CONFIGS.items()}

@@ -11,6 +11,7 @@ same form: {"images": [{"id", "file_name"}, ...], "annotations": [{"image_id", "
     DEST/{train,val}/{i}_{k}.npy      float32 (L, C): the text encoder's last hidden state of caption k, in file order
     DEST/{train,val}/captions.json    {"0": [caption, ...], ...}, written when everything else of the split is there
     DEST/empty_context.npy            (L, C), of the empty caption
+    DEST/latents.json                 which VAE it was, its scale and shift
 Images that have no caption or no file are left out before counting, and named. Captions longer than the text encoder
 takes are cut, and counted. Each file appears whole or not at all:
 after any stop the same command makes only what is missing. Nothing depends on the number of processes.
@@ -28,6 +29,7 @@ from accelerate.utils import gather_object
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
 from data_io.captions import clean
+from data_io.latent_scale import write_note
 from dataset import digest
 from encoders.text import TextEncoder
 from encoders.vae import VAE
@@ -189,6 +191,7 @@ def build(args, splits):
         failures += build_split(args.dest / split, names, captions, picture, vae, encoder, args)
     if PartialState().is_main_process:
         remove_temporaries(args.dest)
+        write_note(args.dest, vae, weights_key(args.vae))
         save_array(args.dest / "empty_context.npy", encoder(filled([""], args.batch_size))[0])
     PartialState().wait_for_everyone()
     if failures and PartialState().is_main_process:

@@ -5,6 +5,7 @@
     python preprocessing/dataset_tools.py encode --source=DATA/images --dest=DATA/vae-sd
     torchrun --nproc_per_node=8 preprocessing/dataset_tools.py encode --source=DATA/images --dest=DATA/vae-sd
     python preprocessing/dataset_tools.py pack --source=DATA --dest=PACKED
+    python preprocessing/dataset_tools.py stats --data=DATA
 
 Each command can be stopped at any moment; the same command goes on, to the same bytes. COMMAND --help says more.
 """
@@ -13,11 +14,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
-from preprocessing import convert, encode, pack
+from preprocessing import convert, encode, pack, stats
 from runtime.errors import run_script
 from runtime.flags import Parser
 
-COMMANDS = {"convert": convert, "encode": encode, "pack": pack}  # modules: docstring, add_arguments(add), run(args)
+# modules: docstring, add_arguments(add), run(args)
+COMMANDS = {"convert": convert, "encode": encode, "pack": pack, "stats": stats}
 
 
 def main():

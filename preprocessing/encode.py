@@ -7,16 +7,19 @@ Each file is float32 (2 C, R/f, R/f), mean and std, unscaled. The source is what
 any other source of squares of one size. The index is that of the picture's name, img{idx8}.png, or else its place among
 the paths. --dest is a folder or, for a name in .zip, an uncompressed zip. Process p takes the batches p, p + processes,
 ...; a batch that was not written in full is computed again as a whole, so that neither a stop nor the number of
-processes changes a byte.
+processes changes a byte. latents.json beside --dest says which VAE it was, with scale and shift, for training.
 """
 import functools
 import io
 import itertools
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from data_io.latent_scale import write_note
 from data_io.loader import work_ahead
 from data_io.moments import check_moments
 from dataset import digest
@@ -139,7 +142,8 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     have = destination.pieces()
     share = in_groups(range(len(names)), batch_size)[state.process_index::state.num_processes]
     groups = [places for places in share if any(names[i] not in have for i in places)]
-    vae = VAE(model_url, state.device) if groups else None
+    left = state.is_main_process and any(name not in have for name in names)  # the main process notes what VAE it is
+    vae = VAE(model_url, state.device) if groups or left else None
     if vae and side % vae.factor:
         raise UserError(f"The pictures have {side} pixels a side, no multiple of {vae.factor}, the factor of "
                         f"{model_url}; convert them at another --resolution.")
@@ -147,6 +151,8 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     if state.is_main_process:
         settings = {"command": "encode", "vae": weights_key(model_url), "batch_size": asked, "hflip": hflip,
                     "pictures": pictures_key(source, source_path, destination.note())}
+        if vae:
+            write_note(Path(os.path.abspath(dest)).parent, vae, settings["vae"])
         made = destination.begin(settings, {"source": str(source_path), "model_url": str(model_url)})
         destinations.check_older(have, dict(zip(names, zip(source.names, source.pieces, strict=True), strict=True)))
         destinations.write_classes(dest, source.classes)

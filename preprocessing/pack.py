@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_io.latent_scale import NOTE, read_note
 from data_io.storage import form_of
 from dataset import LatentImages, PixelImages, digest
 from preprocessing.destinations import MADE, check_apart, check_settings, check_space, write_classes
@@ -128,6 +129,8 @@ def run(args):
         entries = list(zip(data.indices.tolist(), names, data.labels.tolist(), table[:, 0].tolist(), strict=True))
         pack_kind(args.dest / kind, read, entries, source, args.rows, args.num_workers, table[:, 1].tolist())
     write_classes(args.dest / "images", data.class_names)
+    if not args.images_only and (note := read_note(args.source)):
+        write_json(args.dest / NOTE, note)
     packed = layout(args.dest)
     if packed.fingerprint(files=True) != data.fingerprint(files=True):
         raise UserError(f"{args.source} has changed while it was packed; delete {args.dest} and pack it again.")

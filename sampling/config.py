@@ -14,8 +14,10 @@ def add_sampling_flags(parser):
     add("--ckpt", required=True, help="checkpoint of train.py or of the published code, or an export of it")
     add("--weights", choices=["ema", "model"], default="ema", help="the average of the weights, or the weights that "
         "are trained: better where few steps are done (default ema)")
-    add("--vae", help="ema, mse, a folder in diffusers' format, or none for a network of pixels (default: none for "
-        "such a checkpoint, else ema)")
+    add("--vae", help="ema, mse, a hub name or folder in diffusers' format, or none for a network of pixels (default: "
+        "the checkpoint's; ema for Stable Diffusion's)")
+    add("--latents-stats", metavar="FILE", help="mean and std of the latents' channels, see train.py (default: the "
+        "checkpoint's scale and shift)")
     add("--resolution", type=whole(1), help="image side in pixels (default: the checkpoint's)")
     add("--path-type", choices=["linear", "cosine"], help="interpolant (default: the checkpoint's, else linear)")
     add("--qk-norm", action=on_off, default=None, help="LayerNorm on q and k (default: the checkpoint's)")

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import PIXELS
-from encoders.vae import open_vae
+from data_io.latent_scale import PIXELS, SD_SCALE, read_statistics, scale_of
+from encoders.vae import VAES, open_vae
 from models.checkpoint import load_network, weights_digest
 from runtime.errors import UserError
 from runtime.files import atomic_write, is_file, read_json, remove_temporaries, write_json
@@ -29,7 +29,8 @@ SAMPLING = ("mode", "num_steps", "cfg_scale", "guidance_low", "guidance_high", "
 # These flags change no image: a restart may set them differently.
 NOT_IN_SETTINGS = ("sample_dir", "num_fid_samples", "per_proc_batch_size", "tf32", "fused_attn", "compile",
                    "projector_embed_dims", "encoder_depth", "class_names", "names_file", "legacy", "prefix")
-NOT_COMPARED = ("ckpt", "vae", "data_dir", "text_encoder", "cost")  # of settings.json: hashes stand for the paths
+# Of settings.json: hashes or values stand for the paths.
+NOT_COMPARED = ("ckpt", "vae", "latents_stats", "data_dir", "text_encoder", "cost")
 MOST_IMAGES = 10 ** 7  # six digits name a file, and a list of more takes memory
 
 
@@ -71,14 +72,17 @@ def check_modes(mode, heun, cache):
                         "them out.")
 
 
-def open_network(path, vae, device, kind=None, source="ema", **typed):
+def open_network(path, vae, device, kind=None, source="ema", latents_stats=None, **typed):
     """(network, VAE, the VAE's name, args of training) of a checkpoint; see load_network and choose_vae.
 
-    The network is on the CPU. The checkpoint is read first: opening the VAE may be a download. Raises UserError.
+    Scale and shift of the latents are those in the file `latents_stats` or, without one, of the training. The network
+    is on the CPU. The checkpoint is read first: opening the VAE may be a download. Raises UserError.
     """
     network, args = load_network(path, kind, source, **typed)
     name = choose_vae(vae, args, path)
-    vae = open_vae(name, device)
+    scale = read_statistics(latents_stats) if latents_stats else scale_of(args)
+    scale.check(network.in_channels, latents_stats or path)
+    vae = open_vae(name, device, scale)
     channels, side, _ = network.latent_shape
     args |= {"resolution": args.get("resolution") or side * vae.factor, "path_type": args.get("path_type") or "linear"}
     vae.check(channels, side, args["resolution"])
@@ -86,13 +90,17 @@ def open_network(path, vae, device, kind=None, source="ema", **typed):
 
 
 def choose_vae(vae, args, path):
-    """The `vae` asked for; None: PIXELS or "ema", by the args of training. Raises UserError if it cannot decode."""
+    """The `vae` asked for; None: that of the training, or "ema" for Stable Diffusion's, as published.
+
+    Raises UserError for one that cannot decode.
+    """
     is_pixels = args.get("vae") == PIXELS
     if vae is not None and (vae == PIXELS) != is_pixels and (is_pixels or "vae" in args):
         trained, remedy = ("pixels", "leave --vae out") if is_pixels else ("the latents of a VAE", "give a VAE")
         raise UserError(f"{path} was trained on {trained} (--vae {args['vae']}), which --vae {vae} cannot decode; "
                         f"{remedy}.")
-    return vae or (PIXELS if is_pixels else "ema")
+    published = "latents" not in args or args["vae"] in VAES.values()  # older checkpoints took any VAE's with "ema"
+    return vae or (PIXELS if is_pixels else "ema" if published else args["vae"])
 
 
 def check_guidance(path, cfg_scale, trained):
@@ -127,9 +135,10 @@ def open_checkpoint(args, kind, device):
     known = ("model", "resolution", "num_classes", "qk_norm", "path_type", "encoder_depth", "context_shape",
              "class_names")
     typed = {name: value for name, value in vars(args).items() if name in known and value is not None}
-    network, vae, args.vae, trained = open_network(args.ckpt, args.vae, device, kind, args.weights, **typed)
+    network, vae, args.vae, trained = open_network(args.ckpt, args.vae, device, kind, args.weights, args.latents_stats,
+                                                   **typed)
     check_guidance(args.ckpt, args.cfg_scale, trained)
-    widths = ",".join(str(projector[-1].out_features) for projector in network.projectors)
+    widths = ",".join(map(str, network.z_dims))
     if args.projector_embed_dims and args.projector_embed_dims != widths:
         raise UserError(f"--projector-embed-dims {args.projector_embed_dims}: {args.ckpt} has projectors to "
                         f"{widths or 'nothing'}; leave the flag out.")
@@ -139,6 +148,8 @@ def open_checkpoint(args, kind, device):
     vars(args).update({name: trained.get(name) for name in known if hasattr(args, name)})
     identity = {"steps": trained["steps"], "network_sha256": weights_digest(network),
                 "vae_sha256": vae.vae and weights_digest(vae.vae)}
+    if vae.vae and vae.latent_scale != SD_SCALE:  # older folders say nothing of it
+        identity["latents"] = vae.latent_scale.plain()
     return prepare_model(network, args, device), vae, identity
 
 

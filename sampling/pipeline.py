@@ -62,15 +62,16 @@ class Pipeline:
         return y, torch.full_like(y, self.network.null_label)
 
 
-def load_pipeline(path, vae=None, text_encoder=CLIP, device=None, weights="ema"):
+def load_pipeline(path, vae=None, text_encoder=CLIP, device=None, weights="ema", latents_stats=None):
     """The Pipeline of a checkpoint of training, of an export (file or folder) or of a published .pt.
 
-    vae: ema, mse, a hub name, a folder in diffusers' format, or "none" for a network of pixels (default: "none" if the
-    checkpoint was trained so, else ema). text_encoder, for MMDiT: hub name or folder of the one it was trained with.
-    device: default the GPU if there is one. weights: "ema" or "model". Raises UserError.
+    vae: ema, mse, a hub name, a folder in diffusers' format, or "none" for a network of pixels (default: the
+    checkpoint's; ema for Stable Diffusion's). text_encoder, for MMDiT: hub name or folder of the one it was trained
+    with. device: default the GPU if there is one. weights: "ema" or "model". latents_stats: a file, default the
+    checkpoint's scale and shift. Raises UserError.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network, vae, _, args = open_network(path, vae, device, source=weights)
+    network, vae, _, args = open_network(path, vae, device, source=weights, latents_stats=latents_stats)
     encode = None
     if hasattr(network, "context_embedder"):
         encode = TextEncoder(text_encoder, device, length=(args.get("context_shape") or [None])[0])

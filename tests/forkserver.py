@@ -34,7 +34,7 @@ for package in ("data_io", "encoders", "models", "runtime", "sampling", "trainin
         importlib.import_module(f"{package}.{module.name}")
 
 with contextlib.suppress(ImportError):  # tests that need none can run without it
-    from diffusers import AutoencoderKL  # noqa: F401
+    from diffusers import AutoencoderDC, AutoencoderKL  # noqa: F401
 
 
 def run(request):

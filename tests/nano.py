@@ -10,7 +10,7 @@ from evaluations import features
 from models.layers import from_config
 from models.sit import SIT_CONFIGS, SiT, SiT_models
 
-for patch in (2, 8):
+for patch in (1, 2, 8):
     SIT_CONFIGS[f"SiT-N/{patch}"] = {
         "depth": 3, "hidden_size": 32, "num_heads": 2, "projector_dim": 32, "encoder_depth": 2,
         "attn_pairs": ((0, 7), (1, 9)), "early_stop_point": 700, "patch_size": patch}

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from data_io.latent_scale import SD_SCALE
 from data_io.loader import StepBatches
 from dataset import CaptionedImages, LatentImages
-from encoders.vae import VAE
 from runtime.images import GAP, MAX_LINES, image_grid, wrap
 from tests.conftest import CLASSES, write_tiny_captions
 
@@ -35,14 +35,14 @@ def test_reads_what_was_written(tiny_captions):
 
 
 def test_moments_of_the_file_are_mean_and_log_variance(captions):
-    """Clamped to [-30, 20], so that VAE.latents takes mean and std as for ImageNet."""
+    """Clamped to [-30, 20], so that latents are made of mean and std as for ImageNet."""
     moments = np.load(captions / "train/1.npy")
     moments[4, 0, :3] = -100, 0, 100
     np.save(captions / "train/1.npy", moments)
     read = CaptionedImages(captions, "train", 64).moments(1)
     std = np.exp(np.clip(moments[4:].astype(np.float64), -30, 20) / 2)
     np.testing.assert_allclose(read[4, 0, :3], [np.exp(-15), 1, np.exp(10)], rtol=1e-6)
-    latents = VAE.latents(read[None], torch.full((1, 4, 16, 16), 2.0))[0]
+    latents = SD_SCALE.latents(read[None], torch.full((1, 4, 16, 16), 2.0))[0]
     np.testing.assert_allclose(latents, (moments[:4] + 2 * std) * 0.18215, rtol=1e-5)
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from data_io.latent_scale import SD_SCALE
 from data_io.loader import StepBatches, load_noise, microbatch_slice, step_noise, work_ahead
 from dataset import CaptionedImages, LatentImages
-from encoders.vae import VAE
 from runtime.errors import UserError
 from tests.conftest import CLASSES, write_tiny_captions
 from tests.test_storage import packed_into
@@ -25,7 +25,7 @@ def test_reads_what_was_written(tiny_data):
         assert np.array_equal(item["image"].permute(1, 2, 0), np.asarray(picture))
     moments = np.load(tiny_data / "vae-sd/00000/img-mean-std-00000005.npy")
     assert np.array_equal(item["moments"], moments)
-    z = VAE.latents(item["moments"][None], torch.full((1, 4, 16, 16), 2.0))
+    z = SD_SCALE.latents(item["moments"][None], torch.full((1, 4, 16, 16), 2.0))
     torch.testing.assert_close(z[0], torch.from_numpy(moments[:4] + 2 * moments[4:]) * 0.18215)
 
 

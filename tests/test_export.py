@@ -59,6 +59,23 @@ def test_every_form_has_the_same_bits(forms):
     assert isinstance(torch.load(forms[3], weights_only=True)["args"], dict)  # no class is needed to read it
 
 
+def test_a_release(monkeypatch, tmp_path):
+    """Half the size, to half precision the same weights, and no word of where it was trained."""
+    path = make_checkpoint(tmp_path / "0000005.pt")
+    state = torch.load(path, weights_only=False)
+    vars(state["args"]).update(data_dir="/home/me/data", output_dir="exps")
+    torch.save(state, path)
+    for out, more in (("whole.safetensors", []), ("half.safetensors", ["--release"])):
+        call_main(monkeypatch, export, path, tmp_path / out, *more)
+    whole, half = (tmp_path / f"{name}.safetensors" for name in ("whole", "half"))
+    assert half.stat().st_size < 0.51 * whole.stat().st_size
+    assert b"/home/me" in whole.read_bytes() and b"/home/me" not in half.read_bytes()
+    (exact, args), (rounded, released) = load_network(whole), load_network(half)
+    assert released == {name: value for name, value in args.items() if name != "data_dir"}
+    for ours, theirs in zip(exact.parameters(), rounded.parameters(), strict=True):
+        assert theirs.dtype == torch.float32 and torch.equal(ours.half().float(), theirs)
+
+
 @pytest.mark.parametrize("form", range(4))
 def test_python_samples_what_the_script_samples(monkeypatch, forms, tmp_path, form):
     call_main(monkeypatch, generate, "--ckpt", forms[form], "--sample-dir", tmp_path, "--num-fid-samples", 3, *FLAGS,

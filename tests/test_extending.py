@@ -22,7 +22,7 @@ RECIPES = {  # file: {text in it: what stands there after the recipe}
     "loss.py": {
         "class AlignmentLoss(": GRAM_LOSS,
         "ALIGNMENT_LOSSES = {\n": "ALIGNMENT_LOSSES = {\n"
-            "    'gram': AlignmentLoss('gram_coeff', 0.0, 'features', gram_term, 'gram loss'),\n"},
+            "    'gram': AlignmentLoss('gram_coeff', 0.0, 'features', 'features', gram_term, 'gram loss'),\n"},
     "training/schedule.py": {
         "# --lr-schedule:": "def square(progress):\n    return 1 - progress ** 2\n\n\n# --lr-schedule:",
         "SCHEDULES = {": "SCHEDULES = {\"square\": square, "},

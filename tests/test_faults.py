@@ -369,6 +369,7 @@ def test_same_curve_for_one_two_and_four_processes(tiny_data, teacher_file, tmp_
         assert curves[count] == pytest.approx(curves[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_under_the_launcher(tiny_data, tmp_path):
     """torchrun passes SIGTERM on to both processes, which save and stop; its own exit code is then 1."""
     command = [sys.executable, *TORCHRUN, "train.py", *tiny_run("SiT-T/2", tiny_data, tmp_path, "--num-classes",
@@ -422,7 +423,8 @@ def fsdp_on_a_cpu():
     PartialState.__init__ = made
 
 
-@pytest.mark.parametrize("compiled", [[], ["--compile"]], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [[], pytest.param(["--compile"], marks=pytest.mark.slow)],
+                         ids=["eager", "compiled"])
 def test_fsdp_trains_and_checkpoints_to_the_same_file(tiny_data, teacher_file, tmp_path, compiled):
     """The losses of one process; 6 = 3 + 3 steps; and one process continues from the file of two."""
     more = ["--enc-weights", teacher_file, "--early-stop-point", 4, "--checkpointing-steps", 3, *compiled]

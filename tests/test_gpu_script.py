@@ -20,6 +20,7 @@ def gpu_sh(out, *arguments, python=sys.executable, **env):
     return done, next((json.loads(path.read_text()) for path in out.glob("*.json")), None)
 
 
+@pytest.mark.slow
 def test_part_a_on_a_cpu(tmp_path):
     done, found = gpu_sh(tmp_path, "A", "--dry")
     assert done.returncode == 0, done.stdout

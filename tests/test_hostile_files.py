@@ -166,5 +166,6 @@ def test_nothing_read_is_executed():
             if name == "Image.open":
                 assert keywords.get("formats") in ("IMAGE_FORMATS", "FORMATS"), where  # FORMATS: of preprocessing
             if name.endswith("from_pretrained"):  # diffusers' model classes load no code
-                assert name.startswith("AutoencoderKL") or keywords.get("trust_remote_code") == "False", where
+                own = name.startswith(("AutoencoderKL", "AutoencoderDC"))
+                assert own or keywords.get("trust_remote_code") == "False", where
                 assert "onfig" in name or "Tokenizer" in name or keywords.get("use_safetensors") == "True", where

@@ -43,7 +43,8 @@ def golden():
 
 @pytest.mark.parametrize("more", [(), ("--no-fused-attn",), ("--grad-checkpointing",),
                                   ("--gradient-accumulation-steps", 2),
-                                  ("--compile",)], ids=lambda more: more[0] if more else "plain")
+                                  pytest.param(("--compile",), marks=pytest.mark.slow)],
+                         ids=lambda more: more[0] if more else "plain")
 def test_curve(monkeypatch, tiny_data, teacher_file, tmp_path, golden, more):
     torch.testing.assert_close(curve(monkeypatch, tiny_data, teacher_file, tmp_path, *more), golden, rtol=1e-6, atol=0)
 

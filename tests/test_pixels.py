@@ -10,10 +10,11 @@ from PIL import Image
 import generate
 import train
 import train_t2i
+from data_io.latent_scale import scale_of
 from data_io.loader import StepBatches
-from dataset import LatentImages, PixelImages, pixel_moments
+from dataset import PixelImages, pixel_moments
 from encoders.teachers import Teacher
-from encoders.vae import VAE, Pixels, open_vae
+from encoders.vae import Pixels, open_vae
 from evaluations.student import look_inside, noised
 from loss import SILoss
 from preprocessing import dataset_tools
@@ -44,7 +45,7 @@ def test_pixels_come_back_equal():
     moments = vae.encode(images)
     mean, std = moments.chunk(2, dim=1)
     assert mean.dtype == torch.float32 and mean.min() == -1 and mean.max() == 1 and not std.any()
-    latents = VAE.latents(moments, torch.randn(1, 3, 32, 32), vae.latent_scale)
+    latents = vae.latent_scale.latents(moments, torch.randn(1, 3, 32, 32))
     torch.testing.assert_close(latents, 2 * (images / 127.5 - 1))
     for dtype in (torch.float32, torch.float64):
         assert torch.equal(vae.decode(latents.to(dtype)), images)
@@ -52,11 +53,11 @@ def test_pixels_come_back_equal():
     assert far.dtype == torch.uint8 and far[0, 0, 0].tolist() == [0, 255]
 
 
-def test_each_data_set_knows_its_scale(tiny_data):
-    pixels, latents = PixelImages(tiny_data, 64, CLASSES), LatentImages(tiny_data, 64, CLASSES)
-    assert pixels.latent_scale == Pixels.latent_scale == 2
-    assert latents.latent_scale == VAE.latent_scale == 0.18215
-    x = noised(pixels, [3], 0)
+def test_the_args_of_a_training_say_the_scale(tiny_data):
+    assert scale_of({"vae": "none"}) == Pixels.latent_scale == (2, 0)
+    assert scale_of({}) == scale_of({"vae": "mse"}) == (0.18215, 0)
+    pixels = PixelImages(tiny_data, 64, CLASSES)
+    x = noised(pixels, [3], 0, {"vae": "none"})
     torch.testing.assert_close(x[0], 2 * (pixels.image(3) / 127.5 - 1))
 
 

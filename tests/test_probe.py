@@ -64,9 +64,9 @@ def test_probe_is_the_minimum(monkeypatch):
 
 def test_tokens_of_a_block_and_noise(tiny_data):
     data = LatentImages(tiny_data, 64, CLASSES)
-    x = noised(data, [5, 3], 0.3, seed=2)
+    x = noised(data, [5, 3], 0.3, {}, seed=2)
     noise = np.random.default_rng((2, 5, 3)).standard_normal((4, 16, 16), dtype=np.float32)
-    assert torch.equal(x[1], noised(data, [3], 0.3, seed=2)[0])
+    assert torch.equal(x[1], noised(data, [3], 0.3, {}, seed=2)[0])
     np.testing.assert_allclose(x[1], 0.7 * 0.18215 * data.moments(3)[:4].numpy() + 0.3 * noise, atol=1e-6)
     sit = SiT_models["SiT-N/2"](input_size=16, num_classes=CLASSES, z_dims=())
     mmdit = MMDiT_models["MMDiT-T"](input_size=16, context_dim=8, z_dims=())

@@ -63,7 +63,8 @@ def data_of(page):
 
 def test_page_holds_the_runs(folders, page):
     data = data_of(page)
-    assert set(data) == {"losses", "titles", "runs", "samples"}
+    assert set(data) == {"losses", "weights", "titles", "runs", "samples"}
+    assert data["weights"] == ["proj_coeff", "attn_coeff"]  # those that a run has
     haste, plain = data["runs"]
     assert (haste["name"], plain["name"]) == ("haste", "plain") and plain["settings"]["logging_dir"] == "</script><b>"
     table = read_table(folders[0])

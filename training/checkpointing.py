@@ -2,11 +2,12 @@
 import logging
 import os
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from dataset import PIXELS
+from data_io.latent_scale import PIXELS, scale_of
 from models.checkpoint import load_checkpoint, saved_steps
 from runtime.errors import Unreadable, UserError
 from runtime.files import atomic_write, writing
@@ -15,7 +16,8 @@ logger = logging.getLogger("haste")
 
 # What must be equal for a run to go on; everything else may change and is reported. `data` is the fingerprint.
 MUST_MATCH_ON_RESUME = ("model", "num_classes", "resolution", "qk_norm", "path_type", "prediction", "weighting",
-                        "enc_type", "encoder_depth", "attn_layers", "data")
+                        "enc_type", "projector", "projector_kernel", "encoder_depth", "attn_layers", "latents",
+                        "data")
 
 
 def save_checkpoint(folder, step, state):
@@ -51,8 +53,9 @@ def is_dense(value):
 
 def is_optimizer(value):
     groups, state = value["param_groups"], value.get("state")
-    return (isinstance(groups, list) and isinstance(state, dict)
-            and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+    return (isinstance(state, dict)
+            and all(isinstance(group, dict) and isinstance(group.get("params"), list)
+                    and all(isinstance(i, int) for i in group["params"]) for group in groups)
             and all(isinstance(i, int) and isinstance(entry, dict) and all(map(is_dense, entry.values()))
                     for i, entry in state.items()))
 
@@ -142,15 +145,21 @@ def check_same_run(path, saved, args):
     def plain(value):
         if torch.is_tensor(value):  # in no checkpoint of ours
             return "a tensor"
-        return [list(v) if isinstance(v, tuple) else v for v in value] if isinstance(value, (list, tuple)) else value
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
     if "vae" in saved and "vae" in args and (PIXELS == saved["vae"]) != (PIXELS == args["vae"]):
         raise UserError(f"{path} was trained with --vae {saved['vae']}, and --vae is now {args['vae']}: pixels and a "
                         "VAE's latents do not mix; use another --exp-name, or the --vae of that run.")
+    if "latents" in args:  # others have said nothing of it
+        saved = {**saved, "latents": scale_of(saved).plain()}
     for name in MUST_MATCH_ON_RESUME:
         if name in saved and name in args and plain(saved[name]) != plain(args[name]):
-            raise UserError(f"{path} belongs to another run: {name} was {saved[name]} and is now {args[name]}; use "
-                            "another --exp-name, or the settings of that run.")
+            old, new = saved[name], args[name]
+            if name == "latents":
+                old, new = ({key: value for key, value in each.items() if saved[name][key] != args[name][key]}
+                            for each in (old, new))
+            raise UserError(f"{path} belongs to another run: {name} was {shorten(str(old), 200)} and is now "
+                            f"{shorten(str(new), 200)}; use another --exp-name, or the settings of that run.")
     return [(name, saved[name], value) for name, value in args.items()
             if name in saved and name not in MUST_MATCH_ON_RESUME and plain(saved[name]) != plain(value)]
 

@@ -4,6 +4,7 @@ from pathlib import PurePath
 
 from evaluations import FEATURES, METRICS, PRESETS
 from loss import ALIGNMENT_LOSSES, uses
+from models.layers import PROJECTORS
 from runtime.errors import LARGEST_SEED, UserError
 from runtime.flags import number, whole
 from sampling.cache import CACHES
@@ -53,8 +54,10 @@ def add_training_flags(parser):
     add("--batch-size", type=images, default=256, help="images a step over all processes (default 256)")
     add("--num-workers", type=whole(0, 1024), help="loader processes per process; threads where nothing is decoded "
         f"(default: the process's share of the cores, at most {MOST_WORKERS})")
-    add("--vae", default="stabilityai/sd-vae-ft-mse", help="VAE of previews and scores: hub name or diffusers folder; "
-        "none: train on pixels, without a VAE (train.py)")
+    add("--vae", help="VAE of previews and scores: hub name or diffusers folder; none: train on pixels, without a VAE "
+        "(train.py) (default: the one that made the latents, by DATA/latents.json, else stabilityai/sd-vae-ft-mse)")
+    add("--latents-stats", metavar="FILE", help="train on (latent - mean) / std of each channel: .safetensors, .npz or "
+        "LightningDiT's .pt with mean and std, or a latents.json (default: DATA/latents.json, else latent x 0.18215)")
     add("--cfg-prob", type=number(0, 1), default=0.1, help="share of conditions dropped for guidance (default 0.1)")
 
     add = parser.add_argument_group("model").add_argument
@@ -76,6 +79,12 @@ def add_training_flags(parser):
     add("--enc-size", type=pixels, help="pixels a side that the teacher sees; its outputs are resampled to the "
         "student's tokens (default: its patch x the student's tokens a side)")
     add("--teacher-cache", help="folder that keeps the teacher's outputs for all images, computed once (default: none)")
+    add("--projector", choices=PROJECTORS, default="mlp", help="from the student's tokens to the teacher's width: "
+        "REPA's MLP (default), one linear layer, or iREPA's convolution on the grid of tokens")
+    add("--projector-kernel", type=int, choices=(1, 3, 5, 7), default=3, help="side of this convolution, in tokens "
+        "(default 3)")
+    add("--spatial-norm", type=number(0, 1), metavar="A", help="iREPA's normalisation of the teacher's features over "
+        "the tokens, (y - A mean) / std; 0.6 there (default: none)")
     add("--encoder-depth", type=whole(1), help="1-based block whose output is projected (default: the paper's for the "
         "model)")
     add("--attn-layers", help='pairs student:teacher of 0-based blocks, such as "2:7,3:9,4:11" (default: the paper\'s)')
@@ -170,7 +179,7 @@ def loss_weights(args):
 
 def aligned_pairs(args):
     """The pairs of blocks whose attention is compared; [] if no loss compares attention."""
-    return args.attn_layers if uses(loss_weights(args), "attention") else []
+    return args.attn_layers if uses(loss_weights(args), "student", "attention") else []
 
 
 def parse_pairs(text):
@@ -189,16 +198,17 @@ def finalize_args(args, config):
     """Fill in what depends on the model, a row `config` of its table, and refuse what contradicts."""
     if args.encoder_depth is None:
         args.encoder_depth = config["encoder_depth"]
-    from training.data_size import find_resolution  # imports torch, which --help does not need
+    from training.data_size import find_latents, find_resolution  # import torch, which --help does not need
+    find_latents(args)
     args.resolution = find_resolution(args.resolution, args.data_dir, "images" if "num_classes" in args else "train")
     if args.early_stop_fraction is not None:
         args.early_stop_point = round(args.early_stop_fraction * args.max_train_steps)
     elif args.early_stop_point is None:
         args.early_stop_point = EARLY_STOP_512 if args.resolution == 512 else config["early_stop_point"]
     args.attn_layers = parse_pairs(args.attn_layers) if args.attn_layers else [list(p) for p in config["attn_pairs"]]
-    if args.enc_type == "none" or not loss_weights(args):
+    if args.enc_type == "none" or all(ALIGNMENT_LOSSES[name].teacher is None for name in loss_weights(args)):
         args.enc_type = "none"
-        vars(args).update({row.flag: 0.0 for row in ALIGNMENT_LOSSES.values()})
+        vars(args).update({row.flag: 0.0 for row in ALIGNMENT_LOSSES.values() if row.teacher})
     if args.enc_type != "none":
         from encoders.teachers import teacher_row  # imports timm, which --help does not need
         teacher_row(args.enc_type)
@@ -212,6 +222,7 @@ def finalize_args(args, config):
         raise UserError(f"--attn-layers names a student block past {config['depth'] - 1}, the model's last.")
     if args.early_stop_trigger == "gradient":
         from training.early_stop import check_trigger  # imports accelerate, which --help does not need
-        reached = [args.encoder_depth] * uses(loss_weights(args), "features")
+        reached = [args.encoder_depth] * any(ALIGNMENT_LOSSES[name].student != "attention"
+                                             for name in loss_weights(args))
         reached += [student + 1 for student, _ in aligned_pairs(args)]
         check_trigger(args, max(reached, default=0))

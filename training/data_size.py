@@ -1,7 +1,9 @@
-"""The resolution of a data set, by one of its files, before anything else is read."""
+"""What a data set says of itself before anything else is read: resolution, VAE, scale of the latents."""
 import os
 from pathlib import Path
 
+from data_io.latent_scale import PIXEL_SCALE, PIXELS, SD_SCALE, from_plain, read_note, read_statistics
+from encoders.vae import VAES
 from runtime.errors import UserError
 from runtime.files import array_header
 from runtime.images import IMAGE_ERRORS, open_image
@@ -37,5 +39,19 @@ def find_resolution(given, data_dir, folder="images"):
     if given and pictures and given != pictures:
         raise UserError(f"--resolution is {given}, but the images in {data} have {pictures} pixels a side; leave the "
                         "flag out, or prepare the data anew at this resolution.")
-    latents = side_of(data / "vae-sd", (".npy",))
-    return given or pictures or (latents * SD_FACTOR if latents else RESOLUTION)
+    latents, note = side_of(data / "vae-sd", (".npy",)), read_note(data) or {}
+    return given or pictures or (latents * (note.get("factor") or SD_FACTOR) if latents else RESOLUTION)
+
+
+def find_latents(args):
+    """Fill in --vae by the data's note, and `latents`: the scale and shift of this run, as plain values.
+
+    Raises UserError for numbers that contradict.
+    """
+    note = None if args.vae == PIXELS else read_note(args.data_dir)
+    if args.vae is None:
+        args.vae = (note or {}).get("vae") or VAES["mse"]
+    if args.vae == PIXELS and args.latents_stats:
+        raise UserError("--latents-stats is for a VAE's latents, and --vae none has pixels; leave one of them out.")
+    scale = PIXEL_SCALE if args.vae == PIXELS else from_plain(note) if note else SD_SCALE
+    args.latents = (read_statistics(args.latents_stats) if args.latents_stats else scale).plain()

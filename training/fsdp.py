@@ -123,13 +123,19 @@ def load_optimizer(optimizer, saved, path):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     counts, theirs = ([len(group["params"]) for group in groups]
                       for groups in (optimizer.param_groups, saved["param_groups"]))
-    shapes = {i: value.shape for i, entry in saved["state"].items() for value in entry.values()
-              if torch.is_tensor(value) and value.dim()}
-    if counts != theirs or any(i >= len(parameters) or parameters[i].shape != shape for i, shape in shapes.items()):
+    numbers = [i for group in saved["param_groups"] for i in group["params"]]
+
+    def fits(i, entry):
+        """Whether `entry` is AdamW's of parameter i."""
+        return i in range(len(parameters)) and {name: value.shape for name, value in entry.items()} == {
+            "step": torch.Size(()), "exp_avg": parameters[i].shape, "exp_avg_sq": parameters[i].shape}
+
+    if counts != theirs or numbers != list(range(len(parameters))) or not all(
+            fits(i, entry) for i, entry in saved["state"].items()):
         raise UserError(f"{path} has the optimizer's state of another model or optimizer, for {theirs} parameters "
                         f"instead of {counts} or of other shapes; give the --model and options it was trained with.")
     groups = [{**theirs, **{name: value for name, value in ours.items() if name != "params"}}
               for theirs, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)]
-    state = {i: {name: split_as(value, parameters[i]) if value.shape == parameters[i].shape else value
+    state = {i: {name: split_as(value, parameters[i]) if name != "step" else value
                  for name, value in entry.items()} for i, entry in saved["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})

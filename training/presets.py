@@ -12,6 +12,7 @@ from runtime.errors import UserError
 
 NEVER = 10 ** 9  # REPA aligns from the first step to the last
 REPA = {"attn_coeff": 0.0, "early_stop_point": NEVER}
+IREPA = {"projector": "conv", "spatial_norm": 0.6, "proj_coeff": 1.0, **REPA}
 EMBEDDED = {
     "resolution": 64, "vae": "assets/vae-emoji", "enc_type": "dinov2-vit-s", "enc_blocks": 10,
     "enc_weights": "data/emoji/teacher.safetensors",
@@ -25,6 +26,8 @@ PRESETS = {
                        "500K (--cfg-scale 1.825 --guidance-high 0.6), 1.42 at 2.5M (--cfg-scale 1.65 --guidance-high "
                        "0.72)")),
     "sit-xl-2-repa": ("train.py", {"model": "SiT-XL/2", **REPA}, "FID 7.9 at 400K steps"),
+    "sit-xl-2-irepa": ("train.py", {"model": "SiT-XL/2", **IREPA},
+                       "arXiv 2512.10794: FID 16.96 at 100K steps, 19.06 with REPA"),
     "sit-xl-2-vanilla": ("train.py", {"model": "SiT-XL/2", "enc_type": "none"}, "FID 17.2 at 400K steps"),
     "sit-l-2-haste": ("train.py", {"model": "SiT-L/2"}, "FID 19.6 at 100K steps, 12.1 at 200K, 8.9 at 400K"),
     "sit-l-2-repa": ("train.py", {"model": "SiT-L/2", **REPA}, "FID 10.0 at 400K steps"),
@@ -34,6 +37,8 @@ PRESETS = {
                               ("mean cosine 0.0030 at 50K steps, 0.0041 at 60K, 0.0225 at 70K, -0.0668 at 80K: "
                               "alignment ends")),
     "sit-b-2-repa": ("train.py", {"model": "SiT-B/2", **REPA}, "FID 24.4 at 400K steps"),
+    "sit-b-2-irepa": ("train.py", {"model": "SiT-B/2", "enc_type": "dinov3-vit-b16", "encoder_depth": 4, **IREPA},
+                      "arXiv 2512.10794: FID 19.7 at 400K steps, 23.9 with REPA"),
     "sit-b-2-vanilla": ("train.py", {"model": "SiT-B/2", "enc_type": "none"}, "FID 33.0 at 400K steps"),
     "mmdit-haste": ("train_t2i.py", {"model": "MMDiT", "early_stop_point": 200_000, "max_train_steps": 250_000},
                     "FID on COCO 4.06 at 250K steps, of 40,192 images with --cfg-scale 2.25"),

@@ -4,7 +4,6 @@ import logging
 import numpy as np
 import torch
 
-from encoders.vae import VAE
 from runtime.images import image_grid, write_png
 from samplers import SAMPLERS, guided
 
@@ -28,7 +27,7 @@ class Previews:
         self.texts = [dataset.text(i) for i in entries] if dataset.texts else None
         moments = torch.stack([dataset.moments(i) for i in entries])
         self.noise = torch.from_numpy(rng.standard_normal(moments.chunk(2, dim=1)[0].shape, dtype=np.float32))
-        self.truth = VAE.latents(moments, torch.zeros_like(self.noise), dataset.latent_scale)
+        self.truth = vae.latent_scale.latents(moments, torch.zeros_like(self.noise))
 
     def save(self, name, latents, step=None):
         images = self.vae.decode(latents)

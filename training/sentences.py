@@ -6,7 +6,7 @@ from accelerate.utils import gather_object
 from data_io.loader import StepBatches, load_noise
 from loss import ALIGNMENT_LOSSES
 from runtime.setup import to_device
-from training.config import EARLY_STOP_512
+from training.config import EARLY_STOP_512, loss_weights
 from training.presets import NEVER, PRESETS
 from training.step import ema_decay
 
@@ -22,10 +22,11 @@ def describe_alignment(args, config):
             return f"by --preset {args.preset}"
         return whose if getattr(args, name) == default else f"by --{name.replace('_', '-')}"
 
-    if args.enc_type == "none":
+    target = "" if args.enc_type == "none" else f" to {args.enc_type}"
+    if not loss_weights(args):
         return "no alignment"
     losses = [f"{name} x {getattr(args, row.flag):g} ({by(row.flag, row.default, 'by default')})"
-              for name, row in ALIGNMENT_LOSSES.items()]
+              for name, row in ALIGNMENT_LOSSES.items() if getattr(args, row.flag) or (row.default and target)]
     stop = f"until step {args.early_stop_point}" if args.early_stop_point < NEVER else "to the end"
     default = EARLY_STOP_512 if args.resolution == 512 else config["early_stop_point"]
     whose = by("early_stop_point", default, f"by {args.model}'s default")
@@ -33,7 +34,7 @@ def describe_alignment(args, config):
         whose = "by --early-stop-fraction"
     if args.early_stop_trigger == "gradient":
         stop += ", or until the gradients point apart"
-    return f"aligned to {args.enc_type}: {', '.join(losses)}, {stop} ({whose})"
+    return f"aligned{target}: {', '.join(losses)}, {stop} ({whose})"
 
 
 def describe(trainer):

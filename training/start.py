@@ -16,7 +16,8 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 
-from encoders.teachers import Teacher, load_vit, teacher_row
+from data_io.latent_scale import NOTE, scale_of
+from encoders.teachers import Teacher, Teachers, load_vit, teacher_row
 from loss import SILoss, uses
 from models.checkpoint import saved_steps
 from models.mmdit import MMDIT_CONFIGS
@@ -155,29 +156,37 @@ def count_classes(args, dataset):
 
 
 def load_teacher(args, grid):
-    """The Teacher that args ask for, with `grid` tokens a side."""
+    """The Teachers that args ask for, with `grid` tokens a side."""
+    if args.enc_type == "none":
+        return Teachers([])
     blocks = [teacher for _, teacher in aligned_pairs(args)]
-    return Teacher(load_vit(args.enc_type, args.enc_weights), grid, blocks, args.enc_blocks,
-                   uses(loss_weights(args), "features"), args.enc_precision, args.enc_size)
+    return Teachers([Teacher(load_vit(args.enc_type, args.enc_weights), grid, blocks, args.enc_blocks,
+                             uses(loss_weights(args), "teacher", "features"), args.enc_precision, args.enc_size)])
 
 
 def model_arguments(args, config, moments_shape):
     """Arguments that both kinds of model take, for latents of these moments."""
     channels, side, _ = moments_shape
+    scale_of(vars(args)).check(channels // 2, args.latents_stats or Path(args.data_dir) / NOTE)
     if side % config["patch_size"]:
         raise UserError(f"--model {args.model} cuts latents into patches of {config['patch_size']}, of which {side}, "
                         f"the latents' side at --resolution {args.resolution}, is no multiple; choose another patch.")
+    weights = loss_weights(args)
+    z_dims = [teacher_row(args.enc_type).width] if uses(weights, "student", "features") else []
+    if uses(weights, "student", "latents"):
+        z_dims.append(config["patch_size"] ** 2 * (channels // 2))
     return {"input_size": side, "in_channels": channels // 2, "encoder_depth": args.encoder_depth,
-            "attn_layers": [student for student, _ in aligned_pairs(args)],
-            "z_dims": (teacher_row(args.enc_type).width,) if uses(loss_weights(args), "features") else (),
+            "attn_layers": [student for student, _ in aligned_pairs(args)], "z_dims": z_dims,
+            "projector": args.projector, "projector_kernel": args.projector_kernel,
             "qk_norm": args.qk_norm, "fused_attn": args.fused_attn, "grad_checkpointing": args.grad_checkpointing}
 
 
 def align_and_train(args, accelerator, run, model, dataset, y_null, open_data):
     """Train with the losses and the teacher that args ask for. `open_data`(images=True) opens the dataset anew."""
-    loss_fn = SILoss(args.path_type, args.weighting, aligned_pairs(args), args.attn_heads, tuple(loss_weights(args)))
+    loss_fn = SILoss(args.path_type, args.weighting, aligned_pairs(args), args.attn_heads, tuple(loss_weights(args)),
+                     args.spatial_norm)
     grid = model.input_size // model.patch_size
-    teacher = None if args.enc_type == "none" else functools.partial(load_teacher, args, grid)
+    teacher = functools.partial(load_teacher, args, grid) if loss_weights(args) else None
     logger.info(describe_alignment(args, {**SIT_CONFIGS, **MMDIT_CONFIGS}[args.model]))
     with memory.explained(args, accelerator, model):
         Trainer(args, accelerator, run, model, dataset, teacher, loss_fn, y_null, open_data).run()

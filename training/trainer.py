@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from data_io.latent_scale import scale_of
 from data_io.loader import NOISE_STREAM, StepBatches, load_batches, load_noise
 from encoders.teacher_cache import CachedTeacher
-from encoders.vae import VAE, open_vae
+from encoders.teachers import Teachers
+from encoders.vae import open_vae
 from evaluations import score_names
 from evaluations.during_training import Evaluation
 from loss import sample_t, weighted_sum
@@ -55,7 +57,7 @@ class Trainer:
     """A run, from its newest checkpoint to its last step. The same command again continues it.
 
     dataset[i] -> dict(position, moments, y, and image while dataset.images); y_null is the condition of no condition,
-    shaped like one y. `load_teacher()` gives a Teacher, or is None; it is called, and its result kept, in Phase I only.
+    shaped like one y. `load_teacher()` gives Teachers, or is None; it is called, and its result kept, in Phase I only.
     open_data(images=True) gives the dataset with images, for a Phase I that was thought to be over.
     """
 
@@ -63,6 +65,7 @@ class Trainer:
         self.args, self.accelerator, self.run_folder, self.open_data = args, accelerator, run, open_data
         self.model, self.dataset, self.loss_fn, self.load_teacher = model, dataset, loss_fn, load_teacher
         self.weights, self.y_null = loss_weights(args), y_null.to(accelerator.device)
+        self.latent_scale = scale_of(vars(args))
         self.max_steps = min(args.max_train_steps, math.ceil(args.epochs * len(dataset) / args.batch_size))
         self.settings = {**vars(args), "data": dataset.fingerprint(), "processes": accelerator.num_processes,
                          "noise_stream": NOISE_STREAM}
@@ -112,7 +115,7 @@ class Trainer:
         columns = score_names(self.args.eval_features, self.args.eval_metrics) if self.evaluation else []
         self.metrics = Metrics(self.run_folder / "metrics.csv", self.accelerator, self.step, saved.get("metrics"),
                                columns + trigger_columns(self.args), self.args.max_skipped_steps,
-                               saved.get("seconds", 0.0), saved.get("history"),
+                               saved.get("seconds") or 0.0, saved.get("history"),
                                functools.partial(first_not_finite, self))
         self.preemption = Preemption(self.accelerator.num_processes, self.args.checkpoint_minutes,
                                      PROCESS_GROUP_TIMEOUT)
@@ -136,7 +139,7 @@ class Trainer:
         # Outside Phase I the projector is frozen and DDP is built anew, so that it leaves the gradient exchange.
         self.model.projectors.requires_grad_(phase.aligned)
         self.wrap()
-        self.dataset.images = phase.aligned and not isinstance(self.teacher, CachedTeacher)
+        self.dataset.images = phase.aligned and self.teacher.sees_images
         batches = self.batches(phase)
         first = next(batches)
         self.begin()
@@ -206,7 +209,7 @@ class Trainer:
         """Latents, condition and the teacher's Alignment (None in Phase II) of a micro-batch; draws: see step_noise."""
         moments, y = (batch[name].to(self.accelerator.device, non_blocking=True) for name in ("moments", "y"))
         with torch.no_grad():
-            x = VAE.latents(moments, draws["posterior"], self.dataset.latent_scale)
+            x = self.latent_scale.latents(moments, draws["posterior"])
             dropped = (draws["drop"] < self.args.cfg_prob).reshape(-1, *[1] * (y.dim() - 1))
             y = torch.where(dropped, self.y_null, y)
             target = None
@@ -284,7 +287,7 @@ class Trainer:
                          for every in (args.sampling_steps, args.eval_steps))
         if not (shows or scores):
             return
-        vae = open_vae(args.vae, accelerator.device)
+        vae = open_vae(args.vae, accelerator.device, self.latent_scale)
         vae.check(*self.model.latent_shape[:2], args.resolution)
         if scores:
             self.evaluation = Evaluation(args, accelerator, self.dataset, vae, self.y_null, self.model.latent_shape)
@@ -294,15 +297,17 @@ class Trainer:
     def open_teacher(self):
         """The teacher, or the cache of its outputs."""
         args, accelerator = self.args, self.accelerator
-        if not self.dataset.images:  # the checkpoint of Phase II that was to be read was damaged
-            self.dataset = self.open_data(images=True)
         self.teacher = self.load_teacher().to(accelerator.device)
+        if self.teacher.sees_images and not self.dataset.images:  # the checkpoint of Phase II to be read was damaged
+            self.dataset = self.open_data(images=True)
         if args.compile:
             self.teacher.compile()
         if args.teacher_cache:
             started = time.time()
-            self.teacher = CachedTeacher(args.teacher_cache, self.teacher, self.dataset, accelerator)
-            logger.info(f"teacher outputs in {self.teacher.folder} ({time.time() - started:.0f} s)")
+            self.teacher = Teachers([CachedTeacher(args.teacher_cache, teacher, self.dataset, accelerator)
+                                     for teacher in self.teacher.parts])
+            for cached in self.teacher.parts:
+                logger.info(f"teacher outputs in {cached.folder} ({time.time() - started:.0f} s)")
         else:
             self.teacher.cast(accelerator.mixed_precision)
 

@@ -3,8 +3,8 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const COLOURS = 6; // --c0 to --c5; runs beyond that are dashed
 const MAIN = ["preset", "model", "data_dir", "resolution", "batch_size", "max_train_steps", "learning_rate", "ema_decay", "mixed_precision",
-  "enc_type", "enc_blocks", "encoder_depth", "proj_coeff", "attn_layers", "attn_coeff", "early_stop_point", "early_stop_trigger",
-  "align_decay", "path_type", "weighting", "qk_norm", "seed"]; // settings of a single run that are always visible
+  "enc_type", "enc_blocks", "encoder_depth", "projector", "spatial_norm", "attn_layers", ...data.weights, "early_stop_point",
+  "early_stop_trigger", "align_decay", "path_type", "weighting", "qk_norm", "seed"]; // settings of a single run that are always visible
 
 function element(namespace, name, attributes, children) {
   const node = namespace ? document.createElementNS(namespace, name) : document.createElement(name);

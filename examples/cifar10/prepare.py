@@ -190,6 +190,7 @@ def read_photographs(dest, split):
 
 def build_latents(dest, source):
     """Write vae-sd/ of both splits, in the packed form: the moments of each photograph by the VAE `source`."""
+    from data_io.latent_scale import write_note
     from encoders.vae import VAE
     vae = None
     for split in BATCHES:
@@ -203,6 +204,7 @@ def build_latents(dest, source):
         entries = [(i, latent_name(i), label, moments[0].nbytes) for i, label in enumerate(labels)]
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        write_note(dest / split, vae, weights_key(source))
         pack_kind(folder, moments.numpy().__getitem__, entries, weights_key(source), BATCH)
 
 
