@@ -7,22 +7,24 @@ import statistics
 SILENT = ("exp_name", "output_dir", "logging_dir", "report_to", "preset", "resume_step", "num_workers", "epochs",
           "data", "processes", "environment", "noise_stream", "log_every", "sampling_steps", "checkpointing_steps",
           "checkpoint_minutes", "keep_checkpoints", "keep_every", "compile", "fused_attn", "allow_tf32",
-          "grad_checkpointing", "class_names", "early_stop_fraction", "prediction")
+          "grad_checkpointing", "teacher_cache", "class_names", "early_stop_fraction", "prediction")
 SILENT_BEGINNINGS = ("eval_", "wandb_")
-# Settings without meaning where there is no teacher.
-ALIGNMENT = ("enc_", "attn_", "encoder_depth", "early_stop", "trigger_", "align_", "teacher_cache")
+# Settings without meaning where nothing is aligned, and where there is no teacher.
+ALIGNMENT = ("enc_", "attn_", "encoder_depth", "early_stop", "trigger_", "align_", "projector", "spatial_norm")
+TEACHER = ("enc_", "attn_", "projector", "spatial_norm")
 # A setting in words, by its value; the others are said as their flags are.
 WORDS = {"model": "{}", "seed": "seed {}", "enc_type": "aligned with {}",
          "early_stop_point": "alignment until step {:,}", "max_train_steps": "{:,} steps",
          "batch_size": "batches of {:,}", "learning_rate": "learning rate {:g}",
          "proj_coeff": "{:g} x feature loss", "attn_coeff": "{:g} x attention loss", "resolution": "{} px",
          "early_stop_trigger": "alignment ended by the {}", "mixed_precision": "precision {}", "ema_decay": "EMA {:g}"}
-NONE = {"proj_coeff": "no feature loss", "attn_coeff": "no attention loss", "mixed_precision": "float32"}  # 0 or "no"
+NONE = {"proj_coeff": "no feature loss", "attn_coeff": "no attention loss", "mixed_precision": "float32",
+        "enc_type": "no teacher"}  # 0, "no", "none"
 
 
 def phrase(name, value):
     """A setting in words."""
-    if name in NONE and value in (0, "no"):
+    if name in NONE and value in (0, "no", "none"):
         return NONE[name]
     if name in WORDS and value is not None:
         return WORDS[name].format(value)
@@ -32,36 +34,43 @@ def phrase(name, value):
     return f"{plain} {value if isinstance(value, (str, int, float)) else json.dumps(value)}"
 
 
+def is_aligned(settings):
+    """Whether the run trains a loss of alignment: --NAME-coeff, or the teacher of an older args.json."""
+    weights = [value for name, value in settings.items() if name.endswith("_coeff")]
+    return any(weights) if weights else settings.get("enc_type", "none") != "none"
+
+
 def differing(settings, but=()):
     """Names of the settings that tell runs apart, without `but`; `settings`: args.json of each, or the like.
 
-    Those of alignment count among runs with a teacher. Whether there is one is enc_type's difference.
+    Those of alignment count among the runs that have it, those of a teacher among the runs with one.
     """
-    def differ(name, among):
+    def differ(name):
+        among = settings
+        if name.endswith("_coeff") or name.startswith(ALIGNMENT):
+            among = [each for each in among if is_aligned(each)]
+        if name.startswith(TEACHER) and name != "enc_type":
+            among = [each for each in among if each.get("enc_type") != "none"]
         return len({json.dumps(each.get(name)) for each in among}) > 1
 
-    names = [name for name in dict.fromkeys(name for each in settings for name in each)
-             if name not in (*SILENT, *but) and not name.startswith(SILENT_BEGINNINGS)]
-    aligned = [each for each in settings if has_teacher(each)]
-    return [name for name in names if differ(name, aligned if of_alignment(name) and name != "enc_type" else settings)]
-
-
-def of_alignment(name):
-    return name.startswith(ALIGNMENT) or name.endswith("_coeff")
-
-
-def has_teacher(settings):
-    return (settings.get("enc_type") or "none") != "none"
+    return [name for name in dict.fromkeys(name for each in settings for name in each)
+            if name not in (*SILENT, *but) and not name.startswith(SILENT_BEGINNINGS) and differ(name)]
 
 
 def labels(settings, but=()):
     """What tells each run from the others, in words; "" of runs that are alike."""
-    names = differing(settings, but)
-    found = []
+    names, found = differing(settings, but), []
+    mixed = len({is_aligned(each) for each in settings}) > 1
     for each in settings:
-        aligned = has_teacher(each)
-        words = [] if aligned or not any(map(of_alignment, names)) else ["no alignment"]
-        words += [phrase(name, each.get(name)) for name in names if aligned or not of_alignment(name)]
+        aligned, teacher = is_aligned(each), each.get("enc_type", "none")
+        words = ["no alignment"] if mixed and not aligned else []
+        if mixed and aligned and "enc_type" not in names:
+            words = ["alignment without a teacher" if teacher == "none" else phrase("enc_type", teacher)]
+        for name in names:
+            of_teacher = name.startswith(TEACHER) and name != "enc_type"
+            if (aligned or not (name.endswith("_coeff") or name.startswith(ALIGNMENT))) and not (
+                    of_teacher and teacher == "none"):
+                words.append(phrase(name, each.get(name)))
         found.append(", ".join(words))
     return found
 
