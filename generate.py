@@ -50,7 +50,7 @@ def main():
     state = start(args)
     model, vae, identity = open_checkpoint(args, "SiT", state.device)
     class_names = read_class_names(args.names_file, args.num_classes) if args.names_file else args.class_names
-    folder = sample_folder(args, args.model.replace("/", "-"), state, identity)
+    folder = sample_folder(args, args.model, state, identity)
 
     def label(i, rng):
         return int(rng.integers(args.num_classes)) if args.labels == "random" else i % args.num_classes

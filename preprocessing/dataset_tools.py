@@ -23,7 +23,7 @@ COMMANDS = {"convert": convert, "encode": encode, "pack": pack, "stats": stats}
 
 
 def main():
-    parser = Parser(description=__doc__)
+    parser = Parser(config=False, description=__doc__)  # its commands take --config
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.__doc__.partition("\n")[0], description=module.__doc__)

@@ -47,7 +47,7 @@ HEAVY = ("timm", "diffusers", "transformers", "accelerate", "wandb", "scipy", "t
 
 
 @pytest.mark.parametrize("name", ["train.py", "train_t2i.py", "generate.py", "generate_t2i.py", "export.py",
-                                  "evaluations/evaluator.py", "evaluations/report.py",
+                                  "evaluations/evaluator.py", "evaluations/report.py", "evaluations/compare.py",
                                   "preprocessing/dataset_tools.py", "examples/cifar10/prepare.py",
                                   "benchmarks/study.py"])
 def test_help_imports_nothing_heavy(name):

@@ -164,6 +164,9 @@ def add_training_flags(parser):
     add("--sampling-steps", type=step, default=10_000, help="steps between preview grids, 0 = none (default 10000)")
     add("--report-to", choices=["wandb", "tensorboard", "none"], default="wandb", help="tracker beside log.txt and "
         "metrics.csv (default wandb)")
+    add("--wandb-project", default="HASTE", metavar="NAME", help="default HASTE")
+    add("--wandb-entity", metavar="NAME", help="user or team (default: wandb's own)")
+    add("--wandb-tags", nargs="+", metavar="TAG", help="of the run (default: none)")
     add("--logging-dir", default="logs", help="tracker files, inside --output-dir (default logs)")
 
     add = parser.add_argument_group("scores").add_argument

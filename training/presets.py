@@ -4,11 +4,11 @@ win.
 A preset says what differs from the defaults, which are the paper's; what follows from the model (encoder depth, aligned
 blocks, early-stop point) is in the table of models/sit.py or models/mmdit.py.
 """
-import argparse
 import sys
 import textwrap
 
 from runtime.errors import UserError
+from runtime.flags import Parser
 
 NEVER = 10 ** 9  # REPA aligns from the first step to the last
 REPA = {"attn_coeff": 0.0, "early_stop_point": NEVER}
@@ -94,12 +94,12 @@ def parse_with_preset(parser, script):
 
     Raises UserError for a name that is not known or that is another script's.
     """
-    finder = argparse.ArgumentParser(add_help=False)
+    finder = Parser(config=False, add_help=False)
     for p in (parser, finder):
-        p.add_argument("--preset", metavar="NAME", help="settings of one of the paper's runs, which typed flags "
-                       "change; `list` shows them with the numbers that the paper reports: "
+        p.add_argument("--preset", metavar="NAME", help="settings of one of the paper's runs, which typed flags and "
+                       "--config change; `list` shows them with the numbers that the paper reports: "
                        + ", ".join(name for name, row in PRESETS.items() if row[0] == script))
-    name = finder.parse_known_args()[0].preset
+    name = finder.parse_known_args()[0].preset or parser.from_file().get("preset")
     if name == "list":
         print_and_exit(listing())
     if name is not None:
