@@ -73,6 +73,8 @@ TEACHERS = {
     "mae-vit-l": TeacherRow("vit_large_patch16_224.mae", 1024, patch=16, final_norm=False, licence="CC BY-NC 4.0"),
     "clip-vit-L": TeacherRow("vit_large_patch14_clip_quickgelu_224.openai", 1024, patch=14, mean=OPENAI_CLIP_MEAN,
                              std=OPENAI_CLIP_STD, final_norm=False, licence="MIT"),
+    "clip-vit-B": TeacherRow("vit_base_patch16_clip_quickgelu_224.openai", 768, patch=16, mean=OPENAI_CLIP_MEAN,
+                             std=OPENAI_CLIP_STD, final_norm=False, licence="MIT"),
     "jepa-vit-h": TeacherRow("vit_huge_patch14_gap_224.in1k_ijepa", 1280, patch=14, prefix_tokens=0,
                              licence="CC BY-NC 4.0"),
     "dinov3-vit-s16": dinov3("small", 384),
@@ -87,7 +89,7 @@ TEACHERS = {
     "spatialpe-vit-b": perception("spatial_base_patch16_512.fb", 768, 16),
     "spatialpe-vit-l": perception("spatial_large_patch14_448.fb", 1024, 14),
 }
-ALIASES = {"dino-vit-b": "dinov1-vit-b", "clip-vit-l": "clip-vit-L"}
+ALIASES = {"dino-vit-b": "dinov1-vit-b", "clip-vit-l": "clip-vit-L", "clip-vit-b": "clip-vit-B"}
 DINOV2 = TEACHERS["dinov2-vit-b"]
 TIMM = "timm:"  # begins the name of any other ViT of timm
 # Where REPA's users keep weights that no hub has, from the folder in which they train.
@@ -120,6 +122,19 @@ def teacher_list():
     rows += [(name, str(row.width), row.source, row.licence) for name, row in TEACHERS.items()]
     return "\n".join([f"{name:20} {width:>5}  {source:42} {licence}" for name, width, source, licence in rows]
                      + ["timm:NAME            any other ViT of timm, with its own numbers"])
+
+
+def split_teachers(enc_type, weights=None):
+    """[(name, its file or None)] of a comma list of teachers, "none" being an empty one, and one of their weights.
+
+    Raises UserError for another number of files than of names.
+    """
+    names = [] if enc_type == "none" else enc_type.split(",")
+    files = weights.split(",") if weights and len(names) > 1 else [weights] * len(names)
+    if len(files) != len(names):
+        raise UserError(f"--enc-weights {weights} names {len(files)} files for {len(names)} teachers, --enc-type "
+                        f"{enc_type}; give one for each, nothing between two commas for weights of the hub.")
+    return [(name, file or None) for name, file in zip(names, files, strict=True)]
 
 
 def find_weights(enc_type, weights):
@@ -165,7 +180,8 @@ class Teacher:
 
     `vit` is load_vit's; one without a row is treated as DINOv2. Images are normalised, then resized to patch * `grid`
     pixels, so that the teacher has `grid` x `grid` tokens as the student does. With `input_size` they are resized to
-    that, and the outputs are resampled to the student's grid. `attn_blocks` (0-based) are the blocks whose q and k are
+    that; then the losses resample the student's side, or, with `resample` "teacher", the outputs here come resampled to
+    `grid`. `attn_blocks` (0-based) are the blocks whose q and k are
     returned. `num_blocks` keeps only the first blocks; the features are the final norm of the last one kept. Without
     `features` no block after the last tapped one runs. `precision` is "no" (float32), "fp16" or "bf16"; None: that of
     the autocast around it.
@@ -173,7 +189,8 @@ class Teacher:
 
     sees_images = True
 
-    def __init__(self, vit, grid, attn_blocks=(), num_blocks=None, features=True, precision=None, input_size=None):
+    def __init__(self, vit, grid, attn_blocks=(), num_blocks=None, features=True, precision=None, input_size=None,
+                 resample="student"):
         num_blocks = num_blocks or len(vit.blocks)
         if num_blocks > len(vit.blocks) or any(not 0 <= block < num_blocks for block in attn_blocks):
             raise UserError(f"The teacher has {len(vit.blocks)} blocks, of which {num_blocks} are to be used and "
@@ -186,7 +203,8 @@ class Teacher:
         if input_size and input_size % patch:
             raise UserError(f"--enc-size {input_size} is no multiple of {patch}, the teacher's patch; change it or "
                             "leave it out.")
-        self.grid, self.input_size = grid, input_size or grid * patch
+        self.input_size = input_size or grid * patch
+        self.grid = grid if resample == "teacher" else self.input_size // patch  # of the outputs
         vit.set_input_size((self.input_size, self.input_size))  # resamples the position table, bicubic, antialiased
         self.vit, self.features, self.num_blocks, self.precision = vit, features, num_blocks, precision
         self.attn_blocks = sorted(set(attn_blocks))
@@ -238,6 +256,15 @@ class Teacher:
     def names(self):
         """The names in outputs()."""
         return ["features0"] * self.features + [f"block{block}" for block in self.attn_blocks]
+
+
+def load_teachers(enc_type, weights, grid, attn_blocks=(), attn_teacher=1, **options):
+    """Teachers of the comma lists `enc_type` and `weights`. Attention is that of the teacher number `attn_teacher`.
+
+    `options` are those of Teacher, for all of them.
+    """
+    return Teachers([Teacher(load_vit(name, file), grid, attn_blocks if i == attn_teacher else (), **options)
+                     for i, (name, file) in enumerate(split_teachers(enc_type, weights), 1)])
 
 
 class Teachers:

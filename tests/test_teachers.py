@@ -127,3 +127,13 @@ def test_names(monkeypatch, capsys):
                         ("timm:resnet18", "resnet18 is no plain ViT")):
         with pytest.raises(UserError, match=words):
             teacher_row(name)
+
+
+@pytest.mark.parametrize("grid", [16, 32])
+def test_the_input_follows_the_tokens(monkeypatch, grid):
+    """At 256 and 512 px, of all teachers; without weights."""
+    shallow(monkeypatch, depth=1)
+    for name, row in TEACHERS.items():
+        with torch.device("meta"):
+            teacher = Teacher(timm.create_model(row.timm_name.split(".")[0], num_classes=0, **dict(row.options)), grid)
+        assert (teacher.input_size, teacher.vit.patch_embed.grid_size) == (grid * row.patch, (grid, grid)), name

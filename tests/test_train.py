@@ -34,7 +34,7 @@ from tests.conftest import (
     train_arguments,
     write_tiny_data,
 )
-from training import previews, start
+from training import previews
 from training import trainer as training
 from training.config import add_training_flags, finalize_args
 from training.data_size import find_resolution
@@ -72,7 +72,7 @@ def test_the_teacher_is_cast_once(monkeypatch, tiny_data, teacher_file, tmp_path
 def test_both_phases(monkeypatch, tiny_data, teacher_file, tmp_path):
     """The teacher is called exactly early-stop-point times; loss terms and images are there before and gone after."""
     calls, teachers, freed = count_teacher(monkeypatch), [], []
-    load_vit, update_ema = start.load_vit, training.update_ema
+    load_vit, update_ema = encoders.teachers.load_vit, training.update_ema
 
     def load(*args):
         vit = load_vit(*args)
@@ -81,7 +81,7 @@ def test_both_phases(monkeypatch, tiny_data, teacher_file, tmp_path):
 
     decode_image, images = dataset.decode_image, []
     monkeypatch.setattr(dataset, "decode_image", lambda *args: images.append(1) or decode_image(*args))
-    monkeypatch.setattr(start, "load_vit", load)
+    monkeypatch.setattr(encoders.teachers, "load_vit", load)
     monkeypatch.setattr(training, "update_ema", lambda *args: freed.append(teachers[0]() is None) or update_ema(*args))
     run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, "--early-stop-point", 4,
                                       "--checkpointing-steps", 4))

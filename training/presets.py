@@ -12,6 +12,7 @@ from runtime.flags import Parser
 
 NEVER = 10 ** 9  # REPA aligns from the first step to the last
 REPA = {"attn_coeff": 0.0, "early_stop_point": NEVER}
+E2E_VAE = "REPA-E/e2e-vavae-hf"
 IREPA = {"projector": "conv", "spatial_norm": 0.6, "proj_coeff": 1.0, **REPA}
 EMBEDDED = {
     "resolution": 64, "vae": "assets/vae-emoji", "enc_type": "dinov2-vit-s", "enc_blocks": 10,
@@ -36,10 +37,16 @@ PRESETS = {
     "sit-b-2-haste-trigger": ("train.py", {"model": "SiT-B/2", "early_stop_trigger": "gradient"},
                               ("mean cosine 0.0030 at 50K steps, 0.0041 at 60K, 0.0225 at 70K, -0.0668 at 80K: "
                               "alignment ends")),
+    "sit-b-2-haste-clip": ("train.py", {"model": "SiT-B/2", "enc_type": "clip-vit-B", "enc_size": 224},
+                           "FID 48.74 at 100K steps, 54.92 with REPA"),
     "sit-b-2-repa": ("train.py", {"model": "SiT-B/2", **REPA}, "FID 24.4 at 400K steps"),
     "sit-b-2-irepa": ("train.py", {"model": "SiT-B/2", "enc_type": "dinov3-vit-b16", "encoder_depth": 4, **IREPA},
                       "arXiv 2512.10794: FID 19.7 at 400K steps, 23.9 with REPA"),
     "sit-b-2-vanilla": ("train.py", {"model": "SiT-B/2", "enc_type": "none"}, "FID 33.0 at 400K steps"),
+    **{f"sit-xl-1-{name}": ("train.py", {"model": "SiT-XL/1", "vae": E2E_VAE, **more},
+                            ("no paper's run: on the latents of a VAE tuned end to end (arXiv 2504.10483), 32 "
+                             "channels at a 16th of the side; `dataset_tools.py stats` makes their mean and std"))
+       for name, more in (("haste", {}), ("repa", REPA), ("vanilla", {"enc_type": "none"}))},
     "mmdit-haste": ("train_t2i.py", {"model": "MMDiT", "early_stop_point": 200_000, "max_train_steps": 250_000},
                     "FID on COCO 4.06 at 250K steps, of 40,192 images with --cfg-scale 2.25"),
     "embedded": ("train.py", {"model": "SiT-T/2", "num_classes": 9, "data_dir": "data/emoji/train",
@@ -52,9 +59,9 @@ PRESETS = {
 PRESETS["cifar10"] = ("train.py", {
     "model": "SiT-XS/2", "vae": "assets/vae-cifar10", "resolution": 32, "num_classes": 10,
     "data_dir": "data/cifar10/train", "enc_type": "dinov2-vit-s", "enc_weights": "data/cifar10/teacher.safetensors",
-    "enc_blocks": 9, "enc_size": 56, "early_stop_point": 400, "max_train_steps": 2000, "checkpointing_steps": 1000,
-    "sampling_steps": 1000, "log_every": 50, "batch_size": 64, "learning_rate": 2e-3, "ema_decay": 0.995,
-    "num_workers": 0, "report_to": "none"},
+    "enc_blocks": 9, "enc_size": 56, "resample": "teacher", "early_stop_point": 400, "max_train_steps": 2000,
+    "checkpointing_steps": 1000, "sampling_steps": 1000, "log_every": 50, "batch_size": 64, "learning_rate": 2e-3,
+    "ema_decay": 0.995, "num_workers": 0, "report_to": "none"},
     "no paper's run: that of `make quickstart-cifar10`")
 HEADING = ("Typed flags win over a preset's. The numbers are the paper's, not ours: FID by ADM's evaluation of 50,000 "
            "samples of an SDE in 250 steps, without guidance where not said otherwise.")

@@ -34,6 +34,7 @@ from training.checkpointing import (
 )
 from training.config import loss_weights
 from training.early_stop import COSINE_COLUMN, align_decay, gradient_cosine, is_trigger_step, trigger_columns
+from training.fine_tune import set_trainable
 from training.fsdp import is_sharded, load_optimizer, shard, whole_module, whole_state
 from training.metric_log import Metrics, start_trackers
 from training.preemption import EXIT_CODE, STOP, Preemption, ignore_signals
@@ -137,7 +138,7 @@ class Trainer:
             give_back_memory()
             logger.info(f"step {self.step}: alignment is switched off; teacher freed")
         # Outside Phase I the projector is frozen and DDP is built anew, so that it leaves the gradient exchange.
-        self.model.projectors.requires_grad_(phase.aligned)
+        set_trainable(self.model, self.args.freeze, phase.aligned)
         self.wrap()
         self.dataset.images = phase.aligned and self.teacher.sees_images
         batches = self.batches(phase)
@@ -221,7 +222,7 @@ class Trainer:
     def loss(self, batch, draws, factor=1.0):
         """Total loss of a micro-batch, and its terms, detached. `factor` is on the alignment losses."""
         x, y, target = self.inputs(batch, draws)
-        t = sample_t(draws["u"], self.args.weighting, self.args.path_type)
+        t = sample_t(draws["u"], self.args.weighting, self.args.path_type, self.args.time_shift)
         terms = self.loss_fn(self.ddp_model, x, y, target, t, draws["noise"])
         terms["denoise"] = terms["denoise"].mean()
         loss = terms["denoise"] if target is None else weighted_sum(terms, self.weights, factor, terms["denoise"])
