@@ -105,18 +105,22 @@ class VAE:
                             f"of the image's side, but the latents have {channels} channels of {side} for --resolution "
                             f"{resolution}; give the --vae or --resolution of these.")
 
-    @torch.no_grad()
     def encode(self, images, spread="std"):
-        """uint8 (N, 3, R, R) on the CPU -> moments float32 (N, 2 C, R / factor, R / factor): mean, `spread` by channel.
+        """`moments`, on the CPU."""
+        return self.moments(images, spread).cpu()
+
+    @torch.no_grad()
+    def moments(self, images, spread="std"):
+        """uint8 (N, 3, R, R) -> moments float32 (N, 2 C, R / factor, R / factor): mean, `spread` by channel.
 
         The ImageNet layout stores the "std", the text-to-image layout the "logvar", clamped to [-30, 20].
         """
         x = to_device(images, self.device).float() / 127.5 - 1  # on the device: a quarter of the bytes to send
         if not self.has_spread:
             mean = self.vae.encode(x).latent
-            return torch.cat([mean, torch.full_like(mean, 0.0 if spread == "std" else -30.0)], dim=1).cpu()
+            return torch.cat([mean, torch.full_like(mean, 0.0 if spread == "std" else -30.0)], dim=1)
         posterior = self.vae.encode(x).latent_dist
-        return torch.cat([posterior.mean, getattr(posterior, spread)], dim=1).cpu()
+        return torch.cat([posterior.mean, getattr(posterior, spread)], dim=1)
 
     @torch.no_grad()
     def decode(self, latents, chunk=32):

@@ -216,7 +216,8 @@ def finalize_args(args, config):
         args.encoder_depth = config["encoder_depth"]
     from training.data_size import find_latents, find_resolution  # import torch, which --help does not need
     find_latents(args)
-    args.resolution = find_resolution(args.resolution, args.data_dir, "images" if "num_classes" in args else "train")
+    args.resolution = find_resolution(args.resolution, args.data_dir, "images" if "num_classes" in args else "train",
+                                      crop=vars(args).get("random_crop", False))
     if args.early_stop_fraction is not None:
         args.early_stop_point = round(args.early_stop_fraction * args.max_train_steps)
     elif args.early_stop_point is None:

@@ -208,15 +208,17 @@ class Trainer:
 
     def inputs(self, batch, draws):
         """Latents, condition and the teacher's Alignment (None in Phase II) of a micro-batch; draws: see step_noise."""
-        moments, y = (batch[name].to(self.accelerator.device, non_blocking=True) for name in ("moments", "y"))
+        y = to_device(batch["y"], self.accelerator.device)
         with torch.no_grad():
+            moments = (to_device(batch["moments"], self.accelerator.device) if "moments" in batch
+                       else self.dataset.encode(batch["image"]))
             x = self.latent_scale.latents(moments, draws["posterior"])
             dropped = (draws["drop"] < self.args.cfg_prob).reshape(-1, *[1] * (y.dim() - 1))
             y = torch.where(dropped, self.y_null, y)
             target = None
             if self.teacher is not None:
                 with self.accelerator.autocast():
-                    target = self.teacher(batch["image"] if "image" in batch else batch["position"])
+                    target = self.teacher(batch["image" if self.teacher.sees_images else "position"])
         return x, y, target
 
     def loss(self, batch, draws, factor=1.0):
@@ -288,7 +290,7 @@ class Trainer:
                          for every in (args.sampling_steps, args.eval_steps))
         if not (shows or scores):
             return
-        vae = open_vae(args.vae, accelerator.device, self.latent_scale)
+        vae = self.dataset.vae or open_vae(args.vae, accelerator.device, self.latent_scale)
         vae.check(*self.model.latent_shape[:2], args.resolution)
         if scores:
             self.evaluation = Evaluation(args, accelerator, self.dataset, vae, self.y_null, self.model.latent_shape)
