@@ -1,6 +1,7 @@
 """Command-line flags: numbers with a range, flags from a file, and one sentence for a flag that cannot be used."""
 import argparse
 import difflib
+import re
 import sys
 
 from runtime.errors import UserError, first_line
@@ -35,18 +36,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message.rstrip('.')}.")
 
     def parse_known_args(self, args=None, namespace=None):
+        args = [plain_spelling(word) for word in (sys.argv[1:] if args is None else args)]
         self.set_defaults(**self.from_file(args))
         found, rest = super().parse_known_args(args, namespace)
         if self.takes_file:  # what it says is in the other flags
             vars(found).pop("config")
         return found, rest
 
-    def from_file(self, args=None):
+    def from_file(self, args):
         """{name: value} of the flags in --config among `args`, {} without it. What it gives is not required any more.
 
         Raises UserError for a file that is not read, a key that is no flag, a value that cannot be used.
         """
-        args = sys.argv[1:] if args is None else list(args)
         finder = Parser(config=False, add_help=False)
         finder.add_argument("--config")
         path = finder.parse_known_args(args)[0].config if self.takes_file else None
@@ -90,6 +91,12 @@ class Parser(argparse.ArgumentParser):
             return self._get_values(action, words)
         except argparse.ArgumentError as error:
             raise UserError(f"{where}: {error.message.rstrip('.')}.".replace(": is ", " is ", 1)) from error
+
+
+def plain_spelling(word):
+    """--num_steps=50, as REPA writes some flags, is --num-steps=50."""
+    name, equals, value = word.partition("=")
+    return (name.replace("_", "-") if re.fullmatch("--[a-z][a-z0-9_-]*", name) else name) + equals + value
 
 
 def read_flags(path):

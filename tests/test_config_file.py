@@ -57,6 +57,12 @@ def test_typed_flags_win(monkeypatch, put):
         assert vars(parser.parse_args(["--config", path, *typed])) == found
 
 
+def test_underscores_are_hyphens(monkeypatch):
+    """As in the README of REPA; values stay as they are."""
+    args = parsed(monkeypatch, generate, "--ckpt", "a_b.pt", "--num_steps=7", "--guidance_high", 0.7, "--prefix=--a_b")
+    assert (args["ckpt"], args["num_steps"], args["guidance_high"], args["prefix"]) == ("a_b.pt", 7, 0.7, "--a_b")
+
+
 def test_args_of_a_run_are_a_file(monkeypatch, tiny_data, tmp_path):
     """The same run under another name, whatever its args.json holds beside flags."""
     call_main(monkeypatch, train, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 2,

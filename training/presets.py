@@ -103,7 +103,7 @@ def parse_with_preset(parser, script):
         p.add_argument("--preset", metavar="NAME", help="settings of one of the paper's runs, which typed flags and "
                        "--config change; `list` shows them with the numbers that the paper reports: "
                        + ", ".join(name for name, row in PRESETS.items() if row[0] == script))
-    name = finder.parse_known_args()[0].preset or parser.from_file().get("preset")
+    name = finder.parse_known_args()[0].preset or parser.from_file(sys.argv[1:]).get("preset")
     if name == "list":
         print_and_exit(listing())
     if name is not None:
