@@ -1,6 +1,6 @@
 """ImageNet, or any other pictures in classes, to the layout that training reads: pictures of one size, then latents.
 
-    python preprocessing/dataset_tools.py convert --source=IMAGENET_DIR --dest=DATA/images \
+    python preprocessing/dataset_tools.py convert --source=IMAGENET_DIR --dest=DATA/images \\
         --resolution=256x256 --transform=center-crop-dhariwal
     python preprocessing/dataset_tools.py encode --source=DATA/images --dest=DATA/vae-sd
     torchrun --nproc_per_node=8 preprocessing/dataset_tools.py encode --source=DATA/images --dest=DATA/vae-sd

@@ -3,6 +3,7 @@ import argparse
 import difflib
 import re
 import sys
+import textwrap
 
 from runtime.errors import UserError, first_line
 
@@ -17,19 +18,64 @@ class Switch(argparse.BooleanOptionalAction):
         super().__init__(option_strings, dest, default=default, **options)
 
 
+class Page(argparse.RawDescriptionHelpFormatter):
+    """--help with short names for values and a line for the spellings of a flag."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32)
+
+    def _get_default_metavar_for_optional(self, action):
+        return value_name(action)
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _format_action_invocation(self, action):
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        value = "" if action.nargs == 0 else self._format_args(action, value_name(action))
+        return f"{spellings(action)} {value}".strip()
+
+
+def spellings(action):
+    """'--cfg-scale, --cfg' or, of a switch, '--[no-]heun'."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return ", ".join(f"--[no-]{name[2:]}" for name in action.option_strings if not name.startswith("--no-"))
+    return ", ".join(action.option_strings)
+
+
+def value_name(action):
+    """What stands for the value of a flag: N for a number, else the last word of its name."""
+    return action.metavar or getattr(action.type, "stands_as", action.dest.rpartition("_")[2].upper())
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with --config, whose errors are UserErrors that name the flag.
 
-    The file of --config holds flags by their names, in YAML or JSON. They are the defaults of what is not typed.
+    The file of --config holds flags by their names, in YAML or JSON. They are the defaults of what is not typed. The
+    commands of `description`, a script's docstring, end the page of --help as its examples.
     """
 
-    def __init__(self, config=True, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    def __init__(self, config=True, description="", **options):
+        parts = [part.strip("\n") for part in (description or "").split("\n\n")]
+        commands = [part for part in parts if all(line.startswith("    ") for line in part.splitlines())]
+        text = "\n\n".join(part for part in parts if part not in commands)
+        super().__init__(formatter_class=Page, description=re.sub(r":$", ".", text, flags=re.MULTILINE),
+                         epilog="\n".join(["examples:", *commands]) if any(commands) else None, **options)
         self.register("action", "store_true", Switch)
         self.takes_file = config
         if config:
             self.add_argument("--config", metavar="FILE", help="flags by name in YAML or JSON, such as the args.json "
                               "of a run; typed ones win")
+
+    def format_help(self):
+        if self.usage is None and not self._subparsers:  # instead of all flags
+            needed = [action for action in self._actions if action.required and action.option_strings]
+            places = [action for action in self._actions if not action.option_strings]
+            words = [f"{action.option_strings[0]} {value_name(action)}" for action in needed]
+            words += [value_name(action) + "..." * (action.nargs in ("+", "*")) for action in places]
+            self.usage = " ".join(["%(prog)s", *words, "[flags]"])
+        return super().format_help()
 
     def error(self, message):
         message = message.removeprefix("argument ").replace(": is ", " is ", 1)  # number's: --seed is -1; it must ...
@@ -132,6 +178,7 @@ def number(low, high=float("inf"), kind=float):
             raise argparse.ArgumentTypeError(f"is {text}; it must be {limits}.")
         return value
 
+    parse.stands_as = "N" if kind is int else "X"
     return parse
 
 

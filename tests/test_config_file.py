@@ -109,6 +109,21 @@ def test_positional_arguments_of_a_file(monkeypatch, put):
     assert (seen[0].reference, seen[0].sample) == ("a.npz", "b.npz")
 
 
+def test_help_is_a_page():
+    """What is required, words, flags with short values, and last the commands of the docstring."""
+    parser = Parser(prog="x.py", description="Do it:\n\n    python x.py --ckpt A \\\n        --steps 3\n\nMore.\n")
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--ckpt", required=True)
+    parser.add_argument("--num-steps", "--steps", type=whole(1), help="of the sampler, "
+                        "a-hyphenated-word-that-is-kept-in-one")
+    parser.add_argument("--tf32", action="store_true")
+    text = parser.format_help()
+    assert text.startswith("usage: x.py --ckpt CKPT RUN... [flags]\n\nDo it.\n\nMore.\n")
+    assert "  --num-steps, --steps N " in text and "  --[no-]tf32" in text
+    assert " a-hyphenated-word-that-is-kept-in-one\n" in text
+    assert text.endswith("examples:\n    python x.py --ckpt A \\\n        --steps 3\n")
+
+
 def test_the_commit_is_that_of_the_code(monkeypatch):
     assert versions.commit() == "unknown" or len(versions.commit().removesuffix("-dirty")) == 40
     monkeypatch.setattr("subprocess.run", lambda *_, **more: SimpleNamespace(stdout=f"{'a' * 40}-dirty\n"))
