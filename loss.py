@@ -53,11 +53,11 @@ def resample_tokens(tokens, count):
 def feature_loss(projected, target):
     """L_feat = -mean cos(target, projected) over batch and tokens: (N, T, C) and (N, T', C) -> scalar.
 
-    Normalised in float32: float16 here turns into NaN after some 70K steps. A target on another token grid is
-    resampled to the student's.
+    Normalised in float32: float16 here turns into NaN after some 70K steps. On another token grid than the target's
+    the student's tokens are resampled to it (arXiv 2505.16792, A.3).
     """
-    target = resample_tokens(target.float(), projected.shape[1])
-    return -F.cosine_similarity(projected.float(), target, dim=-1).mean()
+    projected = resample_tokens(projected.float(), target.shape[1])
+    return -F.cosine_similarity(projected, target.float(), dim=-1).mean()
 
 
 def spatial_normalize(tokens, alpha, eps=1e-6):
@@ -72,14 +72,14 @@ def spatial_normalize(tokens, alpha, eps=1e-6):
 def relational_loss(tokens, target):
     """Mean squared difference of the Gram matrices, the cosines between all tokens of an image: float32 scalar.
 
-    (N, T, D) and (N, T', C) of any widths, so that nothing has to be projected. A target on another token grid is
-    resampled to the student's.
+    (N, T, D) and (N, T', C) of any widths, so that nothing has to be projected. The student's tokens are resampled to
+    the target's grid.
     """
     def gram(x):
         x = F.normalize(x.float(), dim=-1)
         return x @ x.mT
 
-    target = resample_tokens(target.float(), tokens.shape[1])
+    tokens = resample_tokens(tokens.float(), target.shape[1])
     with torch.autocast(tokens.device.type, enabled=False):
         return F.mse_loss(gram(tokens), gram(target))
 
@@ -100,7 +100,8 @@ def dispersive_loss(tokens):
 def resample_qk(qk, count):
     """QK of a grid of `count` tokens, whose logits are those of `qk` resampled over keys, then over queries.
 
-    Bilinear resampling is linear and so are the logits in q and in k: resampling both does it without a T x T map.
+    Bilinear resampling is linear and so are the logits in q and in k: resampling both does it without a T x T map. A
+    softmax afterwards gives rows that sum to 1, which resampled maps would not have.
     """
     def resample(heads):
         n, h, t, d = heads.shape
@@ -178,12 +179,12 @@ def attention_loss(student, teacher, num_heads=12, tile=attention_tile):
     """L_attn: cross-entropy of the student's attention maps against the teacher's, mean over all rows and pairs.
 
     `student`, `teacher`: one QK per pair, (N, H, T, d) each -> scalar. The first `num_heads` heads are compared, or as
-    many as both sides have. Computed in float32, whatever q and k are; the teacher gets no gradient. `tile` is
-    attention_tile, compiled or not.
+    many as both sides have. The student's maps are resampled to the teacher's grid. Computed in float32, whatever q and
+    k are; the teacher gets no gradient. `tile` is attention_tile, compiled or not.
     """
     losses = []
     for s, t in zip(student, teacher, strict=True):
-        t = resample_qk(t, s.q.shape[2])
+        s = resample_qk(s, t.q.shape[2])
         heads = min(num_heads, s.q.shape[1], t.q.shape[1])
         q, k, teacher_q, teacher_k = (x[:, :heads].flatten(0, 1) for x in (s.q, s.k, t.q, t.k))
         total = AttentionCrossEntropy.apply(q, k, s.scale, teacher_q, teacher_k, t.scale, tile)

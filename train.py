@@ -1,6 +1,8 @@
 """Train a SiT on ImageNet latents with HASTE: feature and attention alignment, switched off at the early-stop point.
 
     accelerate launch train.py --model SiT-XL/2 --enc-type dinov2-vit-b --data-dir DATA --exp-name sitxl_haste
+    accelerate launch train.py --preset sit-b-2-repa --data-dir DATA --exp-name sitb_repa
+    accelerate launch train.py --config exps/sitb_repa/args.json --exp-name sitb_repa_1 --seed 1
 
 One process on a CPU or GPU: the same with `python train.py`. The same command again continues from the newest
 checkpoint of {output-dir}/{exp-name}, which also holds log.txt, args.json, metrics.csv and previews/. --enc-type none

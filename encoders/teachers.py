@@ -1,5 +1,6 @@
 """The frozen teacher: a vision transformer of timm, with taps on the attention of some of its blocks."""
 import contextlib
+import warnings
 from typing import NamedTuple
 
 import timm
@@ -9,7 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_M
 from timm.models.eva import checkpoint_filter_fn as eva_filter
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from encoders.teacher_files import fit_names
+from encoders.teacher_files import fit_names, patch_of
 from loss import resample_qk, resample_tokens
 from models.checkpoint import weights_digest
 from models.layers import Alignment, compile_blocks
@@ -73,6 +74,8 @@ TEACHERS = {
     "mae-vit-l": TeacherRow("vit_large_patch16_224.mae", 1024, patch=16, final_norm=False, licence="CC BY-NC 4.0"),
     "clip-vit-L": TeacherRow("vit_large_patch14_clip_quickgelu_224.openai", 1024, patch=14, mean=OPENAI_CLIP_MEAN,
                              std=OPENAI_CLIP_STD, final_norm=False, licence="MIT"),
+    "clip-vit-B": TeacherRow("vit_base_patch16_clip_quickgelu_224.openai", 768, patch=16, mean=OPENAI_CLIP_MEAN,
+                             std=OPENAI_CLIP_STD, final_norm=False, licence="MIT"),
     "jepa-vit-h": TeacherRow("vit_huge_patch14_gap_224.in1k_ijepa", 1280, patch=14, prefix_tokens=0,
                              licence="CC BY-NC 4.0"),
     "dinov3-vit-s16": dinov3("small", 384),
@@ -87,7 +90,7 @@ TEACHERS = {
     "spatialpe-vit-b": perception("spatial_base_patch16_512.fb", 768, 16),
     "spatialpe-vit-l": perception("spatial_large_patch14_448.fb", 1024, 14),
 }
-ALIASES = {"dino-vit-b": "dinov1-vit-b", "clip-vit-l": "clip-vit-L"}
+ALIASES = {"dino-vit-b": "dinov1-vit-b", "clip-vit-l": "clip-vit-L", "clip-vit-b": "clip-vit-B"}
 DINOV2 = TEACHERS["dinov2-vit-b"]
 TIMM = "timm:"  # begins the name of any other ViT of timm
 # Where REPA's users keep weights that no hub has, from the folder in which they train.
@@ -122,6 +125,19 @@ def teacher_list():
                      + ["timm:NAME            any other ViT of timm, with its own numbers"])
 
 
+def split_teachers(enc_type, weights=None):
+    """[(name, its file or None)] of a comma list of teachers, "none" being an empty one, and one of their weights.
+
+    Raises UserError for another number of files than of names.
+    """
+    names = [] if enc_type == "none" else enc_type.split(",")
+    files = weights.split(",") if weights and len(names) > 1 else [weights] * len(names)
+    if len(files) != len(names):
+        raise UserError(f"--enc-weights {weights} names {len(files)} files for {len(names)} teachers, --enc-type "
+                        f"{enc_type}; give one for each, nothing between two commas for weights of the hub.")
+    return [(name, file or None) for name, file in zip(names, files, strict=True)]
+
+
 def find_weights(enc_type, weights):
     """The file `weights`, or that in REPA's place; None: from the hub. Raises UserError where no hub has them."""
     place = PLACES.get(ALIASES.get(enc_type, enc_type), "")
@@ -132,11 +148,38 @@ def find_weights(enc_type, weights):
     return None
 
 
+def load_state(vit, state):
+    """Load a state dict as users have it into timm's `vit`. Raises ValueError where names, shapes or patches differ.
+
+    On the device "meta" nothing is loaded.
+    """
+    fit = eva_filter if isinstance(vit, timm.models.eva.Eva) else checkpoint_filter_fn
+    try:
+        state = fit_names(state)
+        if patch_of(state) not in (None, vit.patch_embed.patch_size[0]):
+            raise ValueError("patches of another size")  # timm would resample them
+        vit.load_state_dict({name: value for name, value in fit(dict(state), vit).items()
+                             if not name.startswith("head.")})
+    except Exception as error:  # timm takes the state dict apart before it compares any shape
+        raise ValueError(first_line(error)) from error
+
+
+def has_shapes_of(enc_type, state):
+    """Whether this state dict could be that of a teacher."""
+    row = teacher_row(enc_type)
+    try:
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # that copying to meta does nothing
+            load_state(timm.create_model(row.timm_name, num_classes=0, **dict(row.options)), state)
+    except ValueError:
+        return False
+    return True
+
+
 def load_vit(enc_type, weights=None):
     """timm's frozen ViT called `enc_type`, as teacher_row takes it, with weights from the hub or the file `weights`.
 
-    A file holds the state dict of timm, torch.hub, transformers' DINOv2, or of the authors. Its row is the attribute
-    `row`. Raises UserError for weights of another model.
+    A file holds the state dict of timm, torch.hub, transformers' DINOv2, or of the authors, or is OpenAI's archive of
+    CLIP. Its row is the attribute `row`. Raises UserError for weights of another model.
     """
     row, weights = teacher_row(enc_type), find_weights(enc_type, weights)
     try:
@@ -147,11 +190,12 @@ def load_vit(enc_type, weights=None):
     if weights is not None:
         state = load_tensors(weights)
         try:
-            fit = eva_filter if isinstance(vit, timm.models.eva.Eva) else checkpoint_filter_fn
-            vit.load_state_dict(fit(fit_names(state), vit))
-        except Exception as error:  # timm takes the state dict apart before it compares any shape
-            raise UserError(f"{weights} does not hold the weights of {enc_type} ({row.timm_name}); give its timm or "
-                            "torch.hub file, or the matching --enc-type.") from error
+            load_state(vit, state)
+        except ValueError as error:
+            others = [name for name in TEACHERS if has_shapes_of(name, state)]
+            held = f", but those of {' or '.join(others)}" if others else ""
+            raise UserError(f"{weights} does not hold the weights of {enc_type} ({row.timm_name}){held}; give its timm "
+                            "or torch.hub file, or the matching --enc-type.") from error
     if not row.final_norm:
         vit.norm = torch.nn.Identity()
     vit.row, found = row, (vit.embed_dim, vit.patch_embed.patch_size[0], vit.num_prefix_tokens)
@@ -165,7 +209,8 @@ class Teacher:
 
     `vit` is load_vit's; one without a row is treated as DINOv2. Images are normalised, then resized to patch * `grid`
     pixels, so that the teacher has `grid` x `grid` tokens as the student does. With `input_size` they are resized to
-    that, and the outputs are resampled to the student's grid. `attn_blocks` (0-based) are the blocks whose q and k are
+    that; then the losses resample the student's side, or, with `resample` "teacher", the outputs here come resampled to
+    `grid`. `attn_blocks` (0-based) are the blocks whose q and k are
     returned. `num_blocks` keeps only the first blocks; the features are the final norm of the last one kept. Without
     `features` no block after the last tapped one runs. `precision` is "no" (float32), "fp16" or "bf16"; None: that of
     the autocast around it.
@@ -173,7 +218,8 @@ class Teacher:
 
     sees_images = True
 
-    def __init__(self, vit, grid, attn_blocks=(), num_blocks=None, features=True, precision=None, input_size=None):
+    def __init__(self, vit, grid, attn_blocks=(), num_blocks=None, features=True, precision=None, input_size=None,
+                 resample="student"):
         num_blocks = num_blocks or len(vit.blocks)
         if num_blocks > len(vit.blocks) or any(not 0 <= block < num_blocks for block in attn_blocks):
             raise UserError(f"The teacher has {len(vit.blocks)} blocks, of which {num_blocks} are to be used and "
@@ -186,7 +232,8 @@ class Teacher:
         if input_size and input_size % patch:
             raise UserError(f"--enc-size {input_size} is no multiple of {patch}, the teacher's patch; change it or "
                             "leave it out.")
-        self.grid, self.input_size = grid, input_size or grid * patch
+        self.input_size = input_size or grid * patch
+        self.grid = grid if resample == "teacher" else self.input_size // patch  # of the outputs
         vit.set_input_size((self.input_size, self.input_size))  # resamples the position table, bicubic, antialiased
         self.vit, self.features, self.num_blocks, self.precision = vit, features, num_blocks, precision
         self.attn_blocks = sorted(set(attn_blocks))
@@ -238,6 +285,15 @@ class Teacher:
     def names(self):
         """The names in outputs()."""
         return ["features0"] * self.features + [f"block{block}" for block in self.attn_blocks]
+
+
+def load_teachers(enc_type, weights, grid, attn_blocks=(), attn_teacher=1, **options):
+    """Teachers of the comma lists `enc_type` and `weights`. Attention is that of the teacher number `attn_teacher`.
+
+    `options` are those of Teacher, for all of them.
+    """
+    return Teachers([Teacher(load_vit(name, file), grid, attn_blocks if i == attn_teacher else (), **options)
+                     for i, (name, file) in enumerate(split_teachers(enc_type, weights), 1)])
 
 
 class Teachers:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from data_io.latent_scale import scale_of
 from dataset import CaptionedImages
 from encoders.online import class_layout
-from encoders.teachers import Teacher, load_vit
+from encoders.teachers import Teacher, load_vit, split_teachers
 from evaluations.extract import gather_rows, rank, shard
 from loss import attention_loss, feature_loss, interpolant
 from models.checkpoint import load_network
@@ -72,14 +72,22 @@ def open_split(network, args, data, val_data, count, seed):
     return shuffled(dataset, slice(share, None)), shuffled(dataset, slice(share))
 
 
+def number_of_teacher(args):
+    """Of several teachers of a training the number, from 0, of that whose attention is aligned."""
+    return (args.get("attn_teacher") or 1) - 1
+
+
 def open_teacher(network, args, attn_blocks=()):
-    """The Teacher in the args of a training, with as many tokens as `network`. Raises UserError if there is none."""
+    """That Teacher in the args of a training, with as many tokens as `network`. Raises UserError if there is none."""
     enc_type = args.get("enc_type") or "none"
     if enc_type == "none":
         raise UserError("The run had no teacher, so there is none to compare with; name one, or a run that has one.")
-    vit = load_vit(enc_type, args.get("enc_weights"))
+    teachers, number = split_teachers(enc_type, args.get("enc_weights")), number_of_teacher(args)
+    if number >= len(teachers):
+        raise UserError(f"The run's --attn-teacher is {number + 1} of {len(teachers)}, {enc_type}; give another run.")
+    vit = load_vit(*teachers[number])
     return Teacher(vit, network.input_size // network.patch_size, attn_blocks, args.get("enc_blocks"),
-                   input_size=args.get("enc_size"))
+                   input_size=args.get("enc_size"), resample="teacher")  # maps are shown side by side
 
 
 def noised(dataset, positions, t, args, seed=0):
@@ -173,7 +181,7 @@ def look_inside(path, count, t, teacher=None):
     """
     network, args = load_network(path)
     if teacher and args.get("enc_type") == "none":
-        names = ("enc_type", "enc_weights", "enc_blocks", "enc_size", "attn_heads")
+        names = ("enc_type", "enc_weights", "enc_blocks", "enc_size", "attn_heads", "attn_teacher")
         args |= {name: teacher.get(name) for name in names}
     if not args.get("data_dir"):
         raise UserError(f"{path} does not say what it was trained on; nothing is shown of its inside.")
@@ -187,9 +195,9 @@ def look_inside(path, count, t, teacher=None):
     _, student = network(x, torch.full((len(x),), float(t)), y, return_alignment=True)
     found = {"images": list(images.permute(0, 2, 3, 1).numpy()), "pairs": [],
              "teacher_colours": [], "student_colours": []}
-    features = target.features[0]
-    if network.z_dims[:1] == (features.shape[2],):  # else nothing is projected to it
-        projected = student.features[0]  # on equal grids, see open_teacher
+    features, number = target.features[0], number_of_teacher(args)
+    if network.z_dims[number:number + 1] == (features.shape[2],):  # else nothing is projected to it
+        projected = student.features[number]  # on equal grids, see open_teacher
         found["teacher_colours"], found["student_colours"] = map(list, colours(features, projected))
         found["cosine"] = -feature_loss(projected, features).item()
     for ours, theirs in args["attn_layers"]:

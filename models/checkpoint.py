@@ -42,7 +42,8 @@ CONTENTS = {
 ARGS = {
     **dict.fromkeys(("model", "data_dir", "enc_type", "enc_weights", "vae"),
                     (lambda value: isinstance(value, str), "a name")),
-    **dict.fromkeys(("resolution", "num_classes", "enc_blocks", "enc_size", "attn_heads"), (is_whole, "a number")),
+    **dict.fromkeys(("resolution", "num_classes", "enc_blocks", "enc_size", "attn_heads",
+                     "attn_teacher"), (is_whole, "a number")),
     "class_names": (lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
                     "a list of names"),
     "cfg_prob": (lambda value: isinstance(value, (int, float)), "a number"),

@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 
 from runtime.errors import Unreadable, UserError, first_line
+from runtime.torchscript import is_script, read_script
 
 # What reading a damaged .npy or .npz may raise: NumPy parses headers as Python, zipfile refuses some methods.
 ARRAY_ERRORS = (OSError, ValueError, EOFError, OverflowError, MemoryError, SyntaxError, TypeError, tokenize.TokenError,
@@ -137,7 +138,7 @@ def check_output(out, suffixes, inputs=()):
     """Raise UserError where writing `out` would destroy one of `inputs` or a file of another kind. Links are followed.
 
     A file `out` may replace one that ends in one of `suffixes`. Without suffixes it is a folder: neither may it lie in
-    an input nor an input in it. Inputs that are not there (None, a name on the hub) do not count.
+    an input nor an input in it, unless that is a zip. Inputs that are not there (None, a name on the hub) do not count.
     """
     there, ours = mode_of(out), Path(out).resolve()
     if suffixes and not Path(out).name:
@@ -145,10 +146,10 @@ def check_output(out, suffixes, inputs=()):
     for each in inputs:
         if not each or not mode_of(each):
             continue
-        if there and os.path.samefile(out, each):
+        if suffixes and there and os.path.samefile(out, each):
             raise UserError(f"{out} is {each} itself, which is read here; name another output.")
         theirs = Path(each).resolve()
-        if not suffixes and (theirs in ours.parents or (theirs.is_dir() and ours in theirs.parents)):
+        if not suffixes and (theirs in (ours, *ours.parents) or (theirs.suffix != ".zip" and ours in theirs.parents)):
             raise UserError(f"{out} and {each} lie in each other, so that output would become input; name another "
                             "output.")
     if suffixes and there and not (stat.S_ISREG(there) and ours.suffix.lower() in suffixes):
@@ -223,7 +224,8 @@ def weights_key(source):
 def load_tensors(path, mmap=False, verify=False):
     """Tensors and plain values of a `.safetensors` file or of a file of `torch.save`, without running code from it.
 
-    Published checkpoints hold an argparse.Namespace, the only class allowed beside tensors and plain values.
+    Published checkpoints hold an argparse.Namespace, the only class allowed beside tensors and plain values. Of a
+    TorchScript archive only its tensors are read.
     `mmap` leaves tensors on disk until they are used; `verify` reads them all and compares checksums. Raises UserError
     for a missing file, Unreadable for a damaged or refused one.
     """
@@ -240,6 +242,8 @@ def load_tensors(path, mmap=False, verify=False):
         zipped = zipfile.is_zipfile(path)
         if zipped:
             check_zip(path, verify)
+            if is_script(path):
+                return read_script(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     except pickle.UnpicklingError as error:

@@ -19,11 +19,11 @@ TEACHERS["dinov2-vit-n"] = TEACHERS["dinov2-vit-s"]._replace(timm_name="vit_nano
 
 
 @register_model
-def vit_nano_patch14_dinov2(pretrained=False, num_classes=0, **_):
+def vit_nano_patch14_dinov2(pretrained=False, num_classes=0, embed_dim=48, **_):
     """Every part of timm's DINOv2 models, small; its weights are nowhere to be fetched."""
     if pretrained:
         raise RuntimeError("there are no published weights")
-    return VisionTransformer(img_size=112, patch_size=14, embed_dim=48, depth=12, num_heads=2, init_values=1e-5,
+    return VisionTransformer(img_size=112, patch_size=14, embed_dim=embed_dim, depth=12, num_heads=2, init_values=1e-5,
                              num_classes=num_classes)
 
 

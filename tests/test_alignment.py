@@ -1,18 +1,23 @@
 """Rows of ALIGNMENT_LOSSES, projectors and spatial normalisation against their formulas written out, and as flags."""
 import math
+import weakref
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
 import dataset
 import train
+from encoders import teachers
+from encoders.teachers import Teacher, load_teachers, load_vit, split_teachers
 from loss import SILoss, dispersive_loss, feature_loss, relational_loss, spatial_normalize
 from models.checkpoint import load_network
 from models.layers import Alignment, patchify, unpatchify
 from models.sit import SiT_models
+from runtime.errors import UserError
 from tests.conftest import CLASSES, call_main, checkpoint, metrics, train_arguments
-from training import start
+from training import trainer as training
 
 # ---- formulas, in float64, one number after the other ----
 
@@ -33,6 +38,8 @@ def test_relational_loss():
     assert float(relational_loss(ours, theirs)) == pytest.approx(sum(squares) / len(squares), rel=1e-5)
     turned = 3 * ours @ torch.linalg.qr(tokens(2, 1, 5)[0]).Q
     assert float(relational_loss(ours, turned)) < 1e-10
+    coarse = ours.mean(dim=1, keepdim=True)  # 2 x 2 tokens on a grid of one
+    assert relational_loss(ours, tokens(1, t=1)) == relational_loss(coarse, tokens(1, t=1)) < 1e-10
     with torch.autocast("cpu", torch.bfloat16):
         assert float(relational_loss(ours, theirs)) == pytest.approx(sum(squares) / len(squares), rel=1e-5)
 
@@ -131,7 +138,7 @@ def test_all_losses_of_a_batch():
 def test_without_a_teacher(monkeypatch, tiny_data, tmp_path):
     """No picture is read and no teacher made; the trigger compares these losses; they end with Phase I."""
     monkeypatch.setattr(dataset, "decode_image", None)
-    monkeypatch.setattr(start, "load_vit", None)
+    monkeypatch.setattr(teachers, "load_vit", None)
     call_main(monkeypatch, train, *train_arguments(
         tiny_data, tmp_path, "--enc-type", "none", "--dispersive-coeff", 0.5, "--latent-coeff", 0.25,
         "--early-stop-point", 2, "--max-train-steps", 3, "--early-stop-trigger", "gradient", "--trigger-start", 1,
@@ -157,3 +164,98 @@ def test_irepa_and_relations(monkeypatch, tiny_data, teacher_file, tmp_path):
         parts = float(row["denoise"]) + 0.5 * float(row["feature"]) + 2 * float(row["relational"])
         assert float(row["loss"]) == pytest.approx(parts, rel=1e-4) and float(row["relational"]) > 0
     assert checkpoint(tmp_path, 2)["model"]["projectors.0.weight"].shape == (48, 32, 3, 3)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_who_is_resampled(monkeypatch, tiny_data, teacher_file, tmp_path, cache):
+    """The student has 8 x 8 tokens, the teacher 4 x 4: the student's come to these, or the teacher's to those."""
+    seen, plain = {}, SILoss.__call__
+
+    def watched(self, model, x, y, target, *more):
+        seen["grids"] = [target.features[0].shape[1], *(qk.k.shape[2] for qk in target.attention.values())]
+        return plain(self, model, x, y, target, *more)
+
+    monkeypatch.setattr(SILoss, "__call__", watched)
+    cached = ["--teacher-cache", tmp_path / "cache"] if cache else []
+    for who, count in (("student", 16), ("teacher", 64)):
+        call_main(monkeypatch, train, *train_arguments(
+            tiny_data, tmp_path / who, "--enc-weights", teacher_file, "--enc-size", 56, "--resample", who,
+            "--relational-coeff", 1, "--max-train-steps", 1, *cached))
+        assert seen["grids"] == [count] * 3
+    ours, theirs = (metrics(tmp_path / who)[0] for who in ("student", "teacher"))
+    assert ours["denoise"] == theirs["denoise"]
+    assert all(ours[name] != theirs[name] for name in ("feature", "attention", "relational"))
+
+
+# ---- several teachers ----
+
+TWO = "dinov2-vit-n,timm:vit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def two_files(teacher_file, tmp_path_factory):
+    path = tmp_path_factory.mktemp("second") / "tiny.pth"
+    with torch.random.fork_rng():
+        torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), path)
+    return f"{teacher_file},{path}"
+
+
+def test_two_teachers(two_files):
+    """Each gives its features, the chosen one its attention; inputs are of each one's patch."""
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    both = load_teachers(TWO, two_files, 4, (1, 3), attn_teacher=2)
+    first, second = (Teacher(load_vit(name, file), 4, (1, 3)) for name, file in split_teachers(TWO, two_files))
+    assert (first.input_size, second.input_size) == (56, 64)
+    found = both(images)
+    assert torch.equal(found.features[0], first(images).features[0])
+    assert torch.equal(found.features[1], second(images).features[0]) and len(found.features) == 2
+    assert list(found.attention) == [1, 3] and torch.equal(found.attention[3].q, second(images).attention[3].q)
+    assert split_teachers("a,b,c", "x,,z") == [("a", "x"), ("b", None), ("c", "z")]
+    assert split_teachers("a", "with,comma") == [("a", "with,comma")] and split_teachers("none") == []
+    with pytest.raises(UserError, match="names 3 files for 2 teachers"):
+        split_teachers(TWO, "a,b,c")
+
+
+def test_a_run_with_two_teachers(monkeypatch, tiny_data, teacher_file, tmp_path):
+    """A projector each, both freed at the switch; a cache for each; a run goes on with the same teachers only."""
+    monkeypatch.setitem(teachers.TEACHERS, "small", teachers.TEACHERS["dinov2-vit-n"]._replace(
+        width=32, options=(("embed_dim", 32),)))
+    small = timm.create_model("vit_nano_patch14_dinov2", embed_dim=32)
+    torch.save(small.state_dict(), tmp_path / "small.pth")
+    types, files = ["dinov2-vit-n", "small"], [str(teacher_file), str(tmp_path / "small.pth")]
+    made, freed, load, update = [], [], load_vit, training.update_ema
+
+    def loaded(*args):
+        vit = load(*args)
+        made.append(weakref.ref(vit))
+        return vit
+
+    monkeypatch.setattr(teachers, "load_vit", loaded)
+    monkeypatch.setattr(training, "update_ema",
+                        lambda *args: freed.append([vit() is None for vit in made]) or update(*args))
+    more = ["--enc-type", ",".join(types), "--enc-weights", ",".join(files), "--attn-teacher", 2,
+            "--early-stop-point", 2]
+    call_main(monkeypatch, train, *train_arguments(tiny_data, tmp_path / "a", *more, "--max-train-steps", 3))
+    assert freed == [[False] * 2] * 2 + [[True] * 2]
+    call_main(monkeypatch, train, *train_arguments(tiny_data, tmp_path / "b", *more, "--max-train-steps", 2,
+                                                   "--teacher-cache", tmp_path / "cache"))
+    weights = checkpoint(tmp_path / "a", 3)["model"]
+    assert [weights[f"projectors.{i}.4.weight"].shape[0] for i in (0, 1)] == [48, 32]
+    for ours, cached in zip(metrics(tmp_path / "a")[:2], metrics(tmp_path / "b"), strict=True):
+        for name in ("feature", "attention"):
+            assert float(ours[name]) == pytest.approx(float(cached[name]), rel=3e-3)
+    names = sorted(sorted(path.stem for path in folder.glob("*.complete")) for folder in tmp_path.glob("cache/*/"))
+    assert names == [["block7", "block9", "features0"], ["features0"]]
+    swapped = ["--enc-type", ",".join(types[::-1]), "--enc-weights", ",".join(files[::-1])]
+    for change, setting in ((swapped, "enc_type"), (["--attn-teacher", 1], "attn_teacher")):
+        with pytest.raises(UserError, match=f"another run: {setting} was"):
+            call_main(monkeypatch, train, *train_arguments(tiny_data, tmp_path / "a", *more, *change))
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--attn-teacher", 3], "--attn-teacher 3 is none of the 2 that --enc-type names"),
+    (["--proj-coeff", 0], "attention is aligned to one of them only"),
+    (["--enc-weights", "one.pth"], "names 1 files for 2 teachers")])
+def test_teachers_that_do_not_fit(monkeypatch, tmp_path, more, words):
+    with pytest.raises(UserError, match=words):
+        call_main(monkeypatch, train, *train_arguments(tmp_path, tmp_path, "--enc-type", TWO, *more))

@@ -160,7 +160,11 @@ def test_resampling_q_and_k_resamples_the_logits():
     both = F.interpolate(keys.transpose(2, 3).reshape(-1, 1, 6, 6), size=(4, 4), mode="bilinear")
     both = both.reshape(1, 2, 16, 16).transpose(2, 3)
     torch.testing.assert_close(resample_qk(teacher, 16).logits(), both)
-    assert torch.isfinite(attention_loss([qk(0, n=1, h=2)], [teacher]))
+    coarse, fine = qk(0, n=1, h=2), QK(*(x.requires_grad_() for x in teacher[:2]))
+    loss = attention_loss([fine], [coarse])  # the student's maps come to the teacher's grid
+    torch.testing.assert_close(loss, -(coarse.logits().softmax(-1) * both.log_softmax(-1)).sum(-1).mean())
+    loss.backward()
+    assert fine.q.grad.abs().amin() > 0
     with pytest.raises(ValueError, match="square"):
         resample_qk(qk(0, t=15), 16)
 
@@ -171,9 +175,8 @@ def test_feature_loss():
     torch.testing.assert_close(feature_loss(a, b), -torch.stack(cosines).mean())
     big = torch.full((1, 4, 600), 200.0, dtype=torch.float16)  # its squared norm overflows float16
     torch.testing.assert_close(feature_loss(big, big), torch.tensor(-1.0))
-    coarse = F.interpolate(b.transpose(1, 2).reshape(2, 8, 4, 4), size=(2, 2), mode="bilinear").flatten(2).transpose(1,
-                                                                                                                     2)
-    torch.testing.assert_close(feature_loss(a[:, :4], b), feature_loss(a[:, :4], coarse))
+    pooled = a.view(2, 2, 2, 2, 2, 8).mean(dim=(2, 4)).view(2, 4, 8)  # the student's 4 x 4 tokens on a grid of 2 x 2
+    torch.testing.assert_close(feature_loss(a, b[:, :4]), feature_loss(pooled, b[:, :4]))
 
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])

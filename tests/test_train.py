@@ -34,7 +34,7 @@ from tests.conftest import (
     train_arguments,
     write_tiny_data,
 )
-from training import previews, start
+from training import previews
 from training import trainer as training
 from training.config import add_training_flags, finalize_args
 from training.data_size import find_resolution
@@ -72,7 +72,7 @@ def test_the_teacher_is_cast_once(monkeypatch, tiny_data, teacher_file, tmp_path
 def test_both_phases(monkeypatch, tiny_data, teacher_file, tmp_path):
     """The teacher is called exactly early-stop-point times; loss terms and images are there before and gone after."""
     calls, teachers, freed = count_teacher(monkeypatch), [], []
-    load_vit, update_ema = start.load_vit, training.update_ema
+    load_vit, update_ema = encoders.teachers.load_vit, training.update_ema
 
     def load(*args):
         vit = load_vit(*args)
@@ -81,7 +81,7 @@ def test_both_phases(monkeypatch, tiny_data, teacher_file, tmp_path):
 
     decode_image, images = dataset.decode_image, []
     monkeypatch.setattr(dataset, "decode_image", lambda *args: images.append(1) or decode_image(*args))
-    monkeypatch.setattr(start, "load_vit", load)
+    monkeypatch.setattr(encoders.teachers, "load_vit", load)
     monkeypatch.setattr(training, "update_ema", lambda *args: freed.append(teachers[0]() is None) or update_ema(*args))
     run(monkeypatch, *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, "--early-stop-point", 4,
                                       "--checkpointing-steps", 4))
@@ -285,7 +285,7 @@ def test_previews_are_of_the_ema_with_fixed_noise(monkeypatch, tiny_data, tmp_pa
             "--vae", ROOT / "assets/vae-emoji", "--report-to", "tensorboard", "--ema-decay", decay))
         folder = tmp_path / str(decay) / "run/previews"
         first, second = (np.asarray(Image.open(folder / f"{step:07d}.png")) for step in (1, 2))
-        assert first.shape == np.asarray(Image.open(folder / "truth.png")).shape == (256, 256, 3)
+        assert first.shape == np.asarray(Image.open(folder / "truth.png")).shape == (262, 262, 3)
         assert np.array_equal(first, second) == (decay == 1)
         events = EventAccumulator(str(next((tmp_path / str(decay) / "logs/run").rglob("events*")).parent)).Reload()
         assert events.Tags()["images"] == ["truth", "samples"] and [e.step for e in events.Images("samples")] == [1, 2]

@@ -25,7 +25,6 @@ from tests.conftest import (
     write_tiny_captions,
 )
 from tests.test_resume import assert_same_state, log, scaled  # noqa: F401 - a fixture
-from training import start
 from training import trainer as training
 from training.early_stop import align_decay
 
@@ -161,7 +160,7 @@ def test_conflict_ends_alignment(monkeypatch, tiny_data, teacher_file, tmp_path)
     assert checkpoint(tmp_path / "gradient", 3)["trigger_fired"] == a["trigger_fired"] == 3
     assert b["trigger_fired"] is None
     # What was recorded holds for the gradient trigger alone: a step that is typed decides by itself.
-    monkeypatch.setattr(start, "load_vit", None)
+    monkeypatch.setattr("encoders.teachers.load_vit", None)
     run(monkeypatch, *train_arguments(tiny_data, tmp_path / "gradient", *more, *TRIGGER, "--max-train-steps", 7))
     with pytest.raises(TypeError):
         run(monkeypatch, *train_arguments(tiny_data, tmp_path / "gradient", *more, "--max-train-steps", 8))

@@ -17,7 +17,7 @@ logger = logging.getLogger("haste")
 # What must be equal for a run to go on; everything else may change and is reported. `data` is the fingerprint.
 MUST_MATCH_ON_RESUME = ("model", "num_classes", "resolution", "qk_norm", "path_type", "prediction", "weighting",
                         "time_shift", "enc_type", "projector", "projector_kernel", "encoder_depth", "attn_layers",
-                        "latents", "data")
+                        "attn_teacher", "latents", "data")
 
 
 def save_checkpoint(folder, step, state):

@@ -72,21 +72,23 @@ def add_training_flags(parser):
     add("--init-from", metavar="CKPT", help="begin with the weights of this checkpoint, of ours or published, or an "
         "export: at step 0, with an optimizer of its own (default: at random)")
     add("--init-weights", choices=["ema", "model"], default="ema", help="which of its weights (default ema)")
-    add("--freeze", nargs="+", default=[], metavar="PATTERN", help='weights that stay as they are: names of parts or '
+    add("--freeze", nargs="+", metavar="PATTERN", help='weights that stay as they are: names of parts or '
         'patterns, such as "blocks.[0-3]" x_embedder (default none)')
 
     add = parser.add_argument_group("alignment").add_argument
     for name, row in ALIGNMENT_LOSSES.items():
         add(f"--{row.flag.replace('_', '-')}", type=number(0), default=row.default,
             help=f"weight of the {name} loss (default {row.default:g})")
-    add("--enc-type", type=enc_type, default="dinov2-vit-b", help="teacher, `--enc-type list` shows all, or none "
-        "(default dinov2-vit-b)")
-    add("--enc-weights", help="the teacher's weights: a file of timm, torch.hub, transformers or the authors "
-        "(default: from the hub)")
+    add("--enc-type", type=enc_type, default="dinov2-vit-b", help="teacher, `--enc-type list` shows all, a comma list "
+        "of several, or none (default dinov2-vit-b)")
+    add("--enc-weights", help="the teacher's weights: a file of timm, torch.hub, transformers or the authors, a comma "
+        "list for several teachers (default: from the hub)")
     add("--enc-blocks", type=whole(1), help="use the teacher's first N blocks only; features are the last one's, after "
         "the final norm (default all)")
-    add("--enc-size", type=pixels, help="pixels a side that the teacher sees; its outputs are resampled to the "
-        "student's tokens (default: its patch x the student's tokens a side)")
+    add("--enc-size", type=pixels, help="pixels a side that the teacher sees (default: its patch x the student's "
+        "tokens a side, so that both have as many)")
+    add("--resample", choices=["student", "teacher"], default="student", help="whose features and attention are "
+        "resampled to the other's tokens, where --enc-size gives the teacher more or fewer (default student)")
     add("--teacher-cache", help="folder that keeps the teacher's outputs for all images, computed once (default: none)")
     add("--projector", choices=PROJECTORS, default="mlp", help="from the student's tokens to the teacher's width: "
         "REPA's MLP (default), one linear layer, or iREPA's convolution on the grid of tokens")
@@ -97,6 +99,8 @@ def add_training_flags(parser):
     add("--encoder-depth", type=whole(1), help="1-based block whose output is projected (default: the paper's for the "
         "model)")
     add("--attn-layers", help='pairs student:teacher of 0-based blocks, such as "2:7,3:9,4:11" (default: the paper\'s)')
+    add("--attn-teacher", type=whole(1), default=1, help="which of several teachers attention is aligned to (default "
+        "1, the first)")
     add("--attn-heads", type=whole(1), default=12, help="heads aligned, at most what both sides have (default 12)")
 
     group = parser.add_argument_group("early stop")
@@ -160,6 +164,9 @@ def add_training_flags(parser):
     add("--sampling-steps", type=step, default=10_000, help="steps between preview grids, 0 = none (default 10000)")
     add("--report-to", choices=["wandb", "tensorboard", "none"], default="wandb", help="tracker beside log.txt and "
         "metrics.csv (default wandb)")
+    add("--wandb-project", default="HASTE", metavar="NAME", help="default HASTE")
+    add("--wandb-entity", metavar="NAME", help="user or team (default: wandb's own)")
+    add("--wandb-tags", nargs="+", metavar="TAG", help="of the run (default: none)")
     add("--logging-dir", default="logs", help="tracker files, inside --output-dir (default logs)")
 
     add = parser.add_argument_group("scores").add_argument
@@ -220,8 +227,14 @@ def finalize_args(args, config):
         args.enc_type = "none"
         vars(args).update({row.flag: 0.0 for row in ALIGNMENT_LOSSES.values() if row.teacher})
     if args.enc_type != "none":
-        from encoders.teachers import teacher_row  # imports timm, which --help does not need
-        teacher_row(args.enc_type)
+        from encoders.teachers import split_teachers, teacher_row  # imports timm, which --help does not need
+        teachers = [teacher_row(name) for name, _ in split_teachers(args.enc_type, args.enc_weights)]
+        if args.attn_teacher > len(teachers):
+            raise UserError(f"--attn-teacher {args.attn_teacher} is none of the {len(teachers)} that --enc-type names; "
+                            "choose one of them.")
+        if len(teachers) > 1 and not uses(loss_weights(args), "teacher", "features"):
+            raise UserError(f"--enc-type names {len(teachers)} teachers, but attention is aligned to one of them only; "
+                            "give --proj-coeff, or this one teacher.")
     if args.keep_every and not args.keep_checkpoints:
         raise UserError("--keep-every says what --keep-checkpoints spares; give both, or neither to keep all.")
     if args.eval_steps and not args.eval_ref:

@@ -17,7 +17,7 @@ from accelerate.utils import (
 )
 
 from data_io.latent_scale import NOTE, scale_of
-from encoders.teachers import Teacher, Teachers, load_vit, teacher_row
+from encoders.teachers import load_teachers, split_teachers, teacher_row
 from loss import SILoss, uses
 from models.checkpoint import saved_steps
 from models.mmdit import MMDIT_CONFIGS
@@ -156,13 +156,12 @@ def count_classes(args, dataset):
                        "trained.")
 
 
-def load_teacher(args, grid):
+def open_teachers(args, grid):
     """The Teachers that args ask for, with `grid` tokens a side."""
-    if args.enc_type == "none":
-        return Teachers([])
-    blocks = [teacher for _, teacher in aligned_pairs(args)]
-    return Teachers([Teacher(load_vit(args.enc_type, args.enc_weights), grid, blocks, args.enc_blocks,
-                             uses(loss_weights(args), "teacher", "features"), args.enc_precision, args.enc_size)])
+    return load_teachers(args.enc_type, args.enc_weights, grid, [teacher for _, teacher in aligned_pairs(args)],
+                         args.attn_teacher, num_blocks=args.enc_blocks, precision=args.enc_precision,
+                         features=uses(loss_weights(args), "teacher", "features"), input_size=args.enc_size,
+                         resample=args.resample)
 
 
 def model_arguments(args, config, moments_shape):
@@ -173,7 +172,8 @@ def model_arguments(args, config, moments_shape):
         raise UserError(f"--model {args.model} cuts latents into patches of {config['patch_size']}, of which {side}, "
                         f"the latents' side at --resolution {args.resolution}, is no multiple; choose another patch.")
     weights = loss_weights(args)
-    z_dims = [teacher_row(args.enc_type).width] if uses(weights, "student", "features") else []
+    z_dims = [teacher_row(name).width for name, _ in split_teachers(args.enc_type)
+              if uses(weights, "student", "features")]
     if uses(weights, "student", "latents"):
         z_dims.append(config["patch_size"] ** 2 * (channels // 2))
     return {"input_size": side, "in_channels": channels // 2, "encoder_depth": args.encoder_depth,
@@ -189,7 +189,7 @@ def align_and_train(args, accelerator, run, model, dataset, y_null, open_data):
     loss_fn = SILoss(args.path_type, args.weighting, aligned_pairs(args), args.attn_heads, tuple(loss_weights(args)),
                      args.spatial_norm)
     grid = model.input_size // model.patch_size
-    teacher = functools.partial(load_teacher, args, grid) if loss_weights(args) else None
+    teacher = functools.partial(open_teachers, args, grid) if loss_weights(args) else None
     logger.info(describe_alignment(args, {**SIT_CONFIGS, **MMDIT_CONFIGS}[args.model]))
     with memory.explained(args, accelerator, model):
         Trainer(args, accelerator, run, model, dataset, teacher, loss_fn, y_null, open_data).run()
