@@ -65,6 +65,7 @@ class LatentDataset(Dataset):
     texts = None        # captions or names of classes, where there are any; text(i) gives one
     class_names = None  # of classes, in the order of the labels, if they are known
     hflip = False
+    vae = None          # encodes images in the training step, see encoders/online.py
     decodes = True      # whether a sample costs work beyond reading; see data_io/loader.py
 
     def __len__(self):
@@ -160,9 +161,13 @@ class LatentImages(LatentDataset):
 
     def image(self, i):
         """uint8 (3, R, R)."""
-        files, shape = self.pictures, (3, self.resolution, self.resolution)
+        return self.picture(i, self.resolution)
+
+    def picture(self, i, side):
+        """uint8 (3, side, side): image i as it lies on the disk. Raises UserError for another side."""
+        files, shape = self.pictures, (3, side, side)
         if not isinstance(files, Packed):
-            return torch.from_numpy(decode_image(files.read(i), files.name(i), self.resolution).copy())
+            return torch.from_numpy(decode_image(files.read(i), files.name(i), side).copy())
         if (files.shape, files.dtype) != (shape, np.uint8):
             raise UserError(f"{files.path} holds rows of {files.dtype} {files.shape}; expected uint8 {shape} "
                             "(--resolution); pack the data again or change it.")

@@ -2,9 +2,11 @@
 
     torchrun --nproc_per_node=8 generate.py --model SiT-XL/2 --ckpt exps/sitxl_haste/checkpoints/0400000.pt \\
         --mode sde --num-steps 250 --cfg-scale 1.65 --guidance-high 0.72
+    python generate.py --ckpt exps/RUN/checkpoints/0400000.pt --num-fid-samples 72 --labels balanced --cfg-scale 4
+    python generate.py --ckpt exps/RUN/checkpoints/0400000.pt --num-fid-samples 10000 --cfg-scale 1 --seed 1
 
 One process on a CPU or GPU: the same with `python generate.py`. What the checkpoint knows (model, resolution, classes,
-path) need not be typed. Image i depends on --global-seed and i only, whatever the number of processes and, up to
+path) need not be typed. Image i depends on --seed and i only, whatever the number of processes and, up to
 rounding, the batch size. The same command again makes only what is missing. Output, in --sample-dir:
     {model}-{ckpt}-size-{R}-vae-{vae}-cfg-{w}-seed-{seed}-{mode}-high-{high}/{i:06d}.png, and beside it .npz (arr_0
     uint8 (n, R, R, 3)) and -grid.png
@@ -50,7 +52,7 @@ def main():
     state = start(args)
     model, vae, identity = open_checkpoint(args, "SiT", state.device)
     class_names = read_class_names(args.names_file, args.num_classes) if args.names_file else args.class_names
-    folder = sample_folder(args, args.model.replace("/", "-"), state, identity)
+    folder = sample_folder(args, args.model, state, identity)
 
     def label(i, rng):
         return int(rng.integers(args.num_classes)) if args.labels == "random" else i % args.num_classes

@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node=8 generate_t2i.py --ckpt exps/t2i_haste/checkpoints/0250000.pt --data-dir DATA
     python generate_t2i.py --ckpt exps/t2i_haste/checkpoints/0250000.pt --prompt "a red bus" --prompt "two cats"
+    python generate_t2i.py --ckpt exps/t2i_haste/checkpoints/0250000.pt --prompts prompts.txt --cfg-scale 4 --seed 1
 
 All that generate.py's docstring says holds here. Image {i:06d}.png is made from caption --caption-index of image i of
 {data}/val, from its tokens on disk; own texts go through --text-encoder, which must be the one of the data. The

@@ -19,19 +19,24 @@ def interpolant(t, path_type="linear"):
     raise ValueError(f"path_type is {path_type!r}; use 'linear' or 'cosine'")
 
 
-def sample_t(u, weighting="uniform", path_type="linear"):
-    """Map u (N,), uniform in (0, 1), to training times t (N,) in (0, 1).
+def shift_time(t, shift):
+    """t of the same ends, nearer to 1 for a `shift` above 1: shift t / (1 + (shift - 1) t)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def sample_t(u, weighting="uniform", path_type="linear", shift=1.0):
+    """Map u (N,), uniform in (0, 1), to training times t (N,) in (0, 1), which shift_time then moves.
 
     lognormal: with n = Phi^-1(u) a standard normal and s = exp(n) = sigma / alpha, t = s / (1 + s) on the linear path
     and 2 / pi atan(s) on the cosine path.
     """
-    if weighting == "uniform":
-        return u
+    if weighting not in ("uniform", "lognormal"):
+        raise ValueError(f"weighting is {weighting!r}; use 'uniform' or 'lognormal'")
+    t = u
     if weighting == "lognormal":
         s = torch.special.ndtri(u.double()).exp()
         t = s / (1 + s) if path_type == "linear" else 2 / math.pi * s.atan()
-        return t.to(u.dtype)
-    raise ValueError(f"weighting is {weighting!r}; use 'uniform' or 'lognormal'")
+    return (t if shift == 1 else shift_time(t, shift)).to(u.dtype)
 
 
 def resample_tokens(tokens, count):

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from loss import interpolant
+from loss import interpolant, shift_time
 
 
 def guided(model, y, y_null, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0):
@@ -37,7 +37,7 @@ def guided(model, y, y_null, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0)
 
 # --time-grid -> (u in [0, 1], S of --time-shift) -> t; both ends stay where they are
 TIME_GRIDS = {"uniform": lambda u, shift: u, "quadratic": lambda u, shift: u ** 2,
-              "shift": lambda u, shift: shift * u / (1 + (shift - 1) * u)}
+              "shift": shift_time}
 
 
 def step_times(count, last=0.0, time_grid="uniform", time_shift=3.0):

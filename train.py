@@ -1,6 +1,8 @@
 """Train a SiT on ImageNet latents with HASTE: feature and attention alignment, switched off at the early-stop point.
 
     accelerate launch train.py --model SiT-XL/2 --enc-type dinov2-vit-b --data-dir DATA --exp-name sitxl_haste
+    accelerate launch train.py --preset sit-b-2-repa --data-dir DATA --exp-name sitb_repa
+    accelerate launch train.py --config exps/sitb_repa/args.json --exp-name sitb_repa_1 --seed 1
 
 One process on a CPU or GPU: the same with `python train.py`. The same command again continues from the newest
 checkpoint of {output-dir}/{exp-name}, which also holds log.txt, args.json, metrics.csv and previews/. --enc-type none
@@ -23,13 +25,19 @@ def parse_args():
     add("--data-dir", default="../data/imagenet256", help="folder with images/ and, for a VAE, vae-sd/, zips of them, "
         "or what `dataset_tools.py pack` made")
     add("--num-classes", type=whole(1, MOST_CLASSES), help="default: as many as the data's labels, 1000 for ImageNet")
+    add("--encode-online", action="store_true", help="read images only, and encode them by --vae in each training step "
+        "(default off: latents are read)")
     add("--hflip", action="store_true", help="show every image as it is or mirrored, at random; needs "
-        "DATA/vae-sd-hflip, or --vae none (default off, as published)")
+        "DATA/vae-sd-hflip, --encode-online or --vae none (default off, as published)")
+    add("--random-crop", action="store_true", help="with --encode-online: cut --resolution pixels out of larger "
+        "images, at random")
     add_training_flags(parser)
     args = parse_with_preset(parser, "train.py")
     finalize_args(args, SIT_CONFIGS[args.model])
-    if args.hflip and args.teacher_cache:
-        raise UserError("--hflip shows images that --teacher-cache has no outputs of; give one of them.")
+    for flag in ("hflip", "random_crop"):
+        if getattr(args, flag) and args.teacher_cache:
+            raise UserError(f"--{flag.replace('_', '-')} shows images that --teacher-cache has no outputs of; give one "
+                            "of them.")
     return args
 
 
@@ -38,13 +46,13 @@ def main():
     import torch  # here: --help need not wait for these
     from accelerate.utils import set_seed
 
-    from data_io.latent_scale import PIXELS
-    from dataset import LatentImages, PixelImages
+    from encoders.online import class_layout
     from training.start import align_and_train, count_classes, model_arguments, needs_images, started
 
     with started(args) as (accelerator, run):
-        open_data = functools.partial(PixelImages if args.vae == PIXELS else LatentImages, args.data_dir,
-                                      args.resolution, args.num_classes, seed=args.seed, hflip=args.hflip)
+        layout = class_layout(vars(args), accelerator.device)
+        open_data = functools.partial(layout, args.data_dir, args.resolution, args.num_classes, seed=args.seed,
+                                      hflip=args.hflip)
         with accelerator.local_main_process_first():  # it writes the index of the files, which the others read
             dataset = open_data(images=needs_images(args, run))
         count_classes(args, dataset)

@@ -1,6 +1,8 @@
 """Train an MMDiT on captioned latents with HASTE: feature and attention alignment, off at the early-stop point.
 
     accelerate launch train_t2i.py --enc-type dinov2-vit-b --data-dir DATA --exp-name t2i_haste
+    accelerate launch train_t2i.py --preset mmdit-haste --data-dir DATA --exp-name mmdit_haste
+    accelerate launch train_t2i.py --config exps/t2i_haste/args.json --exp-name t2i_haste_1 --seed 1
 
 Everything but model, data and condition is train.py's. Data are read in the layout of U-ViT's COCO scripts, see
 dataset.py; each visit to an image shows one of its captions at random, and with probability --cfg-prob none. Width and

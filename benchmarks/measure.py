@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from evaluations.tables import markdown as table  # noqa: F401 - for the others
 from runtime.setup import GLIBC_KEEPS, give_back_memory, keep_freed_memory
 
 
@@ -78,8 +79,3 @@ def added_memory(work, device="cpu"):
 def status(name):
     """Bytes, from /proc/self/status."""
     return 1024 * int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
-
-
-def table(header, rows):
-    """Markdown."""
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows])

@@ -69,8 +69,8 @@ class Run:
         self.accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
         self.device, config = self.accelerator.device, SIT_CONFIGS[options.model]
         coefficients = {row.flag: row.default for row in ALIGNMENT_LOSSES.values()}
-        self.args = argparse.Namespace(path_type="linear", weighting="uniform", cfg_prob=0.1, max_grad_norm=1.0,
-                                       ema_decay=0.9999, **coefficients)
+        self.args = argparse.Namespace(path_type="linear", weighting="uniform", time_shift=1.0, cfg_prob=0.1,
+                                       max_grad_norm=1.0, ema_decay=0.9999, **coefficients)
         self.pairs = () if options.no_attention else config["attn_pairs"]
         self.sizes = {"input_size": options.resolution // 8, "grad_checkpointing": options.grad_checkpointing}
         self.name, row = options.model, TEACHERS[options.enc_type]

@@ -2,10 +2,9 @@
 is {variant: {seed: result}}."""
 import statistics
 
-import numpy as np
-
 from benchmarks.measure import table
 from evaluations import score_names
+from evaluations.tables import mean_and_spread
 from runtime.files import atomic_write
 
 FEATURES, METRICS = "efficientnet-lite0", ("fid", "kid", "pr")
@@ -53,15 +52,6 @@ def share_of_steps(found, name, score, steps):
     if None in shares:
         return f"not reached by {shares.count(None)} of {len(shares)}"
     return mean_and_spread(shares)
-
-
-def mean_and_spread(values, sign=""):
-    """'mean (lowest to highest)' with four digits."""
-    if not values:
-        return "-"
-    digits = max(0, 3 - int(np.floor(np.log10(max(map(abs, values)) or 1))))
-    mean, low, high = (f"{value:{sign}.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
-    return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
 
 def differences(found, names, base, steps):

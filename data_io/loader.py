@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-# Streams of randomness under one seed: data order by epoch, captions and mirroring by epoch and image, all other draws
-# by step and place. 3 is evaluations/during_training.py's.
-ORDER, DRAWS, CAPTION, FLIP = 0, 1, 2, 4
+# Streams of randomness under one seed: data order by epoch, captions, mirroring and cropping by epoch and image, all
+# other draws by step and place. 3 is evaluations/during_training.py's, 5 evaluations/student.py's.
+ORDER, DRAWS, CAPTION, FLIP, CROP = 0, 1, 2, 4, 6
 NOISE_STREAM = 2  # in checkpoints; those without it had one stream for the whole batch of a step
 AHEAD = 2  # batches in preparation per worker, as DataLoader has it
 

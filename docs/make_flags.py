@@ -1,4 +1,4 @@
-"""Write docs/flags.md, the flags of five scripts as their parsers give them: python docs/make_flags.py"""
+"""Write docs/flags.md, the flags of six scripts as their parsers give them: python docs/make_flags.py"""
 import argparse
 import contextlib
 import re
@@ -12,9 +12,10 @@ import generate
 import generate_t2i
 import train
 import train_t2i
-from evaluations import evaluator
+from evaluations import compare, evaluator
+from runtime.flags import spellings, value_name
 
-SCRIPTS = (train, train_t2i, generate, generate_t2i, evaluator)
+SCRIPTS = (train, train_t2i, generate, generate_t2i, evaluator, compare)
 HEAD = """# What flags are there?
 
 Made by `python docs/make_flags.py` from the scripts themselves; do not edit. Flags of a script's own come first.
@@ -33,10 +34,10 @@ def parser_of(script):
 
 def row(action):
     """A line of the table: flag with its value, help, default."""
-    flags, default = ", ".join(action.option_strings), "" if action.default is None else action.default
+    flags, default = spellings(action), "" if action.default is None else action.default
     if isinstance(default, (bool, list)):
         default = " ".join(map(str, default)) if isinstance(default, list) else ("off", "on")[default]
-    value = "" if action.nargs == 0 else action.metavar or action.dest.upper()
+    value = "" if action.nargs == 0 else value_name(action)
     if action.choices and not action.metavar:
         value = "{" + ",".join(map(str, action.choices)) + "}"
     text = re.sub(r",? *\(default [^():]*\)", "", (action.help or "") % vars(action))

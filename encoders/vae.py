@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from data_io.latent_scale import PIXEL_SCALE, PIXELS, SD_SCALE, LatentScale, from_statistics
+from data_io.latent_scale import PIXEL_SCALE, PIXELS, SD_SCALE, LatentScale, from_statistics, is_scale
 from dataset import pixel_moments
 from runtime.errors import UserError, first_line
 from runtime.files import is_folder
@@ -85,12 +85,13 @@ class VAE:
             self.has_spread = AutoencoderKL.load_config(source).get("_class_name") != "AutoencoderDC"
             vae = (AutoencoderKL.from_pretrained(source, use_safetensors=True) if self.has_spread
                    else AutoencoderDC.from_pretrained(source, use_safetensors=True))
-            self.vae = vae.to(device).eval().requires_grad_(False)
-        config = self.vae.config
+            self.vae, config = vae.to(device).eval().requires_grad_(False), vae.config
+            self.own_scale = scale_in(config)
+            if not is_scale(self.own_scale.plain()):
+                raise ValueError(f"its config says {self.own_scale}")
         widths = config.block_out_channels if self.has_spread else config.encoder_block_out_channels
         self.factor = 2 ** (len(widths) - 1)  # pixels per latent pixel and side
         self.channels, self.source, self.device = config.latent_channels, source, torch.device(device)
-        self.own_scale = scale_in(config)
         self.latent_scale = latent_scale or self.own_scale
         self.latent_scale.check(self.channels, f"The VAE {source}" if latent_scale is None else "What scales latents")
         if not any(isinstance(x, tuple) for x in self.latent_scale) and self.latent_scale != self.own_scale:
@@ -105,18 +106,22 @@ class VAE:
                             f"of the image's side, but the latents have {channels} channels of {side} for --resolution "
                             f"{resolution}; give the --vae or --resolution of these.")
 
-    @torch.no_grad()
     def encode(self, images, spread="std"):
-        """uint8 (N, 3, R, R) on the CPU -> moments float32 (N, 2 C, R / factor, R / factor): mean, `spread` by channel.
+        """`moments`, on the CPU."""
+        return self.moments(images, spread).cpu()
+
+    @torch.no_grad()
+    def moments(self, images, spread="std"):
+        """uint8 (N, 3, R, R) -> moments float32 (N, 2 C, R / factor, R / factor): mean, `spread` by channel.
 
         The ImageNet layout stores the "std", the text-to-image layout the "logvar", clamped to [-30, 20].
         """
         x = to_device(images, self.device).float() / 127.5 - 1  # on the device: a quarter of the bytes to send
         if not self.has_spread:
             mean = self.vae.encode(x).latent
-            return torch.cat([mean, torch.full_like(mean, 0.0 if spread == "std" else -30.0)], dim=1).cpu()
+            return torch.cat([mean, torch.full_like(mean, 0.0 if spread == "std" else -30.0)], dim=1)
         posterior = self.vae.encode(x).latent_dist
-        return torch.cat([posterior.mean, getattr(posterior, spread)], dim=1).cpu()
+        return torch.cat([posterior.mean, getattr(posterior, spread)], dim=1)
 
     @torch.no_grad()
     def decode(self, latents, chunk=32):

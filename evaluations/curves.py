@@ -26,7 +26,6 @@ def main():
     import matplotlib.pyplot as plt
 
     from evaluations.runs import TITLES, alignment_stop, read_table, shown
-    from loss import ALIGNMENT_LOSSES
     from runtime.files import atomic_write, prepare_output, read_json
     found = []
     for run in args.runs:
@@ -36,17 +35,16 @@ def main():
         found.append((run.name, stop, {term: drawn.get(term, ([], [])) for term in terms
                                        if not term.startswith("cosine_")}))
     prepare_output(out, FORMATS)
-    terms = dict.fromkeys(term for _, _, metrics in found for term in metrics)
-    terms = [term for term in terms if term not in ALIGNMENT_LOSSES or any(m.get(term, [[]])[0] for _, _, m in found)]
-    figure, axes = plt.subplots(1, len(terms), figsize=(4.3 * len(terms), 3.6), constrained_layout=True)
+    terms = dict.fromkeys(term for _, _, metrics in found for term, (steps, _) in metrics.items() if steps) or TITLES
+    figure, axes = plt.subplots(1, len(terms), figsize=(4.3 * len(terms), 3.6), constrained_layout=True, squeeze=False)
     for name, stop, metrics in found:
-        for axis, term in zip(axes, terms, strict=True):
+        for axis, term in zip(axes[0], terms, strict=True):
             line, = axis.plot(*metrics.get(term, ([], [])), label=name)
             if stop is not None:
                 axis.axvline(stop, color=line.get_color(), linestyle=":", linewidth=1)
             axis.set(title=TITLES.get(term, term), xlabel="step")
             axis.grid(alpha=0.3)
-    axes[0].legend(title="dotted: alignment stops", fontsize=8, title_fontsize=8)
+    axes[0, 0].legend(title="dotted: alignment stops", fontsize=8, title_fontsize=8)
     with atomic_write(out) as file:
         figure.savefig(file, format=out.suffix[1:].lower(), dpi=120)
     print(out)

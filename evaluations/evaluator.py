@@ -22,28 +22,45 @@ logger = logging.getLogger(__name__)
 
 def evaluate(args):
     """Scores of args.sample against args.reference -> dict for --json on process 0, None on the others."""
-    import torch
+    from evaluations.scores import check_pair
+    metrics = chosen_metrics(args)
+    check_pair(args.reference, args.sample, metrics, args.num_samples)
+    return open_scorer(args, metrics)(args.sample)
 
-    from evaluations.extract import join_processes
-    from evaluations.scores import check_metrics, check_pair, default_metrics, load_set, score
+
+def chosen_metrics(args):
+    """The names in --metrics, or the default of the features."""
+    from evaluations.scores import check_metrics, default_metrics
     metrics = [name.strip() for name in (args.metrics or "").split(",") if name.strip()]
     metrics = metrics or default_metrics(args.features, args.preset)
     check_metrics(metrics, args.features)
-    check_pair(args.reference, args.sample, metrics, args.num_samples)
+    return metrics
+
+
+def open_scorer(args, metrics):
+    """scored(sample), evaluate's result for a source of images. Features of args.reference are extracted once."""
+    import torch
+
+    from evaluations.extract import join_processes
+    from evaluations.scores import load_set, score
     device = join_processes(args.device)
     extractor = extractor_from(args, device)
     reference = load_set(args.reference, extractor, metrics, is_reference=True, batch_size=args.batch_size)
-    sample = load_set(args.sample, extractor, metrics, limit=args.num_samples, batch_size=args.batch_size)
-    if sample is None:
-        return None
-    for each in (reference, sample):
-        if each.n and each.n < extractor.dim:
-            logger.warning("%s: %d images are fewer than the %d features; distances of sets this small are biased, "
-                           "compare them at equal n only", each.name, each.n, extractor.dim)
-    values = score(sample, reference, metrics, getattr(torch, args.pr_dtype), device)
-    return {"scores": values, "n": sample.n, "reference_n": reference.n, "features": args.features,
-            "preset": args.preset, "pr_dtype": args.pr_dtype, "any_weights": args.any_weights,
-            "sample": str(args.sample), "reference": str(args.reference), "reference_made_of": reference.made_of}
+
+    def scored(source):
+        sample = load_set(source, extractor, metrics, limit=args.num_samples, batch_size=args.batch_size)
+        if sample is None:
+            return None
+        for each in (reference, sample):
+            if each.n and each.n < extractor.dim:
+                logger.warning("%s: %d images are fewer than the %d features; distances of sets this small are biased, "
+                               "compare them at equal n only", each.name, each.n, extractor.dim)
+        values = score(sample, reference, metrics, getattr(torch, args.pr_dtype), device)
+        return {"scores": values, "n": sample.n, "reference_n": reference.n, "features": args.features,
+                "preset": args.preset, "pr_dtype": args.pr_dtype, "any_weights": args.any_weights,
+                "sample": str(source), "reference": str(args.reference), "reference_made_of": reference.made_of}
+
+    return scored
 
 
 def lines(result):
@@ -68,6 +85,15 @@ def add_network_arguments(parser):
         help="accept weights other than the published ones; such scores compare with nothing")
     add("--batch-size", type=whole(1), default=64, help="images at a time; default 64")
     add("--device", choices=("cpu", "cuda"), help="default cuda if there is a GPU")
+
+
+def add_score_arguments(parser):
+    """The flags that choose the scores, too."""
+    add_network_arguments(parser)
+    parser.add_argument("--metrics", help=f"comma-separated, of {','.join(METRICS)}; default is,fid,sfid,pr, fid with "
+                        "--preset pytorch-fid, fid,kid for other features")
+    parser.add_argument("--pr-dtype", choices=("float16", "float32"), default="float16",
+                        help="precision of the distances for precision and recall; default float16, as ADM's")
 
 
 def extractor_from(args, device):
@@ -106,11 +132,7 @@ def main():
     add = parser.add_argument
     add("reference", metavar="REF", help="npz, folder or statistics")
     add("sample", metavar="SAMPLE", help="npz, folder or statistics")
-    add_network_arguments(parser)
-    add("--metrics", help=f"comma-separated, of {','.join(METRICS)}; default is,fid,sfid,pr, fid with --preset "
-        "pytorch-fid, fid,kid for other features")
-    add("--pr-dtype", choices=("float16", "float32"), default="float16",
-        help="precision of the distances for precision and recall; default float16, as ADM's")
+    add_score_arguments(parser)
     add("--num-samples", type=whole(1), metavar="N", help="score the first N of SAMPLE; default all")
     add("--json", metavar="OUT", help="also write the scores, with n, features and paths, to this file")
     run(evaluate, lines, parser.parse_args())

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data_io.latent_scale import PIXELS, scale_of
-from dataset import CaptionedImages, LatentImages, PixelImages
+from data_io.latent_scale import scale_of
+from dataset import CaptionedImages
+from encoders.online import class_layout
 from encoders.teachers import Teacher, load_vit, split_teachers
 from evaluations.extract import gather_rows, rank, shard
 from loss import attention_loss, feature_loss, interpolant
@@ -43,8 +44,7 @@ def open_dataset(network, args, data_dir, split="train"):
         dataset = CaptionedImages(data_dir, split, resolution)
         shapes = {"text of width": (dataset.context_shape[1], network.context_embedder.in_features)}
     else:
-        kind = PixelImages if args.get("vae") == PIXELS else LatentImages
-        dataset, shapes = kind(data_dir, resolution, network.num_classes), {}
+        dataset, shapes = class_layout(args)(data_dir, resolution, network.num_classes), {}
     shapes["moments of shape"] = dataset.moments_shape, (2 * channels, side, side)
     for what, (there, expected) in shapes.items():
         if there != expected:

@@ -23,7 +23,7 @@ SIZES = {
            "attn_pairs": ((4, 8), (5, 9), (6, 10), (7, 11)), "early_stop_point": 250_000},
 }
 SIT_CONFIGS = {f"SiT-{size}/{patch}": {**config, "patch_size": patch} for size, config in SIZES.items()
-               for patch in ((2,) if size == "T" else (2, 4, 8))}
+               for patch in ((2,) if size == "T" else (1, 2, 4, 8))}  # 1: for latents of a 16th of the side
 
 
 class SiTBlock(layers.AdaLNBlock):

@@ -35,12 +35,21 @@ from encoders.text import TextEncoder
 from encoders.vae import VAE
 from evaluations.images import SUFFIXES, decode
 from preprocessing.convert import in_groups
-from preprocessing.destinations import MADE, NAMED, begin, check_apart, check_space
+from preprocessing.destinations import MADE, NAMED, begin, check_space
 from preprocessing.encode import encoded, filled, npy_bytes
 from preprocessing.pixels import center_crop, read_rgb
 from preprocessing.sources import Piece, read
 from runtime.errors import UserError, run_script
-from runtime.files import atomic_write, check_inside, read_json, reading, remove_temporaries, weights_key, write_json
+from runtime.files import (
+    atomic_write,
+    check_inside,
+    check_output,
+    read_json,
+    reading,
+    remove_temporaries,
+    weights_key,
+    write_json,
+)
 from runtime.flags import Parser, whole
 from runtime.images import write_png
 from runtime.progress import progress
@@ -239,7 +248,7 @@ def main():
                    for split in SPLITS}
     splits = {}
     for split, (images, path) in sources.items():
-        check_apart(args.dest / split, images, path)
+        check_output(args.dest / split, (), [images, path])
         names, captions = zip(*with_both(images, read_captions(path)), strict=True)
         splits[split] = names, captions, (
             lambda i, images=images, names=names: centre_square(images / names[i], args.resolution))

@@ -1,6 +1,6 @@
 """ImageNet, or any other pictures in classes, to the layout that training reads: pictures of one size, then latents.
 
-    python preprocessing/dataset_tools.py convert --source=IMAGENET_DIR --dest=DATA/images \
+    python preprocessing/dataset_tools.py convert --source=IMAGENET_DIR --dest=DATA/images \\
         --resolution=256x256 --transform=center-crop-dhariwal
     python preprocessing/dataset_tools.py encode --source=DATA/images --dest=DATA/vae-sd
     torchrun --nproc_per_node=8 preprocessing/dataset_tools.py encode --source=DATA/images --dest=DATA/vae-sd
@@ -23,7 +23,7 @@ COMMANDS = {"convert": convert, "encode": encode, "pack": pack, "stats": stats}
 
 
 def main():
-    parser = Parser(description=__doc__)
+    parser = Parser(config=False, description=__doc__)  # its commands take --config
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.__doc__.partition("\n")[0], description=module.__doc__)

@@ -21,7 +21,7 @@ from data_io.storage import read_member
 from dataset import digest
 from preprocessing.sources import LISTING, find, read
 from runtime.errors import UserError
-from runtime.files import atomic_write, is_file, read_json, reading, remove_temporaries, write_json
+from runtime.files import atomic_write, check_output, is_file, read_json, reading, remove_temporaries, write_json
 from runtime.progress import progress
 from runtime.versions import version
 
@@ -113,7 +113,7 @@ def add(archive, name, data):
 
 def open_destination(path, suffix, source):
     """The Destination `path`. Raises UserError when it is in the source or holds what was not made here."""
-    check_apart(path, source)
+    check_output(path, (), [source])
     with reading(path):
         destination = Destination(path, suffix)
         folder = not destination.is_zip and destination.path.is_dir()
@@ -122,15 +122,6 @@ def open_destination(path, suffix, source):
             raise UserError(f"{path} is there already and was not made by this tool; name another --dest, or remove "
                             "it.")
     return destination
-
-
-def check_apart(dest, *sources):
-    """Raise UserError if `dest` is, is in, or holds one of these files or folders. A zip beside the output is fine."""
-    for source in sources:
-        ours, theirs = Path(dest).resolve(), Path(source).resolve()
-        if theirs in (ours, *ours.parents) or (ours in theirs.parents and theirs.suffix != ".zip"):
-            raise UserError(f"{dest} and {source} lie in each other, so that output would become input; name another "
-                            "--dest.")
 
 
 def origin(path):

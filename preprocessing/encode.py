@@ -195,7 +195,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
 def add_arguments(add):
     add("--source", required=True, help="folder or .zip of pictures, as `convert` wrote it")
     add("--dest", required=True, help="folder or .zip to write")
-    add("--model-url", default="stabilityai/sd-vae-ft-mse",
+    add("--vae", "--model-url", dest="model_url", default="stabilityai/sd-vae-ft-mse",
         help="VAE: hub name or diffusers folder (default stabilityai/sd-vae-ft-mse)")
     add("--max-images", type=whole(1), help="take the first N pictures only (default: all)")
     add("--batch-size", type=whole(1), default=BATCH_SIZE,

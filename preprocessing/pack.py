@@ -25,9 +25,9 @@ import numpy as np
 from data_io.latent_scale import NOTE, read_note
 from data_io.storage import form_of
 from dataset import LatentImages, PixelImages, digest
-from preprocessing.destinations import MADE, check_apart, check_settings, check_space, write_classes
+from preprocessing.destinations import MADE, check_settings, check_space, write_classes
 from runtime.errors import UserError
-from runtime.files import atomic_write, read_json, remove_temporaries, write_json, writing
+from runtime.files import atomic_write, check_output, read_json, remove_temporaries, write_json, writing
 from runtime.flags import whole
 from runtime.progress import progress
 
@@ -123,7 +123,7 @@ def run(args):
     kinds = [each for each in (("vae-sd", data.latents, data.moments), ("images", data.pictures, data.image),
                                ("vae-sd-hflip", data.mirrored, lambda i: data.moments(i, mirrored=True))) if each[1]]
     for kind, _, _ in kinds:
-        check_apart(args.dest / kind, *(files.path for _, files, _ in kinds))
+        check_output(args.dest / kind, (), [files.path for _, files, _ in kinds])
     for kind, files, read in kinds:
         names, table = map(os.fsdecode, files.index.names.tolist()), files.stamps()
         entries = list(zip(data.indices.tolist(), names, data.labels.tolist(), table[:, 0].tolist(), strict=True))

@@ -138,7 +138,7 @@ def check_output(out, suffixes, inputs=()):
     """Raise UserError where writing `out` would destroy one of `inputs` or a file of another kind. Links are followed.
 
     A file `out` may replace one that ends in one of `suffixes`. Without suffixes it is a folder: neither may it lie in
-    an input nor an input in it. Inputs that are not there (None, a name on the hub) do not count.
+    an input nor an input in it, unless that is a zip. Inputs that are not there (None, a name on the hub) do not count.
     """
     there, ours = mode_of(out), Path(out).resolve()
     if suffixes and not Path(out).name:
@@ -146,10 +146,10 @@ def check_output(out, suffixes, inputs=()):
     for each in inputs:
         if not each or not mode_of(each):
             continue
-        if there and os.path.samefile(out, each):
+        if suffixes and there and os.path.samefile(out, each):
             raise UserError(f"{out} is {each} itself, which is read here; name another output.")
         theirs = Path(each).resolve()
-        if not suffixes and (theirs in ours.parents or (theirs.is_dir() and ours in theirs.parents)):
+        if not suffixes and (theirs in (ours, *ours.parents) or (theirs.suffix != ".zip" and ours in theirs.parents)):
             raise UserError(f"{out} and {each} lie in each other, so that output would become input; name another "
                             "output.")
     if suffixes and there and not (stat.S_ISREG(there) and ours.suffix.lower() in suffixes):

@@ -1,18 +1,169 @@
-"""Command-line flags: numbers with a range, and one sentence for a flag that cannot be used."""
+"""Command-line flags: numbers with a range, flags from a file, and one sentence for a flag that cannot be used."""
 import argparse
+import difflib
+import re
+import sys
+import textwrap
 
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
+
+# Only files that a run has written have these keys (args.json, settings.json): what else is no flag there is left out.
+OF_A_RUN = ("environment", "network_sha256")
+
+
+class Switch(argparse.BooleanOptionalAction):
+    """store_true with a --no-... beside it, which turns off what a file has turned on."""
+
+    def __init__(self, option_strings, dest, default=False, **options):
+        super().__init__(option_strings, dest, default=default, **options)
+
+
+class Page(argparse.RawDescriptionHelpFormatter):
+    """--help with short names for values and a line for the spellings of a flag."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32)
+
+    def _get_default_metavar_for_optional(self, action):
+        return value_name(action)
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _format_action_invocation(self, action):
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        value = "" if action.nargs == 0 else self._format_args(action, value_name(action))
+        return f"{spellings(action)} {value}".strip()
+
+
+def spellings(action):
+    """'--cfg-scale, --cfg' or, of a switch, '--[no-]heun'."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return ", ".join(f"--[no-]{name[2:]}" for name in action.option_strings if not name.startswith("--no-"))
+    return ", ".join(action.option_strings)
+
+
+def value_name(action):
+    """What stands for the value of a flag: N for a number, else the last word of its name."""
+    return action.metavar or getattr(action.type, "stands_as", action.dest.rpartition("_")[2].upper())
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError, whose sentence names the flag, where argparse prints its usage too."""
+    """An ArgumentParser with --config, whose errors are UserErrors that name the flag.
 
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    The file of --config holds flags by their names, in YAML or JSON. They are the defaults of what is not typed. The
+    commands of `description`, a script's docstring, end the page of --help as its examples.
+    """
+
+    def __init__(self, config=True, description="", **options):
+        parts = [part.strip("\n") for part in (description or "").split("\n\n")]
+        commands = [part for part in parts if all(line.startswith("    ") for line in part.splitlines())]
+        text = "\n\n".join(part for part in parts if part not in commands)
+        super().__init__(formatter_class=Page, description=re.sub(r":$", ".", text, flags=re.MULTILINE),
+                         epilog="\n".join(["examples:", *commands]) if any(commands) else None, **options)
+        self.register("action", "store_true", Switch)
+        self.takes_file = config
+        if config:
+            self.add_argument("--config", metavar="FILE", help="flags by name in YAML or JSON, such as the args.json "
+                              "of a run; typed ones win")
+
+    def format_help(self):
+        if self.usage is None and not self._subparsers:  # instead of all flags
+            needed = [action for action in self._actions if action.required and action.option_strings]
+            places = [action for action in self._actions if not action.option_strings]
+            words = [f"{action.option_strings[0]} {value_name(action)}" for action in needed]
+            words += [value_name(action) + "..." * (action.nargs in ("+", "*")) for action in places]
+            self.usage = " ".join(["%(prog)s", *words, "[flags]"])
+        return super().format_help()
 
     def error(self, message):
         message = message.removeprefix("argument ").replace(": is ", " is ", 1)  # number's: --seed is -1; it must ...
         raise UserError(f"{message.rstrip('.')}.")
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = [plain_spelling(word) for word in (sys.argv[1:] if args is None else args)]
+        self.set_defaults(**self.from_file(args))
+        found, rest = super().parse_known_args(args, namespace)
+        if self.takes_file:  # what it says is in the other flags
+            vars(found).pop("config")
+        return found, rest
+
+    def from_file(self, args):
+        """{name: value} of the flags in --config among `args`, {} without it. What it gives is not required any more.
+
+        Raises UserError for a file that is not read, a key that is no flag, a value that cannot be used.
+        """
+        finder = Parser(config=False, add_help=False)
+        finder.add_argument("--config")
+        path = finder.parse_known_args(args)[0].config if self.takes_file else None
+        if path is None:
+            return {}
+        flags = {name.lstrip("-").replace("-", "_"): action for action in self._actions if action.dest not in
+                 ("help", "config") for name in (action.dest, *action.option_strings) if not name.startswith("--no-")}
+        typed, given, found = {word.partition("=")[0] for word in args}, read_flags(path), {}
+        for key, value in given.items():
+            name = str(key).replace("-", "_")
+            if name not in flags and any(mark in given for mark in OF_A_RUN):
+                continue
+            if name not in flags:
+                nearest, = difflib.get_close_matches(name, flags, 1, 0)
+                raise UserError(f"{path} has the key {key!r}, which is no flag of this script; the nearest is "
+                                f"{nearest!r}.")
+            if value is not None:
+                action = flags[name]
+                found[action.dest] = self.value_of(action, value, f"{path}: {key}")
+                action.required = False
+                if not action.option_strings:
+                    action.nargs = {None: "?", "+": "*"}.get(action.nargs, action.nargs)
+        rivals = [action for group in self._mutually_exclusive_groups for action in group._group_actions
+                  if any(typed & {*other.option_strings} for other in group._group_actions)]
+        for action in [*self._actions, *rivals]:
+            if action in rivals or typed & {*action.option_strings}:
+                found.pop(action.dest, None)
+        return found
+
+    def value_of(self, action, value, where):
+        """What the flag of `action` would be if `value` of a file were typed."""
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise UserError(f"{where} is {value!r}; it must be true or false.")
+            return value
+        several = action.nargs is not None or isinstance(action, argparse._AppendAction)
+        words = [as_word(each) for each in value] if several and isinstance(value, list) else [as_word(value)]
+        try:
+            if isinstance(action, argparse._AppendAction):
+                return [self._get_values(action, [word]) for word in words]
+            return self._get_values(action, words)
+        except argparse.ArgumentError as error:
+            raise UserError(f"{where}: {error.message.rstrip('.')}.".replace(": is ", " is ", 1)) from error
+
+
+def plain_spelling(word):
+    """--num_steps=50, as REPA writes some flags, is --num-steps=50."""
+    name, equals, value = word.partition("=")
+    return (name.replace("_", "-") if re.fullmatch("--[a-z][a-z0-9_-]*", name) else name) + equals + value
+
+
+def read_flags(path):
+    """The mapping in a file of YAML, which JSON is too. Raises UserError."""
+    import yaml  # few starts need it
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            found = yaml.safe_load(file)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"--config {path} cannot be read ({reason}); give a YAML or JSON file of flags.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"--config {path} holds a {type(found).__name__}; write a flag a line, such as `seed: 1`.")
+    return found
+
+
+def as_word(value):
+    """A value of a file as one types it: [[2, 7], [3, 9]] is 2:7,3:9."""
+    if isinstance(value, list):
+        return ",".join(":".join(map(str, each)) if isinstance(each, list) else str(each) for each in value)
+    return str(value)
 
 
 def number(low, high=float("inf"), kind=float):
@@ -27,6 +178,7 @@ def number(low, high=float("inf"), kind=float):
             raise argparse.ArgumentTypeError(f"is {text}; it must be {limits}.")
         return value
 
+    parse.stands_as = "N" if kind is int else "X"
     return parse
 
 

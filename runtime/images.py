@@ -16,12 +16,13 @@ try:
 except ImportError:  # Pillow decodes everything
     imagecodecs = None
 
+GAP = 2  # white pixels between the pictures of a grid
 MIN_CELL = 64  # pixels: smaller images are shown larger, by whole pixels
 MAX_LINES = 4  # of a caption; a longer one ends in "..."
 
 
 def image_grid(images, columns=None, texts=None):
-    """uint8 (N, 3, R, R) -> one picture uint8 (rows H, columns W, 3); missing cells are white.
+    """uint8 (N, 3, R, R) -> one picture uint8 (h, w, 3) of cells H x W, GAP apart; missing cells are white.
 
     W is R, or its first multiple from MIN_CELL on. `texts`, one per image, stand under the images; without, H = W.
     """
@@ -33,9 +34,11 @@ def image_grid(images, columns=None, texts=None):
     n, _, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
+    height, width = height + GAP, width + GAP
     cells = torch.full((rows * columns, 3, height, width), 255, dtype=torch.uint8)
-    cells[:n] = images
-    return cells.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3).numpy()
+    cells[:n, :, :-GAP, :-GAP] = images
+    grid = cells.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
+    return grid[:-GAP, :-GAP].numpy()
 
 
 def caption_strips(texts, width):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from runtime.errors import UserError, first_line
 
 PROCESS_GROUP_TIMEOUT = datetime.timedelta(hours=2)  # others also wait for previews, scores and the teacher cache
-START_SECONDS = 60  # for the processes of a run to find each other
+START_SECONDS = 180  # for the processes of a run to find each other
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # --mixed-precision -> dtype; "no" has none
 GLIBC_KEEPS = 64 << 20  # bytes of freed memory that glibc keeps by default, once blocks of 32 MiB have been freed
 

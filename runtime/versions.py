@@ -1,7 +1,9 @@
 """Versions of packages and the machine, for the notes on how something was made."""
 import os
 import platform
+import subprocess
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -14,12 +16,25 @@ def version(package):
         return "not installed"
 
 
+def commit():
+    """The git commit of this code, ending in "-dirty" where files differ from it; "unknown" where git cannot say."""
+    root = Path(__file__).resolve().parents[1]
+    ask = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:  # the code's own repository, not one that it lies in
+        done = subprocess.run(ask, check=False, capture_output=True, text=True, timeout=10,
+                              env={**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)})
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
 def environment(accelerator):
     """Versions and machine, for args.json: the newest start's. No run is told from another by them."""
     device, gpu = accelerator.device, accelerator.device.type == "cuda"
     packages = ("accelerate", "timm", "diffusers", "transformers", "numpy")
     return {"device": torch.cuda.get_device_name(device) if gpu else f"CPU, {platform.machine()}",
-            "processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
+            "commit": commit(), "processes": accelerator.num_processes,
+            "precision": accelerator.mixed_precision,
             "CPU cores": os.cpu_count(), "threads a process": torch.get_num_threads(),
             "python": platform.python_version(), "torch": str(torch.__version__),
             **{name: version(name) for name in packages},

@@ -25,29 +25,7 @@ def add_sampling_flags(parser):
         "(default: the checkpoint's)")
     add("--projector-embed-dims", help="teacher widths of the projectors, such as 768 (default: the checkpoint's)")
 
-    add = parser.add_argument_group("sampling").add_argument
-    add("--mode", choices=SAMPLERS, default="ode", help="sampler; ode: Euler, sde: Euler-Maruyama, dpm: "
-        "DPM-Solver++(2M), dopri5: adaptive (default %(default)s)")
-    add("--num-steps", type=whole(1), default=50, help="sampler steps; of dopri5 the first is 1 / num-steps (default "
-        "%(default)s)")
-    add("--heun", action=on_off, default=False, help="second order, for ode (default off)")
-    add("--time-grid", choices=TIME_GRIDS, default="uniform", help="where the steps lie; quadratic: t = u^2, shift: "
-        "t = S u / (1 + (S - 1) u), for u evenly spaced (default uniform)")
-    add("--time-shift", type=number(0.01, 100), default=3.0, help="S of --time-grid shift; above 1 more "
-        "steps are noisy (default 3)")
-    add("--tolerance", type=number(1e-12, 1), default=1e-4, help="of a step's error, for dopri5 (default 1e-4)")
-    add("--cfg-scale", type=number(1), default=1.5, help="guidance scale, 1 = none (default %(default)s)")
-    add("--guidance-low", type=number(0, 1), default=0.0, help="guide where t is at least this (default 0)")
-    add("--guidance-high", type=number(0, 1), default=1.0, help="guide where t is at most this (default 1)")
-    add("--global-seed", type=whole(0), default=0, help="image i is made from (seed, i) (default 0)")
-
-    add = parser.add_argument_group("cache between steps").add_argument
-    add("--cache", choices=CACHES, default="none", help="skip work at most steps; taylor: predict attention and MLP, "
-        "delta: add what a run of blocks added before (default none)")
-    add("--cache-interval", type=whole(1), default=3, help="every so many calls the network is run in full (default 3)")
-    add("--cache-order", type=whole(0, 8), default=2, help="degree of taylor's polynomial (default 2)")
-    add("--cache-boundary", type=number(0, 1), default=0.5, help="delta skips rear blocks where t is above this, front "
-        "blocks below (default 0.5)")
+    add_sampler_flags(parser)
 
     add = parser.add_argument_group("output").add_argument
     add("--sample-dir", default="samples", help="where the folder of images and the .npz go (default samples)")
@@ -61,3 +39,36 @@ def add_sampling_flags(parser):
     add("--fused-attn", action=on_off, default=True, help="fused attention (default on)")
     add("--compile", action="store_true", help="torch.compile the network: a minute more at the start")
     add("--legacy", action=on_off, help="no effect: weights of REPA's first release are recognised by their names")
+
+
+def add_sampler_flags(parser, **swept):
+    """How noise becomes images, for every script that samples. `swept`: add_argument's options of a flag with several
+    values.
+    """
+    on_off = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("sampling").add_argument
+    add("--mode", choices=SAMPLERS, default="ode", help="sampler; ode: Euler, sde: Euler-Maruyama, dpm: "
+        "DPM-Solver++(2M), dopri5: adaptive (default %(default)s)")
+    add("--num-steps", "--steps", type=whole(1), **{"default": 50, **swept}, help="sampler steps; of dopri5 the first "
+        "is 1 / num-steps (default %(default)s)")
+    add("--heun", action=on_off, default=False, help="second order, for ode (default off)")
+    add("--time-grid", choices=TIME_GRIDS, default="uniform", help="where the steps lie; quadratic: t = u^2, shift: "
+        "t = S u / (1 + (S - 1) u), for u evenly spaced (default uniform)")
+    add("--time-shift", type=number(0.01, 100), default=3.0, help="S of --time-grid shift; above 1 more "
+        "steps are noisy (default 3)")
+    add("--tolerance", type=number(1e-12, 1), default=1e-4, help="of a step's error, for dopri5 (default 1e-4)")
+    add("--cfg-scale", "--cfg", type=number(1), **{"default": 1.5, **swept}, help="guidance scale, 1 = none (default "
+        "%(default)s)")
+    add("--guidance-low", type=number(0, 1), default=0.0, help="guide where t is at least this (default 0)")
+    add("--guidance-high", type=number(0, 1), default=1.0, help="guide where t is at most this (default 1)")
+    add("--seed", "--global-seed", dest="global_seed", type=whole(0), default=0, help="image i is made from (seed, i) "
+        "(default 0)")
+
+    add = parser.add_argument_group("cache between steps").add_argument
+    add("--cache", choices=CACHES, default="none", help="skip work at most steps; taylor: predict attention and MLP, "
+        "delta: add what a run of blocks added before (default none)")
+    add("--cache-interval", type=whole(1), default=3, help="every so many calls the network is run in full (default 3)")
+    add("--cache-order", type=whole(0, 8), default=2, help="degree of taylor's polynomial (default 2)")
+    add("--cache-boundary", type=number(0, 1), default=0.5, help="delta skips rear blocks where t is above this, front "
+        "blocks below (default 0.5)")

@@ -99,7 +99,7 @@ def choose_vae(vae, args, path):
         trained, remedy = ("pixels", "leave --vae out") if is_pixels else ("the latents of a VAE", "give a VAE")
         raise UserError(f"{path} was trained on {trained} (--vae {args['vae']}), which --vae {vae} cannot decode; "
                         f"{remedy}.")
-    published = "latents" not in args or args["vae"] in VAES.values()  # older checkpoints took any VAE's with "ema"
+    published = "latents" not in args or args.get("vae") in (None, *VAES.values())  # older ones: "ema" for any VAE
     return vae or (PIXELS if is_pixels else "ema" if published else args["vae"])
 
 
@@ -174,14 +174,19 @@ def is_finished(path, resolution):
         return False
 
 
+def folder_name(args, name):
+    """The folder of the PNGs of these settings; `name` is the model's, and for own texts theirs too."""
+    return Path(args.sample_dir) / (
+        f"{args.prefix}{name.replace('/', '-')}-{Path(args.ckpt).stem}-size-{args.resolution}-vae-"
+        f"{Path(args.vae).name}-cfg-{args.cfg_scale}-seed-{args.global_seed}-{args.mode}-high-{args.guidance_high}")
+
+
 def sample_folder(args, name, state, identity):
     """The folder of this run's PNGs. Raises UserError if it holds images of other settings or of other weights.
 
     `identity` holds what tells the weights and the conditions from others under the same path.
     """
-    folder = Path(args.sample_dir) / (
-        f"{args.prefix}{name}-{Path(args.ckpt).stem}-size-{args.resolution}-vae-{Path(args.vae).name}-"
-        f"cfg-{args.cfg_scale}-seed-{args.global_seed}-{args.mode}-high-{args.guidance_high}")
+    folder = folder_name(args, name)
     settings = {key: value for key, value in vars(args).items() if key not in NOT_IN_SETTINGS} | identity
     path, old = folder / "settings.json", {}
     if is_file(path):

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from data_io.latent_scale import SD_SCALE
 from data_io.loader import StepBatches
 from dataset import CaptionedImages, LatentImages
-from runtime.images import MAX_LINES, image_grid, wrap
+from runtime.images import GAP, MAX_LINES, image_grid, wrap
 from tests.conftest import CLASSES, write_tiny_captions
 
 COUNTS = (3, 5, 1, 2)
@@ -99,15 +99,16 @@ def test_fingerprint_follows_the_data(captions):
 
 
 def test_captions_stand_under_the_pictures():
-    """A grid without captions has not changed; with them each row of pictures has room for the longest one."""
+    """Each row of pictures has room for the longest caption. White gaps are between the cells."""
     images = torch.arange(3 * 3 * 64 * 64).reshape(3, 3, 64, 64).to(torch.uint8)
     for texts in (None, ["red heart", "a " * 200, "\u30cf\u30fc\u30c8"]):
         grid = image_grid(images, texts=texts)
-        height = grid.shape[0] // 2
-        assert grid.shape == (2 * height, 128, 3) and (height > 64 + 4 * 9 if texts else height == 64)
-        assert (grid[height:, 64:] == 255).all()
+        height = (grid.shape[0] - GAP) // 2
+        assert grid.shape == (2 * height + GAP, 128 + GAP, 3) and (height > 64 + 4 * 9 if texts else height == 64)
+        assert (grid[height:, 64:] == 255).all() and (grid[height:height + GAP] == 255).all()
         for row, column, image in ((0, 0, 0), (0, 1, 1), (1, 0, 2)):
-            cell = grid[row * height:(row + 1) * height, column * 64:(column + 1) * 64]
+            top, left = row * (height + GAP), column * (64 + GAP)
+            cell = grid[top:top + height, left:left + 64]
             assert np.array_equal(cell[:64], images[image].permute(1, 2, 0))
             assert not texts or (cell[64:].min() < 100 and (cell[64:, 0] == 255).all())
 
@@ -116,7 +117,7 @@ def test_small_pictures_are_shown_larger():
     """By whole pixels, so that 32 px become 64 and 24 become 72; words fit under them then."""
     images = torch.arange(2 * 3 * 24 * 24).reshape(2, 3, 24, 24).to(torch.uint8)
     grid = image_grid(images, 2)
-    assert grid.shape == (72, 144, 3)
+    assert grid.shape == (72, 144 + GAP, 3)
     assert np.array_equal(grid[1::3, 1:72:3], images[0].permute(1, 2, 0)) and np.array_equal(grid[::3], grid[2::3])
     assert image_grid(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), texts=["automobile"]).shape[1] == 64
 

@@ -32,7 +32,7 @@ RECIPES = {  # file: {text in it: what stands there after the recipe}
     "samplers.py": {
         "SAMPLERS = {": "def one_step(velocity, latents, num_steps=1, **_):\n"
                         "    return latents.double() - velocity(latents, 1.0)\n\n\nSAMPLERS = {\"one\": one_step, "},
-    "train.py": {"PixelImages if args.vae == PIXELS else LatentImages": "__import__('ramps').Ramps"},
+    "train.py": {"class_layout(vars(args), accelerator.device)": "__import__('ramps').Ramps"},
 }
 RAMPS = '''"""A data layout of its own: 32 grey ramps made on the way."""
 import numpy as np

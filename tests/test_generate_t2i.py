@@ -15,6 +15,7 @@ from models.checkpoint import load_checkpoint
 from models.mmdit import MMDiT_models
 from models.sit import SiT_models
 from runtime.errors import UserError
+from runtime.images import GAP
 from samplers import euler_maruyama_sampler, guided
 from tests.conftest import ROOT, call_main, script, write_tiny_captions
 from tests.test_generate import save_random
@@ -145,7 +146,7 @@ def test_own_texts(monkeypatch, ckpt, tmp_path, capsys):
         tokens = torch.full((6, 16), len(text) / 10)
         assert np.abs(array[i].astype(int) - expected(ckpt, tokens, torch.zeros(6, 16), i)).max() <= 1
     grid = np.asarray(Image.open(tmp_path / f"{NAME.format(hashed)}-grid.png"))
-    assert grid.shape[1] == 128 and grid.shape[0] > 128  # the texts stand under the pictures
+    assert grid.shape[1] == 128 + GAP and grid.shape[0] > 128 + GAP  # the texts stand under the pictures
     for text in ("bus", "bus", "cat"):
         sample("--prompt", text)
     assert len(list(tmp_path.glob("MMDiT-T-prompts-*.npz"))) == 3
@@ -187,7 +188,7 @@ def test_without_words_there_is_no_captions_txt(monkeypatch, ckpt, tmp_path, cap
     assert not (tmp_path / NAME.format("MMDiT-T") / "captions.txt").exists()
     assert "has no captions.json" in capsys.readouterr().out
     grid = np.asarray(Image.open(tmp_path / f"{NAME.format('MMDiT-T')}-grid.png"))
-    assert grid.shape == (64, 128, 3)
+    assert grid.shape == (64, 128 + GAP, 3)
 
 
 def test_a_checkpoint_of_the_other_kind(monkeypatch, ckpt, data, tmp_path):

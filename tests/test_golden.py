@@ -177,7 +177,7 @@ def test_published_state_dict(name):
     ("XL", 28, 1152, 16, 8, ((4, 8), (5, 9), (6, 10), (7, 11)), 250_000),
 ])
 def test_config_table_is_the_papers(size, depth, width, heads, encoder_depth, pairs, early_stop):
-    for patch in (2, 4, 8):
+    for patch in (1, 2, 4, 8):
         assert SIT_CONFIGS[f"SiT-{size}/{patch}"] == {
             "depth": depth, "hidden_size": width, "num_heads": heads, "patch_size": patch,
             "encoder_depth": encoder_depth, "attn_pairs": pairs, "early_stop_point": early_stop}

@@ -8,8 +8,9 @@ import pytest
 from tests.conftest import ROOT
 
 # A file imports files of its own floor or of those after it.
-FLOORS = [("train", "train_t2i", "generate", "generate_t2i", "export", "pipeline", "benchmarks", "docs"), ("examples",),
-          ("training",), ("sampling", "evaluations", "preprocessing"), ("encoders",),
+FLOORS = [("train", "train_t2i", "generate", "generate_t2i", "export", "pipeline", "commands", "benchmarks",
+           "docs"), ("examples",), ("training",),
+          ("sampling", "evaluations", "preprocessing"), ("encoders",),
           ("loss", "samplers", "dataset", "modify_dinov2"), ("models", "data_io"), ("runtime",)]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 SOURCES = sorted(path for path in ROOT.rglob("*.py")
@@ -47,7 +48,7 @@ HEAVY = ("timm", "diffusers", "transformers", "accelerate", "wandb", "scipy", "t
 
 
 @pytest.mark.parametrize("name", ["train.py", "train_t2i.py", "generate.py", "generate_t2i.py", "export.py",
-                                  "evaluations/evaluator.py", "evaluations/report.py",
+                                  "evaluations/evaluator.py", "evaluations/report.py", "evaluations/compare.py",
                                   "preprocessing/dataset_tools.py", "examples/cifar10/prepare.py",
                                   "benchmarks/study.py"])
 def test_help_imports_nothing_heavy(name):

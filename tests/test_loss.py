@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loss import SILoss, attention_loss, attention_tile, feature_loss, interpolant, resample_qk, sample_t
 from models.layers import QK, Alignment
+from samplers import TIME_GRIDS
 
 
 def qk(seed, n=2, h=3, t=16, d=5, size=1.0):
@@ -199,6 +200,8 @@ def test_lognormal_times():
         normal = back(sample_t(u, "lognormal", path_type).double())
         assert abs(normal.mean()) < 1e-3 and abs(normal.std() - 1) < 1e-2
     assert torch.equal(sample_t(u), u)
+    torch.testing.assert_close(sample_t(u, shift=3.0), 3 * u / (1 + 2 * u))
+    assert TIME_GRIDS["shift"](0.5, 3.0) == 0.75  # sampling's grid is the same map
 
 
 def test_without_a_teacher_only_denoise():

@@ -26,7 +26,8 @@ def parsed(monkeypatch, name, *more):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_what_its_flags_typed_are(monkeypatch, name):
     """And so each is an argument that there is, of its type and among its choices."""
-    flags = [word for key, value in PRESETS[name][1].items() for word in (f"--{key.replace('_', '-')}", value)]
+    flags = [word for key, value in PRESETS[name][1].items()
+             for word in (f"--{key.replace('_', '-')}", *[value] * (value is not True))]
     preset, typed = (vars(parsed(monkeypatch, name, *more)) for more in (["--preset", name], flags))
     assert preset.pop("preset") == name and typed.pop("preset") is None
     assert preset == typed

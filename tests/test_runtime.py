@@ -108,9 +108,11 @@ def test_wandb_goes_on_with_one_run(monkeypatch, tiny_data, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: True)
     arguments = train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--report-to", "wandb",
-                                "--checkpointing-steps", 1, "--max-train-steps", 2)
+                                "--checkpointing-steps", 1, "--max-train-steps", 2, "--wandb-project", "P",
+                                "--wandb-entity", "E", "--wandb-tags", "a", "b")
     call_main(monkeypatch, train, *arguments)
     call_main(monkeypatch, train, *arguments, "--resume-step", 1)
+    assert all((start["project"], start["entity"], start["tags"]) == ("P", "E", ["a", "b"]) for start in STARTS)
     ids = {(start["id"], start["resume"]) for start in STARTS}
     assert ids == {((tmp_path / "run/wandb-id.txt").read_text(), "allow")} and len(STARTS) == 2
     assert (("*",), {"step_metric": "step"}) in LOGGED

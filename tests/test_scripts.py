@@ -93,7 +93,7 @@ def become_nobody():
 @pytest.mark.parametrize("out, suffixes, words", [
     ("a.npz", (".npz",), "is .*a.npz itself"), ("soft.npz", (".npz",), "itself"), ("hard.npz", (".npz",), "itself"),
     ("b.pt", (".npz",), "is a file of another kind"), ("folder", (".npz",), "itself"),
-    ("..", (".npz",), "is a folder"), ("folder", (), "itself"),
+    ("..", (".npz",), "is a folder"), ("folder", (), "lie in each other"),
     ("folder/below", (), "lie in each other"), (".", (), "lie in each other"), ("/dev/null", (".npz",), "another kind"),
     ("c.npz", (".npz",), None), ("new.npz", (".npz",), None), ("folder/new.npz", (".npz",), None), ("other", (), None)])
 def test_an_output_is_no_input(tmp_path, monkeypatch, out, suffixes, words):

@@ -16,8 +16,8 @@ logger = logging.getLogger("haste")
 
 # What must be equal for a run to go on; everything else may change and is reported. `data` is the fingerprint.
 MUST_MATCH_ON_RESUME = ("model", "num_classes", "resolution", "qk_norm", "path_type", "prediction", "weighting",
-                        "enc_type", "projector", "projector_kernel", "encoder_depth", "attn_layers", "attn_teacher",
-                        "latents", "data")
+                        "time_shift", "enc_type", "projector", "projector_kernel", "encoder_depth", "attn_layers",
+                        "attn_teacher", "latents", "data")
 
 
 def save_checkpoint(folder, step, state):
@@ -150,8 +150,7 @@ def check_same_run(path, saved, args):
     if "vae" in saved and "vae" in args and (PIXELS == saved["vae"]) != (PIXELS == args["vae"]):
         raise UserError(f"{path} was trained with --vae {saved['vae']}, and --vae is now {args['vae']}: pixels and a "
                         "VAE's latents do not mix; use another --exp-name, or the --vae of that run.")
-    if "latents" in args:  # others have said nothing of it
-        saved = {**saved, "latents": scale_of(saved).plain()}
+    saved = {"time_shift": 1.0, **saved, "latents": scale_of(saved).plain()}  # older ones say nothing of these
     for name in MUST_MATCH_ON_RESUME:
         if name in saved and name in args and plain(saved[name]) != plain(args[name]):
             old, new = saved[name], args[name]

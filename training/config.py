@@ -64,7 +64,16 @@ def add_training_flags(parser):
     add("--qk-norm", action=on_off, default=False, help="LayerNorm on q and k (default off)")
     add("--path-type", choices=["linear", "cosine"], default="linear", help="interpolant (default linear)")
     add("--weighting", choices=["uniform", "lognormal"], default="uniform", help="of t (default uniform)")
+    add("--time-shift", type=number(0.01, 100), default=1.0, metavar="S", help="train at S t / (1 + (S - 1) t): above "
+        "1 more of t is noisy, for larger latents (default 1)")
     add("--prediction", choices=["v"], default="v", help="what the network predicts: the velocity")
+
+    add = parser.add_argument_group("fine-tuning").add_argument
+    add("--init-from", metavar="CKPT", help="begin with the weights of this checkpoint, of ours or published, or an "
+        "export: at step 0, with an optimizer of its own (default: at random)")
+    add("--init-weights", choices=["ema", "model"], default="ema", help="which of its weights (default ema)")
+    add("--freeze", nargs="+", default=[], metavar="PATTERN", help='weights that stay as they are: names of parts or '
+        'patterns, such as "blocks.[0-3]" x_embedder (default none)')
 
     add = parser.add_argument_group("alignment").add_argument
     for name, row in ALIGNMENT_LOSSES.items():
@@ -155,6 +164,9 @@ def add_training_flags(parser):
     add("--sampling-steps", type=step, default=10_000, help="steps between preview grids, 0 = none (default 10000)")
     add("--report-to", choices=["wandb", "tensorboard", "none"], default="wandb", help="tracker beside log.txt and "
         "metrics.csv (default wandb)")
+    add("--wandb-project", default="HASTE", metavar="NAME", help="default HASTE")
+    add("--wandb-entity", metavar="NAME", help="user or team (default: wandb's own)")
+    add("--wandb-tags", nargs="+", metavar="TAG", help="of the run (default: none)")
     add("--logging-dir", default="logs", help="tracker files, inside --output-dir (default logs)")
 
     add = parser.add_argument_group("scores").add_argument
@@ -204,7 +216,8 @@ def finalize_args(args, config):
         args.encoder_depth = config["encoder_depth"]
     from training.data_size import find_latents, find_resolution  # import torch, which --help does not need
     find_latents(args)
-    args.resolution = find_resolution(args.resolution, args.data_dir, "images" if "num_classes" in args else "train")
+    args.resolution = find_resolution(args.resolution, args.data_dir, "images" if "num_classes" in args else "train",
+                                      crop=vars(args).get("random_crop", False))
     if args.early_stop_fraction is not None:
         args.early_stop_point = round(args.early_stop_fraction * args.max_train_steps)
     elif args.early_stop_point is None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from data_io.latent_scale import PIXEL_SCALE, PIXELS, SD_SCALE, from_plain, read_note, read_statistics
 from encoders.vae import VAES
 from runtime.errors import UserError
-from runtime.files import array_header
+from runtime.files import array_header, weights_key
 from runtime.images import IMAGE_ERRORS, open_image
 
 RESOLUTION = 256  # where the data do not tell
@@ -29,13 +29,19 @@ def side_of(folder, suffixes):
     return None
 
 
-def find_resolution(given, data_dir, folder="images"):
+def find_resolution(given, data_dir, folder="images", crop=False):
     """`given` (--resolution), or that of the pictures in `folder`, or of Stable Diffusion's latents, or RESOLUTION.
 
-    Raises UserError for a given one that the pictures contradict, whether the run reads them or not.
+    Raises UserError for a given one that the pictures contradict, whether the run reads them or not. With `crop` one
+    must be given, and pictures may be larger.
     """
     data = Path(data_dir)
     pictures = side_of(data / folder, (".png", ".npy") if folder == "images" else (".png",))
+    if crop:
+        if not given or given > (pictures or 0):
+            raise UserError(f"--random-crop cuts --resolution pixels out of larger images, and those in {data} have "
+                            f"{pictures or 'no'} pixels a side; give a --resolution below that, or leave it out.")
+        return given
     if given and pictures and given != pictures:
         raise UserError(f"--resolution is {given}, but the images in {data} have {pictures} pixels a side; leave the "
                         "flag out, or prepare the data anew at this resolution.")
@@ -46,12 +52,19 @@ def find_resolution(given, data_dir, folder="images"):
 def find_latents(args):
     """Fill in --vae by the data's note, and `latents`: the scale and shift of this run, as plain values.
 
+    None stands for those of the config of the VAE that --encode-online opens.
     Raises UserError for numbers that contradict.
     """
-    note = None if args.vae == PIXELS else read_note(args.data_dir)
+    note, online = None if args.vae == PIXELS else read_note(args.data_dir), vars(args).get("encode_online")
     if args.vae is None:
         args.vae = (note or {}).get("vae") or VAES["mse"]
-    if args.vae == PIXELS and args.latents_stats:
-        raise UserError("--latents-stats is for a VAE's latents, and --vae none has pixels; leave one of them out.")
-    scale = PIXEL_SCALE if args.vae == PIXELS else from_plain(note) if note else SD_SCALE
-    args.latents = (read_statistics(args.latents_stats) if args.latents_stats else scale).plain()
+    if args.vae == PIXELS and (args.latents_stats or online):
+        raise UserError(f"--{'encode-online' if online else 'latents-stats'} is for a VAE's latents, and --vae none "
+                        "has pixels; leave one of them out.")
+    if vars(args).get("random_crop") and not online:
+        raise UserError("--random-crop cuts images, of which there are no latents; give --encode-online, too.")
+    if online and note and note.get("vae_key") != weights_key(VAES.get(args.vae, args.vae)):
+        note = None  # of other latents, which are not read
+    scale = PIXEL_SCALE if args.vae == PIXELS else from_plain(note) if note else None if online else SD_SCALE
+    scale = read_statistics(args.latents_stats) if args.latents_stats else scale
+    args.latents = scale and scale.plain()

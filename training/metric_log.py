@@ -32,7 +32,9 @@ def start_trackers(accelerator, args, run):
         with writing(folder / args.exp_name):
             return accelerator.init_trackers(args.exp_name, config=config)
     import wandb  # only when asked for
-    kept, settings = run / "wandb-id.txt", {"name": args.exp_name, "dir": str(folder), "resume": "allow"}
+    kept, settings = run / "wandb-id.txt", {
+        "name": args.exp_name, "dir": str(folder), "resume": "allow", "entity": args.wandb_entity,
+        "tags": args.wandb_tags}
     if accelerator.is_main_process:
         if not is_file(kept):
             with atomic_write(kept, "w") as file:
@@ -40,7 +42,7 @@ def start_trackers(accelerator, args, run):
         with reading(kept):
             settings["id"] = kept.read_text(errors="replace").strip()
     try:
-        accelerator.init_trackers("HASTE", config=config, init_kwargs={"wandb": settings})
+        accelerator.init_trackers(args.wandb_project, config=config, init_kwargs={"wandb": settings})
         if accelerator.is_main_process:
             accelerator.get_tracker("wandb", unwrap=True).define_metric("*", step_metric="step")
     except (wandb.errors.Error, ValueError) as error:  # a ValueError: of its environment variables

@@ -4,14 +4,15 @@ win.
 A preset says what differs from the defaults, which are the paper's; what follows from the model (encoder depth, aligned
 blocks, early-stop point) is in the table of models/sit.py or models/mmdit.py.
 """
-import argparse
 import sys
 import textwrap
 
 from runtime.errors import UserError
+from runtime.flags import Parser
 
 NEVER = 10 ** 9  # REPA aligns from the first step to the last
 REPA = {"attn_coeff": 0.0, "early_stop_point": NEVER}
+E2E_VAE = "REPA-E/e2e-vavae-hf"
 IREPA = {"projector": "conv", "spatial_norm": 0.6, "proj_coeff": 1.0, **REPA}
 EMBEDDED = {
     "resolution": 64, "vae": "assets/vae-emoji", "enc_type": "dinov2-vit-s", "enc_blocks": 10,
@@ -29,6 +30,9 @@ PRESETS = {
     "sit-xl-2-irepa": ("train.py", {"model": "SiT-XL/2", **IREPA},
                        "arXiv 2512.10794: FID 16.96 at 100K steps, 19.06 with REPA"),
     "sit-xl-2-vanilla": ("train.py", {"model": "SiT-XL/2", "enc_type": "none"}, "FID 17.2 at 400K steps"),
+    "sit-xl-2-haste-512": ("train.py", {"model": "SiT-XL/2", "resolution": 512, "encode_online": True},
+                           ("512 px, images/ alone is read; the teacher sees 448 px, alignment ends at step 300,000, "
+                            "as the paper has it")),
     "sit-l-2-haste": ("train.py", {"model": "SiT-L/2"}, "FID 19.6 at 100K steps, 12.1 at 200K, 8.9 at 400K"),
     "sit-l-2-repa": ("train.py", {"model": "SiT-L/2", **REPA}, "FID 10.0 at 400K steps"),
     "sit-l-2-vanilla": ("train.py", {"model": "SiT-L/2", "enc_type": "none"}, "FID 18.8 at 400K steps"),
@@ -42,6 +46,10 @@ PRESETS = {
     "sit-b-2-irepa": ("train.py", {"model": "SiT-B/2", "enc_type": "dinov3-vit-b16", "encoder_depth": 4, **IREPA},
                       "arXiv 2512.10794: FID 19.7 at 400K steps, 23.9 with REPA"),
     "sit-b-2-vanilla": ("train.py", {"model": "SiT-B/2", "enc_type": "none"}, "FID 33.0 at 400K steps"),
+    **{f"sit-xl-1-{name}": ("train.py", {"model": "SiT-XL/1", "vae": E2E_VAE, **more},
+                            ("no paper's run: on the latents of a VAE tuned end to end (arXiv 2504.10483), 32 "
+                             "channels at a 16th of the side; `dataset_tools.py stats` makes their mean and std"))
+       for name, more in (("haste", {}), ("repa", REPA), ("vanilla", {"enc_type": "none"}))},
     "mmdit-haste": ("train_t2i.py", {"model": "MMDiT", "early_stop_point": 200_000, "max_train_steps": 250_000},
                     "FID on COCO 4.06 at 250K steps, of 40,192 images with --cfg-scale 2.25"),
     "embedded": ("train.py", {"model": "SiT-T/2", "num_classes": 9, "data_dir": "data/emoji/train",
@@ -66,7 +74,8 @@ def listing():
     """The table as text: name, command line, reported numbers."""
     lines = [textwrap.fill(HEADING, 110)]
     for name, (script, arguments, reported) in PRESETS.items():
-        flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in arguments.items())
+        flags = " ".join(f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
+                         for key, value in arguments.items())
         paragraphs = (textwrap.fill(text, 110, initial_indent="    ", subsequent_indent="        ",
                                     break_on_hyphens=False) for text in (f"{script} {flags}", reported))
         lines += ["", name, *paragraphs]
@@ -89,12 +98,12 @@ def parse_with_preset(parser, script):
 
     Raises UserError for a name that is not known or that is another script's.
     """
-    finder = argparse.ArgumentParser(add_help=False)
+    finder = Parser(config=False, add_help=False)
     for p in (parser, finder):
-        p.add_argument("--preset", metavar="NAME", help="settings of one of the paper's runs, which typed flags "
-                       "change; `list` shows them with the numbers that the paper reports: "
+        p.add_argument("--preset", metavar="NAME", help="settings of one of the paper's runs, which typed flags and "
+                       "--config change; `list` shows them with the numbers that the paper reports: "
                        + ", ".join(name for name, row in PRESETS.items() if row[0] == script))
-    name = finder.parse_known_args()[0].preset
+    name = finder.parse_known_args()[0].preset or parser.from_file(sys.argv[1:]).get("preset")
     if name == "list":
         print_and_exit(listing())
     if name is not None:

@@ -48,6 +48,8 @@ def describe(trainer):
                 f"of {args.resolution} pixels, steps {trainer.step} to {trainer.max_steps}, "
                 f"{accelerator.num_processes} process(es) on {accelerator.device}, precision "
                 f"{accelerator.mixed_precision}, {alignment}")
+    if trainer.dataset.vae:
+        logger.info(f"images are encoded in each step by {args.vae}")
     if trainer.teacher and args.early_stop_trigger == "step" and trainer.max_steps <= args.early_stop_point < NEVER:
         logger.warning(f"Alignment never stops in this run: its early-stop point {args.early_stop_point} is not "
                        f"before the last step {trainer.max_steps}; --early-stop-fraction 0.6 would stop it at step "

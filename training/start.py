@@ -27,6 +27,7 @@ from runtime.errors import MOST_CLASSES, UserError
 from runtime.setup import PROCESS_GROUP_TIMEOUT, connect, tune
 from training import run_folder
 from training.config import MOST_WORKERS, aligned_pairs, loss_weights
+from training.fine_tune import check_frozen, init_from
 from training.preemption import listen
 from training.sentences import describe_alignment
 from training.trainer import Trainer
@@ -183,6 +184,8 @@ def model_arguments(args, config, moments_shape):
 
 def align_and_train(args, accelerator, run, model, dataset, y_null, open_data):
     """Train with the losses and the teacher that args ask for. `open_data`(images=True) opens the dataset anew."""
+    init_from(model, args, run)
+    check_frozen(model, args)
     loss_fn = SILoss(args.path_type, args.weighting, aligned_pairs(args), args.attn_heads, tuple(loss_weights(args)),
                      args.spatial_norm)
     grid = model.input_size // model.patch_size

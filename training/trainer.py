@@ -34,6 +34,7 @@ from training.checkpointing import (
 )
 from training.config import loss_weights
 from training.early_stop import COSINE_COLUMN, align_decay, gradient_cosine, is_trigger_step, trigger_columns
+from training.fine_tune import set_trainable
 from training.fsdp import is_sharded, load_optimizer, shard, whole_module, whole_state
 from training.metric_log import Metrics, start_trackers
 from training.preemption import EXIT_CODE, STOP, Preemption, ignore_signals
@@ -137,7 +138,7 @@ class Trainer:
             give_back_memory()
             logger.info(f"step {self.step}: alignment is switched off; teacher freed")
         # Outside Phase I the projector is frozen and DDP is built anew, so that it leaves the gradient exchange.
-        self.model.projectors.requires_grad_(phase.aligned)
+        set_trainable(self.model, self.args.freeze, phase.aligned)
         self.wrap()
         self.dataset.images = phase.aligned and self.teacher.sees_images
         batches = self.batches(phase)
@@ -207,21 +208,23 @@ class Trainer:
 
     def inputs(self, batch, draws):
         """Latents, condition and the teacher's Alignment (None in Phase II) of a micro-batch; draws: see step_noise."""
-        moments, y = (batch[name].to(self.accelerator.device, non_blocking=True) for name in ("moments", "y"))
+        y = to_device(batch["y"], self.accelerator.device)
         with torch.no_grad():
+            moments = (to_device(batch["moments"], self.accelerator.device) if "moments" in batch
+                       else self.dataset.encode(batch["image"]))
             x = self.latent_scale.latents(moments, draws["posterior"])
             dropped = (draws["drop"] < self.args.cfg_prob).reshape(-1, *[1] * (y.dim() - 1))
             y = torch.where(dropped, self.y_null, y)
             target = None
             if self.teacher is not None:
                 with self.accelerator.autocast():
-                    target = self.teacher(batch["image"] if "image" in batch else batch["position"])
+                    target = self.teacher(batch["image" if self.teacher.sees_images else "position"])
         return x, y, target
 
     def loss(self, batch, draws, factor=1.0):
         """Total loss of a micro-batch, and its terms, detached. `factor` is on the alignment losses."""
         x, y, target = self.inputs(batch, draws)
-        t = sample_t(draws["u"], self.args.weighting, self.args.path_type)
+        t = sample_t(draws["u"], self.args.weighting, self.args.path_type, self.args.time_shift)
         terms = self.loss_fn(self.ddp_model, x, y, target, t, draws["noise"])
         terms["denoise"] = terms["denoise"].mean()
         loss = terms["denoise"] if target is None else weighted_sum(terms, self.weights, factor, terms["denoise"])
@@ -287,7 +290,7 @@ class Trainer:
                          for every in (args.sampling_steps, args.eval_steps))
         if not (shows or scores):
             return
-        vae = open_vae(args.vae, accelerator.device, self.latent_scale)
+        vae = self.dataset.vae or open_vae(args.vae, accelerator.device, self.latent_scale)
         vae.check(*self.model.latent_shape[:2], args.resolution)
         if scores:
             self.evaluation = Evaluation(args, accelerator, self.dataset, vae, self.y_null, self.model.latent_shape)

@@ -1,0 +1,276 @@
+"""Compare runs: samples where they are missing, scores, mean and spread over seeds, as tables and figures.
+
+    python evaluations/compare.py exps/haste-0 exps/haste-1 exps/vanilla-0 exps/vanilla-1 --ref REF.npz
+    python evaluations/compare.py exps/haste exps/vanilla --ref REF.npz --cfg 1 1.25 1.5 --steps 50 250
+    python evaluations/compare.py exps/haste exps/vanilla --ref REF.npz --mode sde --steps 250 --processes 8
+
+Runs whose settings differ in the seed alone are one row: mean (lowest to highest). Several --cfg or --steps make
+curves. In --out: table.md, table.tex (for booktabs), scores.pdf (--format svg or png), samples.png with the first
+images of each run, from the same noise. Samples and their scores lie in --sample-dir and are used again: the same
+command goes on.
+"""
+import logging
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
+from evaluations import score_names
+from evaluations.evaluator import add_score_arguments, chosen_metrics, open_scorer
+from evaluations.tables import groups, latex, markdown, mean_and_spread
+from runtime.errors import UserError, run_script
+from runtime.flags import Parser, whole
+from sampling.config import add_sampler_flags
+
+FORMATS = ("pdf", "svg", "png")
+UP = ("Inception Score", "Precision", "Recall")  # of the others less is better
+SHOWN = 8  # images of a run in samples.png
+ROOT = Path(__file__).resolve().parents[1]
+
+logger = logging.getLogger(__name__)
+
+
+def parse_args():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folders of runs")
+    add("--ref", "--reference", dest="reference", metavar="REF", required=True, help="npz, folder or statistics that "
+        "samples are scored against")
+    add("--out", type=Path, default=Path("comparison"), metavar="DIR", help="folder of tables and figures (default "
+        "comparison)")
+    add("--format", choices=FORMATS, default="pdf", help="of the figure of scores (default pdf)")
+    add("--step", type=whole(1), metavar="N", help="checkpoint of all runs (default: the newest that all of them have)")
+
+    add = parser.add_argument_group("samples").add_argument
+    add("--num-fid-samples", type=whole(2), default=50_000, metavar="N", help="images of each (default 50000)")
+    add("--labels", choices=["random", "balanced"], default="random", help="as generate.py's (default random)")
+    add("--weights", choices=["ema", "model"], default="ema", help="as generate.py's (default ema)")
+    add("--vae", help="as generate.py's (default: that of the run)")
+    add("--sample-dir", default="samples/compare", metavar="DIR", help="where samples are made and looked for (default "
+        "samples/compare)")
+    add("--per-proc-batch-size", type=whole(1), default=32, metavar="N", help="images a batch and process (default 32)")
+    add("--mixed-precision", choices=["no", "fp16", "bf16"], default="no", help="of the sampled network (default no)")
+    add("--processes", type=whole(1), default=1, metavar="N", help="that make samples, one a GPU (default 1)")
+    add_sampler_flags(parser, nargs="+")
+    parser.set_defaults(cfg_scale=[1.0], num_steps=[50])
+    add_score_arguments(parser.add_argument_group("scores"))
+    parser.set_defaults(num_samples=None)
+    return parser.parse_args()
+
+
+def common_step(runs, step):
+    """`step`, or the newest step of which all runs have a checkpoint. Raises UserError."""
+    from models.checkpoint import saved_steps
+    found = {run: saved_steps(run / "checkpoints") for run in runs}
+    if step is None:
+        step = max(set.intersection(*map(set, found.values())), default=None)
+        if step is None:
+            raise UserError(f"The runs {', '.join(map(str, runs))} have no step of which all have a checkpoint; "
+                            "compare others, or train them further.")
+    for run, known in found.items():
+        if step not in known:
+            raise UserError(f"{run} has no checkpoint of step {step}, but of {', '.join(map(str, sorted(known)))}; "
+                            "give --step one that all runs have.")
+    return step
+
+
+def called(runs):
+    """A name for each run: its folder's, with the folder above where two are alike."""
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = ["-".join(run.resolve().parts[-2:]) for run in runs]
+    if len(set(names)) < len(names):
+        raise UserError(f"The runs {', '.join(map(str, runs))} are not all different; give each once.")
+    return names
+
+
+# ---- samples ----
+
+def sampled(args, run, name, settings, step, cfg, steps):
+    """(folder of PNGs, settings as generate.py's flags by name) of one run, guidance and number of steps."""
+    from sampling.images import SAMPLING, folder_name
+    if missing := {"model", "resolution"} - settings.keys():
+        raise UserError(f"{run}/args.json has no {min(missing)}; give the folder of a run of train.py.")
+    flags = {flag: getattr(args, flag) for flag in SAMPLING if flag != "path_type"}
+    flags |= {"ckpt": str(run / f"checkpoints/{step:07d}.pt"), "vae": args.vae or settings.get("vae") or "ema",
+              "cfg_scale": cfg, "num_steps": steps, "num_fid_samples": args.num_fid_samples, "weights": args.weights,
+              "sample_dir": args.sample_dir, "prefix": f"{name}-{steps}-steps-", "global_seed": args.global_seed,
+              "per_proc_batch_size": args.per_proc_batch_size, "mixed_precision": args.mixed_precision}
+    if "num_classes" in settings:
+        flags |= {"labels": args.labels}
+    else:
+        flags |= {"data_dir": settings["data_dir"]}
+    return folder_name(Namespace(**flags, resolution=settings["resolution"]), settings["model"]), flags
+
+
+def make_samples(folder, flags, processes):
+    """Call generate.py unless the images are there; it makes those that are missing, and refuses those of others."""
+    if is_there(folder, flags):
+        return
+    script = ROOT / ("generate.py" if "labels" in flags else "generate_t2i.py")
+    words = [word for name, value in flags.items() for word in as_flag(name, value)]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    logger.info("%s: making samples", folder.name)
+    run_generate([*launcher, str(script), *words])
+
+
+def run_generate(command):
+    done = subprocess.run([sys.executable, *command], check=False, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise UserError(f"Making samples ended with status {done.returncode}, see above; mend that and give the same "
+                        "command again.")
+
+
+def as_flag(name, value):
+    """The words of a command line."""
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    return [f"{flag}={value}"]
+
+
+def is_there(folder, flags):
+    """Whether all images of these flags are in the .npz, made after the checkpoint."""
+    from evaluations.images import open_images
+    from runtime.files import is_file, read_json
+    npz, ckpt = folder.with_name(f"{folder.name}.npz"), Path(flags["ckpt"])
+    if not (is_file(npz) and is_file(folder / "settings.json")) or npz.stat().st_mtime < ckpt.stat().st_mtime:
+        return False
+    made = read_json(folder / "settings.json")
+    return all(made[name] == value for name, value in flags.items() if name in made and name not in ("ckpt", "vae")) \
+        and open_images(npz).n == flags["num_fid_samples"]
+
+
+# ---- scores ----
+
+class Scores:
+    """scores(folder) -> {score: value}, from the file beside the samples or made and written there."""
+
+    def __init__(self, args):
+        self.args, self.metrics, self.scorer = args, chosen_metrics(args), None
+
+    def __call__(self, folder):
+        from evaluations.scores import check_pair
+        from runtime.files import is_file, read_json, write_json
+        path, npz = (folder.with_name(folder.name + ending) for ending in ("-scores.json", ".npz"))
+        args, names = self.args, score_names(self.args.features, self.metrics)
+        result = read_json(path) if is_file(path) and path.stat().st_mtime >= npz.stat().st_mtime else {}
+        same = all(result.get(key) == value for key, value in (
+            ("features", args.features), ("preset", args.preset), ("pr_dtype", args.pr_dtype),
+            ("any_weights", args.any_weights), ("reference", str(args.reference))))
+        if not (same and set(names) <= set(result["scores"])):
+            check_pair(args.reference, npz, self.metrics)
+            self.scorer = self.scorer or open_scorer(args, self.metrics)
+            result = self.scorer(npz)
+            write_json(path, result, indent=2)
+        return {name: result["scores"][name] for name in names if result["scores"][name] is not None}
+
+
+# ---- tables and figures ----
+
+def head(score):
+    return f"{score} {chr(0x2191) if score in UP else chr(0x2193)}"  # an arrow up or down
+
+
+def tabled(points, scores, swept):
+    """(header, rows) of points {(label, cfg, steps): [{score: value} of each seed]}."""
+    header = ["run", *(title for name, title in (("cfg", "guidance"), ("steps", "steps")) if name in swept), "seeds",
+              *map(head, scores)]
+    rows = [[label, *(value for name, value in (("cfg", f"{cfg:g}"), ("steps", steps)) if name in swept), len(found),
+             *(mean_and_spread([one[score] for one in found if score in one]) for score in scores)]
+            for (label, cfg, steps), found in points.items()]
+    return header, rows
+
+
+def draw(path, points, scores, swept):
+    """A panel a score, over what is swept, or a place a run; ticks are what was run.
+
+    With both swept there is a row of panels for each number of steps. Panels of a score share their axes.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from runtime.files import atomic_write
+    labels = list(dict.fromkeys(label for label, _, _ in points))
+    rows = sorted({steps for _, _, steps in points}) if len(swept) == 2 else [None]
+    figure, axes = plt.subplots(len(rows), len(scores), figsize=(3.6 * len(scores), 3 * len(rows) + 0.4), squeeze=False,
+                                sharex=True, sharey="col", layout="constrained")
+    for row, line in zip(rows, axes, strict=True):
+        for score, axis in zip(scores, line, strict=True):
+            for i, label in enumerate(labels):
+                found = {steps if swept == ["steps"] else cfg if swept else i: [one[score] for one in each]
+                         for (name, cfg, steps), each in points.items() if name == label and row in (None, steps)}
+                xs, colour = sorted(found), plt.get_cmap("tab10")(i)
+                axis.plot(xs, [sum(found[x]) / len(found[x]) for x in xs], label=label, color=colour,
+                          marker="o" if swept else "_", markersize=4 if swept else 18)
+                if any(len(values) > 1 for values in found.values()):
+                    axis.fill_between(xs, *([f(found[x]) for x in xs] for f in (min, max)), color=colour, alpha=0.15)
+                    axis.plot(*zip(*((x, y) for x in xs for y in found[x]), strict=True), ".", color=colour, alpha=0.6)
+                axis.set_xticks(xs if swept else range(len(labels)), None if swept else [""] * len(labels))
+            axis.ticklabel_format(axis="y", useOffset=False)
+            axis.grid(alpha=0.3)
+            axis.margins(x=0.25 if not swept else 0.05)
+        if row is not None:
+            line[0].set_ylabel(f"{row} steps")
+    for score, top, bottom in zip(scores, axes[0], axes[-1], strict=True):
+        top.set_title(head(score))
+        bottom.set_xlabel({"cfg": "guidance scale", "steps": "steps"}[swept[0]] if swept else "")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(labels)))
+    with atomic_write(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=150)
+    plt.close(figure)
+
+
+def draw_samples(path, folders):
+    """{name: folder of PNGs} -> a row each of its first images, from the same noise, with the name under the first."""
+    import numpy as np
+    import torch
+
+    from evaluations.images import decode
+    from runtime.images import image_grid, write_png
+    shown = [(name, sorted(folder.glob("*.png"))[:SHOWN]) for name, folder in folders.items()]
+    pictures = torch.from_numpy(np.stack([decode(file) for _, files in shown for file in files])).permute(0, 3, 1, 2)
+    texts = [name if i == 0 else "" for name, files in shown for i in range(len(files))]
+    write_png(path, image_grid(pictures, len(shown[0][1]), texts))
+
+
+def main():
+    args = parse_args()
+    from evaluations.runs import read_settings
+    from runtime.files import atomic_write, check_writable
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    check_writable(args.out)
+    settings, names = [read_settings(run) for run in args.runs], called(args.runs)
+    step, scores_of = common_step(args.runs, args.step), Scores(args)
+    together = groups(settings, names)
+    swept = [name for name, values in (("cfg", args.cfg_scale), ("steps", args.num_steps)) if len(set(values)) > 1]
+    points, folders = {}, {}
+    for steps in sorted(set(args.num_steps)):
+        for cfg in sorted(set(args.cfg_scale)):
+            for label, places in together.items():
+                found = points[label, cfg, steps] = []
+                for i in places:
+                    folder, flags = sampled(args, args.runs[i], names[i], settings[i], step, cfg, steps)
+                    make_samples(folder, flags, args.processes)
+                    found.append(scores_of(folder))
+                    folders.setdefault(names[i], folder)
+    scores = [score for score in score_names(args.features, scores_of.metrics)
+              if all(score in one for found in points.values() for one in found)]
+    header, rows = tabled(points, scores, swept)
+    note = (f"Step {step:,}; {args.num_fid_samples:,} samples, {args.mode}"
+            + "".join(f", {text}" for name, text in (("steps", f"{args.num_steps[0]} steps"),
+                                                    ("cfg", f"guidance {args.cfg_scale[0]:g}")) if name not in swept)
+            + f"; against {args.reference}. Several seeds: mean (lowest to highest).")
+    for name, text in (("table.md", f"{note}\n\n{markdown(header, rows)}\n"),
+                       ("table.tex", f"% {note}\n{latex(header, rows, header.index('seeds'))}\n")):
+        with atomic_write(args.out / name, "w") as file:
+            file.write(text)
+    draw(args.out / f"scores.{args.format}", points, scores, swept)
+    draw_samples(args.out / "samples.png", folders)
+    print(f"{note}\n\n{markdown(header, rows)}\n\n{args.out}: table.md, table.tex, scores.{args.format}, samples.png")
+
+
+if __name__ == "__main__":
+    run_script(main, continues=True)

@@ -1,0 +1,117 @@
+"""Runs in words, values over seeds, and tables of them: for report.py, compare.py and the benchmarks. Nothing heavy."""
+import json
+import math
+import statistics
+
+# Settings that name a run or its machine, or only decide what is written and when: they tell no two runs apart.
+SILENT = ("exp_name", "output_dir", "logging_dir", "report_to", "preset", "resume_step", "num_workers", "epochs",
+          "data", "processes", "environment", "noise_stream", "log_every", "sampling_steps", "checkpointing_steps",
+          "checkpoint_minutes", "keep_checkpoints", "keep_every", "compile", "fused_attn", "allow_tf32",
+          "grad_checkpointing", "teacher_cache", "class_names", "early_stop_fraction", "prediction")
+SILENT_BEGINNINGS = ("eval_", "wandb_")
+# Settings without meaning where nothing is aligned, and where there is no teacher.
+ALIGNMENT = ("enc_", "attn_", "encoder_depth", "early_stop", "trigger_", "align_", "projector", "spatial_norm")
+TEACHER = ("enc_", "attn_", "projector", "spatial_norm")
+# A setting in words, by its value; the others are said as their flags are.
+WORDS = {"model": "{}", "seed": "seed {}", "enc_type": "aligned with {}",
+         "early_stop_point": "alignment until step {:,}", "max_train_steps": "{:,} steps",
+         "batch_size": "batches of {:,}", "learning_rate": "learning rate {:g}",
+         "proj_coeff": "{:g} x feature loss", "attn_coeff": "{:g} x attention loss", "resolution": "{} px",
+         "early_stop_trigger": "alignment ended by the {}", "mixed_precision": "precision {}", "ema_decay": "EMA {:g}"}
+NONE = {"proj_coeff": "no feature loss", "attn_coeff": "no attention loss", "mixed_precision": "float32",
+        "enc_type": "no teacher"}  # 0, "no", "none"
+
+
+def phrase(name, value):
+    """A setting in words."""
+    if name in NONE and value in (0, "no", "none"):
+        return NONE[name]
+    if name in WORDS and value is not None:
+        return WORDS[name].format(value)
+    plain = name.replace("_", " ")
+    if isinstance(value, bool):
+        return plain if value else f"no {plain}"
+    return f"{plain} {value if isinstance(value, (str, int, float)) else json.dumps(value)}"
+
+
+def is_aligned(settings):
+    """Whether the run trains a loss of alignment: --NAME-coeff, or the teacher of an older args.json."""
+    weights = [value for name, value in settings.items() if name.endswith("_coeff")]
+    return any(weights) if weights else settings.get("enc_type", "none") != "none"
+
+
+def differing(settings, but=()):
+    """Names of the settings that tell runs apart, without `but`; `settings`: args.json of each, or the like.
+
+    Those of alignment count among the runs that have it, those of a teacher among the runs with one.
+    """
+    def differ(name):
+        among = settings
+        if name.endswith("_coeff") or name.startswith(ALIGNMENT):
+            among = [each for each in among if is_aligned(each)]
+        if name.startswith(TEACHER) and name != "enc_type":
+            among = [each for each in among if each.get("enc_type") != "none"]
+        return len({json.dumps(each.get(name)) for each in among}) > 1
+
+    return [name for name in dict.fromkeys(name for each in settings for name in each)
+            if name not in (*SILENT, *but) and not name.startswith(SILENT_BEGINNINGS) and differ(name)]
+
+
+def labels(settings, but=()):
+    """What tells each run from the others, in words; "" of runs that are alike."""
+    names, found = differing(settings, but), []
+    mixed = len({is_aligned(each) for each in settings}) > 1
+    for each in settings:
+        aligned, teacher = is_aligned(each), each.get("enc_type", "none")
+        words = ["no alignment"] if mixed and not aligned else []
+        if mixed and aligned and "enc_type" not in names:
+            words = ["alignment without a teacher" if teacher == "none" else phrase("enc_type", teacher)]
+        for name in names:
+            of_teacher = name.startswith(TEACHER) and name != "enc_type"
+            if (aligned or not (name.endswith("_coeff") or name.startswith(ALIGNMENT))) and not (
+                    of_teacher and teacher == "none"):
+                words.append(phrase(name, each.get(name)))
+        found.append(", ".join(words))
+    return found
+
+
+def groups(settings, names):
+    """{label: places of the runs that differ in their seed alone}; a run that is like no other is called by its name.
+
+    `names`: what the runs are called.
+    """
+    alike = {}
+    for place, label in enumerate(labels(settings, but=("seed",))):
+        alike.setdefault(label, []).append(place)
+    return {label or " and ".join(names[place] for place in places): places for label, places in alike.items()}
+
+
+def mean_and_spread(values, sign="", between=" to "):
+    """'mean (lowest to highest)' with four digits."""
+    if not values:
+        return "-"
+    largest = max(map(abs, values)) or 1
+    digits = max(0, 3 - math.floor(math.log10(largest))) if math.isfinite(largest) else 0
+    mean, low, high = (f"{value:{sign}.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
+    return f"{mean} ({low}{between}{high})" if len(values) > 1 else mean
+
+
+def markdown(header, rows):
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def latex(header, rows, words):
+    """A table in LaTeX: the first `words` columns hold text, the others numbers. It needs the package booktabs."""
+    def line(row):
+        return " & ".join(map(escape, row)) + r" \\"
+
+    return "\n".join([rf"\begin{{tabular}}{{{'l' * words}{'r' * (len(header) - words)}}}", r"\toprule", line(header),
+                      r"\midrule", *map(line, rows), r"\bottomrule", r"\end{tabular}"])
+
+
+def escape(text):
+    """Text for LaTeX."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+               "\u2191": r"$\uparrow$", "\u2193": r"$\downarrow$", **{letter: f"\\{letter}" for letter in "&%$#_{}"}}
+    return "".join(special.get(letter, letter) for letter in str(text))

@@ -1,0 +1,126 @@
+"""compare.py: runs in words, samples and scores made once, tables and figures of runs over seeds and sweeps."""
+import itertools
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import generate
+import train
+from evaluations import compare
+from evaluations.tables import groups, labels, latex, mean_and_spread, phrase
+from runtime.errors import UserError
+from tests.conftest import call_main, train_arguments
+from tests.test_evaluations_metrics import save_efficientnet
+
+HASTE = {"enc_type": "dinov2-vit-b", "proj_coeff": 0.5, "attn_coeff": 0.5, "early_stop_point": 100_000, "seed": 0}
+PLAIN = {"enc_type": "none", "proj_coeff": 0.0, "attn_coeff": 0.0, "early_stop_point": 100_000, "seed": 0}
+
+
+@pytest.mark.parametrize("settings, words", [
+    ([HASTE, PLAIN], ["aligned with dinov2-vit-b", "no alignment"]),
+    ([HASTE, {**HASTE, "attn_coeff": 0.0}, PLAIN], ["aligned with dinov2-vit-b, 0.5 x attention loss",
+                                                    "aligned with dinov2-vit-b, no attention loss", "no alignment"]),
+    ([HASTE, {**HASTE, "early_stop_point": 50_000, "seed": 1, "exp_name": "b"}],
+     ["alignment until step 100,000, seed 0", "alignment until step 50,000, seed 1"]),
+    ([PLAIN, {**PLAIN, "early_stop_point": 7, "hflip": True}], ["hflip null", "hflip"]),
+    ([HASTE, HASTE], ["", ""])])
+def test_what_tells_runs_apart_in_words(settings, words):
+    assert labels(settings) == words
+
+
+def test_runs_of_several_seeds_are_one():
+    settings = [HASTE, {**HASTE, "seed": 1}, PLAIN]
+    assert groups(settings, "abc") == {"aligned with dinov2-vit-b": [0, 1], "no alignment": [2]}
+    assert groups(settings[:2], "ab") == {"a and b": [0, 1]}
+    assert phrase("qk_norm", False) == "no qk norm" and phrase("cfg_prob", 0.1) == "cfg prob 0.1"
+    assert mean_and_spread([3.0, 1.0], between="--") == "2.000 (1.000--3.000)"
+
+
+def test_a_table_for_latex():
+    lines = latex(["run", "FID \u2193"], [["a_b & 50 %", "1.5"]], 1).splitlines()
+    assert lines == [r"\begin{tabular}{lr}", r"\toprule", r"run & FID $\downarrow$ \\", r"\midrule",
+                     r"a\_b \& 50 \% & 1.5 \\", r"\bottomrule", r"\end{tabular}"]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_data, tmp_path_factory):
+    """Two seeds with one learning rate, one run with another; two checkpoints of the last."""
+    folder = tmp_path_factory.mktemp("compared")
+    save_efficientnet(folder / "scorer.pth")
+    np.savez(folder / "reference.npz", arr_0=np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, *more in (("a0",), ("a1", "--seed", 1), ("b", "--learning-rate", 0.01, "--checkpointing-steps", 1)):
+            call_main(patch, train, *train_arguments(tiny_data, folder, "--enc-type", "none", "--max-train-steps", 2,
+                                                     "--model", "SiT-N/8", "--vae", "none", "--exp-name", name,
+                                                     *more))
+    return folder
+
+
+@pytest.fixture
+def called(monkeypatch, runs, tmp_path):
+    """compare.main with these arguments -> the table's lines; `called.made` counts calls of generate.py."""
+    def call(names, *more):
+        call_main(monkeypatch, compare, *(runs / name for name in names), "--ref", runs / "reference.npz",
+                  "--num-fid-samples", 3, "--out", tmp_path / "out", "--sample-dir", tmp_path / "samples", "--features",
+                  "efficientnet-lite0", "--efficientnet-weights", runs / "scorer.pth", "--any-weights",
+                  "--metrics", "kid", *more)
+        return (tmp_path / "out/table.md").read_text().splitlines()[2:]
+
+    def make(command):
+        call.made += 1
+        with pytest.MonkeyPatch.context() as patch:
+            call_main(patch, generate, *command[1:])
+
+    call.made = 0
+    monkeypatch.setattr(compare, "run_generate", make)
+    return call
+
+
+def test_runs_over_seeds(called, runs, tmp_path):
+    head, _, first, second = called(["a0", "a1", "b"], "--steps", 2)
+    assert head == "| run | seeds | KID-EffLite0 \u2193 |"
+    assert first.startswith("| learning rate 0.001 | 2 | ") and second.startswith("| learning rate 0.01 | 1 | ")
+    values = [json.loads(path.read_text())["scores"]["KID-EffLite0"]
+              for path in sorted((tmp_path / "samples").glob("a*-scores.json"))]
+    assert len(values) == 2 and f" {mean_and_spread(values)} " in first and "to" not in second
+    assert r"learning rate 0.001 & 2 & " in (tmp_path / "out/table.tex").read_text()
+    assert (tmp_path / "out/scores.pdf").read_bytes().startswith(b"%PDF")
+    with Image.open(tmp_path / "out/samples.png") as picture:
+        assert picture.width == 3 * 64 + 2 * 2 and picture.height > 3 * 64
+    assert called.made == 3
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "samples").glob("*-scores.json")}
+    called(["a0", "a1", "b"], "--steps", 2)  # nothing is made again
+    assert called.made == 3 and before == {path: path.stat().st_mtime_ns for path in before}
+    os.utime(runs / "b/checkpoints/0000002.pt")  # a newer checkpoint is looked at again
+    called(["a0", "b"], "--steps", 2)
+    assert called.made == 4
+    with pytest.raises(UserError, match="holds images of other settings .time_grid"):
+        called(["b"], "--steps", 2, "--time-grid", "quadratic")
+
+
+def test_sweeps(called, tmp_path, monkeypatch):
+    """Over guidance and steps: a row each, panels with the same axes, ticks where something was run."""
+    closed = []
+    monkeypatch.setattr("matplotlib.pyplot.close", closed.append)
+    head, _, *rows = called(["b", "a0"], "--cfg", 1, 1.5, "--steps", 1, 2, "--format", "svg")
+    assert head.startswith("| run | guidance | steps | seeds | KID") and len(rows) == 8 and called.made == 8
+    seen = [(row.split(" | ")[1], row.split(" | ")[2]) for row in rows]
+    assert set(seen) == set(itertools.product(["1", "1.5"], ["1", "2"]))
+    top, bottom = closed[0].axes
+    assert top.get_ylim() == bottom.get_ylim() and list(bottom.get_xticks()) == [1, 1.5]
+    assert [axis.get_ylabel() for axis in (top, bottom)] == ["1 steps", "2 steps"]
+    assert (top.get_title(), bottom.get_xlabel()) == ("KID-EffLite0 \u2193", "guidance scale")
+
+
+def test_what_cannot_be_compared(called):
+    with pytest.raises(UserError, match="a0 has no checkpoint of step 1, but of 2; give --step"):
+        called(["a0", "b"], "--step", 1)
+    with pytest.raises(UserError, match="are not all different; give each once"):
+        called(["a0", "a0"])
+    with pytest.raises(UserError, match="other does not exist; give the folder of a run"):
+        called(["a0", "other"])
+    with pytest.raises(UserError, match="2 images, but metric pr needs at least 4"):
+        called(["b"], "--num-fid-samples", 2, "--steps", 1, "--metrics", "pr")

@@ -1,0 +1,99 @@
+"""--init-from and --freeze: a run begins with the weights of another, and leaves a part of them as they are."""
+import argparse
+import shutil
+
+import pytest
+import torch
+
+import train
+from models.sit import SiT_models
+from runtime.errors import UserError
+from tests.conftest import CLASSES, call_main, checkpoint, train_arguments, write_tiny_data
+from tests.test_generate import save_random
+from training.fine_tune import init_from
+
+NONE = ("--enc-type", "none")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint of random weights, those of the EMA and the trained ones, as the published code saves it."""
+    torch.manual_seed(1)
+    net, other = (SiT_models["SiT-N/2"](input_size=16, num_classes=CLASSES, z_dims=(48,)) for _ in range(2))
+    path = tmp_path_factory.mktemp("trained") / "0000005.pt"
+    return save_random(path, net, argparse.Namespace(model="SiT-N/2", num_classes=CLASSES), model=other.state_dict())
+
+
+def started(path, run, source="ema", **kwargs):
+    """(A network that has begun from `path`, how it was before)."""
+    network = SiT_models["SiT-N/2"](**{"input_size": 16, "num_classes": CLASSES, "z_dims": (48,), **kwargs})
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    init_from(network, argparse.Namespace(init_from=path, init_weights=source, path_type="linear"), run)
+    return network.state_dict(), before
+
+
+def test_parts_of_another_shape_are_made_anew(trained, tmp_path, caplog):
+    """Each is said; all other weights are the checkpoint's, EMA or not."""
+    caplog.set_level("INFO", "haste")
+    saved = torch.load(trained, weights_only=False)
+    for source in ("ema", "model"):
+        now, _ = started(trained, tmp_path, source)
+        assert now.keys() == saved[source].keys() and all(torch.equal(now[name], saved[source][name]) for name in now)
+    assert "anew" not in caplog.text and f"begun from the weights (model) of {trained}, after 5 steps" in caplog.text
+    for kwargs, begin, words in (
+            ({"num_classes": 9}, "y_embedder", "table is made anew, y_embedder.embedding_table.weight being (5, 32)"),
+            ({"input_size": 8}, "pos_embed", "the position table is made anew"),
+            ({"z_dims": (64,)}, "projectors.0.", "a projector is made anew, projectors.0.4.bias being (48,)"),
+            ({"z_dims": (48, 64)}, "projectors.1.", "projectors.1.0.bias being missing in"),
+            ({"z_dims": ()}, "nothing", "and missing here")):
+        caplog.clear()
+        now, before = started(trained, tmp_path, **kwargs)
+        assert words in caplog.text and caplog.text.count("anew") == 1
+        for name, value in now.items():
+            assert torch.equal(value, before[name] if name.startswith(begin) else saved["ema"][name]), name
+
+
+def test_a_run_begins_with_these_weights(monkeypatch, trained, tmp_path):
+    """At step 0, weights and average alike; a restart needs the file no more."""
+    data = write_tiny_data(tmp_path / "data", count=8)
+    shutil.copy(trained, tmp_path / "5.pt")
+    arguments = train_arguments(data, tmp_path / "out", *NONE, "--init-from", tmp_path / "5.pt", "--ema-decay", 0.5,
+                                "--learning-rate", 0, "--max-train-steps")
+    call_main(monkeypatch, train, *arguments, 1)
+    saved, begun = checkpoint(tmp_path / "out", 1), torch.load(trained, weights_only=False)["ema"]
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, begun[name]) for name, value in saved[part].items())
+    assert len(saved["opt"]["state"]) and saved["steps"] == 1
+    (tmp_path / "5.pt").unlink()
+    call_main(monkeypatch, train, *arguments, 2)
+    call_main(monkeypatch, train, *arguments, 2)
+
+
+def test_frozen_parts_stay(monkeypatch, trained, tiny_data, teacher_file, tmp_path):
+    """In both phases, in weights and average, bit for bit; all else is trained."""
+    patterns = ("blocks.[0-1]", "x_embedder", "projectors.0.4.*")
+    call_main(monkeypatch, train, *train_arguments(
+        tiny_data, tmp_path, "--enc-weights", teacher_file, "--init-from", trained, "--early-stop-point", 2,
+        "--max-train-steps", 3, "--ema-decay", 0.5, "--freeze", *patterns))
+    saved, begun = checkpoint(tmp_path, 3), torch.load(trained, weights_only=False)["ema"]
+    for part in ("model", "ema"):
+        for name, value in saved[part].items():
+            frozen = name.startswith(("blocks.0.", "blocks.1.", "x_embedder.", "projectors.0.4.", "pos_embed"))
+            if frozen or name != "y_embedder.embedding_table.weight":
+                assert torch.equal(value, begun[name]) == frozen, name
+
+
+def test_what_cannot_be(monkeypatch, trained, tiny_data, tmp_path):
+    def refused(words, *more):
+        with pytest.raises(UserError, match=words):
+            call_main(monkeypatch, train, *train_arguments(tiny_data, tmp_path, *NONE, *more))
+
+    refused("is a checkpoint of another model: x_embedder.proj.weight", "--init-from", trained, "--model", "SiT-N/8")
+    refused("is a checkpoint of another model: blocks.0.attn.q_norm", "--init-from", trained, "--qk-norm")
+    refused("does not exist", "--init-from", tmp_path / "absent.pt")
+    refused("--freeze blocks.7 names no weight of SiT-N/2; its parts are x_embedder", "--freeze", "blocks.7")
+    refused("--freeze leaves nothing to train", "--freeze", "*")
+    with pytest.raises(UserError, match="--freeze names weights of block 2, whose gradients"):
+        call_main(monkeypatch, train, *train_arguments(
+            tiny_data, tmp_path, "--early-stop-trigger", "gradient", "--trigger-start", 1, "--trigger-samples", 8,
+            "--freeze", "blocks.1.mlp"))

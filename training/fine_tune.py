@@ -1,0 +1,85 @@
+"""Start a run from the weights of another (--init-from), and leave a part of them as they are (--freeze)."""
+import fnmatch
+import logging
+import re
+
+from data_io.latent_scale import scale_of
+from models.checkpoint import load_checkpoint, load_weights, modern_names, saved_steps
+from runtime.errors import UserError
+
+# The parts that another data set or teacher may need in another shape: pattern of their weights' names -> in words.
+MADE_ANEW = {r"y_embedder\.embedding_table\.weight": "the label table", r"pos_embed": "the position table",
+             r"projectors\.\d+(?=\.)": "a projector"}
+
+logger = logging.getLogger("haste")
+
+
+def part_of(name):
+    """(names' common beginning, in words) of the part of MADE_ANEW that a weight belongs to, or None."""
+    found = ((re.match(pattern, name), words) for pattern, words in MADE_ANEW.items())
+    return next(((match[0], words) for match, words in found if match), None)
+
+
+def init_from(model, args, run):
+    """Load the weights of args.init_from, a file that load_checkpoint takes, into `model`, unless `run` goes on.
+
+    Parts of MADE_ANEW of another shape stay as they are in `model`, which is said. Raises UserError for all others.
+    """
+    if not args.init_from or saved_steps(run / "checkpoints"):
+        return
+    path, source = args.init_from, args.init_weights
+    state = load_checkpoint(path, needed=(source,))
+    ours, theirs = model.state_dict(), modern_names(state[source])
+    shapes = [{name: tuple(value.shape) for name, value in weights.items()} for weights in (theirs, ours)]
+    differing = sorted(name for name in {*ours, *theirs} if shapes[0].get(name) != shapes[1].get(name))
+    anew = {part[0]: (part[1], name) for name in reversed(differing) if (part := part_of(name))}
+    for begin, (words, name) in sorted(anew.items()):
+        logger.info(f"--init-from: {words} is made anew, {name} being {shapes[0].get(name, 'missing')} in {path} and "
+                    f"{shapes[1].get(name, 'missing')} here")
+        theirs = {name: value for name, value in theirs.items() if not is_below(name, begin)}
+        theirs |= {name: value for name, value in ours.items() if is_below(name, begin)}
+    load_weights(model, theirs, path)
+    saved = state["args"]
+    for name, there, here in (("latents", scale_of(saved), scale_of(vars(args))),
+                              ("--path-type", saved.get("path_type") or args.path_type, args.path_type)):
+        if there != here:
+            logger.warning(f"--init-from: {path} was trained with other {name} ({there}, here {here}).")
+    logger.info(f"begun from the weights ({source}) of {path}"
+                + (f", after {state['steps']} steps" if state.get("steps") else ""))
+
+
+def is_below(name, begin):
+    return name == begin or name.startswith(f"{begin}.")
+
+
+def frozen_parameters(model, patterns):
+    """{name: parameter} that --freeze names: patterns of a parameter, or of a module with all that is in it."""
+    return {name: parameter for name, parameter in model.named_parameters()
+            if any(fnmatch.fnmatchcase(name, wanted) for pattern in patterns for wanted in (pattern, f"{pattern}.*"))}
+
+
+def set_trainable(model, frozen, aligned):
+    """Train the projectors while `aligned`, and what `frozen`, patterns, names never."""
+    model.projectors.requires_grad_(aligned)
+    for parameter in frozen_parameters(model, frozen).values():
+        parameter.requires_grad_(False)
+
+
+def check_frozen(model, args):
+    """Raise UserError for a pattern of args.freeze that names nothing, or where nothing is left to train."""
+    for pattern in args.freeze:
+        if not frozen_parameters(model, [pattern]):
+            parts = ", ".join(name for name, _ in model.named_children())
+            raise UserError(f"--freeze {pattern} names no weight of {args.model}; its parts are {parts}, and a pattern "
+                            'such as "blocks.[0-3]" names some of them.')
+    frozen = frozen_parameters(model, args.freeze)
+    block = f"blocks.{args.trigger_block - 1}." if args.early_stop_trigger == "gradient" else None
+    if block and any(block in name for name in frozen):
+        raise UserError(f"--freeze names weights of block {args.trigger_block}, whose gradients --early-stop-trigger "
+                        "gradient compares; choose another --trigger-block, or train that block.")
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad and name not in frozen}
+    if all(name.startswith("projectors.") for name in trained):
+        raise UserError("--freeze leaves nothing to train; leave some of its patterns out.")
+    if frozen:
+        logger.info(f"--freeze: {sum(trained.values()):,} parameters are trained, "
+                    f"{sum(p.numel() for p in frozen.values()):,} stay as they are")
