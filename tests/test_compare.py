@@ -44,7 +44,8 @@ def test_runs_of_several_seeds_are_one():
     ([{**HASTE, "model": "SiT-B/2"}], "SiT-B/2, aligned with dinov2-vit-b, alignment until step 100,000"),
     ([{**PLAIN, "model": "SiT-B/2"}], "SiT-B/2, no alignment"), ([HASTE, PLAIN], "aligned with dinov2-vit-b vs. no al"),
     ([HASTE, HASTE], "r0, r1"), ([{**HASTE, "seed": i} for i in range(4)], "4 runs that differ in seed"),
-    ([{**HASTE, "model": 5, "seed": "x"}, {**HASTE, "model": [1], "seed": None}], "seed x, model 5 vs. seed null, model \\[1\\]")])
+    ([{**HASTE, "model": 5, "seed": "x"}, {**HASTE, "model": [1], "seed": None}],
+     "seed x, model 5 vs. seed null, model \\[1\\]")])
 def test_titles(settings, title):
     assert re.match(title, headline(settings, [f"r{i}" for i in range(len(settings))]))
 
