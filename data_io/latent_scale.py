@@ -6,7 +6,6 @@ with one for each channel. `dataset_tools.py encode` and `stats` and preprocessi
 Data and checkpoints that say nothing are of Stable Diffusion's scale.
 """
 import functools
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from runtime.errors import UserError, first_line
-from runtime.files import ARRAY_ERRORS, is_file, load_tensors, read_json, write_json
+from runtime.files import ARRAY_ERRORS, check_zip, is_file, load_tensors, read_json, write_json
 
 NOTE = "latents.json"
 PIXELS = "none"  # --vae none: no VAE, the pixels are the latents
@@ -64,15 +63,15 @@ PIXEL_SCALE = LatentScale(2.0)   # of pixels in [-1, 1], whose std is 0.503 in C
 
 
 def is_scale(value):
-    """Whether `value` is what LatentScale.plain gives."""
+    """Whether `value` is what LatentScale.plain gives, in numbers that float32 has."""
     def is_number(x):
-        return type(x) in (int, float) and math.isfinite(x)
+        return type(x) in (int, float) and abs(x) < 1e30
 
     if not isinstance(value, dict) or not {"scale", "shift"} <= value.keys():
         return False
     parts = [[part] if is_number(part) else part for part in (value["scale"], value["shift"])]
     return (all(isinstance(part, list) and part and all(map(is_number, part)) for part in parts)
-            and all(x > 0 for x in parts[0]))
+            and all(x > 1e-30 for x in parts[0]))
 
 
 def from_plain(value):
@@ -83,7 +82,7 @@ def from_plain(value):
 
 def scale_of(args):
     """The LatentScale of a network, by the args of its training, a dict."""
-    if args.get("latents"):
+    if is_scale(args.get("latents")):
         return from_plain(args["latents"])
     return PIXEL_SCALE if args.get("vae") == PIXELS else SD_SCALE
 
@@ -98,21 +97,26 @@ def read_statistics(path, multiplier=1.0):
 
     Raises UserError.
     """
-    if Path(path).suffix == ".json":
+    path = Path(path)
+    if path.suffix == ".json":
         return from_plain(checked(read_json(path), path))
     try:
-        if Path(path).suffix == ".npz":
+        if path.suffix == ".npz" and is_file(path):
+            check_zip(path, verify=False)
             with np.load(path, allow_pickle=False) as file:
-                found = {name: file[name] for name in file.files}
+                found = {name: file[name] for name in ("mean", "std")}
         else:
             found = load_tensors(path)
         mean, std = (np.asarray(found[name], np.float64).reshape(-1).tolist() for name in ("mean", "std"))
-        if len(mean) != len(std) or not np.isfinite([mean, std]).all() or min(std, default=0) <= 0:
-            raise ValueError("a std that is no positive number, or other channels than of the mean")
+        if len(mean) != len(std) or min(std, default=0) <= 0:
+            raise ValueError("a std that is not above 0, or other channels than of the mean")
+        scale = from_statistics(mean, std, multiplier)
+        if not is_scale(scale.plain()):
+            raise ValueError("numbers that are not finite")
     except (*ARRAY_ERRORS, KeyError, IndexError) as error:
         raise UserError(f"{path} holds no mean and std of each channel ({first_line(error)}); give latents_stats.pt, a "
                         ".safetensors or .npz file with `mean` and `std`, or a latents.json.") from error
-    return from_statistics(mean, std, multiplier)
+    return scale
 
 
 def checked(note, path):

@@ -2,6 +2,16 @@
 import torch
 
 
+def patch_of(state):
+    """Pixels a side of the patches of an image that a state dict, or one inside, embeds; None where it embeds none."""
+    for value in state.values():
+        if isinstance(value, dict) and (found := patch_of(value)):
+            return found
+        if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[1] == 3:
+            return value.shape[3]
+    return None
+
+
 def moco_names(state):
     """MoCo v3's file under timm's names: its prefix, and in the file of L two blocks' misnamed layers."""
     state = {name.removeprefix("module.base_encoder."): value for name, value in state["state_dict"].items()

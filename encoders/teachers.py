@@ -1,5 +1,6 @@
 """The frozen teacher: a vision transformer of timm, with taps on the attention of some of its blocks."""
 import contextlib
+import warnings
 from typing import NamedTuple
 
 import timm
@@ -9,7 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_M
 from timm.models.eva import checkpoint_filter_fn as eva_filter
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from encoders.teacher_files import fit_names
+from encoders.teacher_files import fit_names, patch_of
 from loss import resample_qk, resample_tokens
 from models.checkpoint import weights_digest
 from models.layers import Alignment, compile_blocks
@@ -147,11 +148,38 @@ def find_weights(enc_type, weights):
     return None
 
 
+def load_state(vit, state):
+    """Load a state dict as users have it into timm's `vit`. Raises ValueError where names, shapes or patches differ.
+
+    On the device "meta" nothing is loaded.
+    """
+    fit = eva_filter if isinstance(vit, timm.models.eva.Eva) else checkpoint_filter_fn
+    try:
+        state = fit_names(state)
+        if patch_of(state) not in (None, vit.patch_embed.patch_size[0]):
+            raise ValueError("patches of another size")  # timm would resample them
+        vit.load_state_dict({name: value for name, value in fit(dict(state), vit).items()
+                             if not name.startswith("head.")})
+    except Exception as error:  # timm takes the state dict apart before it compares any shape
+        raise ValueError(first_line(error)) from error
+
+
+def has_shapes_of(enc_type, state):
+    """Whether this state dict could be that of a teacher."""
+    row = teacher_row(enc_type)
+    try:
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # that copying to meta does nothing
+            load_state(timm.create_model(row.timm_name, num_classes=0, **dict(row.options)), state)
+    except ValueError:
+        return False
+    return True
+
+
 def load_vit(enc_type, weights=None):
     """timm's frozen ViT called `enc_type`, as teacher_row takes it, with weights from the hub or the file `weights`.
 
-    A file holds the state dict of timm, torch.hub, transformers' DINOv2, or of the authors. Its row is the attribute
-    `row`. Raises UserError for weights of another model.
+    A file holds the state dict of timm, torch.hub, transformers' DINOv2, or of the authors, or is OpenAI's archive of
+    CLIP. Its row is the attribute `row`. Raises UserError for weights of another model.
     """
     row, weights = teacher_row(enc_type), find_weights(enc_type, weights)
     try:
@@ -162,11 +190,12 @@ def load_vit(enc_type, weights=None):
     if weights is not None:
         state = load_tensors(weights)
         try:
-            fit = eva_filter if isinstance(vit, timm.models.eva.Eva) else checkpoint_filter_fn
-            vit.load_state_dict(fit(fit_names(state), vit))
-        except Exception as error:  # timm takes the state dict apart before it compares any shape
-            raise UserError(f"{weights} does not hold the weights of {enc_type} ({row.timm_name}); give its timm or "
-                            "torch.hub file, or the matching --enc-type.") from error
+            load_state(vit, state)
+        except ValueError as error:
+            others = [name for name in TEACHERS if has_shapes_of(name, state)]
+            held = f", but those of {' or '.join(others)}" if others else ""
+            raise UserError(f"{weights} does not hold the weights of {enc_type} ({row.timm_name}){held}; give its timm "
+                            "or torch.hub file, or the matching --enc-type.") from error
     if not row.final_norm:
         vit.norm = torch.nn.Identity()
     vit.row, found = row, (vit.embed_dim, vit.patch_embed.patch_size[0], vit.num_prefix_tokens)

@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from data_io.latent_scale import PIXEL_SCALE, PIXELS, SD_SCALE, LatentScale, from_statistics
+from data_io.latent_scale import PIXEL_SCALE, PIXELS, SD_SCALE, LatentScale, from_statistics, is_scale
 from dataset import pixel_moments
 from runtime.errors import UserError, first_line
 from runtime.files import is_folder
@@ -85,12 +85,13 @@ class VAE:
             self.has_spread = AutoencoderKL.load_config(source).get("_class_name") != "AutoencoderDC"
             vae = (AutoencoderKL.from_pretrained(source, use_safetensors=True) if self.has_spread
                    else AutoencoderDC.from_pretrained(source, use_safetensors=True))
-            self.vae = vae.to(device).eval().requires_grad_(False)
-        config = self.vae.config
+            self.vae, config = vae.to(device).eval().requires_grad_(False), vae.config
+            self.own_scale = scale_in(config)
+            if not is_scale(self.own_scale.plain()):
+                raise ValueError(f"its config says {self.own_scale}")
         widths = config.block_out_channels if self.has_spread else config.encoder_block_out_channels
         self.factor = 2 ** (len(widths) - 1)  # pixels per latent pixel and side
         self.channels, self.source, self.device = config.latent_channels, source, torch.device(device)
-        self.own_scale = scale_in(config)
         self.latent_scale = latent_scale or self.own_scale
         self.latent_scale.check(self.channels, f"The VAE {source}" if latent_scale is None else "What scales latents")
         if not any(isinstance(x, tuple) for x in self.latent_scale) and self.latent_scale != self.own_scale:

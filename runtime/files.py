@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 
 from runtime.errors import Unreadable, UserError, first_line
+from runtime.torchscript import is_script, read_script
 
 # What reading a damaged .npy or .npz may raise: NumPy parses headers as Python, zipfile refuses some methods.
 ARRAY_ERRORS = (OSError, ValueError, EOFError, OverflowError, MemoryError, SyntaxError, TypeError, tokenize.TokenError,
@@ -223,7 +224,8 @@ def weights_key(source):
 def load_tensors(path, mmap=False, verify=False):
     """Tensors and plain values of a `.safetensors` file or of a file of `torch.save`, without running code from it.
 
-    Published checkpoints hold an argparse.Namespace, the only class allowed beside tensors and plain values.
+    Published checkpoints hold an argparse.Namespace, the only class allowed beside tensors and plain values. Of a
+    TorchScript archive only its tensors are read.
     `mmap` leaves tensors on disk until they are used; `verify` reads them all and compares checksums. Raises UserError
     for a missing file, Unreadable for a damaged or refused one.
     """
@@ -240,6 +242,8 @@ def load_tensors(path, mmap=False, verify=False):
         zipped = zipfile.is_zipfile(path)
         if zipped:
             check_zip(path, verify)
+            if is_script(path):
+                return read_script(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     except pickle.UnpicklingError as error:

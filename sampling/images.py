@@ -99,7 +99,7 @@ def choose_vae(vae, args, path):
         trained, remedy = ("pixels", "leave --vae out") if is_pixels else ("the latents of a VAE", "give a VAE")
         raise UserError(f"{path} was trained on {trained} (--vae {args['vae']}), which --vae {vae} cannot decode; "
                         f"{remedy}.")
-    published = "latents" not in args or args["vae"] in VAES.values()  # older checkpoints took any VAE's with "ema"
+    published = "latents" not in args or args.get("vae") in (None, *VAES.values())  # older ones: "ema" for any VAE
     return vae or (PIXELS if is_pixels else "ema" if published else args["vae"])
 
 

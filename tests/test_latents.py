@@ -187,13 +187,16 @@ def test_what_does_not_fit(monkeypatch, tmp_path, tiny_data, caplog):
     refused("three.npz has mean and std of 3 channels, the latents have 4", dataset_tools, "stats", "--data", tiny_data,
             "--latents-stats", three)
     np.savez(tmp_path / "zero.npz", mean=np.zeros(4), std=np.zeros(4))
+    np.savez(tmp_path / "tiny.npz", mean=np.zeros(4), std=np.full(4, 1e-310))
+    torch.save(torch.zeros(4), tmp_path / "other.pt")
     (tmp_path / "cut.pt").write_bytes(b"PK")
-    for name in ("zero.npz", "cut.pt", "absent.npz"):
+    for name in ("zero.npz", "tiny.npz", "other.pt", "cut.pt", "absent.npz"):
         refused(name, train, *train_arguments(tiny_data, tmp_path, *none, "--latents-stats", tmp_path / name))
     refused("--latents-stats is for a VAE's latents", train,
             *train_arguments(tiny_data, tmp_path, *none, "--vae", "none", "--latents-stats", three))
     data = write_tiny_data(tmp_path / "data", count=8)
-    for content in ('{"scale": 0, "shift": 0}', '{"scale": [1, "a"], "shift": 0}', '{"scale": 1}', "[]",
+    for content in ('{"scale": 0, "shift": 0}', f'{{"scale": 1, "shift": {"9" * 400}}}',
+                    '{"scale": [1, "a"], "shift": 0}', '{"scale": 1}', "[]",
                     '{"scale": 1, "shift": 0, "factor": 0.5}'):
         (data / "latents.json").write_text(content)
         refused("latents.json", train, *train_arguments(data, tmp_path, *none))

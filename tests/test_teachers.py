@@ -1,4 +1,8 @@
 """The table of teachers: each at its real width, taps after rotation, and weights in the files that users have."""
+import pickle
+import warnings
+import zipfile
+
 import pytest
 import timm
 import torch
@@ -6,8 +10,9 @@ import torch.nn.functional as F
 import transformers
 
 import train
-from encoders.teachers import ALIASES, PLACES, TEACHERS, Teacher, load_vit, teacher_list, teacher_row
+from encoders.teachers import ALIASES, PLACES, TEACHERS, Teacher, load_state, load_vit, teacher_list, teacher_row
 from runtime.errors import UserError
+from runtime.files import load_tensors
 from tests.conftest import call_main
 
 
@@ -137,3 +142,66 @@ def test_the_input_follows_the_tokens(monkeypatch, grid):
         with torch.device("meta"):
             teacher = Teacher(timm.create_model(row.timm_name.split(".")[0], num_classes=0, **dict(row.options)), grid)
         assert (teacher.input_size, teacher.vit.patch_embed.grid_size) == (grid * row.patch, (grid, grid)), name
+
+
+class Clip(torch.nn.Module):
+    """OpenAI's names: the visual part under visual., in float16, and some of the text's beside it."""
+
+    def __init__(self, width, depth, patch):
+        super().__init__()
+        self.visual = visual = torch.nn.Module()
+        visual.conv1 = torch.nn.Conv2d(3, width, patch, patch, bias=False)
+        visual.class_embedding = torch.nn.Parameter(torch.randn(width))
+        visual.positional_embedding = torch.nn.Parameter(torch.randn((224 // patch) ** 2 + 1, width))
+        visual.ln_pre, visual.ln_post = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        visual.proj = torch.nn.Parameter(torch.randn(width, 512))
+        visual.transformer = torch.nn.Module()
+        visual.transformer.resblocks = torch.nn.Sequential()
+        for _ in range(depth):
+            block = torch.nn.Module()
+            block.attn, block.mlp = torch.nn.MultiheadAttention(width, 2), torch.nn.Sequential()
+            block.ln_1, block.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+            block.mlp.add_module("c_fc", torch.nn.Linear(width, 4 * width))
+            block.mlp.add_module("c_proj", torch.nn.Linear(4 * width, width))
+            visual.transformer.resblocks.append(block)
+        self.text_projection = torch.nn.Parameter(torch.randn(4, 5))
+        self.register_buffer("context_length", torch.tensor(77))
+        self.half()
+
+    def forward(self, x):
+        return x
+
+
+def test_openais_archive(monkeypatch, tmp_path):
+    """Its tensors under their names, and no class or code of it; the file of another CLIP is named."""
+    shallow(monkeypatch, depth=1)
+    torch.manual_seed(0)
+    clip = Clip(768, 1, 16)
+    with warnings.catch_warnings(action="ignore"):  # that TorchScript is old
+        torch.jit.save(torch.jit.trace(clip, torch.zeros(1)), tmp_path / "ViT-B-16.pt")
+    monkeypatch.setattr(torch.jit, "load", None)
+    found, state = load_tensors(tmp_path / "ViT-B-16.pt"), clip.state_dict()
+    assert found.keys() == state.keys() and all(torch.equal(found[name], value) for name, value in state.items())
+    vit, blocks = load_vit("clip-vit-B", tmp_path / "ViT-B-16.pt"), clip.visual.transformer.resblocks
+    assert torch.equal(vit.blocks[0].attn.qkv.weight, blocks[0].attn.in_proj_weight.float())
+    assert torch.equal(vit.patch_embed.proj.weight, clip.visual.conv1.weight.float())
+    assert isinstance(vit.norm, torch.nn.Identity) and vit.blocks[0].attn.num_heads == 12
+    with pytest.raises(UserError, match="does not hold the weights of clip-vit-L .*, but those of clip-vit-B; give"):
+        load_vit("clip-vit-L", tmp_path / "ViT-B-16.pt")
+    with torch.device("meta"), pytest.raises(ValueError, match="another size"):  # which timm would resample
+        load_state(vit, Clip(768, 1, 32).state_dict())
+
+
+def test_an_archive_with_code_in_its_data(tmp_path):
+    """A class that is not the archive's own is refused, not imported."""
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "harm"), "w")
+
+    with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
+        archive.writestr("evil/data.pkl", pickle.dumps({"a": Evil()}, protocol=2))
+        archive.writestr("evil/constants.pkl", b"")
+        archive.writestr("evil/version", b"3\n")
+    with pytest.raises(UserError, match="holds code, which is not run"):
+        load_tensors(tmp_path / "evil.pt")
+    assert not (tmp_path / "harm").exists()

@@ -285,7 +285,7 @@ def test_previews_are_of_the_ema_with_fixed_noise(monkeypatch, tiny_data, tmp_pa
             "--vae", ROOT / "assets/vae-emoji", "--report-to", "tensorboard", "--ema-decay", decay))
         folder = tmp_path / str(decay) / "run/previews"
         first, second = (np.asarray(Image.open(folder / f"{step:07d}.png")) for step in (1, 2))
-        assert first.shape == np.asarray(Image.open(folder / "truth.png")).shape == (256, 256, 3)
+        assert first.shape == np.asarray(Image.open(folder / "truth.png")).shape == (262, 262, 3)
         assert np.array_equal(first, second) == (decay == 1)
         events = EventAccumulator(str(next((tmp_path / str(decay) / "logs/run").rglob("events*")).parent)).Reload()
         assert events.Tags()["images"] == ["truth", "samples"] and [e.step for e in events.Images("samples")] == [1, 2]

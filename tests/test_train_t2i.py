@@ -13,6 +13,7 @@ import train_t2i
 from data_io.loader import CAPTION
 from dataset import CaptionedImages
 from models.mmdit import MMDiT_models
+from runtime.images import GAP
 from tests.conftest import (
     ROOT,
     call_main,
@@ -159,8 +160,8 @@ def test_previews_have_captions(monkeypatch, tmp_path, texts):
     run(monkeypatch, *arguments(data, tmp_path, "--enc-type", "none", "--max-train-steps", 1, "--sampling-steps", 1,
                                 "--vae", ROOT / "assets/vae-emoji"))
     truth, samples = (np.asarray(Image.open(tmp_path / f"run/previews/{name}.png")) for name in ("truth", "0000001"))
-    assert truth.shape == samples.shape and truth.shape[1] == 128 and (truth.shape[0] > 128) == texts
-    height = truth.shape[0] // 2
+    assert truth.shape == samples.shape and truth.shape[1] == 128 + GAP and (truth.shape[0] > 128 + GAP) == texts
+    height = (truth.shape[0] - GAP) // 2
     assert np.array_equal(truth[64:height], samples[64:height])  # the strips of text
     assert ("previews are without captions" in (tmp_path / "run/log.txt").read_text()) != texts
 
