@@ -1,4 +1,5 @@
-# `make quickstart`, `make quickstart-t2i`, `make quickstart-cifar10`, `make test`. Each sets up .venv;
+# `make quickstart`, `make quickstart-t2i`, `make quickstart-cifar10`, `make test`; `make demo` or
+# `make demo CLASSES="ship cat"`. Each sets up .venv;
 # PYTHON=python3.12 picks the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,6 +14,9 @@ quickstart-t2i: $(VENV)/.installed
 
 quickstart-cifar10: $(VENV)/.installed
 	@PATH="$(abspath $(VENV))/bin:$$PATH" bash examples/quickstart.sh cifar10 $(QUICKSTART)
+
+demo: $(VENV)/.installed
+	@"$(abspath $(VENV))/bin/python" examples/demo.py $(CLASSES)
 
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -30,4 +34,4 @@ $(VENV)/.installed: requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(PYTHON) -c 'import sys; print(sys.version)' > $@
 
-.PHONY: quickstart quickstart-t2i quickstart-cifar10 test
+.PHONY: quickstart quickstart-t2i quickstart-cifar10 demo test

@@ -10,6 +10,7 @@ forms; weights and args are the same in each, bit for bit, unless --release asks
 import os
 from pathlib import Path
 
+from data_io.moments import read_names
 from models.checkpoint import load_checkpoint, load_network, save_export
 from runtime.errors import run_script
 from runtime.files import prepare_output
@@ -31,10 +32,14 @@ def main():
     parser.add_argument("out", metavar="OUT", type=Path, help="NAME.safetensors, NAME.pt, or NAME of a folder")
     parser.add_argument("--release", action="store_true", help="to publish: weights in float16, half the size, and a "
                         "config without paths of this machine")
+    parser.add_argument("--class-names", metavar="FILE", help="JSON list of the classes' names, for the config "
+                        "(default: as the checkpoint has them)")
     args = parser.parse_args()
     prepare_output(args.out)
     network, settings = load_network(args.ckpt)  # only what can be loaded again is worth exporting
     state = load_checkpoint(args.ckpt)
+    if args.class_names:
+        state["args"]["class_names"] = read_names(args.class_names, settings["num_classes"], exactly=True)
     save_export(args.out, released(state) if args.release else state)
     print(f"{args.out}: {settings.get('model', 'EMA')}, {sum(p.numel() for p in network.parameters()):,} parameters")
 

@@ -14,9 +14,9 @@ rounding, the batch size. The same command again makes only what is missing. Out
 import numpy as np
 import torch
 
+from data_io.moments import read_names
 from models.sit import SIT_CONFIGS
-from runtime.errors import MOST_CLASSES, UserError, run_script
-from runtime.files import read_json
+from runtime.errors import MOST_CLASSES, run_script
 from runtime.flags import Parser, whole
 from runtime.setup import end_processes
 from sampling.config import add_sampling_flags
@@ -38,20 +38,11 @@ def parse_args():
     return parser.parse_args()
 
 
-def read_class_names(path, count):
-    """The `count` names in the file `path`. Raises UserError."""
-    names = read_json(path, list)
-    if len(names) != count or not all(isinstance(name, str) for name in names):
-        raise UserError(f"--class-names {path} must hold {count} names, one for each class of the checkpoint; give its "
-                        "data's file, or leave it out.")
-    return names
-
-
 def main():
     args = parse_args()
     state = start(args)
     model, vae, identity = open_checkpoint(args, "SiT", state.device)
-    class_names = read_class_names(args.names_file, args.num_classes) if args.names_file else args.class_names
+    class_names = read_names(args.names_file, args.num_classes, True) if args.names_file else args.class_names
     folder = sample_folder(args, args.model, state, identity)
 
     def label(i, rng):

@@ -50,12 +50,15 @@ def check_is_logvar(moments, names):
 
 
 def read_class_names(folder, labels):
-    """The names in `folder`/classes.json, a list in the order of the labels, or None. Raises UserError."""
+    """The names in `folder`/classes.json, in the order of the labels, or None. Raises UserError."""
     path = Path(folder) / "classes.json"
-    if not is_file(path):
-        return None
+    return read_names(path, labels.max() + 1) if is_file(path) else None
+
+
+def read_names(path, classes, exactly=False):
+    """The names of so many classes, or of more unless `exactly`, from a JSON list. Raises UserError."""
     names = read_json(path, list)
-    if not all(isinstance(name, str) for name in names) or len(names) <= labels.max():
-        raise UserError(f"{path} must hold a list of names, one for each class: the labels go up to {labels.max()}; "
-                        "make it again, or remove it.")
+    if not all(isinstance(name, str) for name in names) or len(names) < classes or (exactly and len(names) > classes):
+        raise UserError(f"{path} must hold a list of {classes} names, one for each class; make it again, or leave it "
+                        "out.")
     return names

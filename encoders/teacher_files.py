@@ -1,5 +1,10 @@
 """State dicts of teachers as users have them, under the names that timm's own filters take."""
+import timm
 import torch
+from timm.models.eva import checkpoint_filter_fn as eva_filter
+from timm.models.vision_transformer import checkpoint_filter_fn
+
+from runtime.errors import first_line
 
 
 def patch_of(state):
@@ -51,3 +56,19 @@ def fit_names(state):
     if any("encoder.layer.0.attention.attention.query.weight" in name for name in state):
         return transformers_names(state)
     return state
+
+
+def load_state(vit, state):
+    """Load a state dict as users have it into timm's `vit`. Raises ValueError where names, shapes or patches differ.
+
+    On the device "meta" nothing is loaded.
+    """
+    fit = eva_filter if isinstance(vit, timm.models.eva.Eva) else checkpoint_filter_fn
+    try:
+        state = fit_names(state)
+        if patch_of(state) not in (None, vit.patch_embed.patch_size[0]):
+            raise ValueError("patches of another size")  # timm would resample them
+        vit.load_state_dict({name: value for name, value in fit(dict(state), vit).items()
+                             if not name.startswith("head.")})
+    except Exception as error:  # timm takes the state dict apart before it compares any shape
+        raise ValueError(first_line(error)) from error

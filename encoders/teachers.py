@@ -7,10 +7,9 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from timm.models.eva import checkpoint_filter_fn as eva_filter
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.layers import resample_abs_pos_embed
 
-from encoders.teacher_files import fit_names, patch_of
+from encoders.teacher_files import load_state
 from loss import resample_qk, resample_tokens
 from models.checkpoint import weights_digest
 from models.layers import Alignment, compile_blocks
@@ -35,6 +34,7 @@ class TeacherRow(NamedTuple):
     source: str = "timm's hub, or a torch.hub or timm file"  # of the weights
     licence: str = "Apache 2.0"
     options: tuple = ()  # (name, value) of timm.create_model
+    positions: str = "timm"  # how positions come to another grid; "plain": see set_input_size
 
 
 def dinov2(size, width, registers=False):
@@ -55,12 +55,14 @@ def dinov3(size, width):
 
 def siglip2(size, width):
     half = (0.5, 0.5, 0.5)
-    return TeacherRow(f"vit_{size}_patch16_siglip_256.v2_webli", width, patch=16, mean=half, std=half, prefix_tokens=0)
+    return TeacherRow(f"vit_{size}_patch16_siglip_256.v2_webli", width, patch=16, mean=half, std=half, prefix_tokens=0,
+                      options=(("act_layer", "gelu_tanh"),))  # timm has the exact GELU for b and l; 1e-3 apart
 
 
 def perception(name, width, patch):
     half = (0.5, 0.5, 0.5)
-    return TeacherRow(f"vit_pe_{name}", width, patch=patch, mean=half, std=half, prefix_tokens=int("tiny" not in name))
+    return TeacherRow(f"vit_pe_{name}", width, patch=patch, mean=half, std=half, interpolation="bilinear",
+                      final_norm=False, positions="plain")
 
 
 # --enc-type -> TeacherRow. Names are those of REPA and iREPA; the input is patch x (tokens a side) pixels.
@@ -148,22 +150,6 @@ def find_weights(enc_type, weights):
     return None
 
 
-def load_state(vit, state):
-    """Load a state dict as users have it into timm's `vit`. Raises ValueError where names, shapes or patches differ.
-
-    On the device "meta" nothing is loaded.
-    """
-    fit = eva_filter if isinstance(vit, timm.models.eva.Eva) else checkpoint_filter_fn
-    try:
-        state = fit_names(state)
-        if patch_of(state) not in (None, vit.patch_embed.patch_size[0]):
-            raise ValueError("patches of another size")  # timm would resample them
-        vit.load_state_dict({name: value for name, value in fit(dict(state), vit).items()
-                             if not name.startswith("head.")})
-    except Exception as error:  # timm takes the state dict apart before it compares any shape
-        raise ValueError(first_line(error)) from error
-
-
 def has_shapes_of(enc_type, state):
     """Whether this state dict could be that of a teacher."""
     row = teacher_row(enc_type)
@@ -204,6 +190,23 @@ def load_vit(enc_type, weights=None):
     return vit.eval().requires_grad_(False)
 
 
+def set_input_size(vit, size, positions="timm"):
+    """Bring timm's `vit` to images of `size` pixels a side.
+
+    Its position table is resampled bicubically, antialiased, and its rotations may be scaled to the grid of their
+    training. With `positions` "plain", as in Perception Encoder's own code, the table is resampled bilinearly without
+    antialiasing and rotations count patches.
+    """
+    table = vit.pos_embed
+    if positions == "plain":
+        vit.rope.ref_feat_shape = None
+    vit.set_input_size((size, size))
+    if positions == "plain":
+        vit.pos_embed = torch.nn.Parameter(resample_abs_pos_embed(
+            table, vit.patch_embed.grid_size, num_prefix_tokens=0 if vit.no_embed_class else vit.num_prefix_tokens,
+            interpolation="bilinear", antialias=False), requires_grad=False)
+
+
 class Teacher:
     """A frozen timm ViT: images uint8 (N, 3, R, R) -> Alignment of their patch tokens.
 
@@ -234,7 +237,7 @@ class Teacher:
                             "leave it out.")
         self.input_size = input_size or grid * patch
         self.grid = grid if resample == "teacher" else self.input_size // patch  # of the outputs
-        vit.set_input_size((self.input_size, self.input_size))  # resamples the position table, bicubic, antialiased
+        set_input_size(vit, self.input_size, self.row.positions)
         self.vit, self.features, self.num_blocks, self.precision = vit, features, num_blocks, precision
         self.attn_blocks = sorted(set(attn_blocks))
         tap_attention(vit, self.attn_blocks)

@@ -39,13 +39,15 @@ def main():
     add("--t", type=number(0, 1), default=0.5, help="time at which the student sees them, 0 = no noise (default 0.5)")
     add("--out", type=Path, help="page to write (default report.html in the first run)")
     args = parser.parse_args()
-    from evaluations import runs
+    from evaluations import runs, tables
     from runtime.files import atomic_write, prepare_output
     out = args.out or args.runs[0] / "report.html"
     settings = [runs.read_settings(run) for run in args.runs]
     prepare_output(out, (".html", ".htm"))
     teacher = next((known for known in settings if known.get("enc_type") != "none"), {})
-    data = {"losses": list(runs.TITLES), "titles": {**runs.TITLES, **TITLES},
+    names = [run.resolve().name for run in args.runs]
+    data = {"title": tables.headline(settings, names), "labels": tables.labels(settings),
+            "losses": list(runs.TITLES), "titles": {**runs.TITLES, **TITLES},
             "weights": [flag for flag in runs.WEIGHTS if any(known.get(flag) for known in settings)],
             "samples": [runs.samples(path) for path in args.samples],
             "runs": [runs.read_run(run, args.images, args.t, teacher) for run in args.runs]}

@@ -12,6 +12,7 @@ from PIL import Image
 
 from evaluations.images import FolderImages, decode
 from evaluations.student import look_inside
+from evaluations.tables import sampling_words
 from loss import ALIGNMENT_LOSSES
 from models.checkpoint import check_contents, saved_steps
 from runtime.errors import UserError, first_line
@@ -146,7 +147,8 @@ def samples(path):
         settings = read_json(path / "settings.json")
     return {"name": path.name.removesuffix(".png"), "picture": picture(pixels),
             "scores": read_scores(scores) if is_file(scores) else {},
-            "settings": made_from(settings) | {name: settings[name] for name in SAMPLING if name in settings}}
+            "settings": (made := made_from(settings) | {name: settings[name] for name in SAMPLING if name in settings}),
+            "caption": sampling_words(made)}
 
 
 def made_from(settings):

@@ -13,20 +13,22 @@ SILENT_BEGINNINGS = ("eval_", "wandb_")
 ALIGNMENT = ("enc_", "attn_", "encoder_depth", "early_stop", "trigger_", "align_", "projector", "spatial_norm")
 TEACHER = ("enc_", "attn_", "projector", "spatial_norm")
 # A setting in words, by its value; the others are said as their flags are.
-WORDS = {"model": "{}", "seed": "seed {}", "enc_type": "aligned with {}",
+WORDS = {"model": "{}", "seed": "seed {:d}", "enc_type": "aligned with {}",
          "early_stop_point": "alignment until step {:,}", "max_train_steps": "{:,} steps",
          "batch_size": "batches of {:,}", "learning_rate": "learning rate {:g}",
-         "proj_coeff": "{:g} x feature loss", "attn_coeff": "{:g} x attention loss", "resolution": "{} px",
+         "proj_coeff": "{:g} x feature loss", "attn_coeff": "{:g} x attention loss", "resolution": "{:d} px",
          "early_stop_trigger": "alignment ended by the {}", "mixed_precision": "precision {}", "ema_decay": "EMA {:g}"}
 NONE = {"proj_coeff": "no feature loss", "attn_coeff": "no attention loss", "mixed_precision": "float32",
         "enc_type": "no teacher"}  # 0, "no", "none"
+
+MODES = {"ode": "Euler", "sde": "Euler-Maruyama", "dpm": "DPM-Solver++", "dopri5": "adaptive Dormand-Prince"}
 
 
 def phrase(name, value):
     """A setting in words."""
     if name in NONE and value in (0, "no", "none"):
         return NONE[name]
-    if name in WORDS and value is not None:
+    if name in WORDS and isinstance(value, str if WORDS[name].count("{}") else (int, float)):
         return WORDS[name].format(value)
     plain = name.replace("_", " ")
     if isinstance(value, bool):
@@ -73,6 +75,43 @@ def labels(settings, but=()):
                 words.append(phrase(name, each.get(name)))
         found.append(", ".join(words))
     return found
+
+
+def headline(settings, names):
+    """The title of a page about runs: what tells them apart or, of one, what it is."""
+    if len(settings) == 1:
+        only = settings[0]
+        shown = ["enc_type", "early_stop_point"] if is_aligned(only) else []
+        words = [phrase(name, only[name]) for name in ("model", *shown) if only.get(name) is not None]
+        return ", ".join(words if shown else [*words, "no alignment"])
+    found = list(dict.fromkeys(labels(settings)))
+    if found == [""]:
+        return ", ".join(names)
+    if len(found) > 3 or sum(map(len, found)) > 160:
+        return f"{len(settings)} runs that differ in {', '.join(differing(settings)).replace('_', ' ')}"
+    return " vs. ".join(label or names[0] for label in found)
+
+
+def sampling_words(made):
+    """How samples were made, in words: of their settings.json, and of the run and step that the checkpoint's path says.
+    """
+    def is_number(name):
+        return isinstance(made.get(name), (int, float))
+
+    words = [str(made["run"])] if "run" in made else []
+    words += [f"step {made['step']:,}"] if is_number("step") else []
+    if "mode" in made:
+        kind = "Heun" if made.get("heun") else MODES.get(str(made["mode"]), made["mode"])
+        words.append(f"{made.get('num_steps', '')} {kind} steps".strip())
+    if is_number("cfg_scale"):
+        interval = [made.get("guidance_low", 0), made.get("guidance_high", 1)]
+        part = "" if interval == [0, 1] else f" for t from {interval[0]} to {interval[1]}"
+        words.append(f"guidance {made['cfg_scale']:g}{part}" if made["cfg_scale"] > 1 else "no guidance")
+    words += [f"cache {made['cache']}"] if made.get("cache", "none") != "none" else []
+    words += ["weights without averaging"] if made.get("weights") == "model" else []
+    words += ["as many of each class"] if made.get("labels") == "balanced" else []
+    words += [f"seed {made['global_seed']}"] if "global_seed" in made else []
+    return ", ".join(words)
 
 
 def groups(settings, names):

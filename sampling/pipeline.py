@@ -54,10 +54,10 @@ class Pipeline:
             return y, y_null.expand_as(y)
         names, classes = self.args["class_names"] or [], range(self.network.num_classes)
         found = [names.index(one) if one in names else one for one in batch]
-        if not all(isinstance(one, numbers.Integral) and one in classes for one in found):
+        if wrong := [one for one in found if not (isinstance(one, numbers.Integral) and one in classes)]:
             known = f" or names out of {', '.join(names)}" if names else ""
-            raise UserError(f"{list(batch)} are not all classes of this network; give whole numbers from 0 to "
-                            f"{classes[-1]}{known}.")
+            raise UserError(f"{wrong[0]!r} is no class of this network; give whole numbers from 0 to {classes[-1]}"
+                            f"{known}.")
         y = torch.tensor(found)
         return y, torch.full_like(y, self.network.null_label)
 

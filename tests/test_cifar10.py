@@ -13,10 +13,12 @@ from PIL import Image
 from dataset import LatentImages, PixelImages
 from encoders.vae import VAE
 from evaluations.statistics_file import read_statistics
+from examples import demo
 from examples.cifar10 import prepare
 from preprocessing import pack
 from runtime.errors import UserError
-from tests.conftest import ROOT
+from runtime.images import GAP
+from tests.conftest import ROOT, call_main
 
 BATCH = 12  # photographs in a file, here
 
@@ -228,3 +230,14 @@ def test_reference_statistics(photographs, monkeypatch, tmp_path):
     np.testing.assert_allclose(again.mu, 255 - found.mu, rtol=1e-5)
     monkeypatch.setattr("evaluations.features.load_extractor", lambda *_: pytest.fail("made again"))
     prepare.build_reference(tmp_path, "val")
+
+
+def test_the_demo(monkeypatch, tmp_path):
+    """By the committed network, a row for each class: ships are bluer than frogs."""
+    call_main(monkeypatch, demo, "ship", "frog", "--images", 4, "--out", tmp_path / "demo.png")
+    pixels = np.asarray(Image.open(tmp_path / "demo.png")).astype(float)
+    ship, frog = (pixels[start:start + 64] for start in (0, (len(pixels) + GAP) // 2))
+    assert pixels.shape[1] == 4 * 64 + 3 * GAP and pixels.std() > 30
+    assert (ship[..., 2] - ship[..., 0]).mean() > 10 + (frog[..., 2] - frog[..., 0]).mean()
+    with pytest.raises(UserError, match="'zebra' is no class of this network; .* airplane, automobile, bird"):
+        call_main(monkeypatch, demo, "zebra", "--out", tmp_path / "demo.png")

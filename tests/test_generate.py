@@ -271,6 +271,6 @@ def test_class_names_stand_in_the_grid(monkeypatch, ckpt, tmp_path, labels):
         pipe(["gnu"])
     for bad in ('["ant"]', "[1, 2, 3, 4]", "{}"):
         (tmp_path / "classes.json").write_text(bad)
-        with pytest.raises(UserError, match="classes.json (must hold 4 names|holds a dict)"):
+        with pytest.raises(UserError, match="classes.json (must hold a list of 4 names|holds a dict)"):
             call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, *more, "--class-names",
                                                         tmp_path / "classes.json"))

@@ -63,7 +63,7 @@ def data_of(page):
 
 def test_page_holds_the_runs(folders, page):
     data = data_of(page)
-    assert set(data) == {"losses", "weights", "titles", "runs", "samples"}
+    assert set(data) == {"title", "labels", "losses", "weights", "titles", "runs", "samples"}
     assert data["weights"] == ["proj_coeff", "attn_coeff"]  # those that a run has
     haste, plain = data["runs"]
     assert (haste["name"], plain["name"]) == ("haste", "plain") and plain["settings"]["logging_dir"] == "</script><b>"
@@ -78,6 +78,9 @@ def test_page_holds_the_runs(folders, page):
     sample, = data["samples"]
     assert sample["settings"] == {"run": "haste", "step": 400, "mode": "ode", "num_steps": 50, "cfg_scale": 3.0}
     assert sample["scores"]["samples"]["held-out"]["FD-EffLite0"] == 3.25
+    assert sample["caption"] == "haste, step 400, 50 Euler steps, guidance 3"
+    assert data["title"] == "aligned with dinov2-vit-n vs. no alignment"
+    assert data["labels"] == ["aligned with dinov2-vit-n", "no alignment"]
     for run in data["runs"]:  # the one without a teacher is compared with that of the other
         assert len(run["inside"]["images"]) == 2 and run["inside"]["step"] == 6
         assert [(pair["student"], pair["teacher"]) for pair in run["inside"]["pairs"]] == [(0, 7), (1, 9)]

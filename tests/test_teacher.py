@@ -249,7 +249,7 @@ def test_a_stopped_cache_goes_on(monkeypatch, caplog, tiny_data, tmp_path):
     calls, stop_at = [], []
 
     def make(folder):
-        teacher = Teacher(small_vit(), 4, (1,), input_size=112)
+        teacher = Teacher(small_vit(), 4, (1,), input_size=112, resample="teacher")
 
         def count(*_):
             calls.append(1)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import transformers
 
 import train
-from encoders.teachers import ALIASES, PLACES, TEACHERS, Teacher, load_state, load_vit, teacher_list, teacher_row
+from encoders.teacher_files import load_state
+from encoders.teachers import ALIASES, PLACES, TEACHERS, Teacher, load_vit, teacher_list, teacher_row
 from runtime.errors import UserError
 from runtime.files import load_tensors
 from tests.conftest import call_main
@@ -205,3 +206,27 @@ def test_an_archive_with_code_in_its_data(tmp_path):
     with pytest.raises(UserError, match="holds code, which is not run"):
         load_tensors(tmp_path / "evil.pt")
     assert not (tmp_path / "harm").exists()
+
+
+def test_perception_encoders_own_positions(monkeypatch, tmp_path):
+    """The table bilinearly without antialiasing, rotations by patches on any grid: not as timm has it."""
+    shallow(monkeypatch, depth=1)
+    state = timm.create_model("vit_pe_core_base_patch16_224", num_classes=0).state_dict()
+    torch.save(state, tmp_path / "pe.pth")
+    small, large = (Teacher(load_vit("pe-vit-b", tmp_path / "pe.pth"), grid).vit for grid in (7, 16))
+    table = state["pos_embed"][:, 1:].mT.unflatten(2, (14, 14))
+    for vit, grid in ((small, 7), (large, 16)):
+        expected = F.interpolate(table, size=(grid, grid), mode="bilinear").flatten(2).mT
+        torch.testing.assert_close(vit.pos_embed[:, 1:], expected, rtol=1e-5, atol=1e-6)
+    corner = large.rope.get_embed((16, 16)).unflatten(0, (16, 16))[:7, :7]
+    assert torch.equal(small.rope.get_embed((7, 7)).unflatten(0, (7, 7)), corner)
+
+
+@pytest.mark.parametrize("name", [name for name in TEACHERS if name.startswith("siglip2")])
+def test_siglip_has_the_approximate_gelu(name):
+    """As in its training; timm has the exact one for two of the sizes."""
+    row = TEACHERS[name]
+    with torch.device("meta"):
+        vit = timm.create_model(row.timm_name.split(".")[0], num_classes=0, depth=1, **dict(row.options))
+    x = torch.linspace(-3, 3, 20)
+    assert torch.equal(vit.blocks[0].mlp.act(x), F.gelu(x, approximate="tanh"))

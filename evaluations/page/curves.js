@@ -1,7 +1,7 @@
 // Curves of all runs that zoom together. Uses the helpers of page.js, which report.py puts after this file.
 
 const FEW = 30; // a curve with fewer points, such as scores, has dots and is not smoothed
-const MARGIN = {left: 52, right: 12, top: 10, bottom: 34}, HEIGHT = 230;
+const MARGIN = {left: 52, right: 12, top: 10, bottom: 34}, HEIGHT = 230, LABEL = 13;
 const last = ["loss", "grad_norm", "learning_rate", "skipped", "step_time"]; // data.losses come first
 
 const view = {axis: "step", zoom: null, smooth: 0, log: false, hidden: new Set()};
@@ -91,9 +91,11 @@ function draw(panel) {
   let [low, high] = rangeY.map(scale);
   [low, high] = [low - 0.05 * (high - low), high + 0.05 * (high - low)];
   if (!logarithmic && rangeY[0] >= 0) low = Math.max(low, 0);
-  const w = width - MARGIN.left - MARGIN.right, tall = HEIGHT - MARGIN.top - MARGIN.bottom;
+  const stops = shown().filter(([run]) => run.stop !== null && inside([stopAt(run)]));
+  const top = MARGIN.top + (column === "denoise" ? LABEL * stops.length : 0); // labels of stops stand above the curves
+  const w = width - MARGIN.left - MARGIN.right, tall = HEIGHT - top - MARGIN.bottom;
   const toX = x => MARGIN.left + w * (x - rangeX[0]) / (rangeX[1] - rangeX[0]);
-  const toY = y => MARGIN.top + tall * (1 - (scale(y) - low) / (high - low));
+  const toY = y => top + tall * (1 - (scale(y) - low) / (high - low));
   Object.assign(panel, {toX, series, rangeX, toValue: pixel => rangeX[0] + (pixel - MARGIN.left) / w * (rangeX[1] - rangeX[0])});
 
   const parts = [], bottom = HEIGHT - MARGIN.bottom, right = width - MARGIN.right;
@@ -108,17 +110,15 @@ function draw(panel) {
 
   const clip = `clip-${column.replace(/\W/g, "-")}`;
   const curves = s("g", {"clip-path": `url(#${clip})`});
-  for (const [run, i] of shown()) {
-    const x = run.stop === null ? -Infinity : stopAt(run);
-    if (!inside([x])) continue;
-    curves.append(s("line", {class: "stop", style: colour(i), x1: toX(x), x2: toX(x), y1: MARGIN.top, y2: bottom},
+  stops.forEach(([run, i], row) => {
+    const x = stopAt(run), label = column === "denoise"; // the other panels have the same lines, without text
+    curves.append(s("line", {class: "stop", style: colour(i), x1: toX(x), x2: toX(x), y1: label ? MARGIN.top + LABEL * row : top, y2: bottom},
       s("title", {}, `${run.name}: alignment stops after step ${run.stop}`)));
-    if (column === "denoise") { // the other panels have the same lines, without text
-      const near = toX(x) > width / 2;
-      curves.append(s("text", {x: toX(x) + (near ? -5 : 5), y: MARGIN.top + 10 + 13 * i, "text-anchor": near ? "end" : "start"},
-        data.runs.length > 1 ? `${run.name}: alignment stops` : "alignment stops"));
-    }
-  }
+    if (!label) return;
+    const near = toX(x) > width / 2;
+    curves.append(s("text", {x: toX(x) + (near ? -5 : 5), y: MARGIN.top + 9 + LABEL * row, "text-anchor": near ? "end" : "start"},
+      data.runs.length > 1 ? `${run.name}: alignment stops` : "alignment stops"));
+  });
   const path = found => thinned(found, toX).map(([x, y], i) => `${i ? "L" : "M"}${toX(x).toFixed(1)} ${toY(y).toFixed(1)}`).join("");
   for (const {i, raw, line} of series) {
     const style = colour(i), dash = i < COLOURS ? null : "6 3", drawable = ([, y]) => !logarithmic || y > 0;
@@ -128,7 +128,7 @@ function draw(panel) {
   }
   svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
   svg.setAttribute("height", HEIGHT);
-  svg.replaceChildren(s("clipPath", {id: clip}, s("rect", {x: MARGIN.left, y: MARGIN.top - 4, width: w + 4, height: tall + 7})), ...parts, curves);
+  svg.replaceChildren(s("clipPath", {id: clip}, s("rect", {x: MARGIN.left, y: MARGIN.top - 4, width: w + 4, height: HEIGHT - MARGIN.top - MARGIN.bottom + 7})), ...parts, curves);
 }
 
 function redraw() {

@@ -54,7 +54,7 @@ function summary(run, i) {
     duration(run.hours[run.hours.length - 1]), run.stop === null
       ? (data.losses.slice(1).some(name => run.columns[name]) ? "alignment on" : "no alignment") : `alignment stopped after step ${run.stop.toLocaleString("en")}`];
   if (best.length) facts.push(`denoising loss ${number(best[best.length - 1][1])}`);
-  return h("p", {class: "wide"}, swatch(i), h("strong", {}, run.name), ` · ${facts.join(" · ")}`);
+  return h("p", {}, swatch(i), h("strong", {}, run.name), ` · ${[data.labels[i], ...facts].filter(Boolean).join(" · ")}`);
 }
 
 // ---- speed, settings, environment ----
@@ -113,7 +113,7 @@ function previews() {
 }
 
 function samples() {
-  const list = data.samples.map(one => [one.name, one.picture]);
+  const list = data.samples.map(one => [one.caption || one.name, one.picture]);
   const scores = one => {
     const rows = Object.entries(one.scores);
     if (!rows.length) return null;
@@ -123,7 +123,7 @@ function samples() {
   };
   return [h("h2", {id: "samples"}, "Samples"), h("div", {class: "samples"}, data.samples.map((one, i) => h("figure", {class: "card"},
     h("img", {src: one.picture, alt: one.name, click: () => show(list, i)}),
-    h("figcaption", {}, [one.name, ...Object.entries(one.settings).map(([name, value]) => `${name} ${text(value)}`)].join(" · ")),
+    h("figcaption", {}, one.caption || one.name),
     scores(one))))];
 }
 
@@ -186,6 +186,8 @@ function lookInside(run) {
     return h("div", {class: "view"}, cells);
   }
 
+  const scale = h("p", {class: "soft scale"}, "attention: none ",
+    h("span", {style: `background: linear-gradient(to right, ${HEAT.map(rgb => `rgb(${rgb})`).join(", ")})`}), " the largest of the map");
   const views = h("div", {class: "views"}, found.images.map(makeRow));
   const buttons = found.pairs.map((pair, i) => h("button", {type: "button", "aria-pressed": i === chosen.pair, click: () => {
     chosen.pair = i;
@@ -195,7 +197,7 @@ function lookInside(run) {
   refresh();
   return [h("p", {class: "soft"}, `EMA weights of step ${found.step.toLocaleString("en")}, noise at t = ${found.t}.`
       + (found.cosine === undefined ? " There are no projected features in this run." : ` Cosine of projected and teacher's features ${number(found.cosine)}.`)),
-    h("div", {class: "group"}, buttons), facts, views];
+    h("div", {class: "group"}, buttons), facts, scale, views];
 }
 
 function insides() {
@@ -209,7 +211,7 @@ function insides() {
 
 // ---- the page ----
 
-document.title = data.runs.map(run => run.name).join(", ");
+document.title = data.title;
 document.getElementById("page").replaceChildren(...[
   h("h1", {}, document.title), data.runs.map(summary), curves(), data.samples.length ? samples() : [], previews(), insides(), speed(),
   settings(), environment(), box].flat(Infinity).filter(node => node));
