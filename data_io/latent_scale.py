@@ -135,15 +135,21 @@ def read_note(data_dir):
     return checked(read_json(path), path) if is_file(path) else None
 
 
-def write_note(data_dir, vae, key):
-    """Note that the latents in `data_dir` are of `vae`, a VAE with the weights_key `key`; a note of it stays as it is.
+def check_note(data_dir, vae, key):
+    """The note in `data_dir` of its latents by `vae`, a VAE with the weights_key `key`, or None where there is no note.
 
     Raises UserError where there is a note of another VAE.
     """
-    if old := read_note(data_dir):
-        if old.get("vae_key") not in (None, key):
-            raise UserError(f"{Path(data_dir) / NOTE} says that the latents there are of {old.get('vae')}, not of "
-                            f"{vae.source}; name another folder, or delete it together with those latents.")
+    old = read_note(data_dir)
+    if old and old.get("vae_key") not in (None, key):
+        raise UserError(f"{Path(data_dir) / NOTE} says that the latents there are of {old.get('vae')}, not of "
+                        f"{vae.source}; name another folder, or delete it together with those latents.")
+    return old
+
+
+def write_note(data_dir, vae, key):
+    """Note that the latents in `data_dir` are of `vae`; see check_note. A note of it stays as it is."""
+    if check_note(data_dir, vae, key):
         return
     write_json(Path(data_dir) / NOTE, {"vae": str(vae.source), "vae_key": key, "factor": vae.factor,
                                        "channels": vae.channels, **vae.own_scale.plain()})

@@ -29,7 +29,7 @@ from accelerate.utils import gather_object
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
 from data_io.captions import clean
-from data_io.latent_scale import write_note
+from data_io.latent_scale import check_note, write_note
 from dataset import digest
 from encoders.text import TextEncoder
 from encoders.vae import VAE
@@ -194,6 +194,7 @@ def build(args, splits):
     vae = VAE(args.vae, device)
     if args.resolution < 1 or args.resolution % vae.factor:
         raise UserError(f"--resolution {args.resolution} is no multiple of {vae.factor}, the VAE's factor; choose one.")
+    check_note(args.dest, vae, weights_key(args.vae))
     encoder = TextEncoder(args.text_encoder, device, args.text_length)
     failures = []
     for split, (names, captions, picture) in splits.items():

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_io.latent_scale import write_note
+from data_io.latent_scale import check_note, write_note
 from data_io.loader import work_ahead
 from data_io.moments import check_moments
 from dataset import digest
@@ -152,9 +152,11 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
         settings = {"command": "encode", "vae": weights_key(model_url), "batch_size": asked, "hflip": hflip,
                     "pictures": pictures_key(source, source_path, destination.note())}
         if vae:
-            write_note(Path(os.path.abspath(dest)).parent, vae, settings["vae"])
+            check_note(Path(os.path.abspath(dest)).parent, vae, settings["vae"])
         made = destination.begin(settings, {"source": str(source_path), "model_url": str(model_url)})
         destinations.check_older(have, dict(zip(names, zip(source.names, source.pieces, strict=True), strict=True)))
+        if vae:  # only now, as other latents that were there have been refused
+            write_note(Path(os.path.abspath(dest)).parent, vae, settings["vae"])
         destinations.write_classes(dest, source.classes)
         if destination.complete and len(have) + len(made["skipped"]) < len(names):
             raise UserError(f"{source_path} has {len(names)} pictures, {dest} latents of {len(have)}, and nothing is "

@@ -204,6 +204,14 @@ def test_what_does_not_fit(monkeypatch, tmp_path, tiny_data, caplog):
     vae = write_vae(tmp_path / "vae", 3, 4, scaling_factor=0.5)
     refused("says that the latents there are of other/vae, not of", dataset_tools, "encode", "--source",
             data / "images", "--dest", data / "new", "--model-url", vae)
+    assert not (data / "new").exists()
+    (data / "latents.json").unlink()
+    encode = ("encode", "--source", data / "images", "--dest", data / "new", "--model-url")
+    call_main(monkeypatch, dataset_tools, *encode, vae)
+    for path in (data / "latents.json", data / "new/00000/img-mean-std-00000000.npy"):
+        path.unlink()
+    refused("begun with other settings", dataset_tools, *encode, write_vae(tmp_path / "other", 3, 5))
+    assert not (data / "latents.json").exists()  # the latents are of the first
     call_main(monkeypatch, train, *train_arguments(tiny_data, tmp_path / "old", *none, "--vae", vae,
                                                    "--sampling-steps", 1))
     assert checkpoint(tmp_path / "old", 1)["args"]["latents"] == {"scale": 0.18215, "shift": 0.0}
