@@ -72,7 +72,7 @@ def add_training_flags(parser):
     add("--init-from", metavar="CKPT", help="begin with the weights of this checkpoint, of ours or published, or an "
         "export: at step 0, with an optimizer of its own (default: at random)")
     add("--init-weights", choices=["ema", "model"], default="ema", help="which of its weights (default ema)")
-    add("--freeze", nargs="+", default=[], metavar="PATTERN", help='weights that stay as they are: names of parts or '
+    add("--freeze", nargs="+", metavar="PATTERN", help='weights that stay as they are: names of parts or '
         'patterns, such as "blocks.[0-3]" x_embedder (default none)')
 
     add = parser.add_argument_group("alignment").add_argument

@@ -55,7 +55,8 @@ def is_below(name, begin):
 def frozen_parameters(model, patterns):
     """{name: parameter} that --freeze names: patterns of a parameter, or of a module with all that is in it."""
     return {name: parameter for name, parameter in model.named_parameters()
-            if any(fnmatch.fnmatchcase(name, wanted) for pattern in patterns for wanted in (pattern, f"{pattern}.*"))}
+            if any(fnmatch.fnmatchcase(name, wanted) for pattern in patterns or ()
+                   for wanted in (pattern, f"{pattern}.*"))}
 
 
 def set_trainable(model, frozen, aligned):
@@ -67,7 +68,7 @@ def set_trainable(model, frozen, aligned):
 
 def check_frozen(model, args):
     """Raise UserError for a pattern of args.freeze that names nothing, or where nothing is left to train."""
-    for pattern in args.freeze:
+    for pattern in args.freeze or ():
         if not frozen_parameters(model, [pattern]):
             parts = ", ".join(name for name, _ in model.named_children())
             raise UserError(f"--freeze {pattern} names no weight of {args.model}; its parts are {parts}, and a pattern "
