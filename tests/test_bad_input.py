@@ -248,7 +248,7 @@ CASES = {
     train_vae: [
         (remove("data/images"), [], "has no dataset.json; build the data first"),
         (file_for_folder("vae"), ["--steps", 2], "vae is there already and is not written over"),
-        (None, ["--out", "{w}/data/images"], "data/images itself, which is read here"),
+        (None, ["--out", "{w}/data/images"], "data/images lie in each other, so that output would become"),
         (None, ["--out", "{w}/data/images/vae"], "lie in each other, so that output would become"),
         (None, ["--steps", 3, "--learning-rate", "1e30"], "The loss is nan at step 2; nothing"),
     ],
