@@ -191,6 +191,8 @@ def check_inside(name, where):
 
 def read_json(path, kind=dict, data=None):
     """The value in a JSON file, or in its bytes `data`. Raises UserError unless it is there, JSON and a `kind`."""
+    if data is None and mode_of(path) and not is_file(path):  # a device has no end
+        raise UserError(f"{path} is no regular file; give one in JSON.")
     try:
         value = json.loads((Path(path).read_bytes() if data is None else data).decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,12 +1,14 @@
 """Command-line flags: numbers with a range, flags from a file, and one sentence for a flag that cannot be used."""
 import argparse
 import difflib
+import os
 import re
 import sys
 import textwrap
 
 from runtime.errors import UserError, first_line
 
+LARGEST = 1 << 20  # bytes of a file of flags
 # Only files that a run has written have these keys (args.json, settings.json): what else is no flag there is left out.
 OF_A_RUN = ("environment", "network_sha256")
 
@@ -148,6 +150,8 @@ def plain_spelling(word):
 def read_flags(path):
     """The mapping in a file of YAML, which JSON is too. Raises UserError."""
     import yaml  # few starts need it
+    if os.path.exists(path) and (not os.path.isfile(path) or os.path.getsize(path) > LARGEST):  # a pipe, a device
+        raise UserError(f"--config {path} is no file of flags; give one in YAML or JSON, such as a run's args.json.")
     try:
         with open(path, encoding="utf-8-sig") as file:
             found = yaml.safe_load(file)

@@ -91,6 +91,9 @@ def test_what_cannot_be_used(monkeypatch, put, found, words):
 
 
 def test_no_such_file_and_no_name(monkeypatch, tmp_path):
+    for path in (tmp_path, "/dev/zero"):  # the second has no end
+        with pytest.raises(UserError, match=f"--config {path} is no file of flags; give one in YAML or JSON"):
+            parsed(monkeypatch, train, *NAMED, "--config", path)
     with pytest.raises(UserError, match="--config .*none.yaml cannot be read .No such file"):
         parsed(monkeypatch, train, "--config", tmp_path / "none.yaml")
     with pytest.raises(UserError, match="--config: expected one argument"):
