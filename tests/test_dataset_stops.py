@@ -107,7 +107,8 @@ def test_kill_9_and_the_same_command(source, made, tmp_path, kind):
     if dest.suffix == ".zip":
         assert dest.read_bytes() == (made / kind).read_bytes()
     assert tools.files(dest) == tools.files(made / kind)
-    assert {path.name for path in tmp_path.iterdir()} == {kind, "classes.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        kind, "classes.json", *["latents.json"] * kind.startswith("vae")}
 
 
 def ctrl_c_as_in_a_terminal():

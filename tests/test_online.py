@@ -55,8 +55,8 @@ def test_the_run_is_that_of_cached_latents(monkeypatch, vae, pictures, teacher_f
                                              4))
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
     a, b = (checkpoint(tmp_path / run, 4) for run in "ab")
-    for name, value in a["model"].items():
-        torch.testing.assert_close(b["model"][name], value, rtol=1e-3, atol=2e-5)
+    ours, theirs = (torch.cat([value.flatten() for value in state["model"].values()]) for state in (a, b))
+    assert (ours - theirs).norm() < 1e-4 * ours.norm()  # AdamW moves a weight whose gradient is rounding as far as any
     assert a["args"]["latents"] == b["args"]["latents"] and len(b["args"]["latents"]["scale"]) == 4
     assert (tmp_path / "b/run/previews/0000004.png").is_file()
     assert look_inside(tmp_path / "b/run/checkpoints/0000004.pt", 2, 0.5)["cosine"] is not None

@@ -238,7 +238,7 @@ def test_workers_follow_the_cores(monkeypatch, tiny_data, tmp_path, cores, proce
 
 def test_ddp_keeps_gradients_once_and_compiled_blocks_whole(monkeypatch, tiny_data, tmp_path):
     made = []
-    monkeypatch.setattr("dataset.LatentImages", lambda *_, **__: 1 / 0)  # as far as that
+    monkeypatch.setattr("encoders.online.LatentImages", lambda *_, **__: 1 / 0)  # as far as that
     make = setup.Accelerator
     monkeypatch.setattr(setup, "Accelerator", lambda **settings: made.append(make(**settings)) or made[0])
     with torch._dynamo.config.patch(optimize_ddp=True):
