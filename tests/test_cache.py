@@ -139,6 +139,7 @@ def test_by_the_command_line(monkeypatch, ckpt, tmp_path, capsys):
         call_main(monkeypatch, generate, *arguments(ckpt, tmp_path, "--mode", "dopri5", "--cache", "taylor"))
 
 
+@pytest.mark.slow
 def test_processes_and_compiled_blocks(monkeypatch, ckpt, tmp_path):
     """Two processes make the same pictures as one, and so do compiled blocks, up to rounding."""
     given = ["--num-steps", 6, "--cache", "taylor", "--mode", "sde"]
@@ -162,6 +163,7 @@ def test_operations_of_a_call():
     assert flops_of_call(network, torch.zeros(1, dtype=torch.long)) == blocks + ends
 
 
+@pytest.mark.slow
 def test_the_comparison_of_samplers(monkeypatch, ckpt, tmp_path, tiny_data):
     """A row a setting, with distance and scores; the same command makes none again."""
     monkeypatch.setattr(pareto, "EXACT", {"num_steps": 6})

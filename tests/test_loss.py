@@ -85,6 +85,7 @@ def test_tiles_give_autograds_value_and_gradients(monkeypatch, tile, shape):
         torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_tiles_give_the_same(monkeypatch):
     """Whole maps in a tile, the last with fewer of them, and rows of one map; one graph for each shape of a tile."""
     graphs, loss_fn = [], SILoss()
