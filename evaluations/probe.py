@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
 from evaluations.evaluator import run
 from runtime.errors import LARGEST_SEED, UserError, run_script
-from runtime.flags import Parser, number, whole
+from runtime.flags import Parser, number, pixels, whole
 
 
 def evaluate(args):
@@ -101,7 +101,7 @@ def main():
     add("--enc-type", help="teacher (default: the checkpoint's)")
     add("--enc-weights", help="its weights (default: the checkpoint's, else from the hub)")
     add("--enc-blocks", type=whole(1), help="use its first N blocks only (default: the checkpoint's)")
-    add("--resolution", type=whole(1), help="pixels a side (default: the checkpoint's, else 256)")
+    add("--resolution", type=pixels, help="pixels a side (default: the checkpoint's, else 256)")
     add("--blocks", type=listed(whole(1)), help="1-based blocks of the network, such as 2,8,14 (default all)")
     add("--t", type=listed(number(0, 1)), default=[0.25, 0.5, 0.75], help="times, 0 = no noise (default 0.25,0.5,0.75)")
     add("--images", type=whole(1), default=10_000, help="images of each split at most (default 10000)")

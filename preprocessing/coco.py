@@ -50,7 +50,7 @@ from runtime.files import (
     weights_key,
     write_json,
 )
-from runtime.flags import Parser, whole
+from runtime.flags import Parser, pixels, whole
 from runtime.images import write_png
 from runtime.progress import progress
 from runtime.setup import PROCESS_GROUP_TIMEOUT, end_processes
@@ -227,7 +227,7 @@ def parse_args():
     add("--captions-json", type=Path, help="with --images: their captions, in COCO's form")
     add("--split", choices=SPLITS, help="with --images: which split to write")
     add("--dest", type=Path, required=True, help="folder to write")
-    add("--resolution", type=whole(1), default=256, help="side of the square in pixels (default 256)")
+    add("--resolution", type=pixels, default=256, help="side of the square in pixels (default 256)")
     add("--vae", default="stabilityai/sd-vae-ft-mse", help="VAE: hub name or diffusers folder (default sd-vae-ft-mse)")
     add("--text-encoder", default="openai/clip-vit-large-patch14",
         help="CLIP or a BERT-like encoder: hub name or folder (default CLIP ViT-L/14)")

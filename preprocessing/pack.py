@@ -28,7 +28,7 @@ from dataset import LatentImages, PixelImages, digest
 from preprocessing.destinations import MADE, check_settings, check_space, write_classes
 from runtime.errors import UserError
 from runtime.files import atomic_write, check_output, read_json, remove_temporaries, write_json, writing
-from runtime.flags import whole
+from runtime.flags import pixels, whole
 from runtime.progress import progress
 
 ROWS = 10_000      # of a file, at least: 2 GB of pixels at 256 px
@@ -104,7 +104,7 @@ def pack_kind(folder, read, entries, source, rows=None, threads=1, stamps=None):
 def add_arguments(add):
     add("--source", type=Path, required=True, help="folder with images and vae-sd, as folders or zips")
     add("--dest", type=Path, required=True, help="folder to write")
-    add("--resolution", type=whole(1), default=256, help="image side in pixels (default 256)")
+    add("--resolution", type=pixels, default=256, help="image side in pixels (default 256)")
     add("--latents-only", action="store_true", help="leave the images out")
     add("--images-only", action="store_true", help="leave the latents out, for train.py --vae none")
     add("--rows", type=whole(1),

@@ -189,3 +189,6 @@ def number(low, high=float("inf"), kind=float):
 def whole(low, high=float("inf")):
     """The same for whole numbers."""
     return number(low, high, int)
+
+
+pixels = whole(1, 2 ** 14)  # of a side

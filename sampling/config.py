@@ -1,7 +1,7 @@
 """The flags of generate.py and generate_t2i.py in groups, each with its range beside it."""
 import argparse
 
-from runtime.flags import number, whole
+from runtime.flags import number, pixels, whole
 from samplers import SAMPLERS, TIME_GRIDS
 from sampling.cache import CACHES
 
@@ -18,7 +18,7 @@ def add_sampling_flags(parser):
         "the checkpoint's; ema for Stable Diffusion's)")
     add("--latents-stats", metavar="FILE", help="mean and std of the latents' channels, see train.py (default: the "
         "checkpoint's scale and shift)")
-    add("--resolution", type=whole(1), help="image side in pixels (default: the checkpoint's)")
+    add("--resolution", type=pixels, help="image side in pixels (default: the checkpoint's)")
     add("--path-type", choices=["linear", "cosine"], help="interpolant (default: the checkpoint's, else linear)")
     add("--qk-norm", action=on_off, default=None, help="LayerNorm on q and k (default: the checkpoint's)")
     add("--encoder-depth", type=whole(1), help="1-based block whose output is projected; sampling does not use it "
@@ -50,8 +50,8 @@ def add_sampler_flags(parser, **swept):
     add = parser.add_argument_group("sampling").add_argument
     add("--mode", choices=SAMPLERS, default="ode", help="sampler; ode: Euler, sde: Euler-Maruyama, dpm: "
         "DPM-Solver++(2M), dopri5: adaptive (default %(default)s)")
-    add("--num-steps", "--steps", type=whole(1), **{"default": 50, **swept}, help="sampler steps; of dopri5 the first "
-        "is 1 / num-steps (default %(default)s)")
+    add("--num-steps", "--steps", type=whole(1, 10 ** 5), **{"default": 50, **swept}, help="sampler steps; of dopri5 "
+        "the first is 1 / num-steps (default %(default)s)")
     add("--heun", action=on_off, default=False, help="second order, for ode (default off)")
     add("--time-grid", choices=TIME_GRIDS, default="uniform", help="where the steps lie; quadratic: t = u^2, shift: "
         "t = S u / (1 + (S - 1) u), for u evenly spaced (default uniform)")

@@ -330,6 +330,16 @@ def test_the_log_says_why_a_run_ends(monkeypatch, tiny_data, tmp_path):
         assert log(tmp_path).endswith(f"{said}\n")
 
 
+def test_a_finished_run_in_phase_one_has_nothing_to_do(monkeypatch, tiny_data, teacher_file, tmp_path):
+    """As one of REPA's presets, whose alignment never ends."""
+    arguments = train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, "--max-train-steps", 1)
+    run(monkeypatch, *arguments)
+    before = (tmp_path / "run/checkpoints/0000001.pt").read_bytes()
+    run(monkeypatch, *arguments)
+    assert log(tmp_path).endswith(f"done: 1 steps in {tmp_path / 'run'}\n")
+    assert (tmp_path / "run/checkpoints/0000001.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/../../x", "/tmp/x", "a\nb"])
 def test_a_run_stays_inside_the_output_folder(monkeypatch, tiny_data, tmp_path, name):
     with pytest.raises(UserError, match="--exp-name.* is no name of a folder inside --output-dir"):

@@ -6,7 +6,7 @@ from evaluations import FEATURES, METRICS, PRESETS
 from loss import ALIGNMENT_LOSSES, uses
 from models.layers import PROJECTORS
 from runtime.errors import LARGEST_SEED, UserError
-from runtime.flags import number, whole
+from runtime.flags import number, pixels, whole
 from sampling.cache import CACHES
 from training.presets import print_and_exit
 from training.schedule import SCHEDULES
@@ -18,7 +18,7 @@ MOST_WORKERS = 12
 PRECISIONS = ["no", "fp16", "bf16"]
 BELOW_1 = 1 - 2 ** -53
 # More than these is a typing error, which would cost memory or hours before it shows.
-step, steps, images, pixels = whole(0, 10 ** 10), whole(1, 10 ** 10), whole(1, 10 ** 7), whole(1, 2 ** 14)
+step, steps, images = whole(0, 10 ** 10), whole(1, 10 ** 10), whole(1, 10 ** 7)
 
 
 def run_name(text):

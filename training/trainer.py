@@ -125,8 +125,8 @@ class Trainer:
 
     def phases(self):
         """The phases that are left: alignment, then denoising only."""
-        if self.teacher is not None:
-            yield Phase(True, min(self.alignment_end_step, self.max_steps))
+        if self.teacher is not None and self.step < (end := min(self.alignment_end_step, self.max_steps)):
+            yield Phase(True, end)
         if self.step < self.max_steps and not self.stopping:
             yield Phase(False, self.max_steps)
 

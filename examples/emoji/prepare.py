@@ -29,7 +29,7 @@ from preprocessing.destinations import image_name
 from preprocessing.encode import encode
 from runtime.errors import UserError, run_script
 from runtime.files import is_file, write_json
-from runtime.flags import Parser, whole
+from runtime.flags import Parser, pixels
 from runtime.images import open_image, write_png
 
 CLASSES = ("Activities", "Animals & Nature", "Flags", "Food & Drink", "Objects", "People & Body", "Smileys & Emotion",
@@ -117,7 +117,7 @@ def build_latents(dest, vae):
 def main():
     parser = Parser(description=__doc__)
     add_arguments(parser.add_argument, "data/emoji")
-    parser.add_argument("--resolution", type=whole(1), default=64, help="image side in pixels (default 64)")
+    parser.add_argument("--resolution", type=pixels, default=64, help="image side in pixels (default 64)")
     parser.add_argument("--vae", help="diffusers folder or hub name of the VAE that makes the latents (default: none)")
     args = parser.parse_args()
     build_images(args.dest, args.resolution, args.wheels)
