@@ -8,6 +8,7 @@ import torch
 import train
 from models.sit import SiT_models
 from runtime.errors import UserError
+from runtime.files import load_tensors
 from tests.conftest import CLASSES, call_main, checkpoint, train_arguments, write_tiny_data
 from tests.test_generate import save_random
 from training.fine_tune import init_from
@@ -35,7 +36,7 @@ def started(path, run, source="ema", **kwargs):
 def test_parts_of_another_shape_are_made_anew(trained, tmp_path, caplog):
     """Each is said; all other weights are the checkpoint's, EMA or not."""
     caplog.set_level("INFO", "haste")
-    saved = torch.load(trained, weights_only=False)
+    saved = load_tensors(trained)
     for source in ("ema", "model"):
         now, _ = started(trained, tmp_path, source)
         assert now.keys() == saved[source].keys() and all(torch.equal(now[name], saved[source][name]) for name in now)
@@ -60,7 +61,7 @@ def test_a_run_begins_with_these_weights(monkeypatch, trained, tmp_path):
     arguments = train_arguments(data, tmp_path / "out", *NONE, "--init-from", tmp_path / "5.pt", "--ema-decay", 0.5,
                                 "--learning-rate", 0, "--max-train-steps")
     call_main(monkeypatch, train, *arguments, 1)
-    saved, begun = checkpoint(tmp_path / "out", 1), torch.load(trained, weights_only=False)["ema"]
+    saved, begun = checkpoint(tmp_path / "out", 1), load_tensors(trained)["ema"]
     for part in ("model", "ema"):
         assert all(torch.equal(value, begun[name]) for name, value in saved[part].items())
     assert len(saved["opt"]["state"]) and saved["steps"] == 1
@@ -75,7 +76,7 @@ def test_frozen_parts_stay(monkeypatch, trained, tiny_data, teacher_file, tmp_pa
     call_main(monkeypatch, train, *train_arguments(
         tiny_data, tmp_path, "--enc-weights", teacher_file, "--init-from", trained, "--early-stop-point", 2,
         "--max-train-steps", 3, "--ema-decay", 0.5, "--freeze", *patterns))
-    saved, begun = checkpoint(tmp_path, 3), torch.load(trained, weights_only=False)["ema"]
+    saved, begun = checkpoint(tmp_path, 3), load_tensors(trained)["ema"]
     for part in ("model", "ema"):
         for name, value in saved[part].items():
             frozen = name.startswith(("blocks.0.", "blocks.1.", "x_embedder.", "projectors.0.4.", "pos_embed"))
