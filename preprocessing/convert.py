@@ -148,7 +148,7 @@ def run(args):
     destinations.write_classes(args.dest, source.classes)
     names = [destinations.image_name(i) for i in range(len(source.names))]
     have = destination.pieces()
-    destinations.check_older(have, dict(zip(names, zip(source.names, source.pieces, strict=True), strict=True)))
+    destinations.check_older(have, names, source)
     if destination.complete:
         print(f"{args.dest} is complete; there is nothing to do.")
         return

@@ -174,19 +174,21 @@ def check_names(destination, pieces, expected):
                         f"delete {destination.path} first.")
 
 
-def check_older(have, made_of):
-    """Raise UserError if a picture is newer than the file that was made of it.
+def check_older(have, names, source):
+    """Raise UserError if a picture of `source` is newer than the file of the same place in `names`, made of it.
 
-    have: {name of a file: Piece}; made_of: {name of a file: (name, Piece) of its picture}.
+    have: {name of a file: Piece}.
     """
     changed = functools.cache(os.path.getmtime)  # an archive is asked once
-    newer = [(picture, have[name]) for name, (picture, piece) in made_of.items()
-             if name in have and changed(piece.path) > changed(have[name].path)]
+    with reading(LISTING):  # an error names its own file
+        newer = [(picture, have[name].path) for name, picture, piece in zip(names, source.names, source.pieces,
+                                                                            strict=True)
+                 if name in have and changed(piece.path) > changed(have[name].path)]
     if newer:
-        picture, piece = newer[0]
+        picture, path = newer[0]
         raise UserError(f"{len(newer):,} pictures are newer than the files that were made of them, such as {picture} "
-                        f"and {piece.path}; delete these files and run the command again, or, where the pictures are "
-                        "the same, touch these files.")
+                        f"and {path}; delete these files and run the command again, or, where the pictures are the "
+                        "same, touch these files.")
 
 
 def write_classes(dest, names):

@@ -151,12 +151,13 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     if state.is_main_process:
         settings = {"command": "encode", "vae": weights_key(model_url), "batch_size": asked, "hflip": hflip,
                     "pictures": pictures_key(source, source_path, destination.note())}
+        beside = Path(os.path.abspath(dest)).parent
         if vae:
-            check_note(Path(os.path.abspath(dest)).parent, vae, settings["vae"])
+            check_note(beside, vae, settings["vae"])
         made = destination.begin(settings, {"source": str(source_path), "model_url": str(model_url)})
-        destinations.check_older(have, dict(zip(names, zip(source.names, source.pieces, strict=True), strict=True)))
+        destinations.check_older(have, names, source)
         if vae:  # only now, as other latents that were there have been refused
-            write_note(Path(os.path.abspath(dest)).parent, vae, settings["vae"])
+            write_note(beside, vae, settings["vae"])
         destinations.write_classes(dest, source.classes)
         if destination.complete and len(have) + len(made["skipped"]) < len(names):
             raise UserError(f"{source_path} has {len(names)} pictures, {dest} latents of {len(have)}, and nothing is "

@@ -266,6 +266,10 @@ def test_a_replaced_picture(source, tmp_path, monkeypatch):
             call_main(monkeypatch, dataset_tools, *command)
         (data / where / name).unlink()
         call_main(monkeypatch, dataset_tools, *command)
+    (folder / "n01/03.png").unlink()
+    (folder / "n01/03.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(UserError, match="03.png cannot be read .No such file"):
+        call_main(monkeypatch, dataset_tools, *commands[image_name(3)])
     after = {**files(data / "images"), **files(data / "vae-sd")}
     assert {name for name in before if before[name] != after[name]} == {image_name(3), latent_name(3)}
 

@@ -335,6 +335,7 @@ def test_a_finished_run_in_phase_one_has_nothing_to_do(monkeypatch, tiny_data, t
     arguments = train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, "--max-train-steps", 1)
     run(monkeypatch, *arguments)
     before = (tmp_path / "run/checkpoints/0000001.pt").read_bytes()
+    monkeypatch.setattr("training.start.load_teachers", lambda *_, **__: pytest.fail("a teacher was opened"))
     run(monkeypatch, *arguments)
     assert log(tmp_path).endswith(f"done: 1 steps in {tmp_path / 'run'}\n")
     assert (tmp_path / "run/checkpoints/0000001.pt").read_bytes() == before

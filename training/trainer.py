@@ -110,7 +110,7 @@ class Trainer:
         saved = self.resume()
         open_log(self.run_folder, ["checkpoints"] + ["previews"] * bool(self.args.sampling_steps))
         self.open_scores()
-        if self.load_teacher and self.step < self.alignment_end_step:
+        if self.load_teacher and self.step < min(self.alignment_end_step, self.max_steps):
             self.open_teacher()
         start_trackers(self.accelerator, self.args, self.run_folder)
         columns = score_names(self.args.eval_features, self.args.eval_metrics) if self.evaluation else []
@@ -125,8 +125,8 @@ class Trainer:
 
     def phases(self):
         """The phases that are left: alignment, then denoising only."""
-        if self.teacher is not None and self.step < (end := min(self.alignment_end_step, self.max_steps)):
-            yield Phase(True, end)
+        if self.teacher is not None:
+            yield Phase(True, min(self.alignment_end_step, self.max_steps))
         if self.step < self.max_steps and not self.stopping:
             yield Phase(False, self.max_steps)
 
