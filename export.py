@@ -10,6 +10,7 @@ forms; weights and args are the same in each, bit for bit, unless --release asks
 import os
 from pathlib import Path
 
+import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
 from data_io.moments import read_names
 from models.checkpoint import load_checkpoint, load_network, save_export
 from runtime.errors import run_script

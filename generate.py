@@ -11,6 +11,8 @@ rounding, the batch size. The same command again makes only what is missing. Out
     {model}-{ckpt}-size-{R}-vae-{vae}-cfg-{w}-seed-{seed}-{mode}-high-{high}/{i:06d}.png, and beside it .npz (arr_0
     uint8 (n, R, R, 3)) and -grid.png
 """
+import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
+
 import numpy as np
 import torch
 

@@ -14,6 +14,8 @@ import hashlib
 import json
 from pathlib import Path
 
+import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
+
 import torch
 
 from data_io.captions import HALF

@@ -10,6 +10,7 @@ is plain SiT, --attn-coeff 0 is REPA. Defaults are the paper's run; --preset lis
 """
 import functools
 
+import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
 from models.sit import SIT_CONFIGS, SiT_models
 from runtime.errors import MOST_CLASSES, UserError, run_script
 from runtime.flags import Parser, whole
@@ -43,7 +44,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    import torch  # here: --help need not wait for these
+    import torch  # late: a wrong flag is refused before these load
     from accelerate.utils import set_seed
 
     from encoders.online import class_layout

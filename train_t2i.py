@@ -10,6 +10,7 @@ number of the text tokens are those of the data. Defaults are the published run.
 """
 import functools
 
+import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
 from models.mmdit import MMDIT_CONFIGS, MMDiT_models
 from runtime.errors import UserError, run_script
 from runtime.flags import Parser
@@ -31,7 +32,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    from accelerate.utils import set_seed  # here: --help need not wait for these
+    from accelerate.utils import set_seed  # late: a wrong flag is refused before these load
 
     from data_io.latent_scale import PIXELS
     from dataset import CaptionedImages

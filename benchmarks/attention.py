@@ -12,9 +12,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
+
+import torch
 
 import loss
 from benchmarks.measure import added_memory, alternate, machine, spread, table

@@ -26,11 +26,13 @@ import time
 import warnings
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees benchmarks/ only
+import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees benchmarks/ only
 from benchmarks.measure import machine, status, table
 from benchmarks.synthetic import CLASSES, FORMS
 from data_io.loader import StepBatches, load_batches

@@ -29,11 +29,12 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
+
+import numpy as np
+import torch
 
 from benchmarks.measure import machine
 from benchmarks.study_report import FEATURES, LOSS, METRICS, NO_STOP, SCORES, as_text, draw

@@ -14,11 +14,13 @@ import sys
 import zipfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees benchmarks/ only
+import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
+
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees benchmarks/ only
 from preprocessing import pack
 from runtime.errors import UserError, run_script
 from runtime.flags import Parser, whole

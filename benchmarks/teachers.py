@@ -15,7 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees benchmarks/ only
-
+import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
 import timm
 import torch
 

@@ -16,6 +16,7 @@ from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
+import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
 from evaluations import score_names
 from evaluations.evaluator import add_score_arguments, chosen_metrics, open_scorer
 from evaluations.tables import groups, latex, markdown, mean_and_spread

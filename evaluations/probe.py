@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
+import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
 from evaluations.evaluator import run
 from runtime.errors import LARGEST_SEED, UserError, run_script
 from runtime.flags import Parser, number, pixels, whole

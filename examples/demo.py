@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
+import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
 from runtime.errors import run_script
 from runtime.files import prepare_output
 from runtime.flags import Parser, whole

@@ -12,12 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
+import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
 from data_io.latent_scale import SD_SCALE
 from data_io.storage import Packed, open_files
 from evaluations.images import decode

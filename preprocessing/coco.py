@@ -22,12 +22,14 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
+import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
+
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
 from data_io.captions import clean
 from data_io.latent_scale import check_note, write_note
 from dataset import digest

@@ -27,12 +27,14 @@ import tarfile
 import zlib
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # run as a script: the project's modules lie two up
+import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # run as a script: the project's modules lie two up
 from examples.packages import add_arguments, build_scorer, build_teacher, check_sha256, download
 from preprocessing.destinations import image_name, latent_name
 from preprocessing.pack import pack_kind

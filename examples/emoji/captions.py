@@ -17,10 +17,12 @@ Graphics: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0; resized, 
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script: the project's modules lie two up
+import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
+
 import torch
 from accelerate import PartialState
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script: the project's modules lie two up
 from examples.emoji.prepare import read_emoji, split_by_pixels
 from examples.packages import add_arguments, fetch, member
 from preprocessing.coco import SPLITS, add_encoder_arguments, build

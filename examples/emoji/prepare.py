@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script: the project's modules lie two up
+import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
 from examples.packages import add_arguments, build_scorer, build_teacher, fetch, member
 from preprocessing.destinations import image_name
 from preprocessing.encode import encode
