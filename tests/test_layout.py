@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import ROOT
 
 # A file imports files of its own floor or of those after it.
-FLOORS = [("train", "train_t2i", "generate", "generate_t2i", "export", "pipeline", "commands", "benchmarks",
+FLOORS = [("train", "train_t2i", "generate", "generate_t2i", "export", "pipeline", "benchmarks",
            "docs"), ("examples",), ("training",),
           ("sampling", "evaluations", "preprocessing"), ("encoders",),
           ("loss", "samplers", "dataset", "modify_dinov2"), ("models", "data_io"), ("runtime",)]

@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-import commands
+from runtime import commands
 from tests.conftest import ROOT
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11 and newer")
@@ -22,7 +22,7 @@ def required(name):
 def test_all_that_is_installed_is_there():
     there = PROJECT["tool"]["setuptools"]
     assert {f"haste-{name}" for name in commands.SCRIPTS} == set(PROJECT["project"]["scripts"])
-    assert set(PROJECT["project"]["scripts"].values()) == {"commands:run"}
+    assert set(PROJECT["project"]["scripts"].values()) == {"runtime.commands:run"}
     assert set(there["py-modules"]) == {path.stem for path in ROOT.glob("*.py")}
     folders = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "examples"}
     assert set(there["packages"]) == folders

@@ -3,7 +3,7 @@ import runpy
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train": "train.py", "train-t2i": "train_t2i.py", "generate": "generate.py",
            "generate-t2i": "generate_t2i.py", "export": "export.py", "data": "preprocessing/dataset_tools.py",
            "coco": "preprocessing/coco.py", "evaluate": "evaluations/evaluator.py",
