@@ -116,8 +116,9 @@ function draw(panel) {
       s("title", {}, `${run.name}: alignment stops after step ${run.stop}`)));
     if (!label) return;
     const near = toX(x) > width / 2;
-    curves.append(s("text", {x: toX(x) + (near ? -5 : 5), y: MARGIN.top + 9 + LABEL * row, "text-anchor": near ? "end" : "start"},
-      data.runs.length > 1 ? `${run.name}: alignment stops` : "alignment stops"));
+    const name = run.name.length > 16 ? `${run.name.slice(0, 15)}…` : run.name; // room on a phone
+    parts.push(s("text", {x: toX(x) + (near ? -5 : 5), y: MARGIN.top + 9 + LABEL * row, "text-anchor": near ? "end" : "start"},
+      data.runs.length > 1 ? `${name}: alignment stops` : "alignment stops"));
   });
   const path = found => thinned(found, toX).map(([x, y], i) => `${i ? "L" : "M"}${toX(x).toFixed(1)} ${toY(y).toFixed(1)}`).join("");
   for (const {i, raw, line} of series) {
