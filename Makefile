@@ -1,6 +1,5 @@
-# `make quickstart`, `make quickstart-t2i`, `make quickstart-cifar10`, `make test`; `make demo` or
-# `make demo CLASSES="ship cat"`. Each sets up .venv;
-# PYTHON=python3.12 picks the interpreter.
+# `make quickstart`, `make quickstart-t2i`, `make quickstart-cifar10`, `make test`; `make demo`,
+# `make demo CLASSES="ship cat"` or `make demo-page`. Each sets up .venv; PYTHON=python3.12 picks the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 QUICKSTART ?= full
@@ -18,6 +17,9 @@ quickstart-cifar10: $(VENV)/.installed
 demo: $(VENV)/.installed
 	@"$(abspath $(VENV))/bin/python" examples/demo.py $(CLASSES)
 
+demo-page: $(VENV)/.installed
+	@"$(abspath $(VENV))/bin/python" examples/demo.py --page
+
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
@@ -34,4 +36,4 @@ $(VENV)/.installed: requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(PYTHON) -c 'import sys; print(sys.version)' > $@
 
-.PHONY: quickstart quickstart-t2i quickstart-cifar10 demo test
+.PHONY: quickstart quickstart-t2i quickstart-cifar10 demo demo-page test
