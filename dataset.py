@@ -16,7 +16,6 @@ COCO, the layout of U-ViT (CaptionedImages):
     {data}/{train,val}/captions.json   {"0": ["caption 0 of image 0", ...], ...}; optional, for previews
 In each, {data}/latents.json may say of which VAE and scale the latents are, see data_io/latent_scale.py.
 """
-import os
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ from data_io.moments import (
 )
 from data_io.storage import Packed, form_of, open_files
 from runtime.errors import UserError
-from runtime.files import load_array, parse_array, read_bytes, reading
+from runtime.files import load_array, read_bytes
 from runtime.images import decode_image
 
 
@@ -94,14 +93,13 @@ class LatentDataset(Dataset):
     def sample_condition(self, i, epoch):
         return self.condition(i)
 
-    def fingerprint(self, files=False):
+    def fingerprint(self):
         """Hash that names this data set, wherever and in whatever form it lies.
 
-        It covers identity() and three of the moments, which another VAE or crop would change; with `files` also
-        image_files(), which replacing an image changes.
+        It covers identity() and three of the moments, which another VAE or crop would change.
         """
         moments = [self.moments(i).flatten().tolist() for i in (0, len(self) // 2, len(self) - 1)]
-        return digest([*self.identity(), moments, *(self.image_files() if files else ())])
+        return digest([*self.identity(), moments])
 
 
 class LatentImages(LatentDataset):
@@ -156,8 +154,7 @@ class LatentImages(LatentDataset):
 
     def shape_of(self, files):
         """The shape of moments, by the first of `files`."""
-        shape = files.shape if isinstance(files, Packed) else parse_array(files.read(0), files.name(0)).shape
-        return check_shape(shape, self.resolution, files.name(0))
+        return check_shape(files.array(0).shape, self.resolution, files.name(0))
 
     def image(self, i):
         """uint8 (3, R, R)."""
@@ -171,13 +168,12 @@ class LatentImages(LatentDataset):
         if (files.shape, files.dtype) != (shape, np.uint8):
             raise UserError(f"{files.path} holds rows of {files.dtype} {files.shape}; expected uint8 {shape} "
                             "(--resolution); pack the data again or change it.")
-        return torch.from_numpy(files.row(i))
+        return torch.from_numpy(files.array(i))
 
     def moments(self, i, mirrored=False):
         """float32 (2 C, h, w): mean, std; with `mirrored` of the mirror image."""
         files = self.mirrored if mirrored else self.latents
-        array = files.row(i) if isinstance(files, Packed) else parse_array(files.read(i), files.name(i)).copy()
-        return torch.from_numpy(check_moments(array, self.moments_shape, files.name(i), is_std=True))
+        return torch.from_numpy(check_moments(files.array(i), self.moments_shape, files.name(i), is_std=True))
 
     def condition(self, i):
         """The label, int."""
@@ -193,19 +189,16 @@ class LatentImages(LatentDataset):
 
     def batch(self, sample_ids):
         """The same; packed rows are read straight into the batch, which is up to three times as fast."""
-        files = [self.latents] + [self.pictures] * self.images
-        if self.hflip or not all(isinstance(each, Packed) for each in files):
+        files = {"moments": self.latents} | ({"image": self.pictures} if self.images else {})
+        if self.hflip or not all(isinstance(each, Packed) for each in files.values()):
             return super().batch(sample_ids)
         positions = np.array(sample_ids) % len(self)
-        read = [np.empty((len(positions), *each.shape), each.dtype) for each in files]
-        for k, i in enumerate(positions.tolist()):
-            for each, rows in zip(files, read, strict=True):
-                each.row(i, rows[k])
-        if not np.isfinite(read[0]).all() or has_negative_std(read[0]):
+        batch = {name: each.arrays(positions.tolist()) for name, each in files.items()}
+        if not np.isfinite(batch["moments"]).all() or has_negative_std(batch["moments"]):
             for i in positions.tolist():
                 self.moments(i)  # raises, naming the entry
-        values = dict(zip(("moments", "image"), read, strict=False), position=positions, y=self.labels[positions])
-        return {name: torch.from_numpy(value) for name, value in values.items()}
+        batch |= {"position": positions, "y": self.labels[positions]}
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
 
     @property
     def decodes(self):
@@ -213,12 +206,6 @@ class LatentImages(LatentDataset):
 
     def identity(self):
         return self.indices.tolist(), self.labels.tolist()
-
-    def image_files(self):
-        """Names and sizes of the images, if there are any."""
-        if self.pictures is None:
-            return [], []
-        return [os.fsdecode(name) for name in self.pictures.index.names.tolist()], self.pictures.stamps()[:, 0].tolist()
 
 
 def same_labels(data_dir, latents, images):
@@ -335,8 +322,3 @@ class CaptionedImages(LatentDataset):
 
     def identity(self):
         return self.indices, self.counts, self.context_shape
-
-    def image_files(self):
-        """Sizes of the images."""
-        with reading(self.folder):
-            return [[(self.folder / f"{i}.png").stat().st_size for i in self.indices]]

@@ -31,7 +31,7 @@ from data_io.index import (
     walk,
 )
 from runtime.errors import UserError, first_line
-from runtime.files import ARRAY_ERRORS, array_header, check_inside, is_file, read_bytes, reading
+from runtime.files import ARRAY_ERRORS, array_header, check_inside, is_file, parse_array, read_bytes, reading
 
 LARGEST = 1 << 28  # bytes of one picture or latent, unpacked: more is not read
 LARGEST_LISTING = 1 << 31  # and of its dataset.json
@@ -76,6 +76,10 @@ class Folder:
     def read(self, i):
         """The bytes of entry i."""
         return read_bytes(self.name(i))
+
+    def array(self, i):
+        """Entry i, a .npy file, as a new array."""
+        return parse_array(self.read(i), self.name(i)).copy()
 
     def stamps(self):
         """int64 (n, 2): the files' sizes in bytes, and what changes when a file is replaced. Asked for anew."""
@@ -207,18 +211,24 @@ class Packed(Folder):
         shard = bisect.bisect_right(self.starts, i) - 1
         return f"{self.shards[shard]}, row {i - self.starts[shard]} ({os.fsdecode(self.index.names[i])}),"
 
-    def row(self, i, row=None):
-        """Entry i, of self.shape and self.dtype: a new array, or read into `row`."""
-        row, shard = np.empty(self.shape, self.dtype) if row is None else row, bisect.bisect_right(self.starts, i) - 1
-        place = self.offsets[shard] + (i - self.starts[shard]) * row.nbytes
-        file = self.opened(self.shards[shard])
-        try:
-            read = os.preadv(file.fileno(), [row.reshape(-1).view(np.uint8)], place)
-        except OSError as error:
-            raise damaged(self.name(i), first_line(error)) from error
-        if read != row.nbytes:
-            raise damaged(self.name(i), "cut short while in use")
-        return row
+    def array(self, i):
+        """Entry i, of self.shape and self.dtype."""
+        return self.arrays([i])[0]
+
+    def arrays(self, places):
+        """The entries at these places, (n, *self.shape)."""
+        rows = np.empty((len(places), *self.shape), self.dtype)
+        for i, row in zip(places, rows, strict=True):
+            shard = bisect.bisect_right(self.starts, i) - 1
+            start = self.offsets[shard] + (i - self.starts[shard]) * row.nbytes
+            file = self.opened(self.shards[shard])
+            try:
+                read = os.preadv(file.fileno(), [row.reshape(-1).view(np.uint8)], start)
+            except OSError as error:
+                raise damaged(self.name(i), first_line(error)) from error
+            if read != row.nbytes:
+                raise damaged(self.name(i), "cut short while in use")
+        return rows
 
     def stamps(self):
         changed = [os.stat(path).st_mtime_ns for path in self.shards]

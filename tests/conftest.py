@@ -73,6 +73,11 @@ def write_tiny_captions(folder, counts=(3, 5, 1, 2) * 4, resolution=64, factor=4
     return folder
 
 
+def contents(folder):
+    """{relative path: bytes} of all files in a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.fixture(scope="session")
 def tiny_captions(tmp_path_factory):
     """16 captioned images per split at 64 px; tests must not change it."""
