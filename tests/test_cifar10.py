@@ -18,7 +18,7 @@ from examples.cifar10 import prepare
 from preprocessing import pack
 from runtime.errors import UserError
 from runtime.images import GAP
-from tests.conftest import ROOT, call_main
+from tests.conftest import ROOT, call_main, contents
 
 BATCH = 12  # photographs in a file, here
 
@@ -67,10 +67,6 @@ def write_package(folder, files, monkeypatch):
     return path
 
 
-def everything(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_three_sources_give_the_same_bytes(photographs, monkeypatch, tmp_path):
     """And what is read back are the photographs, in order, with their labels; a complete folder needs no source."""
     images, labels = photographs
@@ -84,7 +80,7 @@ def test_three_sources_give_the_same_bytes(photographs, monkeypatch, tmp_path):
     sources = ("npm", "download", archive, tmp_path / "mine", tmp_path / "mine/cifar-10-batches-bin")
     for number, source in enumerate(sources):
         prepare.build_photographs(tmp_path / f"made{number}", str(source), tmp_path, None)
-        assert everything(tmp_path / f"made{number}") == everything(tmp_path / "made0")
+        assert contents(tmp_path / f"made{number}") == contents(tmp_path / "made0")
     for split, part in (("train", slice(0, 5 * BATCH)), ("val", slice(5 * BATCH, None))):
         read = PixelImages(tmp_path / "made0" / split, 32, 10).batch(range(len(labels[part])))
         assert np.array_equal(read["image"], images[part]) and np.array_equal(read["y"], labels[part])
@@ -116,7 +112,7 @@ def test_a_stopped_build_goes_on(photographs, monkeypatch, tmp_path):
     prepare.build_photographs(tmp_path / "made", "npm", tmp_path, None)
     assert len(written) == 4  # three of training, one held out
     prepare.build_photographs(tmp_path / "again", "npm", tmp_path, None)
-    assert everything(tmp_path / "made") == everything(tmp_path / "again")
+    assert contents(tmp_path / "made") == contents(tmp_path / "again")
 
 
 @pytest.mark.parametrize("form", ["folder", "its parent", "archive", "its folder"])

@@ -13,7 +13,7 @@ from encoders.text import TextEncoder
 from encoders.vae import VAE
 from preprocessing import coco
 from runtime.errors import UserError
-from tests.conftest import ROOT, SERVER, call_main, script
+from tests.conftest import ROOT, SERVER, call_main, contents, script
 from tests.test_faults import wait_for
 
 VAE_FOLDER = ROOT / "assets/vae-emoji"
@@ -68,10 +68,6 @@ def made(source, clip_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         call_main(patch, coco, *arguments(source, dest, clip_folder))
     return dest
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_same_layout(ours, theirs):
