@@ -157,7 +157,6 @@ class LatentImages(LatentDataset):
         return check_shape(files.array(0).shape, self.resolution, files.name(0))
 
     def image(self, i):
-        """uint8 (3, R, R)."""
         return self.picture(i, self.resolution)
 
     def picture(self, i, side):
@@ -176,7 +175,6 @@ class LatentImages(LatentDataset):
         return torch.from_numpy(check_moments(files.array(i), self.moments_shape, files.name(i), is_std=True))
 
     def condition(self, i):
-        """The label, int."""
         return int(self.labels[i])
 
     def text(self, i):
@@ -234,7 +232,6 @@ class PixelImages(LatentImages):
         self.image(0)
 
     def moments(self, i):
-        """float32 (6, R, R): the pixels in [-1, 1], zeros."""
         return pixel_moments(self.image(i)[None])[0]
 
     def sample_pair(self, i, mirrored):
@@ -289,7 +286,6 @@ class CaptionedImages(LatentDataset):
             self.image(0)
 
     def image(self, i):
-        """uint8 (3, R, R)."""
         path = self.folder / f"{self.indices[i]}.png"
         return torch.from_numpy(decode_image(read_bytes(path), path, self.resolution).copy())
 

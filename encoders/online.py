@@ -1,4 +1,4 @@
-"""Images that the training step encodes (--encode-online), and which data set a run of classes has."""
+"""Images encoded in the training step (--encode-online), and the data set of a class-conditional run."""
 import functools
 import io
 

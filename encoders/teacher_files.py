@@ -1,4 +1,4 @@
-"""State dicts of teachers as users have them, under the names that timm's own filters take."""
+"""Load teachers' state dicts as users have them: rename them to what timm's own filters take."""
 import timm
 import torch
 from timm.models.eva import checkpoint_filter_fn as eva_filter
@@ -8,7 +8,7 @@ from runtime.errors import first_line
 
 
 def patch_of(state):
-    """Pixels a side of the patches of an image that a state dict, or one inside, embeds; None where it embeds none."""
+    """Pixels a side of the patches that a state dict, or one inside it, embeds; None where it embeds no images."""
     for value in state.values():
         if isinstance(value, dict) and (found := patch_of(value)):
             return found
@@ -18,7 +18,7 @@ def patch_of(state):
 
 
 def moco_names(state):
-    """MoCo v3's file under timm's names: its prefix, and in the file of L two blocks' misnamed layers."""
+    """MoCo v3's file under timm's names: without its prefix, and with the layers that the file of L misnames."""
     state = {name.removeprefix("module.base_encoder."): value for name, value in state["state_dict"].items()
              if name.startswith("module.base_encoder.") and ".head" not in name}
     wrong = {"blocks.13.norm13": "blocks.13.norm1", "blocks.13.mlp.fc13": "blocks.13.mlp.fc1",

@@ -20,7 +20,7 @@ from runtime.setup import AUTOCAST, cast_weights
 
 
 class TeacherRow(NamedTuple):
-    """What there is to know of a teacher before its weights are loaded."""
+    """What is known of a teacher before its weights are loaded."""
 
     timm_name: str
     width: int  # of its tokens
@@ -191,10 +191,10 @@ def load_vit(enc_type, weights=None):
 
 
 def set_input_size(vit, size, positions="timm"):
-    """Bring timm's `vit` to images of `size` pixels a side.
+    """Set timm's `vit` to images of `size` pixels a side.
 
-    Its position table is resampled bicubically, antialiased, and its rotations may be scaled to the grid of their
-    training. With `positions` "plain", as in Perception Encoder's own code, the table is resampled bilinearly without
+    timm resamples the position table bicubically with antialiasing, and may scale rotations to the grid of training.
+    With `positions` "plain", as in Perception Encoder's own code, the table is resampled bilinearly without
     antialiasing and rotations count patches.
     """
     table = vit.pos_embed
@@ -211,12 +211,11 @@ class Teacher:
     """A frozen timm ViT: images uint8 (N, 3, R, R) -> Alignment of their patch tokens.
 
     `vit` is load_vit's; one without a row is treated as DINOv2. Images are normalised, then resized to patch * `grid`
-    pixels, so that the teacher has `grid` x `grid` tokens as the student does. With `input_size` they are resized to
-    that; then the losses resample the student's side, or, with `resample` "teacher", the outputs here come resampled to
-    `grid`. `attn_blocks` (0-based) are the blocks whose q and k are
-    returned. `num_blocks` keeps only the first blocks; the features are the final norm of the last one kept. Without
-    `features` no block after the last tapped one runs. `precision` is "no" (float32), "fp16" or "bf16"; None: that of
-    the autocast around it.
+    pixels, so that the teacher has `grid` x `grid` tokens as the student does, or to `input_size`. Then the losses
+    resample the student's side; with `resample` "teacher" the outputs are resampled to `grid` here.
+    `attn_blocks` (0-based): blocks whose q and k are returned. `num_blocks` keeps only the first blocks; features are
+    the final norm of the last one kept. Without `features` no block after the last tapped one runs. `precision`: "no"
+    (float32), "fp16", "bf16", or None for that of the autocast around it.
     """
 
     sees_images = True

@@ -178,9 +178,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     for failed in gather_object([failures]):  # which also waits for all
         failures |= failed
 
-    pieces = destination.pieces()
-    labels = {name: source.labels and source.labels[i] for i, name in enumerate(names) if i not in failures}
-    destinations.check_names(destination, pieces, labels)
+    pieces, labels = destinations.all_written(destination, names, source.labels, failures)
     share, shapes = sorted(pieces.items())[state.process_index::state.num_processes], set()
     with progress(len(share), "check", "file", shown=state.is_main_process) as bar:
         for found in ahead(functools.partial(check_latent, dest), in_groups(share, BATCH_SIZE), threads):
@@ -191,7 +189,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
         raise UserError(f"{dest} holds moments of shapes {shapes[0]} and {shapes[1]}; delete it and run the command "
                         "again.")
     if state.is_main_process:
-        destinations.finish(destination, made, labels, [failures[i] for i in sorted(failures)])
+        destinations.finish(destination, made, labels, failures)
     state.wait_for_everyone()
 
 

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 from models.checkpoint import load_checkpoint
+from runtime.errors import UserError
 from tests import nano
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,6 +259,15 @@ def call_main(monkeypatch, module, *arguments, device="cpu"):
         monkeypatch.setattr(sys, name, getattr(sys, name))
     with torch.enable_grad():  # generate.py turns gradients off for its whole process
         module.main()
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """A function: call_main ends with a UserError that has these words."""
+    def check(words, module, *arguments):
+        with pytest.raises(UserError, match=words):
+            call_main(monkeypatch, module, *arguments)
+    return check
 
 
 def tiny_run(model, data, out, *more):

@@ -46,7 +46,7 @@ def mean_and_std(data):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_vae_from_pictures_to_samples(monkeypatch, tmp_path, name):
+def test_a_vae_from_pictures_to_samples(refused, monkeypatch, tmp_path, name):
     """encode notes it; training, previews, a restart and sampling need no flag; the typed command gives equal bytes."""
     blocks, channels, config, model = KINDS[name]
     vae, factor = write_vae(tmp_path / name, blocks, channels, **config), 2 ** (blocks - 1)
@@ -98,8 +98,8 @@ def test_a_vae_from_pictures_to_samples(monkeypatch, tmp_path, name):
 
     note = json.loads((data / "latents.json").read_text())
     (data / "latents.json").write_text(json.dumps(note | {"shift": 3.0}))
-    with pytest.raises(UserError, match="belongs to another run: latents was {'shift'.* and is now {'shift': 3.0}"):
-        call_main(monkeypatch, train, *arguments, "--max-train-steps", 4)
+    refused("belongs to another run: latents was {'shift'.* and is now {'shift': 3.0}", train,
+            *arguments, "--max-train-steps", 4)
 
 
 def test_what_lies_between_vae_and_network():
@@ -172,12 +172,8 @@ def test_which_vae_decodes():
     assert choose_vae("mse", {"vae": "some/folder", "latents": latents}, "x") == "mse"
 
 
-def test_what_does_not_fit(monkeypatch, tmp_path, tiny_data, caplog):
+def test_what_does_not_fit(refused, monkeypatch, tmp_path, tiny_data, caplog):
     """One sentence each; older data are of Stable Diffusion's scale, whatever the VAE's config says, which is said."""
-    def refused(words, module, *argv):
-        with pytest.raises(UserError, match=words):
-            call_main(monkeypatch, module, *argv)
-
     none = ("--enc-type", "none", "--max-train-steps", 1)
     three = tmp_path / "three.npz"
     np.savez(three, mean=np.zeros(3), std=np.ones(3))

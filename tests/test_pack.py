@@ -14,12 +14,12 @@ from dataset import LatentImages
 from preprocessing import pack as pack_module
 from runtime.errors import UserError
 from runtime.files import read_json
-from tests.conftest import CLASSES, SERVER, call_main, contents, write_tiny_data
+from tests.conftest import CLASSES, SERVER, call_main, contents, metrics, write_tiny_data
 from tests.test_resume import assert_same_run
 from tests.test_storage import packed_into, write_mirrored, write_zips
 from tests.test_train import train_arguments
 
-KILLS = 8
+KILLS = 5
 
 
 def slow_rows():
@@ -147,15 +147,6 @@ def test_a_folder_of_an_older_pack_is_kept(source, packed, tmp_path):
         packed_into(copy, dest, "--rows", 3)
 
 
-def test_it_does_not_pack_into_its_source(source, tmp_path):
-    copy = shutil.copytree(source, tmp_path / "copy")
-    for dest in (copy, copy / "vae-sd", copy / "images/00000"):
-        with pytest.raises(UserError, match="lie in each other, so that output would become"):
-            packed_into(copy, dest)
-    packed_into(copy, copy / "packed")
-    assert contents(copy / "images") == contents(source / "images")
-
-
 def test_no_room(source, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("", (), {"free": 10 ** 5}))
     with pytest.raises(UserError, match="327.7 KB are needed in .*vae-sd, which has 100.0 KB free; make room, or name"):
@@ -168,6 +159,5 @@ def test_a_run_goes_on_from_the_folder_to_packed_data(monkeypatch, source, packe
     for part, data, steps in (("whole", source, 6), ("parts", source, 3), ("parts", packed, 6)):
         call_main(monkeypatch, train, *train_arguments(data, tmp_path / part, *more, "--max-train-steps", steps))
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 6)
-    call_main(monkeypatch, train, *train_arguments(source, tmp_path / "plain", *more[:4], "--max-train-steps", 6))
-    with pytest.raises(AssertionError):
-        assert_same_run(tmp_path / "whole", tmp_path / "plain", 6)
+    call_main(monkeypatch, train, *train_arguments(source, tmp_path / "plain", *more[:4], "--max-train-steps", 1))
+    assert metrics(tmp_path / "plain")[0]["loss"] != metrics(tmp_path / "whole")[0]["loss"]

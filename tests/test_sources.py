@@ -47,10 +47,10 @@ def write_zip(path, content, method=zipfile.ZIP_STORED):
     return path
 
 
-def write_tar(path, content):
+def write_tar(path, content, mode="w"):
     """A tar of {name: bytes or TarInfo}, returned as bytes too where path is None."""
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
+    with tarfile.open(fileobj=out, mode=mode) as archive:
         for name, data in content.items():
             if isinstance(data, tarfile.TarInfo):
                 archive.addfile(data)
