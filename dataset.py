@@ -25,14 +25,7 @@ from torch.utils.data import Dataset, default_collate
 from data_io.captions import read_texts, scan_numbered
 from data_io.index import check_equal_sizes, check_labels
 from data_io.loader import CAPTION, FLIP
-from data_io.moments import (
-    check_is_logvar,
-    check_moments,
-    check_shape,
-    digest,
-    has_negative_std,
-    read_class_names,
-)
+from data_io.moments import check_is_logvar, check_moments, check_shape, digest, has_negative_std, read_class_names
 from data_io.storage import Packed, form_of, open_files
 from runtime.errors import UserError
 from runtime.files import load_array, read_bytes
@@ -105,9 +98,9 @@ class LatentDataset(Dataset):
 class LatentImages(LatentDataset):
     """ImageNet's layout. Entries are in the order of the numbers in their names.
 
-    Pairing, labels, the latents' file sizes and the first entry are checked here, everything else when it is read.
-    images=False from the start needs no images/. num_classes=None: any label from 0 on. With `hflip` each sample is the
-    image or its mirror image, with the latent that was encoded from it.
+    __init__ checks pairing, labels, the latents' file sizes and the first entry; everything else is checked when it is
+    read. images=False from the start needs no images/. num_classes=None: any label from 0 on. With `hflip` each sample
+    is the image or its mirror image, with the latent that was encoded from it.
     """
 
     def __init__(self, data_dir, resolution, num_classes, images=True, seed=0, hflip=False):
@@ -246,8 +239,8 @@ class PixelImages(LatentImages):
 class CaptionedImages(LatentDataset):
     """COCO's layout: {data}/{split} in the order of the image numbers. Each sample has one caption, drawn at random.
 
-    Missing files, the sizes of all .npy, captions.json and the first entry are checked here, everything else when it is
-    read. images=False from the start needs no pictures; latents=False, which is enough to sample, no moments either.
+    __init__ checks for missing files, the sizes of all .npy, captions.json and the first entry; everything else is
+    checked when it is read. images=False from the start needs no pictures; latents=False, for sampling, no moments.
     """
 
     def __init__(self, data_dir, split, resolution, seed=0, images=True, latents=True):

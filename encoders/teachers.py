@@ -128,10 +128,7 @@ def teacher_list():
 
 
 def split_teachers(enc_type, weights=None):
-    """[(name, its file or None)] of a comma list of teachers, "none" being an empty one, and one of their weights.
-
-    Raises UserError for another number of files than of names.
-    """
+    """[(name, its file or None)] of the comma lists --enc-type ("none": empty) and --enc-weights. Raises UserError."""
     names = [] if enc_type == "none" else enc_type.split(",")
     files = weights.split(",") if weights and len(names) > 1 else [weights] * len(names)
     if len(files) != len(names):
@@ -290,19 +287,15 @@ class Teacher:
 
 
 def load_teachers(enc_type, weights, grid, attn_blocks=(), attn_teacher=1, **options):
-    """Teachers of the comma lists `enc_type` and `weights`. Attention is that of the teacher number `attn_teacher`.
-
-    `options` are those of Teacher, for all of them.
-    """
+    """Teachers of these comma lists; attention is that of number `attn_teacher`. `options`: of every Teacher."""
     return Teachers([Teacher(load_vit(name, file), grid, attn_blocks if i == attn_teacher else (), **options)
                      for i, (name, file) in enumerate(split_teachers(enc_type, weights), 1)])
 
 
 class Teachers:
-    """Several teachers in the place of one: images uint8 (N, 3, R, R) -> an Alignment with the outputs of all.
+    """Several teachers as one: images uint8 (N, 3, R, R) -> an Alignment with the outputs of all.
 
-    `parts` are of Teacher, or all of CachedTeacher: then positions take the images' place. There may be none, for
-    losses that need no teacher.
+    `parts` are Teachers, or CachedTeachers, which take positions instead of images, or none at all.
     """
 
     def __init__(self, parts):
