@@ -142,8 +142,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     have = destination.pieces()
     share = in_groups(range(len(names)), batch_size)[state.process_index::state.num_processes]
     groups = [places for places in share if any(names[i] not in have for i in places)]
-    left = state.is_main_process and any(name not in have for name in names)  # the main process notes what VAE it is
-    vae = VAE(model_url, state.device) if groups or left else None
+    vae = VAE(model_url, state.device) if any(name not in have for name in names) else None
     if vae and side % vae.factor:
         raise UserError(f"The pictures have {side} pixels a side, no multiple of {vae.factor}, the factor of "
                         f"{model_url}; convert them at another --resolution.")
