@@ -16,6 +16,7 @@ COCO, the layout of U-ViT (CaptionedImages):
     {data}/{train,val}/captions.json   {"0": ["caption 0 of image 0", ...], ...}; optional, for previews
 In each, {data}/latents.json may say of which VAE and scale the latents are, see data_io/latent_scale.py.
 """
+import os
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from data_io.loader import CAPTION, FLIP
 from data_io.moments import check_is_logvar, check_moments, check_shape, digest, has_negative_std, read_class_names
 from data_io.storage import Packed, form_of, open_files
 from runtime.errors import UserError
-from runtime.files import load_array, read_bytes
+from runtime.files import load_array, read_bytes, reading
 from runtime.images import decode_image
 
 
@@ -93,6 +94,13 @@ class LatentDataset(Dataset):
         """
         moments = [self.moments(i).flatten().tolist() for i in (0, len(self) // 2, len(self) - 1)]
         return digest([*self.identity(), moments])
+
+    def image_stamps(self):
+        """What changes when an image is replaced by one of equal size: times of change, checksums in a zip.
+
+        For the teacher cache: reading all images at each start would take too long. Copies that keep times keep it.
+        """
+        return []
 
 
 class LatentImages(LatentDataset):
@@ -197,6 +205,9 @@ class LatentImages(LatentDataset):
 
     def identity(self):
         return self.indices.tolist(), self.labels.tolist()
+
+    def image_stamps(self):
+        return self.pictures.stamps().tolist()
 
 
 def same_labels(data_dir, latents, images):
@@ -311,3 +322,8 @@ class CaptionedImages(LatentDataset):
 
     def identity(self):
         return self.indices, self.counts, self.context_shape
+
+    def image_stamps(self):
+        with reading(self.folder):
+            found = (os.stat(self.folder / f"{i}.png") for i in self.indices)
+            return [[status.st_size, status.st_mtime_ns] for status in found]

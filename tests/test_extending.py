@@ -107,8 +107,8 @@ def test_all_recipes(tmp_path):
         "SiT-N/2", tmp_path, tmp_path, "--num-classes", CLASSES, "--max-train-steps", 4, "--enc-type", "vit-t",
         "--enc-weights", tmp_path / "teacher.pt", "--gram-coeff", 0.3, "--attn-coeff", 0, "--lr-schedule", "square",
         "--early-stop-trigger", "gradient", "--trigger-start", 2, "--trigger-every", 9, "--trigger-samples", 4,
-        "--trigger-timesteps", 0.5, "--trigger-threshold", -1, "--early-stop-point", 3),
-        env=env, before="tests.test_extending.in_the_copy")
+        "--trigger-timesteps", 0.5, "--trigger-threshold", -1, "--early-stop-point", 3,
+        "--teacher-cache", tmp_path / "cache"), env=env, before="tests.test_extending.in_the_copy")
     rows = metrics(tmp_path)
     for row in rows[:3]:
         assert float(row["gram"]) > 0 and row["attention"] == ""
