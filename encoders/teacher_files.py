@@ -7,13 +7,13 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from runtime.errors import first_line
 
 
-def patch_of(state):
-    """Pixels a side of the patches that a state dict, or one inside it, embeds; None where it embeds no images."""
-    for value in state.values():
-        if isinstance(value, dict) and (found := patch_of(value)):
-            return found
-        if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[1] == 3:
-            return value.shape[3]
+def patches_of(state):
+    """(width, pixels a side) of the patches that a state dict, or one in it, embeds; None where it embeds none."""
+    if isinstance(state, dict):
+        for part in (state, *(value for value in state.values() if isinstance(value, dict))):
+            for value in part.values():
+                if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[1] == 3:
+                    return value.shape[0], value.shape[3]
     return None
 
 
@@ -66,7 +66,7 @@ def load_state(vit, state):
     fit = eva_filter if isinstance(vit, timm.models.eva.Eva) else checkpoint_filter_fn
     try:
         state = fit_names(state)
-        if patch_of(state) not in (None, vit.patch_embed.patch_size[0]):
+        if (patches := patches_of(state)) and patches[1] != vit.patch_embed.patch_size[0]:
             raise ValueError("patches of another size")  # timm would resample them
         vit.load_state_dict({name: value for name, value in fit(dict(state), vit).items()
                              if not name.startswith("head.")})

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.layers import resample_abs_pos_embed
 
-from encoders.teacher_files import load_state
+from encoders.teacher_files import load_state, patches_of
 from loss import resample_qk, resample_tokens
 from models.checkpoint import weights_digest
 from models.layers import Alignment, compile_blocks
@@ -150,6 +150,8 @@ def find_weights(enc_type, weights):
 def has_shapes_of(enc_type, state):
     """Whether this state dict could be that of a teacher."""
     row = teacher_row(enc_type)
+    if patches_of(state) != (row.width, row.patch):
+        return False  # without building each model of the table
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # that copying to meta does nothing
             load_state(timm.create_model(row.timm_name, num_classes=0, **dict(row.options)), state)
