@@ -26,17 +26,10 @@ from torch.utils.data import Dataset, default_collate
 from data_io.captions import read_texts, scan_numbered
 from data_io.index import check_equal_sizes, check_labels
 from data_io.loader import CAPTION, FLIP
-from data_io.moments import (
-    check_is_logvar,
-    check_moments,
-    check_shape,
-    digest,
-    has_negative_std,
-    read_class_names,
-)
+from data_io.moments import check_is_logvar, check_moments, check_shape, digest, has_negative_std, read_class_names
 from data_io.storage import Packed, form_of, open_files
 from runtime.errors import UserError
-from runtime.files import load_array, parse_array, read_bytes, reading
+from runtime.files import load_array, read_bytes, reading
 from runtime.images import decode_image
 
 
@@ -94,22 +87,28 @@ class LatentDataset(Dataset):
     def sample_condition(self, i, epoch):
         return self.condition(i)
 
-    def fingerprint(self, files=False):
+    def fingerprint(self):
         """Hash that names this data set, wherever and in whatever form it lies.
 
-        It covers identity() and three of the moments, which another VAE or crop would change; with `files` also
-        image_files(), which replacing an image changes.
+        It covers identity() and three of the moments, which another VAE or crop would change.
         """
         moments = [self.moments(i).flatten().tolist() for i in (0, len(self) // 2, len(self) - 1)]
-        return digest([*self.identity(), moments, *(self.image_files() if files else ())])
+        return digest([*self.identity(), moments])
+
+    def image_stamps(self):
+        """What changes when an image is replaced by one of equal size: times of change, checksums in a zip.
+
+        For the teacher cache: reading all images at each start would take too long. Copies that keep times keep it.
+        """
+        return []
 
 
 class LatentImages(LatentDataset):
     """ImageNet's layout. Entries are in the order of the numbers in their names.
 
-    Pairing, labels, the latents' file sizes and the first entry are checked here, everything else when it is read.
-    images=False from the start needs no images/. num_classes=None: any label from 0 on. With `hflip` each sample is the
-    image or its mirror image, with the latent that was encoded from it.
+    __init__ checks pairing, labels, the latents' file sizes and the first entry; everything else is checked when it is
+    read. images=False from the start needs no images/. num_classes=None: any label from 0 on. With `hflip` each sample
+    is the image or its mirror image, with the latent that was encoded from it.
     """
 
     def __init__(self, data_dir, resolution, num_classes, images=True, seed=0, hflip=False):
@@ -156,11 +155,9 @@ class LatentImages(LatentDataset):
 
     def shape_of(self, files):
         """The shape of moments, by the first of `files`."""
-        shape = files.shape if isinstance(files, Packed) else parse_array(files.read(0), files.name(0)).shape
-        return check_shape(shape, self.resolution, files.name(0))
+        return check_shape(files.array(0).shape, self.resolution, files.name(0))
 
     def image(self, i):
-        """uint8 (3, R, R)."""
         return self.picture(i, self.resolution)
 
     def picture(self, i, side):
@@ -171,16 +168,14 @@ class LatentImages(LatentDataset):
         if (files.shape, files.dtype) != (shape, np.uint8):
             raise UserError(f"{files.path} holds rows of {files.dtype} {files.shape}; expected uint8 {shape} "
                             "(--resolution); pack the data again or change it.")
-        return torch.from_numpy(files.row(i))
+        return torch.from_numpy(files.array(i))
 
     def moments(self, i, mirrored=False):
         """float32 (2 C, h, w): mean, std; with `mirrored` of the mirror image."""
         files = self.mirrored if mirrored else self.latents
-        array = files.row(i) if isinstance(files, Packed) else parse_array(files.read(i), files.name(i)).copy()
-        return torch.from_numpy(check_moments(array, self.moments_shape, files.name(i), is_std=True))
+        return torch.from_numpy(check_moments(files.array(i), self.moments_shape, files.name(i), is_std=True))
 
     def condition(self, i):
-        """The label, int."""
         return int(self.labels[i])
 
     def text(self, i):
@@ -193,19 +188,16 @@ class LatentImages(LatentDataset):
 
     def batch(self, sample_ids):
         """The same; packed rows are read straight into the batch, which is up to three times as fast."""
-        files = [self.latents] + [self.pictures] * self.images
-        if self.hflip or not all(isinstance(each, Packed) for each in files):
+        files = {"moments": self.latents} | ({"image": self.pictures} if self.images else {})
+        if self.hflip or not all(isinstance(each, Packed) for each in files.values()):
             return super().batch(sample_ids)
         positions = np.array(sample_ids) % len(self)
-        read = [np.empty((len(positions), *each.shape), each.dtype) for each in files]
-        for k, i in enumerate(positions.tolist()):
-            for each, rows in zip(files, read, strict=True):
-                each.row(i, rows[k])
-        if not np.isfinite(read[0]).all() or has_negative_std(read[0]):
+        batch = {name: each.arrays(positions.tolist()) for name, each in files.items()}
+        if not np.isfinite(batch["moments"]).all() or has_negative_std(batch["moments"]):
             for i in positions.tolist():
                 self.moments(i)  # raises, naming the entry
-        values = dict(zip(("moments", "image"), read, strict=False), position=positions, y=self.labels[positions])
-        return {name: torch.from_numpy(value) for name, value in values.items()}
+        batch |= {"position": positions, "y": self.labels[positions]}
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
 
     @property
     def decodes(self):
@@ -214,11 +206,8 @@ class LatentImages(LatentDataset):
     def identity(self):
         return self.indices.tolist(), self.labels.tolist()
 
-    def image_files(self):
-        """Names and sizes of the images, if there are any."""
-        if self.pictures is None:
-            return [], []
-        return [os.fsdecode(name) for name in self.pictures.index.names.tolist()], self.pictures.stamps()[:, 0].tolist()
+    def image_stamps(self):
+        return self.pictures.stamps().tolist()
 
 
 def same_labels(data_dir, latents, images):
@@ -247,7 +236,6 @@ class PixelImages(LatentImages):
         self.image(0)
 
     def moments(self, i):
-        """float32 (6, R, R): the pixels in [-1, 1], zeros."""
         return pixel_moments(self.image(i)[None])[0]
 
     def sample_pair(self, i, mirrored):
@@ -262,8 +250,8 @@ class PixelImages(LatentImages):
 class CaptionedImages(LatentDataset):
     """COCO's layout: {data}/{split} in the order of the image numbers. Each sample has one caption, drawn at random.
 
-    Missing files, the sizes of all .npy, captions.json and the first entry are checked here, everything else when it is
-    read. images=False from the start needs no pictures; latents=False, which is enough to sample, no moments either.
+    __init__ checks for missing files, the sizes of all .npy, captions.json and the first entry; everything else is
+    checked when it is read. images=False from the start needs no pictures; latents=False, for sampling, no moments.
     """
 
     def __init__(self, data_dir, split, resolution, seed=0, images=True, latents=True):
@@ -302,7 +290,6 @@ class CaptionedImages(LatentDataset):
             self.image(0)
 
     def image(self, i):
-        """uint8 (3, R, R)."""
         path = self.folder / f"{self.indices[i]}.png"
         return torch.from_numpy(decode_image(read_bytes(path), path, self.resolution).copy())
 
@@ -336,7 +323,7 @@ class CaptionedImages(LatentDataset):
     def identity(self):
         return self.indices, self.counts, self.context_shape
 
-    def image_files(self):
-        """Sizes of the images."""
+    def image_stamps(self):
         with reading(self.folder):
-            return [[(self.folder / f"{i}.png").stat().st_size for i in self.indices]]
+            found = (os.stat(self.folder / f"{i}.png") for i in self.indices)
+            return [[status.st_size, status.st_mtime_ns] for status in found]

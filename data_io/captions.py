@@ -7,7 +7,7 @@ from runtime.errors import UserError
 from runtime.files import is_file, read_json, reading
 
 NUMBERED = re.compile(r"(0|[1-9]\d*)(?:_(0|[1-9]\d*))?\.(png|npy)")
-HALF = re.compile("[\ud800-\udfff]")  # of a pair, which no encoding takes
+HALF = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which no encoding takes
 
 
 def scan_numbered(folder):
@@ -33,7 +33,7 @@ def scan_numbered(folder):
 
 
 def clean(text, where):
-    """A caption with one space between words, no mark of byte order. Raises UserError, naming `where`, for no text."""
+    """A caption with one space between words and no byte-order mark. Raises UserError for what is not text."""
     if not isinstance(text, str):
         raise UserError(f"{where} is {json.dumps(text)[:40]}, not text; correct it.")
     if HALF.search(text):

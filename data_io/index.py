@@ -101,11 +101,9 @@ def check_labels(files, num_classes):
     index = files.index
     if index.labels is not None:
         for k in np.flatnonzero((index.labels < 0) | (index.labels >= (num_classes or LAST_LABEL)))[:1]:
-            limit = "0 or more"
-            if num_classes:
-                limit = f"a number from 0 to {num_classes - 1} (--num-classes {num_classes})"
+            limit = f"to {num_classes - 1} (--num-classes {num_classes})" if num_classes else "on"
             raise UserError(f"{files.path}/dataset.json: the label of index {index.labelled[k]} is {index.labels[k]}; "
-                            f"it must be {limit}.")
+                            f"it must be a number from 0 {limit}.")
     return index
 
 

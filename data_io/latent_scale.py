@@ -136,10 +136,7 @@ def read_note(data_dir):
 
 
 def check_note(data_dir, vae, key):
-    """The note in `data_dir` of its latents by `vae`, a VAE with the weights_key `key`, or None where there is no note.
-
-    Raises UserError where there is a note of another VAE.
-    """
+    """The note in `data_dir`, or None. Raises UserError where its VAE is not `vae`, of the weights_key `key`."""
     old = read_note(data_dir)
     if old and old.get("vae_key") not in (None, key):
         raise UserError(f"{Path(data_dir) / NOTE} says that the latents there are of {old.get('vae')}, not of "
@@ -148,7 +145,7 @@ def check_note(data_dir, vae, key):
 
 
 def write_note(data_dir, vae, key):
-    """Note that the latents in `data_dir` are of `vae`; see check_note. A note of it stays as it is."""
+    """Note that the latents in `data_dir` are of `vae`, unless that is noted already; see check_note."""
     if check_note(data_dir, vae, key):
         return
     write_json(Path(data_dir) / NOTE, {"vae": str(vae.source), "vae_key": key, "factor": vae.factor,

@@ -1,4 +1,4 @@
-"""The order in which training sees its data, the noise of a step, and both made ahead of their use."""
+"""Data order, the noise of each step, and loading both ahead of the training step."""
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,9 +14,9 @@ AHEAD = 2  # batches in preparation per worker, as DataLoader has it
 
 
 def work_ahead(work, items, threads, ahead=None):
-    """work(item) of each item, in order, done by `threads` threads while the caller uses the results before.
+    """work(item) of each item, in order, by `threads` threads while the caller uses earlier results.
 
-    `ahead`: results that wait for the caller at most (default: AHEAD for each thread).
+    `ahead`: most results that wait for the caller (default: AHEAD for each thread).
     """
     with ThreadPoolExecutor(threads) as pool:
         coming = deque()
@@ -35,10 +35,9 @@ def pinned(batch, pin):
 def load_batches(dataset, batches, workers, pin, worker_init=None):
     """The `batches` of a LatentDataset, in order and read ahead, in pinned memory if `pin`; the same for any `workers`.
 
-    Processes decode, so that the training step keeps this process's interpreter. Packed rows are read by threads: a
-    read does not hold the interpreter, and between processes each batch would be copied and mapped once more (two
-    workers, 256 px: 1,500 images/s by processes, 5,000 by threads; latents alone 5,000 and 14,000).
-    `worker_init` is DataLoader's worker_init_fn.
+    Images are decoded in processes, which leave the interpreter to the training step. Packed rows are read in threads:
+    reading releases the interpreter, and no batch is copied between processes (two workers, 256 px: 5,000 images/s
+    instead of 1,500; latents alone 14,000 instead of 5,000). `worker_init` is DataLoader's worker_init_fn.
     """
     if dataset.decodes:
         return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
@@ -89,9 +88,8 @@ def step_noise(seed, step, places, latent_shape):
     """The random numbers of one step for n places of the global batch, a slice or range -> float32 CPU tensors by name.
 
     u, drop: uniform (n,), for the timestep and the condition drop; noise, posterior: standard normal (n, C, h, w).
-    Each place has a stream of its own, so its numbers do not depend on how the batch is split. Philox makes them from a
-    key, here of the seed, and a counter that grows from (0, 0, place, step): no two streams meet. Setting its counter
-    costs a sixth of making a generator, and numpy lets other threads run while it fills an array.
+    Each place has its own stream, so its numbers do not depend on how the batch is split: Philox with a key from the
+    seed and a counter from (0, 0, place, step) on. Setting the counter costs a sixth of making a generator.
     """
     places = range(places.start, places.stop)
     bits = np.random.Philox(key=np.random.SeedSequence((seed, DRAWS)).generate_state(2, np.uint64))

@@ -1,4 +1,4 @@
-"""Images that the training step encodes (--encode-online), and which data set a run of classes has."""
+"""Images encoded in the training step (--encode-online), and the data set of a class-conditional run."""
 import functools
 import io
 
@@ -75,10 +75,10 @@ class EncodedImages(PixelImages):
         """float32 (2 C, h, w): mean, std."""
         return self.encode(self.image(i)[None])[0].cpu()
 
-    def fingerprint(self, files=False):
-        """Hash of identity(), three of the images and the VAE; with `files` also of image_files()."""
+    def fingerprint(self):
+        """Hash of identity(), three of the images and the VAE."""
         images = [self.image(i).numpy().tobytes().hex() for i in (0, len(self) // 2, len(self) - 1)]
-        return digest([*self.identity(), images, weights_digest(self.vae.vae), *(self.image_files() if files else ())])
+        return digest([*self.identity(), images, weights_digest(self.vae.vae)])
 
 
 def class_layout(args, device="cpu"):

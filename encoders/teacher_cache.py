@@ -15,30 +15,18 @@ from tqdm import tqdm
 from dataset import digest
 from models.layers import QK, Alignment
 from runtime.errors import UserError, first_line
-from runtime.files import ARRAY_ERRORS, atomic_write, is_file, load_array, locked, reading, write_json, writing
+from runtime.files import ARRAY_ERRORS, atomic_write, is_file, load_array, locked, write_json, writing
 from runtime.setup import to_device
 
 logger = logging.getLogger("haste")
 FLUSH_SECONDS = 60  # what a kill costs at most
 
 
-def picture_stamps(dataset):
-    """What changes when a picture is replaced, even by one of equal size: checksums in a zip, else times of change.
-
-    Reading all pictures at each start would take too long. Copies that keep times (cp -a, rsync -a) keep the cache.
-    """
-    if files := getattr(dataset, "pictures", None):
-        return files.stamps().tolist()
-    with reading(dataset.folder):
-        found = (os.stat(dataset.folder / f"{i}.png") for i in dataset.indices)
-        return [[status.st_size, status.st_mtime_ns] for status in found]
-
-
 class CachedTeacher:
     """The teacher's outputs for a whole data set, float16, memory-mapped: dataset positions (N,) -> Alignment.
 
     All processes compute them together, once, into `folder`/{key}; the key is made of the teacher's weights and
-    precision, of the data's fingerprint and of picture_stamps. Each output is a file of its own, so that a run with
+    precision, of the data's fingerprint and of its image_stamps(). Each output is a file of its own, so that a run with
     fewer outputs computes nothing. A run waits while another one computes the same.
     """
 
@@ -47,7 +35,7 @@ class CachedTeacher:
     def __init__(self, folder, teacher, dataset, accelerator, batch_size=32):
         self.device, names = accelerator.device, teacher.names()
         parts = (teacher.key(), teacher.precision or accelerator.mixed_precision, dataset.fingerprint(),
-                 digest(picture_stamps(dataset)))
+                 digest(dataset.image_stamps()))
         [key] = broadcast_object_list([hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]])
         self.folder = Path(folder) / key
         if self._missing(names):

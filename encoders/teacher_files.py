@@ -1,4 +1,4 @@
-"""State dicts of teachers as users have them, under the names that timm's own filters take."""
+"""Load teachers' state dicts as users have them: rename them to what timm's own filters take."""
 import timm
 import torch
 from timm.models.eva import checkpoint_filter_fn as eva_filter
@@ -7,18 +7,18 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from runtime.errors import first_line
 
 
-def patch_of(state):
-    """Pixels a side of the patches of an image that a state dict, or one inside, embeds; None where it embeds none."""
-    for value in state.values():
-        if isinstance(value, dict) and (found := patch_of(value)):
-            return found
-        if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[1] == 3:
-            return value.shape[3]
+def patches_of(state):
+    """(width, pixels a side) of the patches that a state dict, or one in it, embeds; None where it embeds none."""
+    if isinstance(state, dict):
+        for part in (state, *(value for value in state.values() if isinstance(value, dict))):
+            for value in part.values():
+                if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[1] == 3:
+                    return value.shape[0], value.shape[3]
     return None
 
 
 def moco_names(state):
-    """MoCo v3's file under timm's names: its prefix, and in the file of L two blocks' misnamed layers."""
+    """MoCo v3's file under timm's names: without its prefix, and with the layers that the file of L misnames."""
     state = {name.removeprefix("module.base_encoder."): value for name, value in state["state_dict"].items()
              if name.startswith("module.base_encoder.") and ".head" not in name}
     wrong = {"blocks.13.norm13": "blocks.13.norm1", "blocks.13.mlp.fc13": "blocks.13.mlp.fc1",
@@ -66,7 +66,7 @@ def load_state(vit, state):
     fit = eva_filter if isinstance(vit, timm.models.eva.Eva) else checkpoint_filter_fn
     try:
         state = fit_names(state)
-        if patch_of(state) not in (None, vit.patch_embed.patch_size[0]):
+        if (patches := patches_of(state)) and patches[1] != vit.patch_embed.patch_size[0]:
             raise ValueError("patches of another size")  # timm would resample them
         vit.load_state_dict({name: value for name, value in fit(dict(state), vit).items()
                              if not name.startswith("head.")})

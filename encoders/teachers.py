@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.layers import resample_abs_pos_embed
 
-from encoders.teacher_files import load_state
+from encoders.teacher_files import load_state, patches_of
 from loss import resample_qk, resample_tokens
 from models.checkpoint import weights_digest
 from models.layers import Alignment, compile_blocks
@@ -20,7 +20,7 @@ from runtime.setup import AUTOCAST, cast_weights
 
 
 class TeacherRow(NamedTuple):
-    """What there is to know of a teacher before its weights are loaded."""
+    """What is known of a teacher before its weights are loaded."""
 
     timm_name: str
     width: int  # of its tokens
@@ -128,10 +128,7 @@ def teacher_list():
 
 
 def split_teachers(enc_type, weights=None):
-    """[(name, its file or None)] of a comma list of teachers, "none" being an empty one, and one of their weights.
-
-    Raises UserError for another number of files than of names.
-    """
+    """[(name, its file or None)] of the comma lists --enc-type ("none": empty) and --enc-weights. Raises UserError."""
     names = [] if enc_type == "none" else enc_type.split(",")
     files = weights.split(",") if weights and len(names) > 1 else [weights] * len(names)
     if len(files) != len(names):
@@ -153,6 +150,8 @@ def find_weights(enc_type, weights):
 def has_shapes_of(enc_type, state):
     """Whether this state dict could be that of a teacher."""
     row = teacher_row(enc_type)
+    if patches_of(state) != (row.width, row.patch):
+        return False  # without building each model of the table
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # that copying to meta does nothing
             load_state(timm.create_model(row.timm_name, num_classes=0, **dict(row.options)), state)
@@ -191,10 +190,10 @@ def load_vit(enc_type, weights=None):
 
 
 def set_input_size(vit, size, positions="timm"):
-    """Bring timm's `vit` to images of `size` pixels a side.
+    """Set timm's `vit` to images of `size` pixels a side.
 
-    Its position table is resampled bicubically, antialiased, and its rotations may be scaled to the grid of their
-    training. With `positions` "plain", as in Perception Encoder's own code, the table is resampled bilinearly without
+    timm resamples the position table bicubically with antialiasing, and may scale rotations to the grid of training.
+    With `positions` "plain", as in Perception Encoder's own code, the table is resampled bilinearly without
     antialiasing and rotations count patches.
     """
     table = vit.pos_embed
@@ -211,12 +210,11 @@ class Teacher:
     """A frozen timm ViT: images uint8 (N, 3, R, R) -> Alignment of their patch tokens.
 
     `vit` is load_vit's; one without a row is treated as DINOv2. Images are normalised, then resized to patch * `grid`
-    pixels, so that the teacher has `grid` x `grid` tokens as the student does. With `input_size` they are resized to
-    that; then the losses resample the student's side, or, with `resample` "teacher", the outputs here come resampled to
-    `grid`. `attn_blocks` (0-based) are the blocks whose q and k are
-    returned. `num_blocks` keeps only the first blocks; the features are the final norm of the last one kept. Without
-    `features` no block after the last tapped one runs. `precision` is "no" (float32), "fp16" or "bf16"; None: that of
-    the autocast around it.
+    pixels, so that the teacher has `grid` x `grid` tokens as the student does, or to `input_size`. Then the losses
+    resample the student's side; with `resample` "teacher" the outputs are resampled to `grid` here.
+    `attn_blocks` (0-based): blocks whose q and k are returned. `num_blocks` keeps only the first blocks; features are
+    the final norm of the last one kept. Without `features` no block after the last tapped one runs. `precision`: "no"
+    (float32), "fp16", "bf16", or None for that of the autocast around it.
     """
 
     sees_images = True
@@ -291,19 +289,15 @@ class Teacher:
 
 
 def load_teachers(enc_type, weights, grid, attn_blocks=(), attn_teacher=1, **options):
-    """Teachers of the comma lists `enc_type` and `weights`. Attention is that of the teacher number `attn_teacher`.
-
-    `options` are those of Teacher, for all of them.
-    """
+    """Teachers of these comma lists; attention is that of number `attn_teacher`. `options`: of every Teacher."""
     return Teachers([Teacher(load_vit(name, file), grid, attn_blocks if i == attn_teacher else (), **options)
                      for i, (name, file) in enumerate(split_teachers(enc_type, weights), 1)])
 
 
 class Teachers:
-    """Several teachers in the place of one: images uint8 (N, 3, R, R) -> an Alignment with the outputs of all.
+    """Several teachers as one: images uint8 (N, 3, R, R) -> an Alignment with the outputs of all.
 
-    `parts` are of Teacher, or all of CachedTeacher: then positions take the images' place. There may be none, for
-    losses that need no teacher.
+    `parts` are Teachers, or CachedTeachers, which take positions instead of images, or none at all.
     """
 
     def __init__(self, parts):

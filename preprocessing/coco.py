@@ -194,7 +194,7 @@ def build(args, splits):
     """The whole layout in args.dest. splits: {name: (image names, captions, picture)}, as build_split takes them."""
     device = PartialState().device
     vae = VAE(args.vae, device)
-    if args.resolution < 1 or args.resolution % vae.factor:
+    if args.resolution % vae.factor:
         raise UserError(f"--resolution {args.resolution} is no multiple of {vae.factor}, the VAE's factor; choose one.")
     check_note(args.dest, vae, weights_key(args.vae))
     encoder = TextEncoder(args.text_encoder, device, args.text_length)

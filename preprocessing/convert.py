@@ -164,10 +164,8 @@ def run(args):
         for failed in in_processes(work, todo, args.num_workers, bar):
             failures |= failed
 
-    pieces = destination.pieces()
-    labels = {name: source.labels and source.labels[i] for i, name in enumerate(names) if i not in failures}
-    destinations.check_names(destination, pieces, labels)
+    pieces, labels = destinations.all_written(destination, names, source.labels, failures)
     with progress(len(pieces), "check", "file") as bar:
         work = functools.partial(check_pictures, args.dest, side)
         in_processes(work, in_groups(sorted(pieces.items()), GROUP), args.num_workers, bar)
-    destinations.finish(destination, made, labels, [failures[i] for i in sorted(failures)])
+    destinations.finish(destination, made, labels, failures)

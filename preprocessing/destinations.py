@@ -1,9 +1,9 @@
-"""Where prepared files go: a folder, or an uncompressed zip. Work can stop at any moment and be continued.
+"""Write prepared files to a folder or an uncompressed zip. Work can stop at any moment and be continued.
 
-Every file appears whole or not at all, and is not made again. For a zip the files lie in {dest}.parts/ until all are
-there; then they are put together and removed, which takes twice the room for that time. dataset.json appears last: its
-presence means that everything is there and was checked. made.json says from what and how it was made. It holds no time
-and no count of processes, so that the same work has the same bytes however often it was stopped.
+Every file appears whole or not at all, and is not made again. The files of a zip lie in {dest}.parts/ until all are
+there; putting them together takes twice the room. dataset.json comes last: it means that everything is there and was
+checked. made.json says from what and how it was made, without times or counts of processes, so that the same work has
+the same bytes however often it was stopped.
 """
 import contextlib
 import functools
@@ -166,12 +166,18 @@ def check_space(folder, size):
                         "another --dest.")
 
 
-def check_names(destination, pieces, expected):
-    """Raise UserError unless the files there are exactly those expected."""
-    for name in sorted(pieces.keys() ^ set(expected)):
+def all_written(destination, names, labels, failures):
+    """({name: Piece}, {name: label or None}) of all files but those of `failures`, {place: sentence}.
+
+    Raises UserError unless the files there are exactly these. `labels` may be None.
+    """
+    pieces = destination.pieces()
+    expected = {name: labels and labels[i] for i, name in enumerate(names) if i not in failures}
+    for name in sorted(pieces.keys() ^ expected.keys()):
         wrong = "is missing from" if name not in pieces else "does not belong into"
         raise UserError(f"{name} {wrong} {destination.path}; was it changed meanwhile? Run the command again, or "
                         f"delete {destination.path} first.")
+    return pieces, expected
 
 
 def check_older(have, names, source):
@@ -215,8 +221,9 @@ def write_classes(dest, names):
               "convert --class-order FILE sets another order.", file=sys.stderr)
 
 
-def finish(destination, made, labels, skipped):
-    """The last files, and a word on the terminal. labels: {name: label or None}; skipped: sentences."""
+def finish(destination, made, labels, failures):
+    """The last files, and a word on the terminal. labels: {name: label or None}; failures: {place: sentence}."""
+    skipped = [failures[i] for i in sorted(failures)]
     if not labels:
         raise UserError(f"None of {len(skipped)} pictures could be used; the first: {skipped[0]}")
     entries = [[name, labels[name]] for name in sorted(labels)]

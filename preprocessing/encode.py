@@ -142,8 +142,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     have = destination.pieces()
     share = in_groups(range(len(names)), batch_size)[state.process_index::state.num_processes]
     groups = [places for places in share if any(names[i] not in have for i in places)]
-    left = state.is_main_process and any(name not in have for name in names)  # the main process notes what VAE it is
-    vae = VAE(model_url, state.device) if groups or left else None
+    vae = VAE(model_url, state.device) if any(name not in have for name in names) else None
     if vae and side % vae.factor:
         raise UserError(f"The pictures have {side} pixels a side, no multiple of {vae.factor}, the factor of "
                         f"{model_url}; convert them at another --resolution.")
@@ -178,9 +177,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     for failed in gather_object([failures]):  # which also waits for all
         failures |= failed
 
-    pieces = destination.pieces()
-    labels = {name: source.labels and source.labels[i] for i, name in enumerate(names) if i not in failures}
-    destinations.check_names(destination, pieces, labels)
+    pieces, labels = destinations.all_written(destination, names, source.labels, failures)
     share, shapes = sorted(pieces.items())[state.process_index::state.num_processes], set()
     with progress(len(share), "check", "file", shown=state.is_main_process) as bar:
         for found in ahead(functools.partial(check_latent, dest), in_groups(share, BATCH_SIZE), threads):
@@ -191,7 +188,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
         raise UserError(f"{dest} holds moments of shapes {shapes[0]} and {shapes[1]}; delete it and run the command "
                         "again.")
     if state.is_main_process:
-        destinations.finish(destination, made, labels, [failures[i] for i in sorted(failures)])
+        destinations.finish(destination, made, labels, failures)
     state.wait_for_everyone()
 
 

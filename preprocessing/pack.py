@@ -132,6 +132,8 @@ def run(args):
     if not args.images_only and (note := read_note(args.source)):
         write_json(args.dest / NOTE, note)
     packed = layout(args.dest)
-    if packed.fingerprint(files=True) != data.fingerprint(files=True):
+    there, ours = ([files.stamps()[:, 0].tolist() for files in (each.latents, each.pictures, each.mirrored) if files]
+                   for each in (data, packed))  # sizes of the files
+    if packed.fingerprint() != source or there != ours:
         raise UserError(f"{args.source} has changed while it was packed; delete {args.dest} and pack it again.")
     print(f"{args.dest}: {len(packed)} entries")

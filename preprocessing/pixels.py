@@ -1,9 +1,8 @@
-"""From a picture's file to RGB of the size wanted: what is read and how, and the published crops.
+"""Decode pictures to RGB and crop them as published.
 
-Pictures are converted to RGB as Pillow does it, as in ADM and the published tool: grey, palette and CMYK become RGB,
-transparency is dropped, or laid on `background`; of an animation the first frame counts, of 16 bits a channel the high
-byte; an orientation in EXIF is not applied. Crops take and return Pillow images, and raise ValueError for what they
-do not take.
+Pillow converts to RGB, as in ADM and the published tool: grey, palette and CMYK become RGB; transparency is dropped, or
+laid on `background`; an animation gives its first frame, 16 bits a channel the high byte; EXIF's orientation is not
+applied. Crops take and return Pillow images; they raise ValueError for sizes they cannot crop.
 """
 import io
 import struct

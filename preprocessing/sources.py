@@ -1,11 +1,10 @@
-"""Where pictures lie: class folders, tars of classes or of pictures, zips. They are read in place, never unpacked.
+"""Read pictures from class folders, tars and zips, in place.
 
 A tar counts as a folder of its name without ".tar": ImageNet's train archive, a tar of one tar per class, reads like
-its unpacked folders. Pictures are in the order of their relative paths as strings. Labels are those of a dataset.json
-at the top, {"labels": [[path, label], ...]} or null; without one the label is the place of the top-level folder among
-their sorted names, or in the file `order`. One folder alone means no labels. Names that lead out of the source are
-refused. Passed over are links in archives, which may lead anywhere, names that begin with a dot, and what is no regular
-file.
+its unpacked folders. Pictures are ordered by their relative paths as strings. Labels are those of a dataset.json at
+the top, {"labels": [[path, label], ...]} or null; without one, the place of the top-level folder among their sorted
+names, or in the file `order`. One folder alone means no labels. Names that lead out of the source are refused. Links in
+archives, hidden files and everything that is no regular file are skipped.
 """
 import os
 import stat

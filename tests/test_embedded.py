@@ -122,7 +122,7 @@ def test_teacher_out_of_the_graph():
             parameter.normal_()
     state = packages.teacher_state_dict(fake_onnx(vit.state_dict()))
     assert state.keys() == vit.state_dict().keys()
-    assert all(np.array_equal(state[name], value) for name, value in vit.state_dict().items())
+    assert all(torch.equal(state[name], value) for name, value in vit.state_dict().items())
 
 
 def test_committed_vae():

@@ -1,13 +1,15 @@
-"""The recipes of docs/extending.md, each followed in a copy of the code: what is added works."""
+"""The recipes of docs/extending.md, all followed in a copy of the code: what is added works."""
+import importlib
+import os
 import shutil
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 
-from tests.conftest import CLASSES, CPU, ROOT, checkpoint, metrics, tiny_run, write_tiny_data
+from tests.conftest import CLASSES, ROOT, checkpoint, metrics, script, tiny_run
 
 GRAM_LOSS = '''def gram_term(loss_fn, student, teacher):
     """Mean squared difference of the similarities between tokens."""
@@ -62,46 +64,51 @@ class Ramps(LatentDataset):
 '''
 
 
-@pytest.fixture(scope="module")
-def house(tmp_path_factory):
-    """A function that copies the code, follows the recipes of some files in the copy, and gives its folder."""
-    def build(*files):
-        copy = tmp_path_factory.mktemp("house") / "code"
-        unused = shutil.ignore_patterns(".*", "exps", "data", "docs", "assets", "samples", "logs")
-        shutil.copytree(ROOT, copy, ignore=unused)
-        for name in files:
-            text = (copy / name).read_text()
-            for old, new in RECIPES[name].items():
-                assert text.count(old) == 1, f"{name} has no single {old!r}: correct the recipe, and docs/extending.md"
-                text = text.replace(old, new)
-            (copy / name).write_text(text)
-        if "train.py" in files:
-            (copy / "ramps.py").write_text(RAMPS)
-        return copy
-
-    return build
+def build(folder):
+    """A copy of the code in which all recipes were followed."""
+    copy = folder / "code"
+    unused = shutil.ignore_patterns(".*", "exps", "data", "docs", "assets", "samples", "logs")
+    shutil.copytree(ROOT, copy, ignore=unused)
+    for name, recipe in RECIPES.items():
+        text = (copy / name).read_text()
+        for old, new in recipe.items():
+            assert text.count(old) == 1, f"{name} has no single {old!r}: correct the recipe, and docs/extending.md"
+            text = text.replace(old, new)
+        (copy / name).write_text(text)
+    (copy / "ramps.py").write_text(RAMPS)
+    return copy
 
 
-def run(folder, script, *arguments):
-    """The script of the copy, with this project's small networks known."""
-    code = ("import runpy, sys; import tests.nano; sys.argv = sys.argv[1:]; "
-            "runpy.run_path(sys.argv[0], run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", code, script, *map(str, arguments)], cwd=folder, env={**CPU},
-                          capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def in_the_copy():
+    """Called by a script's process before it starts: from here on the project is the copy."""
+    ours = [name for name, module in sys.modules.items() if name != "__main__" and ".venv" not in str(module)
+            and (getattr(module, "__file__", None) or "").startswith(str(ROOT))]
+    for name in ours:
+        del sys.modules[name]
+    os.chdir(os.environ["HASTE_TEST_COPY"])
+    sys.path.insert(0, os.getcwd())
+    importlib.import_module("tests.nano")
 
 
-def test_a_loss_a_schedule_a_teacher_and_a_sampler(house, tmp_path):
-    """A row each. The loss has its flag and column and is in the sum; the trigger compares its gradient."""
-    copy = house("loss.py", "training/schedule.py", "encoders/teachers.py", "samplers.py")
-    data = write_tiny_data(tmp_path / "data", count=16)
+def in_the_copy_with_its_curves():
+    in_the_copy()
+    runs, run = importlib.import_module("evaluations.runs"), Path(os.environ["HASTE_TEST_RUN"])
+    table = runs.read_table(run)
+    print("gram" in runs.TITLES, "gram" in runs.shown(table), runs.alignment_stop(table, runs.read_settings(run)))
+
+
+def test_all_recipes(tmp_path):
+    """The loss has its flag and column and is in the sum; the trigger compares its gradient; curves and report draw it,
+    and know by the table where alignment ends. The data are of a layout of four methods."""
+    env = {"HASTE_TEST_COPY": str(build(tmp_path)), "HASTE_TEST_RUN": str(tmp_path / "run")}
     with torch.random.fork_rng():
         torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "teacher.pt")
-    run(copy, "train.py", *tiny_run(
-        "SiT-N/2", data, tmp_path, "--num-classes", CLASSES, "--max-train-steps", 4, "--enc-type", "vit-t",
+    script("train.py", *tiny_run(
+        "SiT-N/2", tmp_path, tmp_path, "--num-classes", CLASSES, "--max-train-steps", 4, "--enc-type", "vit-t",
         "--enc-weights", tmp_path / "teacher.pt", "--gram-coeff", 0.3, "--attn-coeff", 0, "--lr-schedule", "square",
         "--early-stop-trigger", "gradient", "--trigger-start", 2, "--trigger-every", 9, "--trigger-samples", 4,
-        "--trigger-timesteps", 0.5, "--trigger-threshold", -1, "--early-stop-point", 3))
+        "--trigger-timesteps", 0.5, "--trigger-threshold", -1, "--early-stop-point", 3,
+        "--teacher-cache", tmp_path / "cache"), env=env, before="tests.test_extending.in_the_copy")
     rows = metrics(tmp_path)
     for row in rows[:3]:
         assert float(row["gram"]) > 0 and row["attention"] == ""
@@ -110,20 +117,8 @@ def test_a_loss_a_schedule_a_teacher_and_a_sampler(house, tmp_path):
     assert rows[3]["gram"] == "" and rows[1]["cosine"] and not rows[0]["cosine"]
     assert [float(row["learning_rate"]) for row in rows] == pytest.approx([1e-3 * (1 - (k / 4) ** 2) for k in range(4)])
     assert checkpoint(tmp_path, 4)["args"]["gram_coeff"] == 0.3
-    code = ("import sys; from pathlib import Path; from evaluations import runs; run = Path(sys.argv[1]); "
-            "table = runs.read_table(run); print('gram' in runs.TITLES, 'gram' in runs.shown(table), "
-            "runs.alignment_stop(table, runs.read_settings(run)))")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], cwd=copy, env={**CPU}, capture_output=True,
-                          text=True, check=True)
-    assert done.stdout == "True True 3\n"  # curves and report draw it, and know by the table where alignment ends
-    run(copy, "generate.py", "--ckpt", tmp_path / "run/checkpoints/0000004.pt", "--mode", "one", "--num-fid-samples", 2,
-        "--num-steps", 1, "--vae", ROOT / "assets/vae-emoji", "--sample-dir", tmp_path / "samples")
-    assert len(list(tmp_path.glob("samples/*one*/*.png"))) >= 2 or len(list(tmp_path.glob("samples/*/*.png"))) >= 2
-
-
-def test_a_data_layout(house, tmp_path):
-    """A subclass with four methods, and one line in train.py."""
-    copy = house("train.py")
-    run(copy, "train.py", *tiny_run("SiT-N/2", tmp_path, tmp_path, "--num-classes", 4, "--enc-type", "none",
-                                    "--max-train-steps", 2))
-    assert len(metrics(tmp_path)) == 2
+    done = script("generate.py", "--ckpt", tmp_path / "run/checkpoints/0000004.pt", "--mode", "one",
+                  "--num-fid-samples", 2, "--num-steps", 1, "--vae", ROOT / "assets/vae-emoji", "--sample-dir",
+                  tmp_path / "samples", env=env, before="tests.test_extending.in_the_copy_with_its_curves")
+    assert done.stdout.startswith("True True 3\n")
+    assert len(list(tmp_path.glob("samples/*one*/*.png"))) == 2

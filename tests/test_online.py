@@ -11,7 +11,6 @@ from encoders.online import EncodedImages
 from encoders.vae import VAE
 from evaluations.student import look_inside
 from preprocessing import dataset_tools
-from runtime.errors import UserError
 from tests.conftest import CLASSES, call_main, checkpoint, metrics, script, train_arguments, write_tiny_data
 from tests.test_latents import write_vae
 from tests.test_resume import assert_same_run
@@ -103,16 +102,12 @@ def test_images_as_an_epoch_sees_them(vae, pictures, tmp_path):
     assert data.fingerprint() == packed.fingerprint() != other.fingerprint()
 
 
-def test_what_does_not_go_together(monkeypatch, vae, pictures, tmp_path):
-    def refused(words, *more):
-        with pytest.raises(UserError, match=words):
-            call_main(monkeypatch, train, *arguments(pictures, tmp_path, "--enc-type", "none", "--vae", vae, *more))
-
-    online = ("--encode-online",)
-    refused("--encode-online is for a VAE's latents, and --vae none has pixels", *online, "--vae", "none")
-    refused("--random-crop cuts images, of which there are no latents", "--random-crop")
-    refused("those in .* have 32 pixels a side; give a --resolution below", *online, "--random-crop", "--resolution",
-            40)
-    refused("--random-crop shows images that --teacher-cache has no outputs of", *online, "--random-crop",
-            "--teacher-cache", tmp_path)
-    refused("--resolution 30 is no multiple of 4, the factor of the VAE", *online, "--random-crop", "--resolution", 30)
+def test_what_does_not_go_together(refused, vae, pictures, tmp_path):
+    cached = arguments(pictures, tmp_path, "--enc-type", "none", "--vae", vae)
+    online, cropped = [*cached, "--encode-online"], [*cached, "--encode-online", "--random-crop"]
+    refused("--encode-online is for a VAE's latents, and --vae none has pixels", train, *online, "--vae", "none")
+    refused("--random-crop cuts images, of which there are no latents", train, *cached, "--random-crop")
+    refused("those in .* have 32 pixels a side; give a --resolution below", train, *cropped, "--resolution", 40)
+    refused("--random-crop shows images that --teacher-cache has no outputs of", train, *cropped, "--teacher-cache",
+            tmp_path)
+    refused("--resolution 30 is no multiple of 4, the factor of the VAE", train, *cropped, "--resolution", 30)

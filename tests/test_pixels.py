@@ -73,18 +73,17 @@ def test_the_picture_is_the_moments(pictures):
     assert torch.equal(data[5]["image"], data.image(5))
 
 
-def test_packed_images_alone(monkeypatch, pictures, tmp_path):
+def test_packed_images_alone(refused, monkeypatch, pictures, tmp_path):
     """pack --images-only needs no latents and gives the same data set, to its name."""
     call_main(monkeypatch, dataset_tools, "pack", "--source", pictures, "--dest", tmp_path / "packed", "--images-only",
               "--resolution", 64, "--num-workers", 1)
     plain, packed = (PixelImages(folder, 64, CLASSES) for folder in (pictures, tmp_path / "packed"))
-    assert plain.fingerprint(files=True) == packed.fingerprint(files=True) and not packed.decodes
+    assert plain.fingerprint() == packed.fingerprint() and not packed.decodes
     one, other = plain.batch([3, 60]), packed.batch([3, 60])
     assert all(torch.equal(one[name], other[name]) for name in ("image", "moments", "y"))
     assert not (tmp_path / "packed/vae-sd").exists()
-    with pytest.raises(UserError, match="leave nothing to pack"):
-        call_main(monkeypatch, dataset_tools, "pack", "--source", pictures, "--dest", tmp_path / "x", "--images-only",
-                  "--latents-only")
+    refused("leave nothing to pack", dataset_tools,
+            "pack", "--source", pictures, "--dest", tmp_path / "x", "--images-only", "--latents-only")
 
 
 def test_mirrored(pictures):
@@ -99,13 +98,21 @@ def test_mirrored(pictures):
 
 
 def test_a_run_on_pixels(monkeypatch, pictures, teacher_file, tmp_path):
-    """Six steps are two and two and two, across the early stop, with previews and samples, all without diffusers."""
+    """Six steps are two and two and two, across the early stop, with previews and samples, all without diffusers; the
+    network is trained on scaled pixels, step by step the images of the data order."""
     monkeypatch.setitem(sys.modules, "diffusers", None)  # an import raises
+    monkeypatch.setattr("training.previews.PREVIEW_STEPS", 2)
     see, seen = Teacher.__call__, set()
     monkeypatch.setattr(Teacher, "__call__",
                         lambda self, images: seen.add((self.input_size, self.grid)) or see(self, images))
+    loss, trained_on = SILoss.__call__, []
+    monkeypatch.setattr(SILoss, "__call__",
+                        lambda self, net, x, *rest: trained_on.append(x) or loss(self, net, x, *rest))
     more = ("--enc-weights", teacher_file, "--enc-size", 56, "--sampling-steps", 6)
     call_main(monkeypatch, train, *arguments(pictures, tmp_path / "whole", *more))
+    data = PixelImages(pictures, 64, CLASSES)
+    for x, sample_ids in zip(trained_on, StepBatches(64, 8, 0, 0, 6), strict=True):
+        torch.testing.assert_close(x, 2 * (torch.stack([data.image(i) for i in sample_ids]) / 127.5 - 1))
     for stop in (2, 4, 6):
         call_main(monkeypatch, train, *arguments(pictures, tmp_path / "parts", *more, "--max-train-steps", stop))
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 6)
@@ -127,18 +134,6 @@ def test_a_run_on_pixels(monkeypatch, pictures, teacher_file, tmp_path):
     assert found["side"] == 8 and len(found["images"]) == 2 and seen == {(56, 4), (56, 8)}  # the run, and look_inside
 
 
-@pytest.mark.parametrize("teacher", [False, True])
-def test_the_network_is_trained_on_scaled_pixels(monkeypatch, pictures, teacher_file, tmp_path, teacher):
-    """In both phases and without a teacher alike: step by step the images of the data order."""
-    call, seen = SILoss.__call__, []
-    monkeypatch.setattr(SILoss, "__call__", lambda self, model, x, *more: seen.append(x) or call(self, model, x, *more))
-    more = ("--enc-weights", teacher_file) if teacher else ("--enc-type", "none")
-    call_main(monkeypatch, train, *arguments(pictures, tmp_path, "--max-train-steps", 4, *more))
-    data = PixelImages(pictures, 64, CLASSES)
-    for x, sample_ids in zip(seen, StepBatches(64, 8, 0, 0, 4), strict=True):
-        torch.testing.assert_close(x, 2 * (torch.stack([data.image(i) for i in sample_ids]) / 127.5 - 1))
-
-
 def test_scores_along_a_run(monkeypatch, pictures, tmp_path):
     """The evaluation is given Pixels to decode with."""
     seen = []
@@ -150,12 +145,8 @@ def test_scores_along_a_run(monkeypatch, pictures, tmp_path):
     assert isinstance(seen[0], Pixels)
 
 
-def test_what_does_not_go_together(monkeypatch, tiny_data, pictures, tmp_path):
+def test_what_does_not_go_together(refused, monkeypatch, tiny_data, pictures, tmp_path):
     """One sentence each."""
-    def refused(words, module, *argv):
-        with pytest.raises(UserError, match=words):
-            call_main(monkeypatch, module, *argv)
-
     none = ("--enc-type", "none", "--max-train-steps", 1)
     call_main(monkeypatch, train, *arguments(tiny_data, tmp_path / "pixels", *none))
     ckpt = tmp_path / "pixels/run/checkpoints/0000001.pt"

@@ -176,8 +176,6 @@ def build_photographs(dest, source, wheels, train_images):
         read = read or reader(source, wheels)
         write_json(dest / "classes.json", CLASSES)
         images, labels = (values[:count] for values in read(split))
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         entries = [(i, image_name(i), label, ROW) for i, label in enumerate(labels.tolist())]
         data = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
         pack_kind(folder, images.__getitem__, entries, data, BATCH)
@@ -204,8 +202,6 @@ def build_latents(dest, source):
         moments = torch.cat([vae.encode(batch) for batch in tqdm(images.split(ENCODING_BATCH), desc=str(folder))])
         labels = [label for _, label in read_json(dest / split / "images/dataset.json")["labels"]]
         entries = [(i, latent_name(i), label, moments[0].nbytes) for i, label in enumerate(labels)]
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         write_note(dest / split, vae, weights_key(source))
         pack_kind(folder, moments.numpy().__getitem__, entries, weights_key(source), BATCH)
 
