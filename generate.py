@@ -5,7 +5,7 @@
     python generate.py --ckpt exps/RUN/checkpoints/0400000.pt --num-fid-samples 72 --labels balanced --cfg-scale 4
     python generate.py --ckpt exps/RUN/checkpoints/0400000.pt --num-fid-samples 10000 --cfg-scale 1 --seed 1
 
-One process on a CPU or GPU: the same with `python generate.py`. What the checkpoint knows (model, resolution, classes,
+On one device `python generate.py` does the same. What the checkpoint knows (model, resolution, classes,
 path) need not be typed. Image i depends on --seed and i only, whatever the number of processes and, up to
 rounding, the batch size. The same command again makes only what is missing. Output, in --sample-dir:
     {model}-{ckpt}-size-{R}-vae-{vae}-cfg-{w}-seed-{seed}-{mode}-high-{high}/{i:06d}.png, and beside it .npz (arr_0

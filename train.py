@@ -4,9 +4,9 @@
     accelerate launch train.py --preset sit-b-2-repa --data-dir DATA --exp-name sitb_repa
     accelerate launch train.py --config exps/sitb_repa/args.json --exp-name sitb_repa_1 --seed 1
 
-One process on a CPU or GPU: the same with `python train.py`. The same command again continues from the newest
-checkpoint of {output-dir}/{exp-name}, which also holds log.txt, args.json, metrics.csv and previews/. --enc-type none
-is plain SiT, --attn-coeff 0 is REPA. Defaults are the paper's run; --preset list shows its other runs.
+On one device `python train.py` does the same. The same command again continues from the newest checkpoint of
+{output-dir}/{exp-name}, which also holds log.txt, args.json, metrics.csv and previews/. --enc-type none is plain SiT.
+Defaults are the paper's run; --preset list shows its other runs, REPA's and plain ones too.
 """
 import functools
 

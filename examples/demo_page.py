@@ -15,8 +15,10 @@ FIELDS = {"images": (whole(1, 16), 8), "seed": (whole(0), 0), "cfg": (number(1, 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>HASTE: samples</title>
 <style>body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 1rem auto; padding: 0 1rem }}
-fieldset {{ border: 1px solid #ccc; border-radius: 6px; margin: 0 0 .8rem }} label {{ display: inline-block; margin-right: 1rem }}
-input, button {{ font: inherit }} input[type=number] {{ width: 4.5rem }} img {{ max-width: 100% }} #error {{ color: #b00 }}
+fieldset {{ border: 1px solid #ccc; border-radius: 6px; margin: 0 0 .8rem }}
+label {{ display: inline-block; margin-right: 1rem }}
+input, button {{ font: inherit }} input[type=number] {{ width: 4.5rem }} img {{ max-width: 100% }}
+#error {{ color: #b00 }}
 </style>
 <h1>Samples of {name}</h1>
 <form><fieldset><legend>{legend}</legend>{choices}</fieldset>

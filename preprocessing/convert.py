@@ -1,6 +1,6 @@
 """Pictures of any source to RGB PNGs of one size, on all cores: {dest}/{idx8[:5]}/img{idx8}.png and dataset.json.
 
-    python preprocessing/dataset_tools.py convert --source=IMAGENET_DIR --dest=DATA/images \
+    python preprocessing/dataset_tools.py convert --source=IMAGENET_DIR --dest=DATA/images \\
         --resolution=256x256 --transform=center-crop-dhariwal
 
 The source is a folder with a folder, or a tar, per class; ImageNet's ILSVRC2012_img_train.tar as it is; another tar; a
@@ -130,7 +130,8 @@ def add_arguments(add):
     add("--source", required=True, help="folder, .zip or .tar of pictures")
     add("--dest", required=True, help="folder or .zip to write")
     add("--resolution", help="size of the result, such as 256x256 (default: as it is)")
-    add("--transform", choices=TRANSFORMS, help="crop before the size is changed (default: none)")
+    add("--transform", choices=TRANSFORMS, help="how a picture is cut to a square (default: it is not: its "
+        "sides are stretched)")
     add("--class-order", metavar="FILE", help="names of the class folders in the order of their labels, one a line "
         "(default: alphabetical)")
     add("--max-images", type=whole(1), help="take the first N pictures only (default: all)")
@@ -142,6 +143,8 @@ def add_arguments(add):
 def run(args):
     source = open_source(args.source, args.max_images, args.class_order)
     transform, side = make_transform(args.transform, args.resolution, source)
+    if args.resolution and not args.transform:
+        print("Pictures are stretched to squares; --transform=center-crop-dhariwal would cut them.")
     destination = destinations.open_destination(args.dest, ".png", args.source)
     made = destination.begin({"command": "convert", "resolution": args.resolution, "transform": args.transform,
                               "pictures": digest([source.names, source.labels])}, {"source": args.source})

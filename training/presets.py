@@ -47,17 +47,17 @@ PRESETS = {
                       "arXiv 2512.10794: FID 19.7 at 400K steps, 23.9 with REPA"),
     "sit-b-2-vanilla": ("train.py", {"model": "SiT-B/2", "enc_type": "none"}, "FID 33.0 at 400K steps"),
     **{f"sit-xl-1-{name}": ("train.py", {"model": "SiT-XL/1", "vae": E2E_VAE, **more},
-                            ("no paper's run: on the latents of a VAE tuned end to end (arXiv 2504.10483), 32 "
+                            ("not from the paper: on the latents of a VAE tuned end to end (arXiv 2504.10483), 32 "
                              "channels at a 16th of the side; `dataset_tools.py stats` makes their mean and std"))
        for name, more in (("haste", {}), ("repa", REPA), ("vanilla", {"enc_type": "none"}))},
     "mmdit-haste": ("train_t2i.py", {"model": "MMDiT", "early_stop_point": 200_000, "max_train_steps": 250_000},
                     "FID on COCO 4.06 at 250K steps, of 40,192 images with --cfg-scale 2.25"),
     "embedded": ("train.py", {"model": "SiT-T/2", "num_classes": 9, "data_dir": "data/emoji/train",
                               "teacher_cache": "data/emoji/teacher-cache", **EMBEDDED},
-                 "no paper's run: that of `make quickstart`, whose data this repository makes"),
+                 "not from the paper: the run of `make quickstart`, whose data this repository makes"),
     "embedded-t2i": ("train_t2i.py", {"model": "MMDiT-T", "data_dir": "data/emoji-captions",
                                       "teacher_cache": "data/emoji-captions/teacher-cache", **EMBEDDED},
-                     "no paper's run: that of `make quickstart-t2i`"),
+                     "not from the paper: the run of `make quickstart-t2i`"),
 }
 PRESETS["cifar10"] = ("train.py", {
     "model": "SiT-XS/2", "vae": "assets/vae-cifar10", "resolution": 32, "num_classes": 10,
@@ -65,7 +65,7 @@ PRESETS["cifar10"] = ("train.py", {
     "enc_blocks": 9, "enc_size": 56, "resample": "teacher", "early_stop_point": 400, "max_train_steps": 2000,
     "checkpointing_steps": 1000, "sampling_steps": 1000, "log_every": 50, "batch_size": 64, "learning_rate": 2e-3,
     "ema_decay": 0.995, "num_workers": 0, "report_to": "none"},
-    "no paper's run: that of `make quickstart-cifar10`")
+    "not from the paper: the run of `make quickstart-cifar10`")
 HEADING = ("Typed flags win over a preset's. The numbers are the paper's, not ours: FID by ADM's evaluation of 50,000 "
            "samples of an SDE in 250 steps, without guidance where not said otherwise.")
 
@@ -100,8 +100,8 @@ def parse_with_preset(parser, script):
     """
     finder = Parser(config=False, add_help=False)
     for p in (parser, finder):
-        p.add_argument("--preset", metavar="NAME", help="settings of one of the paper's runs, which typed flags and "
-                       "--config change; `list` shows them with the numbers that the paper reports: "
+        p.add_argument("--preset", metavar="NAME", help="settings of a run of the paper or a quickstart, which typed "
+                       "flags and --config change; `list` shows them with the numbers that the paper reports: "
                        + ", ".join(name for name, row in PRESETS.items() if row[0] == script))
     name = finder.parse_known_args()[0].preset or parser.from_file(sys.argv[1:]).get("preset")
     if name == "list":

@@ -136,7 +136,8 @@ class Trainer:
             self.teacher = None
             gc.collect()
             give_back_memory()
-            logger.info(f"step {self.step}: alignment is switched off; teacher freed")
+            freed = "" if self.args.enc_type == "none" else "; teacher freed"
+            logger.info(f"step {self.step}: alignment is switched off{freed}")
         # Outside Phase I the projector is frozen and DDP is built anew, so that it leaves the gradient exchange.
         set_trainable(self.model, self.args.freeze, phase.aligned)
         self.wrap()
