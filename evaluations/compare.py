@@ -9,6 +9,7 @@ curves. In --out: table.md, table.tex (for booktabs), scores.pdf (--format svg o
 images of each run, from the same noise. Samples and their scores lie in --sample-dir and are used again: the same
 command goes on.
 """
+import functools
 import logging
 import subprocess
 import sys
@@ -144,27 +145,20 @@ def is_there(folder, flags):
 
 # ---- scores ----
 
-class Scores:
-    """scores(folder) -> {score: value}, from the file beside the samples or made and written there."""
-
-    def __init__(self, args):
-        self.args, self.metrics, self.scorer = args, chosen_metrics(args), None
-
-    def __call__(self, folder):
-        from evaluations.scores import check_pair
-        from runtime.files import is_file, read_json, write_json
-        path, npz = (folder.with_name(folder.name + ending) for ending in ("-scores.json", ".npz"))
-        args, names = self.args, score_names(self.args.features, self.metrics)
-        result = read_json(path) if is_file(path) and path.stat().st_mtime >= npz.stat().st_mtime else {}
-        same = all(result.get(key) == value for key, value in (
-            ("features", args.features), ("preset", args.preset), ("pr_dtype", args.pr_dtype),
-            ("any_weights", args.any_weights), ("reference", str(args.reference))))
-        if not (same and set(names) <= set(result["scores"])):
-            check_pair(args.reference, npz, self.metrics)
-            self.scorer = self.scorer or open_scorer(args, self.metrics)
-            result = self.scorer(npz)
-            write_json(path, result, indent=2)
-        return {name: result["scores"][name] for name in names if result["scores"][name] is not None}
+def scores_of(folder, args, metrics, open_once):
+    """{score: value} of samples, from the file beside them; without one, by open_once()(npz), and written there."""
+    from evaluations.scores import check_pair
+    from runtime.files import is_file, read_json, write_json
+    path, npz = (folder.with_name(folder.name + ending) for ending in ("-scores.json", ".npz"))
+    result = read_json(path) if is_file(path) and path.stat().st_mtime >= npz.stat().st_mtime else {}
+    asked = {"features": args.features, "preset": args.preset, "pr_dtype": args.pr_dtype,
+             "any_weights": args.any_weights, "reference": str(args.reference)}
+    names = score_names(args.features, metrics)
+    if not (asked.items() <= result.items() and set(names) <= set(result["scores"])):
+        check_pair(args.reference, npz, metrics)
+        result = open_once()(npz)
+        write_json(path, result, indent=2)
+    return {name: result["scores"][name] for name in names if result["scores"][name] is not None}
 
 
 # ---- tables and figures ----
@@ -243,7 +237,8 @@ def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_writable(args.out)
     settings, names = [read_settings(run) for run in args.runs], called(args.runs)
-    step, scores_of = common_step(args.runs, args.step), Scores(args)
+    step, metrics = common_step(args.runs, args.step), chosen_metrics(args)
+    open_once = functools.cache(lambda: open_scorer(args, metrics))
     together = groups(settings, names)
     swept = [name for name, values in (("cfg", args.cfg_scale), ("steps", args.num_steps)) if len(set(values)) > 1]
     points, folders = {}, {}
@@ -254,9 +249,9 @@ def main():
                 for i in places:
                     folder, flags = sampled(args, args.runs[i], names[i], settings[i], step, cfg, steps)
                     make_samples(folder, flags, args.processes)
-                    found.append(scores_of(folder))
+                    found.append(scores_of(folder, args, metrics, open_once))
                     folders.setdefault(names[i], folder)
-    scores = [score for score in score_names(args.features, scores_of.metrics)
+    scores = [score for score in score_names(args.features, metrics)
               if all(score in one for found in points.values() for one in found)]
     header, rows = tabled(points, scores, swept)
     note = (f"Step {step:,}; {args.num_fid_samples:,} samples, {args.mode}"
