@@ -128,10 +128,10 @@ def test_sweeps(called, tmp_path, monkeypatch):
     """Over guidance and steps: a row each, panels with the same axes, ticks where something was run."""
     closed = []
     monkeypatch.setattr("matplotlib.pyplot.close", closed.append)
-    head, _, *rows = called(["b", "a0"], "--cfg", 1, 1.5, "--steps", 1, 2, "--format", "svg")
-    assert head.startswith("| run | guidance | steps | seeds | KID") and len(rows) == 8 and called.made == 8
-    seen = [(row.split(" | ")[1], row.split(" | ")[2]) for row in rows]
-    assert set(seen) == set(itertools.product(["1", "1.5"], ["1", "2"]))
+    head, _, *rows = called(["b"], "--cfg", 1, 1.5, "--steps", 1, 2, "--format", "svg")
+    assert head.startswith("| run | guidance | steps | seeds | KID") and called.made == 4
+    seen = [tuple(row.split(" | ")[1:3]) for row in rows]
+    assert sorted(seen) == list(itertools.product(["1", "1.5"], ["1", "2"]))
     top, bottom = closed[0].axes
     assert top.get_ylim() == bottom.get_ylim() and list(bottom.get_xticks()) == [1, 1.5]
     assert [axis.get_ylabel() for axis in (top, bottom)] == ["1 steps", "2 steps"]
