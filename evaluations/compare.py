@@ -25,8 +25,10 @@ from runtime.flags import Parser, whole
 from sampling.config import add_sampler_flags
 
 FORMATS = ("pdf", "svg", "png")
+SWEPT = {"cfg": "guidance", "steps": "steps"}  # what may have several values, and its column
 UP = ("Inception Score", "Precision", "Recall")  # of the others less is better
 SHOWN = 8  # images of a run in samples.png
+HANDED_ON = ("num_fid_samples", "weights", "sample_dir", "global_seed", "per_proc_batch_size", "mixed_precision")
 ROOT = Path(__file__).resolve().parents[1]
 
 logger = logging.getLogger(__name__)
@@ -63,16 +65,13 @@ def parse_args():
 def common_step(runs, step):
     """`step`, or the newest step of which all runs have a checkpoint. Raises UserError."""
     from models.checkpoint import saved_steps
-    found = {run: saved_steps(run / "checkpoints") for run in runs}
-    if step is None:
-        step = max(set.intersection(*map(set, found.values())), default=None)
-        if step is None:
-            raise UserError(f"The runs {', '.join(map(str, runs))} have no step of which all have a checkpoint; "
-                            "compare others, or train them further.")
-    for run, known in found.items():
-        if step not in known:
-            raise UserError(f"{run} has no checkpoint of step {step}, but of {', '.join(map(str, sorted(known)))}; "
-                            "give --step one that all runs have.")
+    found = {run: sorted(saved_steps(run / "checkpoints")) for run in runs}
+    common = set.intersection(*map(set, found.values()))
+    step = max(common, default=None) if step is None else step
+    if step not in common:
+        steps = "; ".join(f"{run} has {', '.join(map(str, known)) or 'none'}" for run, known in found.items())
+        raise UserError(f"No step{f' {step}' if step else ''} is among the checkpoints of all runs: {steps}; give "
+                        "--step one that is, or train them further.")
     return step
 
 
@@ -93,15 +92,10 @@ def sampled(args, run, name, settings, step, cfg, steps):
     from sampling.images import SAMPLING, folder_name
     if missing := {"model", "resolution"} - settings.keys():
         raise UserError(f"{run}/args.json has no {min(missing)}; give the folder of a run of train.py.")
-    flags = {flag: getattr(args, flag) for flag in SAMPLING if flag != "path_type"}
+    flags = {flag: getattr(args, flag) for flag in (*SAMPLING, *HANDED_ON) if flag != "path_type"}
     flags |= {"ckpt": str(run / f"checkpoints/{step:07d}.pt"), "vae": args.vae or settings.get("vae") or "ema",
-              "cfg_scale": cfg, "num_steps": steps, "num_fid_samples": args.num_fid_samples, "weights": args.weights,
-              "sample_dir": args.sample_dir, "prefix": f"{name}-{steps}-steps-", "global_seed": args.global_seed,
-              "per_proc_batch_size": args.per_proc_batch_size, "mixed_precision": args.mixed_precision}
-    if "num_classes" in settings:
-        flags |= {"labels": args.labels}
-    else:
-        flags |= {"data_dir": settings["data_dir"]}
+              "cfg_scale": cfg, "num_steps": steps, "prefix": f"{name}-{steps}-steps-"}
+    flags |= {"labels": args.labels} if "num_classes" in settings else {"data_dir": settings["data_dir"]}
     return folder_name(Namespace(**flags, resolution=settings["resolution"]), settings["model"]), flags
 
 
@@ -110,7 +104,7 @@ def make_samples(folder, flags, processes):
     if is_there(folder, flags):
         return
     script = ROOT / ("generate.py" if "labels" in flags else "generate_t2i.py")
-    words = [word for name, value in flags.items() for word in as_flag(name, value)]
+    words = [as_flag(name, value) for name, value in flags.items()]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     logger.info("%s: making samples", folder.name)
     run_generate([*launcher, str(script), *words])
@@ -124,11 +118,11 @@ def run_generate(command):
 
 
 def as_flag(name, value):
-    """The words of a command line."""
-    flag = f"--{name.replace('_', '-')}"
+    """A word of the command line."""
+    flag = name.replace("_", "-")
     if isinstance(value, bool):
-        return [flag if value else f"--no-{flag[2:]}"]
-    return [f"{flag}={value}"]
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag}={value}"
 
 
 def is_there(folder, flags):
@@ -169,11 +163,12 @@ def head(score):
 
 def tabled(points, scores, swept):
     """(header, rows) of points {(label, cfg, steps): [{score: value} of each seed]}."""
-    header = ["run", *(title for name, title in (("cfg", "guidance"), ("steps", "steps")) if name in swept), "seeds",
-              *map(head, scores)]
-    rows = [[label, *(value for name, value in (("cfg", f"{cfg:g}"), ("steps", steps)) if name in swept), len(found),
-             *(mean_and_spread([one[score] for one in found if score in one]) for score in scores)]
-            for (label, cfg, steps), found in points.items()]
+    header = ["run", *(SWEPT[name] for name in swept), "seeds", *map(head, scores)]
+    rows = []
+    for (label, cfg, steps), found in points.items():
+        place = {"cfg": f"{cfg:g}", "steps": steps}
+        values = (mean_and_spread([one[score] for one in found if score in one]) for score in scores)
+        rows.append([label, *(place[name] for name in swept), len(found), *values])
     return header, rows
 
 
@@ -240,7 +235,8 @@ def main():
     step, metrics = common_step(args.runs, args.step), chosen_metrics(args)
     open_once = functools.cache(lambda: open_scorer(args, metrics))
     together = groups(settings, names)
-    swept = [name for name, values in (("cfg", args.cfg_scale), ("steps", args.num_steps)) if len(set(values)) > 1]
+    values = {"cfg": args.cfg_scale, "steps": args.num_steps}
+    swept = [name for name in SWEPT if len(set(values[name])) > 1]
     points, folders = {}, {}
     for steps in sorted(set(args.num_steps)):
         for cfg in sorted(set(args.cfg_scale)):
@@ -254,9 +250,9 @@ def main():
     scores = [score for score in score_names(args.features, metrics)
               if all(score in one for found in points.values() for one in found)]
     header, rows = tabled(points, scores, swept)
+    fixed = {"steps": f", {args.num_steps[0]} steps", "cfg": f", guidance {args.cfg_scale[0]:g}"}
     note = (f"Step {step:,}; {args.num_fid_samples:,} samples, {args.mode}"
-            + "".join(f", {text}" for name, text in (("steps", f"{args.num_steps[0]} steps"),
-                                                    ("cfg", f"guidance {args.cfg_scale[0]:g}")) if name not in swept)
+            + "".join(text for name, text in fixed.items() if name not in swept)
             + f"; against {args.reference}. Several seeds: mean (lowest to highest).")
     for name, text in (("table.md", f"{note}\n\n{markdown(header, rows)}\n"),
                        ("table.tex", f"% {note}\n{latex(header, rows, header.index('seeds'))}\n")):

@@ -83,8 +83,6 @@ def open_teacher(network, args, attn_blocks=()):
     if enc_type == "none":
         raise UserError("The run had no teacher, so there is none to compare with; name one, or a run that has one.")
     teachers, number = split_teachers(enc_type, args.get("enc_weights")), number_of_teacher(args)
-    if number >= len(teachers):
-        raise UserError(f"The run's --attn-teacher is {number + 1} of {len(teachers)}, {enc_type}; give another run.")
     vit = load_vit(*teachers[number])
     return Teacher(vit, network.input_size // network.patch_size, attn_blocks, args.get("enc_blocks"),
                    input_size=args.get("enc_size"), resample="teacher")  # maps are shown side by side

@@ -139,7 +139,7 @@ def test_sweeps(called, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_compared(called):
-    with pytest.raises(UserError, match="a0 has no checkpoint of step 1, but of 2; give --step"):
+    with pytest.raises(UserError, match="No step 1 is among .* of all runs: .*a0 has 2; .*b has 1, 2; give --step"):
         called(["a0", "b"], "--step", 1)
     with pytest.raises(UserError, match="are not all different; give each once"):
         called(["a0", "a0"])
