@@ -115,7 +115,7 @@ def fused_kernels(work):
 
 
 def show_attention(args):
-    """A kernel that does not take these inputs is a row without numbers. Backward counts 2.5 times forward's FLOPs."""
+    """Forward and backward by each kernel, or why it refuses the inputs. Backward has 2.5 times forward's FLOPs."""
     n, h, t, d = (1, 2, 16, 8) if args.dry else (32, 16, 256, 72)
     rounds, forward_flops, rows = 1 if args.dry else 10, 4 * n * h * t * t * d, []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -182,7 +182,7 @@ def show_tiles(args):
 
 
 def show_train(args):
-    """Of train.py the median over its rows of ten steps, without the first row of each phase, and its usual loader."""
+    """train.py with its usual loader: the median over rows of ten steps, without the first row of each phase."""
     import timm
 
     from encoders.teachers import TEACHERS
@@ -226,10 +226,7 @@ def union(spans):
 
 
 def show_profile(args):
-    """Busy: some kernel runs, seen by the profiler; idle: the rest of a step that no profiler slows down.
-
-    On a CPU its operators are counted in place of kernels.
-    """
+    """Busy: a kernel runs (on a CPU: an operator). Idle: the rest of a step, which is timed without the profiler."""
     from benchmarks import step_time
     model, resolution, batch, precision = ("SiT-T/2", 64, 2, "no") if args.dry else ("SiT-XL/2", 256, 32, "bf16")
     sys.argv[1:] = ["--model", model, "--resolution", str(resolution), "--variants", "ours",

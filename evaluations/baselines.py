@@ -25,7 +25,7 @@ NAMES = [FEATURES["efficientnet-lite0"][kind] for kind in ("distance", "kid")]
 
 
 def image_sets(args, n, device):
-    """({name: images} of the references, the same of the sets of `n` images to score), as load_set takes them."""
+    """({name: images} of the references, {name: images} of the sets to score, of `n` images each)."""
     import numpy as np
     import torch
 

@@ -88,7 +88,7 @@ def called(runs):
 # ---- samples ----
 
 def sampled(args, run, name, settings, step, cfg, steps):
-    """(folder of PNGs, settings as generate.py's flags by name) of one run, guidance and number of steps."""
+    """(folder of PNGs, generate.py's flags {name: value}) of one run, guidance and number of steps."""
     from sampling.images import SAMPLING, folder_name
     if missing := {"model", "resolution"} - settings.keys():
         raise UserError(f"{run}/args.json has no {min(missing)}; give the folder of a run of train.py.")
@@ -100,7 +100,7 @@ def sampled(args, run, name, settings, step, cfg, steps):
 
 
 def make_samples(folder, flags, processes):
-    """Call generate.py unless the images are there; it makes those that are missing, and refuses those of others."""
+    """Call generate.py unless all images are there. It makes the missing ones and refuses images of other settings."""
     if is_there(folder, flags):
         return
     script = ROOT / ("generate.py" if "labels" in flags else "generate_t2i.py")
@@ -140,7 +140,7 @@ def is_there(folder, flags):
 # ---- scores ----
 
 def scores_of(folder, args, metrics, open_once):
-    """{score: value} of samples, from the file beside them; without one, by open_once()(npz), and written there."""
+    """{score: value} of samples: read from the file beside them, else computed by open_once() and written there."""
     from evaluations.scores import check_pair
     from runtime.files import is_file, read_json, write_json
     path, npz = (folder.with_name(folder.name + ending) for ending in ("-scores.json", ".npz"))
@@ -173,9 +173,9 @@ def tabled(points, scores, swept):
 
 
 def draw(path, points, scores, swept):
-    """A panel a score, over what is swept, or a place a run; ticks are what was run.
+    """One panel per score: a curve per label over the swept setting, or without one a point per label.
 
-    With both swept there is a row of panels for each number of steps. Panels of a score share their axes.
+    If both settings are swept, there is a row of panels for each number of steps. Panels of a score share their axes.
     """
     import matplotlib
     matplotlib.use("Agg")
@@ -213,7 +213,7 @@ def draw(path, points, scores, swept):
 
 
 def draw_samples(path, folders):
-    """{name: folder of PNGs} -> a row each of its first images, from the same noise, with the name under the first."""
+    """Write a grid with a row per run: its first images, each row from the same noise. folders: {run: its PNGs}."""
     import numpy as np
     import torch
 

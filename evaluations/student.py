@@ -73,12 +73,12 @@ def open_split(network, args, data, val_data, count, seed):
 
 
 def number_of_teacher(args):
-    """Of several teachers of a training the number, from 0, of that whose attention is aligned."""
+    """Index, from 0, of the teacher whose attention is aligned."""
     return (args.get("attn_teacher") or 1) - 1
 
 
 def open_teacher(network, args, attn_blocks=()):
-    """That Teacher in the args of a training, with as many tokens as `network`. Raises UserError if there is none."""
+    """The Teacher whose attention a training with `args` aligns, with the tokens of `network`. Raises UserError."""
     enc_type = args.get("enc_type") or "none"
     if enc_type == "none":
         raise UserError("The run had no teacher, so there is none to compare with; name one, or a run that has one.")
@@ -114,7 +114,7 @@ def block_tokens(network, x, t, y, blocks):
 
 @torch.no_grad()
 def mean_tokens(network, teacher, part, times, blocks, seed, args, batch_size):
-    """{"teacher" or (block, t): tokens averaged over an image, (n, D)} of a Split; on processes but 0 None for each."""
+    """{"teacher" or (block, t): tokens averaged over each image, (n, D)} of a Split; only process 0 has the values."""
     if part.dataset is None:
         return {}
     device, positions = network.pos_embed.device, part.positions[slice(*shard(len(part.positions)))]

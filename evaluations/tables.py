@@ -3,7 +3,7 @@ import json
 import math
 import statistics
 
-# Settings that name a run or its machine, or only decide what is written and when: they tell no two runs apart.
+# Settings that tell no runs apart: names, paths, speed, and what is written when.
 SILENT = ("exp_name", "output_dir", "logging_dir", "report_to", "preset", "resume_step", "num_workers", "epochs",
           "data", "processes", "environment", "noise_stream", "log_every", "sampling_steps", "checkpointing_steps",
           "checkpoint_minutes", "keep_checkpoints", "keep_every", "compile", "fused_attn", "allow_tf32",
@@ -88,8 +88,7 @@ def headline(settings, names):
 
 
 def sampling_words(made):
-    """How samples were made, in words: of their settings.json, and of the run and step that the checkpoint's path says.
-    """
+    """How samples were made, in words. `made`: their settings.json, with run and step of the checkpoint."""
     def is_number(name):
         return isinstance(made.get(name), (int, float))
 
@@ -110,10 +109,7 @@ def sampling_words(made):
 
 
 def groups(settings, names):
-    """{label: places of the runs that differ in their seed alone}; a run that is like no other is called by its name.
-
-    `names`: what the runs are called.
-    """
+    """{label: indices of runs that differ in the seed alone}. Where no setting differs, the label is `names`."""
     alike = {}
     for place, label in enumerate(labels(settings, but=("seed",))):
         alike.setdefault(label, []).append(place)
