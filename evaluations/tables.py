@@ -116,14 +116,14 @@ def groups(settings, names):
     return {label or " and ".join(names[place] for place in places): places for label, places in alike.items()}
 
 
-def mean_and_spread(values, sign="", between=" to "):
+def mean_and_spread(values, sign=""):
     """'mean (lowest to highest)' with four digits."""
     if not values:
         return "-"
     largest = max(map(abs, values)) or 1
     digits = max(0, 3 - math.floor(math.log10(largest))) if math.isfinite(largest) else 0
     mean, low, high = (f"{value:{sign}.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
-    return f"{mean} ({low}{between}{high})" if len(values) > 1 else mean
+    return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
 
 def markdown(header, rows):

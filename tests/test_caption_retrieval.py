@@ -138,15 +138,12 @@ def test_clip_that_cannot_be_used(made, clip_folder, monkeypatch, more, message)
         run(made, monkeypatch, made / "val", made / "right.npz", "--clip", clip_folder, *more)
 
 
-@pytest.mark.parametrize("reference, sample, message", [
-    ("val", "empty", "holds no .png"), ("val", "many.npz", "many.npz has 13 images, .*val only 12"),
-    ("val", "large.npz", "images of 64x64, .*val of 32x32"), ("holes", "two.npz", "caption 0, .* no picture 0.png")])
-def test_sets_that_cannot_be_compared(made, monkeypatch, reference, sample, message):
-    for name in ("empty", "holes"):
-        (made / name).mkdir(exist_ok=True)
-    (made / "holes/0_0.npy").touch()  # a caption without a picture still counts in an npz
-    (made / "holes/1.png").write_bytes((made / "val/1.png").read_bytes())
-    for name, n, side in (("two", 2, 32), ("many", N + 1, 32), ("large", 2, 64)):
+@pytest.mark.parametrize("sample, message", [
+    ("empty", "holds no .png"), ("many.npz", "many.npz has 13 images, .*val only 12"),
+    ("large.npz", "images of 64x64, .*val of 32x32")])
+def test_sets_that_cannot_be_compared(made, monkeypatch, sample, message):
+    (made / "empty").mkdir(exist_ok=True)
+    for name, n, side in (("many", N + 1, 32), ("large", 2, 64)):
         np.savez(made / f"{name}.npz", arr_0=np.zeros((n, side, side, 3), np.uint8))
     with pytest.raises(UserError, match=message):
-        run(made, monkeypatch, made / reference, made / sample)
+        run(made, monkeypatch, made / "val", made / sample)
