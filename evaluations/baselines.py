@@ -14,14 +14,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
-from evaluations import EFFICIENTNET_PATH, FEATURES
+from evaluations import EFFICIENTNET_PATH, score_names
 from evaluations.evaluator import run
 from runtime.errors import LARGEST_SEED, run_script
 from runtime.flags import Parser, whole
 
 METRICS = ("fid", "kid")
 BATCH_SIZE = 16  # images at a time: a third faster than 64 on a CPU
-NAMES = [FEATURES["efficientnet-lite0"][kind] for kind in ("distance", "kid")]
+NAMES = score_names("efficientnet-lite0", METRICS)
 
 
 def image_sets(args, n, device):

@@ -17,6 +17,7 @@ from loss import attention_loss, feature_loss, interpolant
 from models.checkpoint import load_network
 from models.layers import QK
 from runtime.errors import UserError
+from sampling.cache import blocks_of
 
 NOISE = 5  # a random stream of its own, beside those of dataset.py and during_training.py
 MAP_SIDE = 16  # attention maps are averaged down to this many tokens a side
@@ -31,10 +32,6 @@ class Split(NamedTuple):
 
 def is_text(network):
     return hasattr(network, "context_embedder")
-
-
-def blocks_of(network):
-    return network.joint_blocks if is_text(network) else network.blocks
 
 
 def open_dataset(network, args, data_dir, split="train"):

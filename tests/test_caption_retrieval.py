@@ -140,7 +140,7 @@ def test_clip_that_cannot_be_used(made, clip_folder, monkeypatch, more, message)
 
 @pytest.mark.parametrize("sample, message", [
     ("empty", "holds no .png"), ("many.npz", "many.npz has 13 images, .*val only 12"),
-    ("large.npz", "images of 64x64, .*val of 32x32")])
+    ("large.npz", "images of 64x64 but .*val of 32x32")])
 def test_sets_that_cannot_be_compared(made, monkeypatch, sample, message):
     (made / "empty").mkdir(exist_ok=True)
     for name, n, side in (("many", N + 1, 32), ("large", 2, 64)):
