@@ -27,6 +27,9 @@ PLAIN = {"enc_type": "none", "proj_coeff": 0.0, "attn_coeff": 0.0, "early_stop_p
     ([HASTE, {**HASTE, "early_stop_point": 50_000, "seed": 1, "exp_name": "b"}],
      ["alignment until step 100,000, seed 0", "alignment until step 50,000, seed 1"]),
     ([PLAIN, {**PLAIN, "early_stop_point": 7, "hflip": True}], ["hflip null", "hflip"]),
+    ([HASTE, {**PLAIN, "latent_coeff": 0.5, "enc_size": 112}],  # aligned without a teacher
+     ["aligned with dinov2-vit-b, 0.5 x feature loss, latent coeff null",
+      "no teacher, no feature loss, latent coeff 0.5"]),
     ([HASTE, HASTE], ["", ""])])
 def test_what_tells_runs_apart_in_words(settings, words):
     assert labels(settings) == words
