@@ -1,5 +1,6 @@
 """The house: which files lie where, which way imports run, how long files are, what --help waits for."""
 import ast
+import json
 import subprocess
 import sys
 
@@ -47,16 +48,31 @@ def test_the_readers_of_upward_imports_see_one(tmp_path):
 HEAVY = ("timm", "diffusers", "transformers", "accelerate", "wandb", "scipy", "torchvision", "matplotlib")
 
 
-@pytest.mark.parametrize("name", ["train.py", "train_t2i.py", "generate.py", "generate_t2i.py", "export.py",
-                                  "evaluations/evaluator.py", "evaluations/report.py", "evaluations/compare.py",
-                                  "preprocessing/dataset_tools.py", "examples/cifar10/prepare.py",
-                                  "benchmarks/study.py"])
-def test_help_imports_nothing_heavy(name):
-    """In a process of its own: what is imported when --help has been printed."""
-    code = ("import runpy, sys\nsys.argv = [sys.argv[1], '--help']\n"
-            "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit:\n    pass\n"
-            "print(sorted(n for n in sys.modules if '.' not in n), file=sys.stderr)")
-    done = subprocess.run([sys.executable, "-c", code, ROOT / name], cwd=ROOT, capture_output=True, text=True,
-                          check=True)
-    loaded = set(ast.literal_eval(done.stderr.strip().splitlines()[-1]))
-    assert "usage" in done.stdout and not loaded & set(HEAVY)
+SCRIPTS = ["train.py", "train_t2i.py", "generate.py", "generate_t2i.py", "export.py", "evaluations/evaluator.py",
+           "evaluations/report.py", "evaluations/compare.py", "preprocessing/dataset_tools.py",
+           "examples/cifar10/prepare.py", "benchmarks/study.py"]
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """{script: [what --help prints, modules imported by then]}, in one process: importing torch takes seconds.
+
+    Of several scripts that fail the first is to blame.
+    """
+    code = """if True:
+        import contextlib, io, json, runpy, sys
+        found = {}
+        for name in sys.argv[1:]:
+            sys.argv = [name, "--help"]
+            with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+                runpy.run_path(name, run_name="__main__")
+            found[name] = [out.getvalue(), sorted(n for n in sys.modules if "." not in n)]
+        print(json.dumps(found))"""
+    done = subprocess.run([sys.executable, "-c", code, *SCRIPTS], cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_imports_nothing_heavy(helps, name):
+    text, loaded = helps[name]
+    assert "usage" in text and not set(loaded) & set(HEAVY)
