@@ -1,24 +1,16 @@
-"""Images/s of the loader, and the cost of its start, for each form of the data, beside the published loader.
+"""Images/s of the loader for each form of the data, beside the published loader.
 
     python benchmarks/synthetic.py DATA --n 50000
     python benchmarks/data.py DATA [--workers 2] [--batch-size 256]
-    python benchmarks/synthetic.py DATA --n 1281167 --resolution 8
-    python benchmarks/data.py DATA --resolution 8 --start
 
 "published" restates the released loader: lists of names, Pillow, np.load, a DataLoader that shuffles. It reads the
 image in both phases; "latent only" is the same without the image. Ours is timed in Phase I (image and latent) and Phase
 II (latent). All files are read once, so that they come from memory if they fit; then the loaders take turns, --rounds
 times, and the medians are printed.
-
-With --start each row is a process of its own: seconds to the first entry, without and with the index; MiB that this
-adds at its peak, and keeps; and MiB that a forked loader process shares with no other after some visits to entries,
-which must not grow with their number. Linux only.
 """
 import argparse
-import functools
 import json
 import os
-import random
 import shutil
 import statistics
 import sys
@@ -33,13 +25,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.measure import machine, status, table
+from benchmarks.measure import machine, table
 from benchmarks.synthetic import CLASSES, FORMS
 from data_io.loader import StepBatches, load_batches
 from dataset import LatentImages
 from runtime.images import open_image
 
-VISITS = (1_000, 50_000)
 WARM_UP = 3  # batches
 
 
@@ -112,57 +103,6 @@ def show_speed(args):
                  "Phase II to published", "Phase II to latent only"], rows))
 
 
-def in_child(work):
-    """The plain values that work() returns in a forked process."""
-    reader, writer = os.pipe()
-    if os.fork() == 0:
-        os.write(writer, json.dumps(work()).encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as file:
-        result = json.loads(file.read())
-    os.wait()
-    return result
-
-
-def visits(data):
-    """MiB that this process shares with no other, after each number of VISITS to random entries."""
-    order, found = random.Random(0), []
-    for n in range(1, max(VISITS) + 1):
-        data[order.randrange(len(data))]
-        if n in VISITS:
-            lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-            found.append(sum(int(line.split()[1]) for line in lines if line.startswith("Private")) / 1024)
-    return found
-
-
-def begin(make):
-    """[seconds to the first entry, MiB added at the peak, MiB kept, MiB of a loader process after each of VISITS]."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before, started = status("VmRSS"), time.perf_counter()
-    data = make()
-    data[0]
-    seconds, memory = time.perf_counter() - started, [status(name) - before for name in ("VmHWM", "VmRSS")]
-    return [seconds, *(size / 2 ** 20 for size in memory), *in_child(lambda: visits(data))]
-
-
-def show_start(args):
-    """The table of --start."""
-    header = ["form", "start", "seconds", "MiB at its peak", "MiB kept",
-              *(f"loader process, {n:,} visits" for n in VISITS)]
-    print(table(header, []), flush=True)
-    for form in ("published", *FORMS):
-        folder = args.data / ("folder" if form == "published" else form)
-        for index in folder.glob(".index-*"):
-            index.unlink()
-        make, starts = functools.partial(LatentImages, folder, args.resolution, CLASSES), ["first", "with the index"]
-        if form == "published":
-            make, starts = functools.partial(Published, folder), ["every"]
-        for name in starts:
-            seconds, *sizes = in_child(functools.partial(begin, make))
-            print(f"| {form} | {name} | {seconds:.2f} | {' | '.join(f'{size:.0f}' for size in sizes)} |", flush=True)
-
-
 def main():
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,11 +112,10 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64, help="default 64")
     parser.add_argument("--seconds", type=float, default=8, help="of each timing (default 8)")
     parser.add_argument("--rounds", type=int, default=3, help="timings of each (default 3)")
-    parser.add_argument("--start", action="store_true", help="measure the start instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(machine(), flush=True)
-    (show_start if args.start else show_speed)(args)
+    show_speed(args)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,19 @@
     python benchmarks/gpu.py machine            versions and hardware
     python benchmarks/gpu.py ceilings           a copy in memory and square matrix products
     python benchmarks/gpu.py attention          fused attention as SiT-XL/2 calls it, by each kernel that PyTorch has
+    python benchmarks/gpu.py tiles              the attention loss of SiT-XL/2 by the size of its tiles
     python benchmarks/gpu.py train              images/s of train.py on packed and PNG data, and of step_time.py
     python benchmarks/gpu.py profile            kernels of a training step
     python benchmarks/gpu.py scoring            images/s of the networks behind the scores, and a whole evaluator.py
     python benchmarks/gpu.py encoding           images/s of dataset_tools.py encode (needs diffusers)
 
-Weights are random and made here, data too. --dry takes tiny sizes, for a CPU: its numbers mean nothing. Each command
-imports by itself what takes seconds to import.
+Weights and data are random and made here. --dry takes tiny sizes, for a CPU: its numbers mean nothing.
 """
 import argparse
 import collections
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
@@ -39,9 +40,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
+import loss
 from benchmarks.gpu_summary import tables
-from benchmarks.measure import alternate, machine, spread, synchronize, table
+from benchmarks.measure import added_memory, alternate, machine, spread, synchronize, table
 from evaluations import features
+from models.layers import QK
 from runtime.errors import run_script
 from runtime.setup import tune
 from runtime.versions import version
@@ -60,6 +63,11 @@ def call(script, *arguments):
     return done.stdout
 
 
+def ms(seconds, digits=3):
+    """'median (lowest to highest)' in milliseconds."""
+    return spread([1000 * s for s in seconds], digits)
+
+
 def show_machine(args):
     rows = [["machine", machine(DEVICE).partition("; ")[2]], ["system", platform.platform()],
             ["python", platform.python_version()], ["CPU cores", len(os.sched_getaffinity(0))],
@@ -68,7 +76,7 @@ def show_machine(args):
         gpu = torch.cuda.get_device_properties(0)
         driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], check=False,
                                 capture_output=True, text=True).stdout if shutil.which("nvidia-smi") else ""
-        rows += [["GPU", gpu.name], ["GPU memory, GiB", f"{gpu.total_memory / 2 ** 30:.1f}"],
+        rows += [["GPU memory, GiB", f"{gpu.total_memory / 2 ** 30:.1f}"],
                  ["multiprocessors", gpu.multi_processor_count], ["L2, MiB", f"{gpu.L2_cache_size / 2 ** 20:.0f}"],
                  ["compute capability", f"{gpu.major}.{gpu.minor}"], ["driver", driver.strip() or "unknown"],
                  ["CUDA", torch.version.cuda], ["cuDNN", torch.backends.cudnn.version()]]
@@ -79,21 +87,22 @@ def show_ceilings(args):
     """TB/s count bytes read and written. Products of random numbers: those of zeros draw less power and are faster."""
     size, side, rounds = (2 ** 20, 128, 1) if args.dry else (2 ** 31, 8192, 10)
     source = torch.randint(256, (size,), dtype=torch.uint8, device=DEVICE)
-    dest, rows = torch.empty_like(source), []
+    dest = torch.empty_like(source)
     seconds = alternate({"copy": lambda: dest.copy_(source)}, rounds, DEVICE)["copy"]
-    rows.append([f"copy of {size / 2 ** 20:.0f} MiB", spread([1000 * s for s in seconds]),
-                 f"{2 * size / statistics.median(seconds) / 1e12:.2f} TB/s"])
-    works = {}
-    for name, dtype, tf32 in (("bf16", torch.bfloat16, False), ("fp16", torch.float16, False),
-                              ("tf32", torch.float32, True), ("float32", torch.float32, False)):
-        a, b = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in range(2))
+    rows = [[f"copy of {size / 2 ** 20:.0f} MiB", ms(seconds),
+             f"{2 * size / statistics.median(seconds) / 1e12:.2f} TB/s"]]
 
-        def multiply(a=a, b=b, tf32=tf32):
-            torch.backends.cuda.matmul.allow_tf32 = tf32
-            return a @ b
-        works[name] = multiply
+    def multiply(a, b, tf32):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        return a @ b
+
+    works = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("tf32", torch.float32),
+                        ("float32", torch.float32)):
+        a, b = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in range(2))
+        works[name] = functools.partial(multiply, a, b, name == "tf32")
     for name, seconds in alternate(works, rounds, DEVICE).items():
-        rows.append([f"{name} product of {side} x {side}", spread([1000 * s for s in seconds]),
+        rows.append([f"{name} product of {side} x {side}", ms(seconds),
                      f"{2 * side ** 3 / statistics.median(seconds) / 1e12:.1f} TFLOP/s"])
     print(table(["what", "ms", "rate"], rows))
 
@@ -102,13 +111,12 @@ def fused_kernels(work):
     """Names of the attention operators that `work()` calls."""
     with profile(activities=[ProfilerActivity.CPU]) as found:
         work()
-    pattern = re.compile(r"aten::_scaled_dot_product_(\w+)")
-    names = [pattern.fullmatch(event.key) for event in found.key_averages()]
-    return sorted({name[1] for name in names if name and not name[1].endswith("_backward")})
+    names = re.findall(r"aten::_scaled_dot_product_(\w+)", " ".join(event.key for event in found.key_averages()))
+    return sorted({name for name in names if not name.endswith("_backward")})
 
 
 def show_attention(args):
-    """A kernel that does not take these inputs is a row without numbers. Backward counts 2.5 times forward's FLOPs."""
+    """Forward and backward by each kernel, or why it refuses the inputs. Backward has 2.5 times forward's FLOPs."""
     n, h, t, d = (1, 2, 16, 8) if args.dry else (32, 16, 256, 72)
     rounds, forward_flops, rows = 1 if args.dry else 10, 4 * n * h * t * t * d, []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -133,22 +141,49 @@ def show_attention(args):
                     warnings.simplefilter("ignore")  # of the reasons why not
                     taken = " ".join(fused_kernels(both))
                     found = alternate({"forward": forward, "both": both}, rounds, DEVICE)
+                rate = 3.5 * forward_flops / statistics.median(found["both"]) / 1e12
+                rows.append([*row, taken, ms(found["forward"]), ms(found["both"]), f"{rate:.1f}"])
             except RuntimeError as error:
                 rows.append([*row, str(error).strip().partition("\n")[0], "-", "-", "-"])
-                continue
-            rows.append([*row, taken, *(spread([1000 * s for s in found[what]]) for what in ("forward", "both")),
-                         f"{3.5 * forward_flops / statistics.median(found['both']) / 1e12:.1f}"])
     print(f"N {n}, H {h}, T {t}, d {d}\n")
     print(table(["dtype", "asked for", "taken", "forward, ms", "forward and backward, ms", "TFLOP/s"], rows))
 
 
-def step_time_rows(*arguments):
-    """The table of step_time.py."""
-    return tables(call("benchmarks/step_time.py", *arguments).splitlines())[-1]
+def show_tiles(args):
+    """Forward and backward, with the memory beyond the inputs; `whole maps` is the formula, by autograd."""
+    n, h, t, d = (1, 2, 16, 8) if args.dry else (32, 12, 256, 72)  # the loss takes 12 of XL's heads
+    powers, rounds = ((4, 8), 1) if args.dry else ((18, 20, 21, 22, 23, 24, 25), 11)  # 2 ** power logits a tile
+    torch.manual_seed(0)
+    q, k, teacher_q, teacher_k = (torch.randn(n, h, t, d, device=DEVICE) for _ in range(4))
+    student, teacher = QK(q.requires_grad_(), k.requires_grad_()), QK(teacher_q, teacher_k)
+    tune(1, tf32=True)
+    torch._dynamo.config.recompile_limit = 1000  # after 8 shapes of a tile it would go on without compiling
+
+    def whole_maps():
+        p = teacher.logits().softmax(dim=-1)
+        return -(p * student.logits().log_softmax(dim=-1)).sum(dim=-1).mean()
+
+    def tiled(power, tile):
+        loss.tile_size = lambda device: 2 ** power
+        return loss.attention_loss([student], [teacher], tile=tile)
+
+    def step(form):
+        q.grad = k.grad = None
+        form().backward()
+
+    forms, compiled = {"whole maps": whole_maps}, torch.compile(loss.attention_tile, dynamic=False)
+    for power in powers:
+        forms[f"tiles of 2^{power}"] = functools.partial(tiled, power, loss.attention_tile)
+        forms[f"compiled tiles of 2^{power}"] = functools.partial(tiled, power, compiled)
+    works = {name: functools.partial(step, form) for name, form in forms.items()}
+    rows = [[name, ms(seconds, 1), f"{added_memory(works[name], DEVICE) / 2 ** 20:.0f}"]
+            for name, seconds in alternate(works, rounds, DEVICE).items()]
+    print(f"N {n}, H {h}, T {t}, d {d}\n")
+    print(table(["form", "ms", "MiB"], rows))
 
 
 def show_train(args):
-    """Of train.py the median over its rows of ten steps, without the first row of each phase, and its usual loader."""
+    """train.py with its usual loader: the median over rows of ten steps, without the first row of each phase."""
     import timm
 
     from encoders.teachers import TEACHERS
@@ -160,7 +195,7 @@ def show_train(args):
         torch.save(timm.create_model(TEACHERS[teacher].timm_name, num_classes=0).state_dict(), folder / "teacher.pth")
         call("benchmarks/synthetic.py", folder, "--n", entries, "--resolution", resolution,
              "--forms", "folder", "packed")
-        for form in ("packed", "folder"):
+        for form, name in (("packed", "packed"), ("folder", "PNG")):
             call("train.py", "--model", model, "--data-dir", folder / form, "--resolution", resolution,
                  "--batch-size", batch, "--mixed-precision", precision, "--allow-tf32", "--enc-type", teacher,
                  "--enc-weights", folder / "teacher.pth", "--early-stop-point", phase_steps, "--log-every", STEPS_A_ROW,
@@ -168,17 +203,18 @@ def show_train(args):
                  "--output-dir", folder / "runs", "--exp-name", form)
             with open(folder / "runs" / form / "metrics.csv", newline="") as file:
                 seconds = [float(row["seconds"]) / STEPS_A_ROW for row in csv.DictReader(file)]
-            found += [(form, 1, seconds[1:rows_a_phase]), (form, 2, seconds[rows_a_phase + 1:])]
-    beside = step_time_rows("--model", model, "--resolution", resolution, "--batch-size", batch, "--enc-type", teacher,
-                            "--mixed-precision", precision, "--variants", "ours", "--rounds", 1 if args.dry else 5)
-    alone = {int(row["phase"]): float(row["seconds a step: median (lowest to highest)"].split()[0]) for row in beside}
-    names = {"packed": "packed", "folder": "PNG"}
+            found += [(name, 1, seconds[1:rows_a_phase]), (name, 2, seconds[rows_a_phase + 1:])]
+    beside = call("benchmarks/step_time.py", "--model", model, "--resolution", resolution, "--batch-size", batch,
+                  "--enc-type", teacher, "--mixed-precision", precision, "--variants", "ours",
+                  "--rounds", 1 if args.dry else 5)
+    alone = {int(row["phase"]): float(row["seconds a step: median (lowest to highest)"].split()[0])
+             for row in tables(beside.splitlines())[-1]}
     print(f"{model}, {resolution} px, batch {batch}, precision {precision}; {len(os.sched_getaffinity(0))} CPU cores\n")
     print(table(["data", "phase", "train.py, seconds a step", "images/s", "step_time.py, seconds a step",
                  "images/s of it", "train.py's part of that speed"],
-                [[names[form], phase, spread(s), f"{batch / statistics.median(s):.0f}", f"{alone[phase]:.3f}",
+                [[name, phase, spread(s), f"{batch / statistics.median(s):.0f}", f"{alone[phase]:.3f}",
                   f"{batch / max(alone[phase], 1e-3):.0f}", f"{alone[phase] / statistics.median(s):.2f}"]
-                 for form, phase, s in found]))
+                 for name, phase, s in found]))
 
 
 def union(spans):
@@ -191,10 +227,7 @@ def union(spans):
 
 
 def show_profile(args):
-    """Busy: some kernel runs, seen by the profiler; idle: the rest of a step that no profiler slows down.
-
-    On a CPU its operators are counted in place of kernels.
-    """
+    """Busy: a kernel runs (on a CPU: an operator). Idle: the rest of a step, which is timed without the profiler."""
     from benchmarks import step_time
     model, resolution, batch, precision = ("SiT-T/2", 64, 2, "no") if args.dry else ("SiT-XL/2", 256, 32, "bf16")
     sys.argv[1:] = ["--model", model, "--resolution", str(resolution), "--variants", "ours",
@@ -220,13 +253,12 @@ def show_profile(args):
         busy = union((e["ts"], e["ts"] + e["dur"]) for e in events) / 1000 / PROFILED_STEPS
         rows.append([phase, f"{step:.1f}", f"{busy:.1f}", f"{100 * max(0.0, 1 - busy / step):.1f} %",
                      f"{len(events) / PROFILED_STEPS:.0f}"])
-        times, counts = collections.Counter(), collections.Counter()
+        times = collections.Counter()
         for event in events:
-            name = event["name"].replace("|", "/")[:100]
-            times[name] += event["dur"] / 1000 / PROFILED_STEPS
-            counts[name] += 1 / PROFILED_STEPS
-        tops += [[phase, name, f"{ms:.2f}", f"{100 * ms / sum(times.values()):.1f} %", f"{counts[name]:.0f}"]
-                 for name, ms in times.most_common(TOP)]
+            times[event["name"]] += event["dur"] / 1000 / PROFILED_STEPS
+        calls = collections.Counter(event["name"] for event in events)
+        tops += [[phase, name.replace("|", "/")[:100], f"{time:.2f}", f"{100 * time / times.total():.1f} %",
+                  f"{calls[name] / PROFILED_STEPS:.0f}"] for name, time in times.most_common(TOP)]
     print(f"{model}, {resolution} px, batch {batch}, precision {precision}\n")
     print(table(["phase", "ms a step", "busy, ms", "idle", "kernels a step"], rows))
     print()
@@ -244,7 +276,7 @@ def show_scoring(args):
         network = features.build(name).eval().requires_grad_(False).to(DEVICE)
         extractor = features.Extractor(name, "adm", network, torch.device(DEVICE))
         works[name] = lambda extractor=extractor: extractor(images)
-    rows = [[name, spread([1000 * s for s in seconds], 1), f"{batch / statistics.median(seconds):.0f}"]
+    rows = [[name, ms(seconds, 1), f"{batch / statistics.median(seconds):.0f}"]
             for name, seconds in alternate(works, rounds, DEVICE).items()]
     print(f"{resolution} px, batch {batch}\n")
     print(table(["features", "ms a batch", "images/s"], rows))
@@ -296,8 +328,8 @@ def show_encoding(args):
     print(table(["products", "images/s"], [[name, f"{count / statistics.median(s):.1f}"] for name, s in found.items()]))
 
 
-COMMANDS = {"machine": show_machine, "ceilings": show_ceilings, "attention": show_attention, "train": show_train,
-            "profile": show_profile, "scoring": show_scoring, "encoding": show_encoding}
+COMMANDS = {"machine": show_machine, "ceilings": show_ceilings, "attention": show_attention, "tiles": show_tiles,
+            "train": show_train, "profile": show_profile, "scoring": show_scoring, "encoding": show_encoding}
 
 
 def main():

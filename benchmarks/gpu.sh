@@ -107,7 +107,7 @@ case $part in
             section "step time" 120 $step $tiny --model SiT-S/2 --enc-type dinov2-vit-s --variants published ours plain
             section profile 120 benchmarks/gpu.py profile --dry
             section "train.py" 300 benchmarks/gpu.py train --dry
-            section "attention loss" 60 benchmarks/attention.py --shapes 1 2 16 8 --tiles 4 8 --rounds 1
+            section "attention loss" 60 benchmarks/gpu.py tiles --dry
             section sampling 120 benchmarks/sampling.py $tiny --model SiT-T/2 --variants published ours bf16 \
                 --modes sde ode --num-steps 2
         else
@@ -118,7 +118,7 @@ case $part in
             section "train.py" 150 benchmarks/gpu.py train
             section sampling 100 benchmarks/sampling.py --model SiT-XL/2 --batch-size 32 --modes sde ode --num-steps 6 \
                 --rounds 2 --variants published ours bf16
-            section "attention loss" 60 benchmarks/attention.py --shapes 32 12 256 72 --tiles 18 20 21 22 23 24 25
+            section "attention loss" 60 benchmarks/gpu.py tiles
             section "step time, B/2" 90 $step --model SiT-B/2 --mixed-precision bf16 --batch-size 128 --rounds 3 \
                 --variants published ours compiled plain
             section "step time, XL/2, fp16" 60 $step --model SiT-XL/2 --mixed-precision fp16 --batch-size 32 \

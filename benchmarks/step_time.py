@@ -59,7 +59,6 @@ def parse_args():
     add("--rounds", type=whole(1), default=7, help="timed steps of each (default 7)")
     add("--enc-type", choices=TEACHERS, default="dinov2-vit-b", help="default dinov2-vit-b")
     add("--no-attention", action="store_true", help="without the attention loss, to see what memory it takes")
-    add("--grad-checkpointing", action="store_true", help="as in train.py")
     return parser.parse_args()
 
 
@@ -73,11 +72,10 @@ class Run:
         self.args = argparse.Namespace(path_type="linear", weighting="uniform", time_shift=1.0, cfg_prob=0.1,
                                        max_grad_norm=1.0, ema_decay=0.9999, **coefficients)
         self.pairs = () if options.no_attention else config["attn_pairs"]
-        self.sizes = {"input_size": options.resolution // 8, "grad_checkpointing": options.grad_checkpointing}
-        self.name, row = options.model, TEACHERS[options.enc_type]
+        self.name, self.side, row = options.model, options.resolution // 8, TEACHERS[options.enc_type]
         self.width = row.width
         vit = timm.create_model(row.timm_name, pretrained=False, num_classes=0).eval().requires_grad_(False)
-        grid = self.sizes["input_size"] // config["patch_size"]
+        grid = self.side // config["patch_size"]
         tapped = [block for _, block in self.pairs]
         self.teachers = {name: Teacher(copy.deepcopy(vit), grid, tapped, precision="bf16" if "bf16" in name else None)
                          for name in ("ours", "bf16-teacher", "compiled") if name in ("ours", *options.variants)}
@@ -91,7 +89,7 @@ class Run:
             for block in [] if on_gpu else vit.blocks:
                 block.attn = published.PlainAttention(block.attn)
         self.teachers = {name: teacher.to(self.device) for name, teacher in self.teachers.items()}
-        shape = (4, self.sizes["input_size"], self.sizes["input_size"])
+        shape = (4, self.side, self.side)
         self.noise = load_noise(StepBatches(batch_size, batch_size, 0, 0, 1 << 30), shape, self.device.type == "cuda")
         generator = torch.Generator().manual_seed(0)
         self.batch = {"moments": torch.cat([torch.randn(batch_size, *shape, generator=generator),
@@ -117,7 +115,8 @@ class Run:
             prepared = wrapped, AcceleratedOptimizer(optimizer, scaler=self.accelerator.scaler)
         else:
             torch.manual_seed(0)
-            model = SiT_models[self.name](z_dims=() if key == "plain" else (self.width,), **self.sizes).to(self.device)
+            z_dims = () if key == "plain" else (self.width,)
+            model = SiT_models[self.name](input_size=self.side, z_dims=z_dims).to(self.device)
             with torch.no_grad():  # off the zeros of adaLN, as after some training
                 for block in model.blocks:
                     block.adaLN_modulation[1].weight.normal_(std=0.02)
@@ -195,8 +194,7 @@ def measure(options, batch_size, precision):
                      f"{median / floor:.3f}" if floor else "-", f"{memory:.2f}", f"{done / 1e12:.2f}",
                      f"{100 * needed / median / peak:.1f} %" if peak and precision != "no" else "-"])
     print(f"\n{options.model}, {options.resolution} px, batch {batch_size}, precision {precision}"
-          + (", no attention loss" if options.no_attention else "")
-          + (", gradient checkpointing" if options.grad_checkpointing else "") + "\n")
+          + (", no attention loss" if options.no_attention else "") + "\n")
     print(table(["variant", "phase", "seconds a step: median (lowest to highest)", "times faster than published",
                  "seconds / plain's", "peak GiB", "TFLOP", "MFU"], rows), flush=True)
 

@@ -97,7 +97,7 @@ def parse_args():
 
 
 def check_settings(args):
-    """What is the same for all runs: written to --results by the first start, compared by every other."""
+    """Compare the settings that all runs share with those of the first start, which writes them to --results."""
     path, mine = args.results / "study.json", {name: getattr(args, name) for name in OF_ALL_RUNS}
     if path.is_file():
         found = read_json(path)
@@ -183,7 +183,7 @@ def train(args, seed, variant):
 
 
 def write_result(args, seed, variant):
-    """Put what a finished run gave into --results, and delete the checkpoints that no other run starts from."""
+    """Write the result of a finished run to --results, and delete the checkpoints that no other run starts from."""
     folder, (_, shared) = args.out / name_of(seed, variant), variants(args.steps)[variant]
     from evaluations.runs import read_table  # here: --help need not wait for timm
     table = read_table(folder)
@@ -206,7 +206,7 @@ def write_result(args, seed, variant):
 
 
 def run_all(args):
-    """Every run of `order` that has no result and fits into the time; --jobs of them at once."""
+    """Train each run of `order` that has no result and fits into the time, --jobs of them at once."""
     end, lock, a_step, failed = time.time() + 60 * args.minutes, threading.Lock(), [0.0], threading.Event()
     waiting = [(seed, name) for seed, name in order(args) if not result_of(args, seed, name).is_file()]
 

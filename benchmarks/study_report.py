@@ -43,7 +43,7 @@ def steps_to_reach(points, target):
 
 
 def share_of_steps(found, name, score, steps):
-    """Text: the part of vanilla's steps after which `name` has vanilla's final score, of the seeds that both have."""
+    """Text: the share of vanilla's steps that `name` needs for vanilla's final score, over the seeds that both have."""
     shares = []
     for seed, result in found.get("vanilla", {}).items():
         if seed in found[name]:

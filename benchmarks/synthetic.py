@@ -1,7 +1,7 @@
 """A data set of made-up entries in ImageNet's layout, in every form that train.py reads, to measure loaders with.
 
     python benchmarks/synthetic.py DEST --n 50000
-    python benchmarks/synthetic.py DEST --n 1281167 --resolution 8 --forms folder
+    python benchmarks/synthetic.py DEST --n 8 --resolution 128 --forms folder
 
 writes DEST/folder (images/ and vae-sd/), DEST/zip (images.zip and vae-sd.zip, stored) and DEST/packed, of the same
 entries. Contents repeat after --distinct pictures and latents, names and labels do not. At 256 px a picture is a PNG of
@@ -78,7 +78,7 @@ def main():
                         help=f"image side, a multiple of {FACTOR} (default 256)")
     parser.add_argument("--distinct", type=whole(1, 1 << 16), default=64, help="different contents (default 64)")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS,
-                        help="packed is made of the folder or the zip, whichever is there (default all)")
+                        help="packed is made of the folder (default all)")
     args = parser.parse_args()
     if args.resolution % FACTOR:
         raise UserError(f"--resolution {args.resolution} is no multiple of {FACTOR}, the latents' factor; choose one.")
@@ -87,13 +87,10 @@ def main():
             for kind in ("images", "vae-sd"):
                 write(args.dest / form, kind, args)
     if "packed" in args.forms:
-        source = next((args.dest / form for form in ("folder", "zip") if (args.dest / form).is_dir()), None)
-        if source is None:
-            raise UserError(f"{args.dest} has no folder or zip to pack; give --forms folder packed.")
         options = argparse.ArgumentParser()
         pack.add_arguments(options.add_argument)
-        pack.run(options.parse_args(["--source", str(source), "--dest", str(args.dest / "packed"), "--resolution",
-                                      str(args.resolution)]))
+        pack.run(options.parse_args([f"--source={args.dest / 'folder'}", f"--dest={args.dest / 'packed'}",
+                                     f"--resolution={args.resolution}"]))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 
 import train
 from benchmarks import synthetic
-from benchmarks.measure import table
+from benchmarks.measure import status, table
 from encoders import teachers
 from encoders.teachers import TEACHERS, split_teachers
 from runtime.flags import Parser
@@ -33,18 +33,11 @@ FLAGS = ["--model", "SiT-T/2", "--num-classes", "1000", "--resolution", "128", "
          "--early-stop-point", "1", "--max-train-steps", "2"]
 
 
-def resident():
-    """GiB of this process in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2 ** 30
-
-
 def shallow_weights(name, folder):
     """Cut the teacher's row to BLOCKS blocks; a file of random weights for it."""
-    row = TEACHERS[name]
-    if ("depth", BLOCKS) not in row.options:
-        row = TEACHERS[name] = row._replace(options=(*row.options, ("depth", BLOCKS)))
-    vit = timm.create_model(row.timm_name.split(".")[0], num_classes=0, **dict(row.options))
+    options = dict(TEACHERS[name].options) | {"depth": BLOCKS}
+    row = TEACHERS[name] = TEACHERS[name]._replace(options=tuple(options.items()))
+    vit = timm.create_model(row.timm_name.split(".")[0], num_classes=0, **options)
     torch.save(vit.state_dict(), folder / f"{name}.pth")
     return str(folder / f"{name}.pth")
 
@@ -61,7 +54,7 @@ def measure(enc_type, folder):
         return vit
 
     def updated(*args):
-        seen.append((resident(), all(vit() is None for vit in made)))
+        seen.append((status("VmRSS") / 2 ** 30, all(vit() is None for vit in made)))
         return update(*args)
 
     arguments = ["train.py", *FLAGS, "--data-dir", str(folder / "data/folder"), "--output-dir", str(folder / "exps"),

@@ -10,22 +10,22 @@ training images, and writes the same numbers to SAMPLES-scores.json:
 A Fréchet distance of few images is biased upwards, equally for sets of one n: compare within one table. Balanced labels
 cost the samples a little, because the classes of the data are not balanced.
 """
-import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
-from evaluations import EFFICIENTNET_PATH, FEATURES
+from evaluations import EFFICIENTNET_PATH, score_names
+from evaluations.evaluator import run
 from runtime.errors import LARGEST_SEED, run_script
 from runtime.flags import Parser, whole
 
 METRICS = ("fid", "kid")
 BATCH_SIZE = 16  # images at a time: a third faster than 64 on a CPU
-NAMES = [FEATURES["efficientnet-lite0"][kind] for kind in ("distance", "kid")]
+NAMES = score_names("efficientnet-lite0", METRICS)
 
 
 def image_sets(args, n, device):
-    """({name: images} of the references, the same of the sets of `n` images to score), as load_set takes them."""
+    """({name: images} of the references, {name: images} of the sets to score, of `n` images each)."""
     import numpy as np
     import torch
 
@@ -52,14 +52,34 @@ def image_sets(args, n, device):
         "noise": noise.permute(0, 2, 3, 1).cpu().numpy()}
 
 
-def print_table(scores, references, counts):
-    width = max(map(len, scores))
-    columns = [(name, split, f"{name}, {split}") for name in NAMES for split in references]
-    print(f"n = {counts['samples']} images a set, {counts['held-out']} of each reference")
-    print(" " * width, *(head for _, _, head in columns), sep="  ")
-    for set_name, row in scores.items():
+def evaluate(args):
+    """Scores of each set against each reference, for the JSON file."""
+    from evaluations.extract import join_processes
+    from evaluations.features import load_extractor
+    from evaluations.images import open_images
+    from evaluations.scores import check_pair, load_set, score
+    for split in ("val", "train"):
+        check_pair(args.data / split / "images", args.samples, METRICS)
+    device = join_processes()
+    extractor = load_extractor("efficientnet-lite0", args.efficientnet_weights, device)
+    references, sets = (
+        {name: load_set(images, extractor, METRICS, batch_size=BATCH_SIZE) for name, images in each.items()}
+        for each in image_sets(args, open_images(args.samples).n, device))
+    scores = {name: {split: score(found, reference, METRICS) for split, reference in references.items()}
+              for name, found in sets.items()}
+    counts = {name: found.n for name, found in {**references, **sets}.items()}
+    return {"scores": scores, "n": counts, "seed": args.seed, "samples": str(args.samples)}
+
+
+def lines(result):
+    """The table for stdout."""
+    counts, width = result["n"], max(map(len, result["scores"]))
+    columns = [(name, split, f"{name}, {split}") for name in NAMES for split in ("held-out", "training")]
+    yield f"n = {counts['samples']} images a set, {counts['held-out']} of each reference"
+    yield "  ".join([" " * width, *(head for _, _, head in columns)])
+    for set_name, row in result["scores"].items():
         values = (f"{row[split][name]:{len(head)}.4g}" for name, split, head in columns)
-        print(f"{set_name:{width}}", *values, sep="  ")
+        yield "  ".join([f"{set_name:{width}}", *values])
 
 
 def main():
@@ -72,27 +92,8 @@ def main():
     add("--reference-images", type=whole(2), help="of each split (default: all held-out, as many of training)")
     add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of the choice of images and the noise (default 0)")
     args = parser.parse_args()
-    from evaluations.extract import pick_device
-    from evaluations.features import load_extractor
-    from evaluations.images import open_images
-    from evaluations.scores import check_pair, load_set, score
-    from runtime.files import prepare_output, write_json
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    out = args.samples.parent / f"{args.samples.stem}-scores.json"
-    prepare_output(out, (".json",), [args.samples])
-    for split in ("val", "train"):
-        check_pair(args.data / split / "images", args.samples, METRICS)
-    device = pick_device()
-    extractor = load_extractor("efficientnet-lite0", args.efficientnet_weights, device)
-    references, sets = (
-        {name: load_set(images, extractor, METRICS, batch_size=BATCH_SIZE) for name, images in each.items()}
-        for each in image_sets(args, open_images(args.samples).n, device))
-    scores = {name: {split: score(found, reference, METRICS) for split, reference in references.items()}
-              for name, found in sets.items()}
-    counts = {name: found.n for name, found in {**references, **sets}.items()}
-    write_json(out, {"scores": scores, "n": counts, "seed": args.seed, "samples": str(args.samples)}, indent=2)
-    print_table(scores, references, counts)
-    print(out)
+    args.json = args.samples.parent / f"{args.samples.stem}-scores.json"
+    run(evaluate, lambda result: [*lines(result), args.json], args)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def evaluate(args):
     from encoders.vae import VAE
     from evaluations.captioned import Clip, caption_texts, clip_scores, distinct, read_pictures, read_samples
     from evaluations.extract import join_processes, rank
-    from evaluations.images import Reconstructions, size_text
+    from evaluations.images import Reconstructions, check_equal_sizes
     from evaluations.metrics import retrieval
     from evaluations.scores import load_set
     reference, numbers = read_pictures(args.reference)
@@ -36,9 +36,7 @@ def evaluate(args):
     if unknown := [number for number in made if number not in position]:
         raise UserError(f"{args.sample} has an image of caption {unknown[0]}, {args.reference} no picture "
                         f"{unknown[0]}.png; give the split that the images were made for.")
-    if samples.size != reference.size:
-        raise UserError(f"{args.sample} has images of {size_text(samples.size)}, {args.reference} of "
-                        f"{size_text(reference.size)}; compare sets of one size.")
+    check_equal_sizes(samples, reference)
     texts = caption_texts(args.reference, made, args.caption_index) if args.clip else None
     device = join_processes(args.device)
     extractor = extractor_from(args, device)

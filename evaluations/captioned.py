@@ -18,7 +18,7 @@ from runtime.files import is_folder
 
 
 def read_pictures(folder):
-    """(pictures of a folder in the order of their numbers, these numbers); numbers may be missing."""
+    """(pictures {i}.png of a folder by ascending i, [i, ...]); numbers may be missing."""
     files = scan(folder, ".png") if is_folder(folder) else {}
     if not files:
         what = "holds no .png file" if is_folder(folder) else "is no folder"
@@ -27,7 +27,7 @@ def read_pictures(folder):
 
 
 def read_samples(source, split):
-    """(generated images, numbers of their captions): from the file names of a folder; an npz has the split's first."""
+    """(generated images, numbers of their captions): by a folder's file names; an npz has the first of the split."""
     if is_folder(source):
         return read_pictures(source)
     images, numbers = open_images(source), sorted(set().union(*scan_numbered(split)))
@@ -38,7 +38,7 @@ def read_samples(source, split):
 
 
 def caption_texts(folder, numbers, k):
-    """Caption `k` in words of the pictures `numbers`."""
+    """[caption `k`] of the pictures `numbers`, from captions.json."""
     path = folder / "captions.json"
     captions = read_texts(path, {})
     if captions is None:
@@ -52,7 +52,7 @@ def caption_texts(folder, numbers, k):
 
 
 def distinct(images, batch_size):
-    """(position of one of each set of equal pictures, place among these of every picture), two int64 tensors."""
+    """(positions of the distinct pictures, each picture's index among these), int64 tensors. Equal pictures are one."""
     digests = [hashlib.sha256(image.tobytes()).hexdigest() for batch in images.batches(0, images.n, batch_size)
                for image in batch]
     _, first, place = np.unique(digests, return_index=True, return_inverse=True)

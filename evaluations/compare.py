@@ -9,6 +9,7 @@ curves. In --out: table.md, table.tex (for booktabs), scores.pdf (--format svg o
 images of each run, from the same noise. Samples and their scores lie in --sample-dir and are used again: the same
 command goes on.
 """
+import functools
 import logging
 import subprocess
 import sys
@@ -25,8 +26,10 @@ from runtime.flags import Parser, whole
 from sampling.config import add_sampler_flags
 
 FORMATS = ("pdf", "svg", "png")
+SWEPT = {"cfg": "guidance", "steps": "steps"}  # what may have several values, and its column
 UP = ("Inception Score", "Precision", "Recall")  # of the others less is better
 SHOWN = 8  # images of a run in samples.png
+HANDED_ON = ("num_fid_samples", "weights", "sample_dir", "global_seed", "per_proc_batch_size", "mixed_precision")
 ROOT = Path(__file__).resolve().parents[1]
 
 logger = logging.getLogger(__name__)
@@ -63,16 +66,13 @@ def parse_args():
 def common_step(runs, step):
     """`step`, or the newest step of which all runs have a checkpoint. Raises UserError."""
     from models.checkpoint import saved_steps
-    found = {run: saved_steps(run / "checkpoints") for run in runs}
-    if step is None:
-        step = max(set.intersection(*map(set, found.values())), default=None)
-        if step is None:
-            raise UserError(f"The runs {', '.join(map(str, runs))} have no step of which all have a checkpoint; "
-                            "compare others, or train them further.")
-    for run, known in found.items():
-        if step not in known:
-            raise UserError(f"{run} has no checkpoint of step {step}, but of {', '.join(map(str, sorted(known)))}; "
-                            "give --step one that all runs have.")
+    found = {run: sorted(saved_steps(run / "checkpoints")) for run in runs}
+    common = set.intersection(*map(set, found.values()))
+    step = max(common, default=None) if step is None else step
+    if step not in common:
+        steps = "; ".join(f"{run} has {', '.join(map(str, known)) or 'none'}" for run, known in found.items())
+        raise UserError(f"No step{f' {step}' if step else ''} is among the checkpoints of all runs: {steps}; give "
+                        "--step one that is, or train them further.")
     return step
 
 
@@ -89,28 +89,23 @@ def called(runs):
 # ---- samples ----
 
 def sampled(args, run, name, settings, step, cfg, steps):
-    """(folder of PNGs, settings as generate.py's flags by name) of one run, guidance and number of steps."""
+    """(folder of PNGs, generate.py's flags {name: value}) of one run, guidance and number of steps."""
     from sampling.images import SAMPLING, folder_name
     if missing := {"model", "resolution"} - settings.keys():
         raise UserError(f"{run}/args.json has no {min(missing)}; give the folder of a run of train.py.")
-    flags = {flag: getattr(args, flag) for flag in SAMPLING if flag != "path_type"}
+    flags = {flag: getattr(args, flag) for flag in (*SAMPLING, *HANDED_ON) if flag != "path_type"}
     flags |= {"ckpt": str(run / f"checkpoints/{step:07d}.pt"), "vae": args.vae or settings.get("vae") or "ema",
-              "cfg_scale": cfg, "num_steps": steps, "num_fid_samples": args.num_fid_samples, "weights": args.weights,
-              "sample_dir": args.sample_dir, "prefix": f"{name}-{steps}-steps-", "global_seed": args.global_seed,
-              "per_proc_batch_size": args.per_proc_batch_size, "mixed_precision": args.mixed_precision}
-    if "num_classes" in settings:
-        flags |= {"labels": args.labels}
-    else:
-        flags |= {"data_dir": settings["data_dir"]}
+              "cfg_scale": cfg, "num_steps": steps, "prefix": f"{name}-{steps}-steps-"}
+    flags |= {"labels": args.labels} if "num_classes" in settings else {"data_dir": settings["data_dir"]}
     return folder_name(Namespace(**flags, resolution=settings["resolution"]), settings["model"]), flags
 
 
 def make_samples(folder, flags, processes):
-    """Call generate.py unless the images are there; it makes those that are missing, and refuses those of others."""
+    """Call generate.py unless all images are there. It makes the missing ones and refuses images of other settings."""
     if is_there(folder, flags):
         return
     script = ROOT / ("generate.py" if "labels" in flags else "generate_t2i.py")
-    words = [word for name, value in flags.items() for word in as_flag(name, value)]
+    words = [as_flag(name, value) for name, value in flags.items()]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     logger.info("%s: making samples", folder.name)
     run_generate([*launcher, str(script), *words])
@@ -124,11 +119,11 @@ def run_generate(command):
 
 
 def as_flag(name, value):
-    """The words of a command line."""
-    flag = f"--{name.replace('_', '-')}"
+    """A word of the command line."""
+    flag = name.replace("_", "-")
     if isinstance(value, bool):
-        return [flag if value else f"--no-{flag[2:]}"]
-    return [f"{flag}={value}"]
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag}={value}"
 
 
 def is_there(folder, flags):
@@ -145,27 +140,20 @@ def is_there(folder, flags):
 
 # ---- scores ----
 
-class Scores:
-    """scores(folder) -> {score: value}, from the file beside the samples or made and written there."""
-
-    def __init__(self, args):
-        self.args, self.metrics, self.scorer = args, chosen_metrics(args), None
-
-    def __call__(self, folder):
-        from evaluations.scores import check_pair
-        from runtime.files import is_file, read_json, write_json
-        path, npz = (folder.with_name(folder.name + ending) for ending in ("-scores.json", ".npz"))
-        args, names = self.args, score_names(self.args.features, self.metrics)
-        result = read_json(path) if is_file(path) and path.stat().st_mtime >= npz.stat().st_mtime else {}
-        same = all(result.get(key) == value for key, value in (
-            ("features", args.features), ("preset", args.preset), ("pr_dtype", args.pr_dtype),
-            ("any_weights", args.any_weights), ("reference", str(args.reference))))
-        if not (same and set(names) <= set(result["scores"])):
-            check_pair(args.reference, npz, self.metrics)
-            self.scorer = self.scorer or open_scorer(args, self.metrics)
-            result = self.scorer(npz)
-            write_json(path, result, indent=2)
-        return {name: result["scores"][name] for name in names if result["scores"][name] is not None}
+def scores_of(folder, args, metrics, open_once):
+    """{score: value} of samples: read from the file beside them, else computed by open_once() and written there."""
+    from evaluations.scores import check_pair
+    from runtime.files import is_file, read_json, write_json
+    path, npz = (folder.with_name(folder.name + ending) for ending in ("-scores.json", ".npz"))
+    result = read_json(path) if is_file(path) and path.stat().st_mtime >= npz.stat().st_mtime else {}
+    asked = {"features": args.features, "preset": args.preset, "pr_dtype": args.pr_dtype,
+             "any_weights": args.any_weights, "reference": str(args.reference)}
+    names = score_names(args.features, metrics)
+    if not (asked.items() <= result.items() and set(names) <= set(result["scores"])):
+        check_pair(args.reference, npz, metrics)
+        result = open_once()(npz)
+        write_json(path, result, indent=2)
+    return {name: result["scores"][name] for name in names if result["scores"][name] is not None}
 
 
 # ---- tables and figures ----
@@ -176,18 +164,19 @@ def head(score):
 
 def tabled(points, scores, swept):
     """(header, rows) of points {(label, cfg, steps): [{score: value} of each seed]}."""
-    header = ["run", *(title for name, title in (("cfg", "guidance"), ("steps", "steps")) if name in swept), "seeds",
-              *map(head, scores)]
-    rows = [[label, *(value for name, value in (("cfg", f"{cfg:g}"), ("steps", steps)) if name in swept), len(found),
-             *(mean_and_spread([one[score] for one in found if score in one]) for score in scores)]
-            for (label, cfg, steps), found in points.items()]
+    header = ["run", *(SWEPT[name] for name in swept), "seeds", *map(head, scores)]
+    rows = []
+    for (label, cfg, steps), found in points.items():
+        place = {"cfg": f"{cfg:g}", "steps": steps}
+        values = (mean_and_spread([one[score] for one in found if score in one]) for score in scores)
+        rows.append([label, *(place[name] for name in swept), len(found), *values])
     return header, rows
 
 
 def draw(path, points, scores, swept):
-    """A panel a score, over what is swept, or a place a run; ticks are what was run.
+    """One panel per score: a curve per label over the swept setting, or without one a point per label.
 
-    With both swept there is a row of panels for each number of steps. Panels of a score share their axes.
+    If both settings are swept, there is a row of panels for each number of steps. Panels of a score share their axes.
     """
     import matplotlib
     matplotlib.use("Agg")
@@ -225,7 +214,7 @@ def draw(path, points, scores, swept):
 
 
 def draw_samples(path, folders):
-    """{name: folder of PNGs} -> a row each of its first images, from the same noise, with the name under the first."""
+    """Write a grid with a row per run: its first images, each row from the same noise. folders: {run: its PNGs}."""
     import numpy as np
     import torch
 
@@ -244,9 +233,11 @@ def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_writable(args.out)
     settings, names = [read_settings(run) for run in args.runs], called(args.runs)
-    step, scores_of = common_step(args.runs, args.step), Scores(args)
+    step, metrics = common_step(args.runs, args.step), chosen_metrics(args)
+    open_once = functools.cache(lambda: open_scorer(args, metrics))
     together = groups(settings, names)
-    swept = [name for name, values in (("cfg", args.cfg_scale), ("steps", args.num_steps)) if len(set(values)) > 1]
+    values = {"cfg": args.cfg_scale, "steps": args.num_steps}
+    swept = [name for name in SWEPT if len(set(values[name])) > 1]
     points, folders = {}, {}
     for steps in sorted(set(args.num_steps)):
         for cfg in sorted(set(args.cfg_scale)):
@@ -255,14 +246,14 @@ def main():
                 for i in places:
                     folder, flags = sampled(args, args.runs[i], names[i], settings[i], step, cfg, steps)
                     make_samples(folder, flags, args.processes)
-                    found.append(scores_of(folder))
+                    found.append(scores_of(folder, args, metrics, open_once))
                     folders.setdefault(names[i], folder)
-    scores = [score for score in score_names(args.features, scores_of.metrics)
+    scores = [score for score in score_names(args.features, metrics)
               if all(score in one for found in points.values() for one in found)]
     header, rows = tabled(points, scores, swept)
+    fixed = {"steps": f", {args.num_steps[0]} steps", "cfg": f", guidance {args.cfg_scale[0]:g}"}
     note = (f"Step {step:,}; {args.num_fid_samples:,} samples, {args.mode}"
-            + "".join(f", {text}" for name, text in (("steps", f"{args.num_steps[0]} steps"),
-                                                    ("cfg", f"guidance {args.cfg_scale[0]:g}")) if name not in swept)
+            + "".join(text for name, text in fixed.items() if name not in swept)
             + f"; against {args.reference}. Several seeds: mean (lowest to highest).")
     for name, text in (("table.md", f"{note}\n\n{markdown(header, rows)}\n"),
                        ("table.tex", f"% {note}\n{latex(header, rows, header.index('seeds'))}\n")):

@@ -38,7 +38,7 @@ def chosen_metrics(args):
 
 
 def open_scorer(args, metrics):
-    """scored(sample), evaluate's result for a source of images. Features of args.reference are extracted once."""
+    """A function of a source of images that gives evaluate's result. The reference is read once."""
     import torch
 
     from evaluations.extract import join_processes
@@ -105,7 +105,7 @@ def extractor_from(args, device):
 
 
 def given_paths(args, *but):
-    """What may be paths among the arguments, without those of the names `but`: what the script reads."""
+    """Arguments that may be paths which the script reads: all strings and paths but those of the names `but`."""
     return [value for name, value in vars(args).items() if name not in but and isinstance(value, (str, Path))]
 
 

@@ -87,19 +87,13 @@ def gather_rows(rows):
     return parts and torch.cat(parts)
 
 
-def pick_device(device=None):
-    """`device`, or CUDA if there is a GPU. On a CPU freed memory is kept: else each batch waits for it to come back."""
+def join_processes(device=None):
+    """Join torchrun's processes, if there are any -> this process's device: `device`, or CUDA if there is a GPU."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for, but PyTorch sees no GPU; use --device cpu.")
     if device.type == "cpu":
-        keep_freed_memory()
-    return device
-
-
-def join_processes(device=None):
-    """Join torchrun's processes, if there are any -> this process's device."""
-    device = pick_device(device)
+        keep_freed_memory()  # else each batch waits for it to come back
     if "WORLD_SIZE" in os.environ:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evaluations import EFFICIENTNET_PATH, FEATURES, PRESETS  # noqa: F401 - PRESETS for train.py
+from evaluations import EFFICIENTNET_PATH, FEATURES
 from evaluations.inception import Inception
 from runtime.errors import UserError
 from runtime.files import load_tensors, sha256_of

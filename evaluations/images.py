@@ -187,5 +187,12 @@ def decode(file, size=None):
         raise UserError(f"{file} cannot be decoded ({first_line(error)}); write it again.") from error
 
 
+def check_equal_sizes(first, second):
+    """Raise UserError for two sets whose images have different sizes."""
+    if tuple(first.size) != tuple(second.size):
+        raise UserError(f"{first.name} has images of {size_text(first.size)} but {second.name} of "
+                        f"{size_text(second.size)}; compare sets of one size.")
+
+
 def size_text(size):
     return f"{size[0]}x{size[1]}"

@@ -33,8 +33,9 @@ def evaluate(args):
 
     from evaluations.extract import join_processes, rank
     from evaluations.metrics import cknna, linear_probe
-    from evaluations.student import blocks_of, mean_tokens, open_split, open_teacher
+    from evaluations.student import mean_tokens, open_split, open_teacher
     from models.checkpoint import load_network
+    from sampling.cache import blocks_of
     network, trained = load_network(args.ckpt)
     depth = len(blocks_of(network))
     blocks = args.blocks or list(range(1, depth + 1))

@@ -62,7 +62,7 @@ def read_settings(run):
 
 
 def shown(table):
-    """The columns of read_table to draw: without the cosines at single times, what was off (0), and a constant rate."""
+    """The columns to draw: not the cosines at single times, nor what was off (all 0), nor a constant rate."""
     return {name: (steps, values) for name, (steps, values) in table.items()
             if steps and name != "seconds" and not name.startswith("cosine_")
             and (any(values) or name not in (*ALIGNMENT_LOSSES, "skipped"))
@@ -96,9 +96,9 @@ def curves(table):
 
 
 def speed(durations, stop, batch_size):
-    """[[phase, milliseconds a step, images a second]] of [step, milliseconds] pairs: medians over the rows of a phase.
+    """[[phase, median milliseconds a step, images a second]] from `durations`, [[step, milliseconds], ...].
 
-    The first row, which includes the start, counts only if it is the only one.
+    The first row includes the start, so it counts only if it is the only one.
     """
     rows = [(before, step, time) for (before, _), (step, time) in itertools.pairwise([(0, 0), *durations])]
     rows = rows[1:] or rows
@@ -152,7 +152,7 @@ def samples(path):
 
 
 def made_from(settings):
-    """{run, step} of the checkpoint in a samples folder's settings, or its file name where it lies in no run."""
+    """{run, step} of the checkpoint that a samples folder is of; `run` is the file's name if it lies in no run."""
     path, step = Path(str(settings.get("ckpt", ""))), settings.get("steps")
     run = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
     return {name: value for name, value in (("run", run), ("step", step)) if value not in ("", None)}
@@ -167,7 +167,7 @@ def read_scores(path):
 
 
 def inside(run, count, t, teacher):
-    """look_inside's result for the newest checkpoint, with pictures as text, or {"missing": why there is none}."""
+    """look_inside of the newest checkpoint, with pictures as text, or {"missing": the reason}."""
     steps = saved_steps(run / "checkpoints")
     if not count or not steps:
         return {"missing": "Left out (--images 0)." if not count else f"{run}/checkpoints holds no checkpoint yet."}

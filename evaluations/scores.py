@@ -6,7 +6,7 @@ import torch
 
 from evaluations import FEATURES, METRICS
 from evaluations.extract import FeatureSet, extract, rank, shard
-from evaluations.images import open_images, size_text
+from evaluations.images import check_equal_sizes, open_images
 from evaluations.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 from evaluations.statistics_file import STATISTICS, read_statistics
 from runtime.errors import UserError
@@ -50,9 +50,8 @@ def check_pair(reference, sample, metrics, limit=None):
     for images in known:
         n = limit if limit and images is opened[1] else images.n
         check_count(n, [metric for metric in metrics if len(known) == 2 or metric not in OF_BOTH], images.name)
-    if len({tuple(images.size) for images in known}) > 1:
-        first, second = (f"{images.name} has images of {size_text(images.size)}" for images in known)
-        raise UserError(f"{first} but {second}; compare sets of one size.")
+    if len(known) == 2:
+        check_equal_sizes(*known)
 
 
 def load_set(source, extractor, metrics, is_reference=False, limit=None, batch_size=64):

@@ -49,9 +49,6 @@ def read_statistics(source, extractor, required):
         raise UserError(f"The statistics in {source} cannot be read ({first_line(error)}); make them again.") from error
     features, n = str(stored.pop("features", "inception")), stored.pop("n", None)
     preset, made_of = (str(stored.pop(key)) if key in stored else None for key in ("preset", "made_of"))
-    if n is not None and (n.size != 1 or n.dtype.kind not in "iu" or n < 2):
-        raise UserError(f"n of {source} is {shorten(str(n), 40)}, expected the number of images, at least 2; make the "
-                        "statistics again.")
     if features != extractor.features or preset not in (None, extractor.preset):
         message = f"The statistics in {source} are of {features} with preset {preset}"
         if required:
@@ -62,33 +59,37 @@ def read_statistics(source, extractor, required):
     if preset is None and features == "inception" and rank() == 0:
         logger.warning("%s does not say how Inception was fed; it is taken to be preset %s. ADM's reference files need "
                        "adm, U-ViT's for COCO pytorch-fid", source, extractor.preset)
-    for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if (mu in stored) != (sigma in stored):
-            raise UserError(f"{source} has only one of {mu} and {sigma}; a statistics file needs both.")
-    for key, array in stored.items():
-        dim = SPATIAL_DIM if key.endswith("_s") else extractor.dim
-        shape = (dim, dim) if key.startswith("sigma") else (dim,)
-        if array.shape != shape or array.dtype.kind != "f":
-            raise UserError(f"{key} of {source} is {array.dtype} {array.shape}, expected floats of {shape}; it is not "
-                            f"made with {features} features.")
-        if not np.isfinite(array).all():
-            raise UserError(f"{key} of {source} holds nan or infinite numbers; make the statistics again.")
-    tensors = {key: torch.from_numpy(value.astype(np.float64)) for key, value in stored.items()}
-    for key in {"sigma", "sigma_s"} & set(tensors):
-        if why := no_covariance(tensors[key]):
-            raise UserError(f"{key} of {source} is no covariance ({why}); make the statistics again.")
+    if why := flaw(stored, n, extractor.dim):
+        raise UserError(f"{source} holds no statistics of {features} features ({why}); make it again with "
+                        "evaluations/stats.py.")
     if made_of and rank() == 0:
         logger.info("%s: statistics of %s", source, made_of)
+    tensors = {key: torch.from_numpy(value.astype(np.float64)) for key, value in stored.items()}
     return FeatureSet(str(source), features, preset, None if n is None else int(n), **tensors, made_of=made_of)
 
 
-def no_covariance(sigma):
-    """What keeps `sigma` (D, D) from being a covariance, beyond rounding, or None."""
-    if (sigma - sigma.T).abs().max() > ROUNDING * sigma.abs().max():
-        return "it is not symmetric"
-    raised = sigma + ROUNDING * sigma.trace().abs() * torch.eye(len(sigma), dtype=sigma.dtype)
-    is_negative = sigma.any() and torch.linalg.cholesky_ex(raised).info  # much faster than the eigenvalues
-    return "it has negative eigenvalues" if is_negative else None
+def flaw(stored, n, dim):
+    """What keeps the arrays {key: array} and n from being statistics of `dim` features, in words, or None."""
+    if n is not None and (n.size != 1 or n.dtype.kind not in "iu" or n < 2):
+        return f"n is {shorten(str(n), 40)}, expected the number of images, at least 2"
+    for mu, sigma, size in (("mu", "sigma", dim), ("mu_s", "sigma_s", SPATIAL_DIM)):
+        if (mu in stored) != (sigma in stored):
+            return f"it has only one of {mu} and {sigma}"
+        if mu not in stored:
+            continue
+        for key, shape in ((mu, (size,)), (sigma, (size, size))):
+            array = stored[key]
+            if array.shape != shape or array.dtype.kind != "f":
+                return f"{key} is {array.dtype} {array.shape}, expected floats of {shape}"
+            if not np.isfinite(array).all():
+                return f"{key} holds nan or infinite numbers"
+        covariance = torch.from_numpy(stored[sigma].astype(np.float64))
+        if (covariance - covariance.T).abs().max() > ROUNDING * covariance.abs().max():
+            return f"{sigma} is no covariance: it is not symmetric"
+        raised = covariance + ROUNDING * covariance.trace().abs() * torch.eye(size, dtype=torch.float64)
+        if covariance.any() and torch.linalg.cholesky_ex(raised).info:  # much faster than the eigenvalues
+            return f"{sigma} is no covariance: it has negative eigenvalues"
+    return None
 
 
 def made_of(images):

@@ -17,6 +17,7 @@ from loss import attention_loss, feature_loss, interpolant
 from models.checkpoint import load_network
 from models.layers import QK
 from runtime.errors import UserError
+from sampling.cache import blocks_of
 
 NOISE = 5  # a random stream of its own, beside those of dataset.py and during_training.py
 MAP_SIDE = 16  # attention maps are averaged down to this many tokens a side
@@ -31,10 +32,6 @@ class Split(NamedTuple):
 
 def is_text(network):
     return hasattr(network, "context_embedder")
-
-
-def blocks_of(network):
-    return network.joint_blocks if is_text(network) else network.blocks
 
 
 def open_dataset(network, args, data_dir, split="train"):
@@ -73,18 +70,16 @@ def open_split(network, args, data, val_data, count, seed):
 
 
 def number_of_teacher(args):
-    """Of several teachers of a training the number, from 0, of that whose attention is aligned."""
+    """Index, from 0, of the teacher whose attention is aligned."""
     return (args.get("attn_teacher") or 1) - 1
 
 
 def open_teacher(network, args, attn_blocks=()):
-    """That Teacher in the args of a training, with as many tokens as `network`. Raises UserError if there is none."""
+    """The Teacher whose attention a training with `args` aligns, with the tokens of `network`. Raises UserError."""
     enc_type = args.get("enc_type") or "none"
     if enc_type == "none":
         raise UserError("The run had no teacher, so there is none to compare with; name one, or a run that has one.")
     teachers, number = split_teachers(enc_type, args.get("enc_weights")), number_of_teacher(args)
-    if number >= len(teachers):
-        raise UserError(f"The run's --attn-teacher is {number + 1} of {len(teachers)}, {enc_type}; give another run.")
     vit = load_vit(*teachers[number])
     return Teacher(vit, network.input_size // network.patch_size, attn_blocks, args.get("enc_blocks"),
                    input_size=args.get("enc_size"), resample="teacher")  # maps are shown side by side
@@ -116,7 +111,7 @@ def block_tokens(network, x, t, y, blocks):
 
 @torch.no_grad()
 def mean_tokens(network, teacher, part, times, blocks, seed, args, batch_size):
-    """{"teacher" or (block, t): tokens averaged over an image, (n, D)} of a Split; on processes but 0 None for each."""
+    """{"teacher" or (block, t): tokens averaged over each image, (n, D)} of a Split; only process 0 has the values."""
     if part.dataset is None:
         return {}
     device, positions = network.pos_embed.device, part.positions[slice(*shard(len(part.positions)))]

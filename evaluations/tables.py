@@ -3,7 +3,7 @@ import json
 import math
 import statistics
 
-# Settings that name a run or its machine, or only decide what is written and when: they tell no two runs apart.
+# Settings that tell no runs apart: names, paths, speed, and what is written when.
 SILENT = ("exp_name", "output_dir", "logging_dir", "report_to", "preset", "resume_step", "num_workers", "epochs",
           "data", "processes", "environment", "noise_stream", "log_every", "sampling_steps", "checkpointing_steps",
           "checkpoint_minutes", "keep_checkpoints", "keep_every", "compile", "fused_attn", "allow_tf32",
@@ -42,21 +42,19 @@ def is_aligned(settings):
     return any(weights) if weights else settings.get("enc_type", "none") != "none"
 
 
+def applies(name, settings):
+    """Whether the setting `name` means something in a run: those of alignment or a teacher do not without it."""
+    of_alignment = name.endswith("_coeff") or name.startswith(ALIGNMENT)
+    of_teacher = name.startswith(TEACHER) and name != "enc_type"
+    return ((is_aligned(settings) or not of_alignment)
+            and (settings.get("enc_type", "none") != "none" or not of_teacher))
+
+
 def differing(settings, but=()):
-    """Names of the settings that tell runs apart, without `but`; `settings`: args.json of each, or the like.
-
-    Those of alignment count among the runs that have it, those of a teacher among the runs with one.
-    """
-    def differ(name):
-        among = settings
-        if name.endswith("_coeff") or name.startswith(ALIGNMENT):
-            among = [each for each in among if is_aligned(each)]
-        if name.startswith(TEACHER) and name != "enc_type":
-            among = [each for each in among if each.get("enc_type") != "none"]
-        return len({json.dumps(each.get(name)) for each in among}) > 1
-
-    return [name for name in dict.fromkeys(name for each in settings for name in each)
-            if name not in (*SILENT, *but) and not name.startswith(SILENT_BEGINNINGS) and differ(name)]
+    """Names of the settings that tell runs apart, without `but`; `settings`: args.json of each, or the like."""
+    names = dict.fromkeys(name for each in settings for name in each)
+    return [name for name in names if name not in (*SILENT, *but) and not name.startswith(SILENT_BEGINNINGS)
+            and len({json.dumps(each.get(name)) for each in settings if applies(name, each)}) > 1]
 
 
 def labels(settings, but=()):
@@ -64,15 +62,12 @@ def labels(settings, but=()):
     names, found = differing(settings, but), []
     mixed = len({is_aligned(each) for each in settings}) > 1
     for each in settings:
-        aligned, teacher = is_aligned(each), each.get("enc_type", "none")
-        words = ["no alignment"] if mixed and not aligned else []
-        if mixed and aligned and "enc_type" not in names:
+        words, teacher = [], each.get("enc_type", "none")
+        if mixed and not is_aligned(each):
+            words = ["no alignment"]
+        elif mixed and "enc_type" not in names:
             words = ["alignment without a teacher" if teacher == "none" else phrase("enc_type", teacher)]
-        for name in names:
-            of_teacher = name.startswith(TEACHER) and name != "enc_type"
-            if (aligned or not (name.endswith("_coeff") or name.startswith(ALIGNMENT))) and not (
-                    of_teacher and teacher == "none"):
-                words.append(phrase(name, each.get(name)))
+        words += [phrase(name, each.get(name)) for name in names if applies(name, each)]
         found.append(", ".join(words))
     return found
 
@@ -93,8 +88,7 @@ def headline(settings, names):
 
 
 def sampling_words(made):
-    """How samples were made, in words: of their settings.json, and of the run and step that the checkpoint's path says.
-    """
+    """How samples were made, in words. `made`: their settings.json, with run and step of the checkpoint."""
     def is_number(name):
         return isinstance(made.get(name), (int, float))
 
@@ -115,24 +109,21 @@ def sampling_words(made):
 
 
 def groups(settings, names):
-    """{label: places of the runs that differ in their seed alone}; a run that is like no other is called by its name.
-
-    `names`: what the runs are called.
-    """
+    """{label: indices of runs that differ in the seed alone}. Where no setting differs, the label is `names`."""
     alike = {}
     for place, label in enumerate(labels(settings, but=("seed",))):
         alike.setdefault(label, []).append(place)
     return {label or " and ".join(names[place] for place in places): places for label, places in alike.items()}
 
 
-def mean_and_spread(values, sign="", between=" to "):
+def mean_and_spread(values, sign=""):
     """'mean (lowest to highest)' with four digits."""
     if not values:
         return "-"
     largest = max(map(abs, values)) or 1
     digits = max(0, 3 - math.floor(math.log10(largest))) if math.isfinite(largest) else 0
     mean, low, high = (f"{value:{sign}.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
-    return f"{mean} ({low}{between}{high})" if len(values) > 1 else mean
+    return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
 
 def markdown(header, rows):

@@ -14,7 +14,7 @@ from runtime.errors import UserError
 from tests.conftest import ROOT, call_main
 from tests.test_evaluations_metrics import save_efficientnet
 
-N = 24
+N = 12
 
 
 def test_nearest_is_cosine_about_the_mean():
@@ -50,12 +50,12 @@ def made(tmp_path_factory):
     (folder / "val").mkdir()
     for i, picture in enumerate(pictures):
         Image.fromarray(picture).save(folder / f"val/{i}.png")
-    captions = {str(i): [f"caption {'abcdefghijklmnopqrstuvwxyz'[i]}", "other"][:1 + (i != 4)] for i in range(N)}
+    captions = {str(i): [f"caption {'abcdefghijkl'[i]}", "other"][:1 + (i != 4)] for i in range(N)}
     (folder / "val/captions.json").write_text(json.dumps(captions))
     np.savez(folder / "right.npz", arr_0=pictures)
     np.savez(folder / "wrong.npz", arr_0=np.roll(pictures, -1, axis=0))
     (folder / "some").mkdir()
-    for i in (2, 5, 11):
+    for i in (2, 5, 8):
         brighter = np.clip(pictures[i].astype(int) + 9, 0, 255).astype(np.uint8)
         Image.fromarray(brighter).save(folder / f"some/{i:06d}.png")
     save_efficientnet(folder / "scorer.pth")
@@ -79,7 +79,7 @@ def test_right_wrong_and_some(made, monkeypatch, capsys):
     assert (result["n"], result["candidates"], top1(result)) == (N, N - 1, 1.0)
     assert result["retrieval"]["samples"]["top-5"]["chance"] == 5 / (N - 1)
     assert top1(result, "VAE reconstructions") > 0.2
-    assert "Retrieval-EffLite0 top-1 of samples (n = 24): 1.0000, chance 0.0435" in capsys.readouterr().out
+    assert "Retrieval-EffLite0 top-1 of samples (n = 12): 1.0000, chance 0.0909" in capsys.readouterr().out
     assert top1(run(made, monkeypatch, made / "val", made / "wrong.npz")) == 1 / N  # the last: its next is its equal
     result = run(made, monkeypatch, made / "val", made / "some")
     assert result["n"] == 3 and top1(result) == 1.0
@@ -93,8 +93,8 @@ def test_pictures_are_paired_by_their_numbers(made, monkeypatch):
     for i in numbers:
         (folder / f"{i}.png").write_bytes((made / f"val/{i}.png").read_bytes())
     with np.load(made / "right.npz", allow_pickle=False) as file:
-        np.savez(made / "gaps.npz", arr_0=file["arr_0"][numbers[:9]])  # image i is of the i-th caption of the split
-    for sample, n in (("some", 3), ("gaps.npz", 9)):
+        np.savez(made / "gaps.npz", arr_0=file["arr_0"][numbers[:5]])  # image i is of the i-th caption of the split
+    for sample, n in (("some", 3), ("gaps.npz", 5)):
         result = run(made, monkeypatch, folder, made / sample)
         assert (result["n"], result["candidates"], top1(result)) == (n, len(numbers), 1.0)
     with pytest.raises(UserError, match="captions.json does not exist"):
@@ -118,7 +118,7 @@ def test_clip_score(made, clip_folder, monkeypatch):
     assert abs(result["CLIP score"] - expected.mean()) < 0.01 and expected.mean() > 0
     clip, (images, _) = Clip(clip_folder, torch.device("cpu")), captioned.read_samples(made / "right.npz", made / "val")
     texts = [captions[str(i)][0] for i in range(N)]
-    for start, stop in ((0, 11), (11, N)):
+    for start, stop in ((0, 5), (5, N)):
         monkeypatch.setattr(captioned, "shard", lambda n, span=(start, stop): span)
         found = captioned.clip_scores(clip, images, texts, 5)
         np.testing.assert_allclose(found[:, 0], expected[start:stop], atol=0.01)
@@ -138,15 +138,12 @@ def test_clip_that_cannot_be_used(made, clip_folder, monkeypatch, more, message)
         run(made, monkeypatch, made / "val", made / "right.npz", "--clip", clip_folder, *more)
 
 
-@pytest.mark.parametrize("reference, sample, message", [
-    ("val", "empty", "holds no .png"), ("val", "many.npz", "many.npz has 25 images, .*val only 24"),
-    ("val", "large.npz", "images of 64x64, .*val of 32x32"), ("holes", "two.npz", "caption 0, .* no picture 0.png")])
-def test_sets_that_cannot_be_compared(made, monkeypatch, reference, sample, message):
+@pytest.mark.parametrize("sample, message", [
+    ("empty", "holds no .png"), ("many.npz", "many.npz has 13 images, .*val only 12"),
+    ("large.npz", "images of 64x64 but .*val of 32x32")])
+def test_sets_that_cannot_be_compared(made, monkeypatch, sample, message):
     (made / "empty").mkdir(exist_ok=True)
-    (made / "holes").mkdir(exist_ok=True)
-    (made / "holes/0_0.npy").touch()  # a caption without a picture still counts in an npz
-    (made / "holes/1.png").write_bytes((made / "val/1.png").read_bytes())
-    for name, n, side in (("two", 2, 32), ("many", N + 1, 32), ("large", 2, 64)):
+    for name, n, side in (("many", N + 1, 32), ("large", 2, 64)):
         np.savez(made / f"{name}.npz", arr_0=np.zeros((n, side, side, 3), np.uint8))
     with pytest.raises(UserError, match=message):
-        run(made, monkeypatch, made / reference, made / sample)
+        run(made, monkeypatch, made / "val", made / sample)

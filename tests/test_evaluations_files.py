@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from evaluations import evaluator, scores, stats
-from evaluations.features import load_extractor
-from evaluations.images import NpzImages, open_images
+from evaluations.features import Extractor, load_extractor
+from evaluations.images import open_images
 from evaluations.scores import load_set, score
 from runtime.errors import UserError
 from runtime.files import sha256_of
@@ -42,9 +42,10 @@ def save_folder(path, images):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Folder with reference and sample files and synthetic Inception weights."""
+    """Folder with reference and sample files and synthetic weights."""
     folder = tmp_path_factory.mktemp("made")
     save_inception(folder / "inception.pth")
+    save_efficientnet(folder / "lite0.pth")
     np.savez(folder / "reference.npz", arr_0=random_images(9, 0))
     np.savez_compressed(folder / "sample.npz", arr_0=random_images(7, 1) // 2)
     save_folder(folder / "sample", random_images(7, 1) // 2)
@@ -58,29 +59,53 @@ def inception(made):
 
 
 @pytest.fixture(scope="module")
+def lite0(made):
+    return load_extractor("efficientnet-lite0", made / "lite0.pth", verify=False)
+
+
+@pytest.fixture(scope="module")
 def adm(made):
-    """JSON and, under 'stdout', the text of one run of the evaluator."""
+    """One run of the evaluator: its JSON and, beside it, its text and the features that it saw, the reference's first.
+    """
+    seen, extract = [], Extractor.__call__
     with contextlib.redirect_stdout(io.StringIO()) as stdout, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Extractor, "__call__", lambda *given: seen.append(extract(*given)) or seen[-1])
         call_main(patch, evaluator, *paths(made, "reference.npz", "sample"), "--json", made / "adm.json")
-    return json.loads((made / "adm.json").read_text()) | {"stdout": stdout.getvalue()}
+    pool, spatial = (torch.cat(parts).double().numpy() for parts in zip(*seen, strict=True))
+    return json.loads((made / "adm.json").read_text()) | {"stdout": stdout.getvalue(), "pool": pool, "spatial": spatial}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without the eigenvalues, which take seconds."""
+    monkeypatch.setattr(scores, "frechet_distance", lambda *statistics: 1.5)
+
+
+LITE0 = ["--features", "efficientnet-lite0"]
+LITE0_KEYS = {"features": "efficientnet-lite0", "preset": "adm"}
 
 
 def paths(made, *names):
     return [*(str(made / name) for name in names), "--inception-weights", str(made / "inception.pth"),
-            "--any-weights", "--device", "cpu", "--batch-size", "4"]
+            "--efficientnet-weights", str(made / "lite0.pth"), "--any-weights", "--device", "cpu", "--batch-size", "4"]
 
 
 # ---- images ----
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz_folder_and_array_are_the_same_images(tmp_path, save):
-    images = random_images(11, 2)
-    save(tmp_path / "a.npz", labels=np.arange(11), arr_0=images)
-    folder = save_folder(tmp_path / "folder", images)
-    for source in (tmp_path / "a.npz", folder, images, torch.from_numpy(images)):
-        opened = open_images(source)
-        assert (opened.n, tuple(opened.size)) == (11, (24, 24)) and np.array_equal(read_all(opened), images)
-        assert np.array_equal(read_all(opened, start=5, stop=9), images[5:9])
+    """And their digests follow the pixels."""
+    images, other, digests = random_images(11, 2), random_images(11, 2), set()
+    other[1, 0, 0, 0] ^= 1
+    for name, content in (("a", images), ("b", other)):
+        save(tmp_path / f"{name}.npz", labels=np.arange(11), arr_0=content)
+        for source in (tmp_path / f"{name}.npz", save_folder(tmp_path / name, content), torch.from_numpy(content)):
+            opened = open_images(source)
+            assert (opened.n, tuple(opened.size)) == (11, (24, 24)) and np.array_equal(read_all(opened), content)
+            assert np.array_equal(read_all(opened, start=5, stop=9), content[5:9])
+            assert opened.digest() == open_images(source).digest()
+            digests.add(opened.digest())
+    assert len(digests) == 6
 
 
 def test_npz_is_streamed(tmp_path):
@@ -155,17 +180,16 @@ def test_five_lines_in_adm_wording(adm):
     assert list(values) == [f"{value:.4f}" for value in adm["scores"].values()]  # JSON keeps all digits
 
 
-def test_coco_protocol(made, monkeypatch, capsys, caplog):
+def test_coco_protocol(made, quick, monkeypatch, capsys, caplog):
     """A statistics file as U-ViT's for COCO, mu and sigma without a preset, gives FID and nothing else."""
     np.savez(made / "coco.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    call_main(monkeypatch, evaluator, *paths(made, "coco.npz", "sample"), "--preset", "pytorch-fid")
-    name, value = capsys.readouterr().out.strip().split(": ")
-    assert name == "FID" and float(value) > 0
+    call_main(monkeypatch, evaluator, *paths(made, "coco.npz", "sample"), "--preset", "pytorch-fid", "--num-samples", 2)
+    assert capsys.readouterr().out == "FID: 1.5000\n"
     assert "coco.npz does not say how Inception was fed; it is taken to be preset pytorch-fid" in caplog.text
 
 
 def test_two_processes_give_the_scores_of_one(made, adm):
-    """7 and 9 images do not divide by two. Statistics alone, as of ADM, have no images to share."""
+    """7 and 9 images do not divide by two."""
     done = script("evaluations/evaluator.py", *paths(made, "reference.npz", "sample.npz"), "--json", made / "two.json",
                   "--metrics", "is,fid,pr", processes=2)
     assert len(done.stdout.splitlines()) == 4                               # said once
@@ -173,24 +197,20 @@ def test_two_processes_give_the_scores_of_one(made, adm):
     assert (two["n"], two["reference_n"]) == (7, 9)
     for name, value in two["scores"].items():
         assert value == pytest.approx(adm["scores"][name], rel=1e-5)
-    done = script("evaluations/evaluator.py", *paths(made, "statistics.npz", "sample.npz"), "--metrics", "pr",
-                  processes=2)
-    assert done.stdout.splitlines() == ["Precision: n/a", "Recall: n/a"]
 
 
-def test_fid_and_sfid_are_of_the_pool_and_of_the_spatial_features(inception, adm):
+def test_fid_and_sfid_are_of_the_pool_and_of_the_spatial_features(adm):
     """By NumPy's means and the formula for centred data A, B: tr (S1 S2)^(1/2) = sum of singular values of A B^T."""
-    sets = [inception(images) for images in (random_images(9, 0), random_images(7, 1) // 2)]
-    for name, place in (("FID", 0), ("sFID", 1)):
-        x, y = (each[place].double().numpy() for each in sets)
+    for name, features in (("FID", adm["pool"]), ("sFID", adm["spatial"])):
+        x, y = features[:9], features[9:]
         a, b = ((z - z.mean(0)) / np.sqrt(len(z) - 1) for z in (x, y))
         root = np.linalg.svd(a @ b.T)[1].sum()
         plain = ((x.mean(0) - y.mean(0)) ** 2).sum() + (a ** 2).sum() + (b ** 2).sum() - 2 * root
         assert adm["scores"][name] == pytest.approx(plain, rel=1e-4)
 
 
-def test_statistics_file_replaces_the_images(monkeypatch, made, inception, adm, capsys):
-    """A file of stats.py gives the same FID; with statistics alone, precision and recall are n/a."""
+def test_statistics_file_replaces_the_images(monkeypatch, made, inception, adm):
+    """A file of stats.py holds the statistics of the evaluator's features; they win over images beside them."""
     call_main(monkeypatch, stats, *paths(made, "reference.npz", "stats.npz"), "--images", "4")
     with np.load(made / "stats.npz", allow_pickle=False) as file:
         stored = dict(file)
@@ -198,41 +218,34 @@ def test_statistics_file_replaces_the_images(monkeypatch, made, inception, adm, 
     assert str(stored["made_of"]) == f"{made}/reference.npz, sha256 {sha256_of(made / 'reference.npz')}"
     rows = [any(np.array_equal(image, other) for image in stored["arr_0"]) for other in random_images(9, 0)]
     assert stored["arr_0"].shape == (4, 24, 24, 3) and sum(rows) == 4
-    only = {key: stored[key] for key in ("mu", "sigma", "mu_s", "sigma_s")}
-    np.savez(made / "only.npz", **only)
-    call_main(monkeypatch, evaluator, *paths(made, "only.npz", "sample.npz"), "--metrics", "is,fid,sfid,pr", "--json",
-              made / "only.json")
-    found = json.loads((made / "only.json").read_text())["scores"]
-    assert found["Precision"] is None and found["Recall"] is None and "Recall: n/a" in capsys.readouterr().out
-    for name in ("Inception Score", "FID", "sFID"):
-        assert found[name] == pytest.approx(adm["scores"][name], rel=1e-6)
+    found = load_set(made / "stats.npz", inception, ("fid", "sfid"), is_reference=True)
+    for mu, sigma, features in ((found.mu, found.sigma, adm["pool"]), (found.mu_s, found.sigma_s, adm["spatial"])):
+        np.testing.assert_allclose(mu, features[:9].mean(0), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(sigma, np.cov(features[:9].T), rtol=1e-4, atol=1e-7)
 
-    np.savez(made / "other.npz", arr_0=random_images(9, 0), mu=only["mu"] + 1, sigma=only["sigma"])
+    np.savez(made / "other.npz", arr_0=random_images(4, 0), mu=stored["mu"] + 1, sigma=stored["sigma"])
     other = load_set(made / "other.npz", inception, ("fid", "sfid", "pr"), is_reference=True)
-    assert np.array_equal(other.mu.numpy(), only["mu"] + 1)                # stored statistics win over arr_0
-    assert len(other.pool) == 9 and score(other, other, ("sfid",)) == {"sFID": None}
+    assert np.array_equal(other.mu.numpy(), stored["mu"] + 1) and len(other.pool) == 4
+    assert score(other, other, ("sfid",)) == {"sFID": None}
 
 
-def test_num_samples_takes_the_first(made, inception):
-    few, all_there = (load_set(made / "sample.npz", inception, ("kid",), limit=limit) for limit in (3, None))
+def test_num_samples_takes_the_first(made, lite0):
+    few, all_there = (load_set(made / "sample.npz", lite0, ("kid",), limit=limit) for limit in (3, None))
     assert (few.n, all_there.n) == (3, 7)
     torch.testing.assert_close(few.pool, all_there.pool[:3])
 
 
-def test_few_images_against_statistics_alone(monkeypatch, made, capsys):
+def test_few_images_against_statistics_alone(monkeypatch, made, inception, quick, capsys):
     """Scores that need images of both sets are n/a, and may have too few. --metrics may have spaces."""
-    monkeypatch.setattr(scores, "frechet_distance", lambda *statistics: 1.5)
-    argv = [*paths(made, "statistics.npz", "sample.npz"), "--num-samples", 3]
-    call_main(monkeypatch, evaluator, *argv)
+    call_main(monkeypatch, evaluator, *paths(made, "statistics.npz", "sample.npz"), "--num-samples", 3, "--metrics",
+              "is, fid,sfid,pr,")
     assert capsys.readouterr().out.splitlines()[1:] == ["FID: 1.5000", "sFID: n/a", "Precision: n/a", "Recall: n/a"]
-    call_main(monkeypatch, evaluator, *argv, "--metrics", "fid, pr,")
-    assert capsys.readouterr().out.splitlines() == ["FID: 1.5000", "Precision: n/a", "Recall: n/a"]
+    monkeypatch.setattr(scores, "rank", lambda: 1)  # of several processes only the first has the statistics
+    assert load_set(made / "statistics.npz", inception, ("fid", "pr")) is None
 
 
-def test_other_features_keep_their_own_names(monkeypatch, made, capsys, tmp_path):
-    save_efficientnet(tmp_path / "lite0.pth")
-    argv = [made / "reference.npz", made / "sample.npz", "--features", "efficientnet-lite0", "--device", "cpu",
-            "--any-weights", "--efficientnet-weights", tmp_path / "lite0.pth"]
+def test_other_features_keep_their_own_names(monkeypatch, made, quick, capsys):
+    argv = [*paths(made, "reference.npz", "sample.npz"), *LITE0]
     call_main(monkeypatch, evaluator, *argv)                                                # fid,kid is the default
     assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == [
         "FD-EffLite0 (n = 7, reference n = 9)", "KID-EffLite0 (n = 7, reference n = 9)"]
@@ -244,41 +257,29 @@ def test_other_features_keep_their_own_names(monkeypatch, made, capsys, tmp_path
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"mu": None}, "only one of mu and sigma"),
-    ({"mu": np.zeros(2047), "sigma": np.eye(2047)}, r"expected floats of \(2048,\)"),
-    ({"mu": np.full(2048, np.nan)}, "nan"),
+    ({"mu": np.zeros(1279), "sigma": np.eye(1279)}, r"expected floats of \(1280,\)"),
+    ({"mu": np.full(1280, np.nan)}, "mu holds nan"),
     ({"mu": np.array([None])}, "cannot be read"),
     ({"preset": "pytorch-fid"}, "preset pytorch-fid, not of"),
+    ({"features": "inception"}, "of inception with preset adm, not of efficientnet-lite0"),
     ({"mu": None, "sigma": None}, "has the keys features, preset"),
-    *(({"n": np.array(n)}, "n of .*bad.npz is .*expected the number of images") for n in (0, -3, 2.5, "many", [9, 9])),
-    ({"sigma": np.diag([1.0] * 2047 + [-0.1])}, "sigma of .*bad.npz is no covariance .it has negative eigenvalues"),
-    ({"sigma": np.eye(2048) + np.eye(2048, k=1) / 4}, "no covariance .it is not symmetric"),
+    *(({"n": np.array(n)}, "bad.npz holds no .* .n is .*, expected the number of images") for n in (0, 2.5, "many")),
+    ({"sigma": np.diag([1.0] * 1279 + [-0.1])}, "sigma is no covariance: it has negative eigenvalues"),
+    ({"sigma": np.eye(1280) + np.eye(1280, k=1) / 4}, "sigma is no covariance: it is not symmetric"),
 ])
-def test_bad_statistics(inception, tmp_path, change, words):
-    arrays = {"mu": np.zeros(2048), "sigma": np.eye(2048), "features": "inception", "preset": "adm"} | change
+def test_bad_statistics(lite0, tmp_path, change, words):
+    arrays = {"mu": np.zeros(1280), "sigma": np.eye(1280), **LITE0_KEYS} | change
     np.savez(tmp_path / "bad.npz", **{key: value for key, value in arrays.items() if value is not None})
     with pytest.raises(UserError, match=words):
-        load_set(tmp_path / "bad.npz", inception, ("fid",))
+        load_set(tmp_path / "bad.npz", lite0, ("fid",))
 
 
-def test_covariances_of_few_images_in_float32(inception, tmp_path):
-    """Of rank 8 and rounded: its eigenvalues are negative by rounding, and it is read."""
-    rows = np.random.default_rng(0).normal(3, 5, (9, 2048)).astype(np.float32)
+def test_covariances_of_few_images_in_float32(lite0, tmp_path):
+    """Of rank 8, rounded to float32: some eigenvalues are negative, and it is read."""
+    rows = np.random.default_rng(0).normal(3, 5, (9, 1280)).astype(np.float32)
     sigma = np.cov(rows.T).astype(np.float32)
-    assert np.linalg.eigvalsh(sigma).min() < 0
-    np.savez(tmp_path / "few.npz", mu=rows.mean(0), sigma=sigma)
-    assert load_set(tmp_path / "few.npz", inception, ("fid",)).sigma.shape == (2048, 2048)
-
-
-def test_digests_follow_the_images(tmp_path):
-    """Of an array, an npz and a folder: another picture of equal size is another digest."""
-    images = random_images(3, 7)
-    other = images.copy()
-    other[1, 0, 0, 0] ^= 1
-    for name, content in (("a", images), ("b", other)):
-        np.savez(tmp_path / f"{name}.npz", arr_0=content)
-        save_folder(tmp_path / name, content)
-    for first, second in ((images, other), (tmp_path / "a.npz", tmp_path / "b.npz"), (tmp_path / "a", tmp_path / "b")):
-        assert open_images(first).digest() == open_images(first).digest() != open_images(second).digest()
+    np.savez(tmp_path / "few.npz", mu=rows.mean(0), sigma=sigma, **LITE0_KEYS)
+    assert np.linalg.eigvalsh(sigma).min() < 0 and load_set(tmp_path / "few.npz", lite0, ("fid",)).n is None
 
 
 @pytest.mark.parametrize(("reference", "extra", "words"), [
@@ -296,30 +297,16 @@ def test_flags_that_do_not_fit_the_files(monkeypatch, made, capsys, reference, e
 
 def test_wrong_weights(made, tmp_path):
     state = torch.load(made / "inception.pth", weights_only=True)
-    other_shape, extra = (state | {key: torch.zeros(1)} for key in ("fc.weight", "extra"))
-    for content, words in ((other_shape, "not hold the weights of inception .*size mismatch for fc.weight"),
-                           (extra, "Unexpected .*extra"), (state | {"fc.weight": 3}, "fc.weight"),
-                           ({"a": torch.zeros(1)}, "Unexpected"), ([1], "holds a list")):
+    for content, words in ((state | {"fc.weight": torch.zeros(1)},
+                            "not hold the weights of inception .*size mismatch for fc.weight"),
+                           (state | {"fc.weight": 3}, "fc.weight"), ({"a": torch.zeros(1)}, "Unexpected"),
+                           ([1], "holds a list")):
         torch.save(content, tmp_path / "changed.pth")
         with pytest.raises(UserError, match=words) as error:
             load_extractor("inception", tmp_path / "changed.pth", verify=False)
         assert len(str(error.value)) < 200 + len(str(tmp_path))    # a sentence, however many keys are wrong
     with pytest.raises(UserError, match="EfficientNet-Lite0"):
         load_extractor("efficientnet-lite0", made / "inception.pth", verify=False)
-
-
-def test_damage_met_while_writing_leaves_no_file(made, monkeypatch):
-    """The copy of the images fails half way: neither OUT.npz nor a temporary file stays."""
-    def copy_fails(self, start, stop, batch_size):
-        if batch_size == 64:                                   # the second pass, see statistics_file.BATCH
-            raise UserError("sample.npz is broken.")
-        yield from original(self, start, stop, batch_size)
-
-    original = NpzImages.batches
-    monkeypatch.setattr(NpzImages, "batches", copy_fails)
-    with pytest.raises(UserError, match="sample.npz is broken"):
-        call_main(monkeypatch, stats, *paths(made, "sample.npz", "unwritten.npz"), "--images", "2")
-    assert not list(made.glob("*unwritten*"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

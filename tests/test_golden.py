@@ -1,4 +1,5 @@
 """Parity with numbers computed by the published code (tests/golden/): networks, losses, gradients, samplers, keys."""
+import functools
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from tests.conftest import ROOT
 from tests.golden.fill import arr, fill_value
 
 GOLDEN = Path(__file__).parent / "golden"
+fill = functools.cache(fill_value)  # seconds for MMDiT
 
 
 def golden(name):
@@ -33,7 +35,7 @@ def filled(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name != "pos_embed":
-                parameter.copy_(torch.from_numpy(fill_value(name, tuple(parameter.shape))))
+                parameter.copy_(torch.from_numpy(fill(name, tuple(parameter.shape))))
     return model.eval()
 
 

@@ -176,11 +176,6 @@ def test_fused_attention(width, dtype):
         assert error(ours.grad, theirs.grad) < bound
 
 
-def set_tile(monkeypatch, tile):
-    """The one place that knows by which name the attention loss has the size of its tiles."""
-    monkeypatch.setattr(loss, "tile_size", lambda device: tile)
-
-
 @pytest.fixture(scope="module")
 def maps():
     """student and teacher q, k; the loss and its gradients by q and k in float64."""
@@ -200,7 +195,7 @@ def maps():
 def test_attention_loss_in_tiles(monkeypatch, maps, power, precision):
     """At every size that is measured, and less than a map's rows: value and gradients, against float64."""
     (q, k, teacher_q, teacher_k), expected, q_gradient, k_gradient = maps
-    set_tile(monkeypatch, 2 ** power)
+    monkeypatch.setattr(loss, "tile_size", lambda device: 2 ** power)
     student = [x.clone().requires_grad_() for x in (q, k)]
     with products(precision):
         found = attention_loss([QK(*student)], [QK(teacher_q, teacher_k)])
@@ -294,16 +289,13 @@ def test_a_run(monkeypatch, tiny_data, teacher_file, tmp_path, expected, way, pr
     assert f"on {'cuda' if ON_GPU else 'cpu'}" in (tmp_path / "run/log.txt").read_text()
 
 
-def test_tf32_and_loader_processes(monkeypatch, tiny_data, teacher_file, tmp_path, expected):
-    """And a teacher of its own precision."""
-    run(monkeypatch, *run_arguments(tiny_data, teacher_file, tmp_path, "--allow-tf32", "--num-workers", 2,
-                                    "--enc-precision", "bf16"))
-    assert all(assert_expected(metrics(tmp_path), expected, TRAINED["bf16"]))
-
-
-def test_a_teacher_cache(monkeypatch, tiny_data, teacher_file, tmp_path, expected):
-    run(monkeypatch, *run_arguments(tiny_data, teacher_file, tmp_path, "--teacher-cache", tmp_path / "cache"))
-    assert all(assert_expected(metrics(tmp_path), expected))
+@pytest.mark.parametrize("more, precision", [
+    (["--allow-tf32", "--num-workers", 2, "--enc-precision", "bf16"], "bf16"), (["--teacher-cache", "cache"], "no")])
+def test_options_of_a_run(monkeypatch, tiny_data, teacher_file, tmp_path, expected, more, precision):
+    """TF32, loader processes and a teacher of its own precision; a teacher cache."""
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, *run_arguments(tiny_data, teacher_file, tmp_path, *more))
+    assert all(assert_expected(metrics(tmp_path), expected, TRAINED[precision]))
 
 
 @EACH_TRAINED

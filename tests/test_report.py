@@ -110,18 +110,18 @@ def test_stop_is_where_the_losses_of_alignment_end(aligned, plain, settings, sto
     assert alignment_stop(table, settings) == stop
 
 
-@pytest.mark.parametrize("column, panels", [("FD-EffLite0", 4), ("cosine_0.1", 3)])
-def test_curves_of_two_runs(monkeypatch, tmp_path, column, panels):
+@pytest.mark.parametrize("column, panels, out, begin", [("FD-EffLite0", 4, "a.pdf", b"%PDF"),
+                                                        ("cosine_0.1", 3, "a.SVG", b"<?xml")])
+def test_curves_of_two_runs(monkeypatch, tmp_path, column, panels, out, begin):
     """Losses and scores have a panel each, the trigger's cosines at single times none."""
     rows = "step,loss,denoise,feature,attention,grad_norm,seconds{}\n10,3,2,-0.5,2.5,1,4{}\n20,1,1,,,1,4{}\n"
     for name, cells in (("run", (f",{column}", ",", ",300")), ("plain", ("", "", ""))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.csv").write_text(rows.format(*cells))
         (tmp_path / name / "args.json").write_text(json.dumps({"early_stop_point": 10}))
-    for name, begin in (("a.pdf", b"%PDF"), ("a.SVG", b"<?xml"), ("a.png", b"\x89PNG")):
-        call_main(monkeypatch, curves, tmp_path / "run", tmp_path / "plain", "--out", tmp_path / name)
-        assert (tmp_path / name).read_bytes().startswith(begin)
-    call_main(monkeypatch, curves, tmp_path / "run", tmp_path / "plain")
+    for more in ([], ["--out", tmp_path / out]):
+        call_main(monkeypatch, curves, tmp_path / "run", tmp_path / "plain", *more)
+    assert (tmp_path / out).read_bytes().startswith(begin)
     with Image.open(tmp_path / "run/curves.png") as image:
         assert image.width / image.height == pytest.approx(panels * 4.3 / 3.6, rel=0.01)
 
