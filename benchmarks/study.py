@@ -177,7 +177,7 @@ def train(args, seed, variant):
                           env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     if done.returncode:
         said = "".join(done.stderr.strip().splitlines()[-1:])
-        raise UserError(f"{folder} ended with status {done.returncode}: {said}; mend that and give the same command "
+        raise UserError(f"{folder} ended with status {done.returncode}: {said}; fix that and give the same command "
                         "again.")
     write_result(args, seed, variant)
 

@@ -44,6 +44,8 @@ def parse_args():
     add("--out", type=Path, default=Path("comparison"), metavar="DIR", help="folder of tables and figures (default "
         "comparison)")
     add("--format", choices=FORMATS, default="pdf", help="of the figure of scores (default pdf)")
+    add("--names", nargs="+", metavar="NAME", help="of the rows, such as SiT HASTE: one for each run, equal ones for "
+        "seeds of one row (default: by the settings in which the runs differ)")
     add("--step", type=whole(1), metavar="N", help="checkpoint of all runs (default: the newest that all of them have)")
 
     add = parser.add_argument_group("samples").add_argument
@@ -55,7 +57,8 @@ def parse_args():
         "samples/compare)")
     add("--per-proc-batch-size", type=whole(1), default=32, metavar="N", help="images a batch and process (default 32)")
     add("--mixed-precision", choices=["no", "fp16", "bf16"], default="no", help="of the sampled network (default no)")
-    add("--processes", type=whole(1), default=1, metavar="N", help="that make samples, one a GPU (default 1)")
+    add("--processes", type=whole(1), default=1, metavar="N", help="number of processes that sample, "
+        "one for each GPU (default 1)")
     add_sampler_flags(parser, nargs="+")
     parser.set_defaults(cfg_scale=[1.0], num_steps=[50])
     add_score_arguments(parser.add_argument_group("scores"))
@@ -86,6 +89,13 @@ def called(runs):
     return names
 
 
+def named(names, runs):
+    """{name: places in `runs`} of names that were typed, one for each run."""
+    if len(names) != len(runs):
+        raise UserError(f"--names gives {len(names)} names to {len(runs)} runs; give one for each.")
+    return {name: [i for i, other in enumerate(names) if other == name] for name in names}
+
+
 # ---- samples ----
 
 def sampled(args, run, name, settings, step, cfg, steps):
@@ -94,16 +104,15 @@ def sampled(args, run, name, settings, step, cfg, steps):
     if missing := {"model", "resolution"} - settings.keys():
         raise UserError(f"{run}/args.json has no {min(missing)}; give the folder of a run of train.py.")
     flags = {flag: getattr(args, flag) for flag in (*SAMPLING, *HANDED_ON) if flag != "path_type"}
+    balanced = "balanced-" * (args.labels == "balanced")
     flags |= {"ckpt": str(run / f"checkpoints/{step:07d}.pt"), "vae": args.vae or settings.get("vae") or "ema",
-              "cfg_scale": cfg, "num_steps": steps, "prefix": f"{name}-{steps}-steps-"}
+              "cfg_scale": cfg, "num_steps": steps, "prefix": f"{name}-{steps}-steps-{balanced}"}
     flags |= {"labels": args.labels} if "num_classes" in settings else {"data_dir": settings["data_dir"]}
     return folder_name(Namespace(**flags, resolution=settings["resolution"]), settings["model"]), flags
 
 
 def make_samples(folder, flags, processes):
-    """Call generate.py unless all images are there. It makes the missing ones and refuses images of other settings."""
-    if is_there(folder, flags):
-        return
+    """Call generate.py. It makes the missing images and refuses those of other settings."""
     script = ROOT / ("generate.py" if "labels" in flags else "generate_t2i.py")
     words = [as_flag(name, value) for name, value in flags.items()]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
@@ -114,8 +123,8 @@ def make_samples(folder, flags, processes):
 def run_generate(command):
     done = subprocess.run([sys.executable, *command], check=False, stdout=subprocess.DEVNULL)
     if done.returncode:
-        raise UserError(f"Making samples ended with status {done.returncode}, see above; mend that and give the same "
-                        "command again.")
+        raise UserError(f"Sampling failed with status {done.returncode}, see above; fix that and give the same command "
+                        "again.")
 
 
 def as_flag(name, value):
@@ -207,6 +216,8 @@ def draw(path, points, scores, swept):
     for score, top, bottom in zip(scores, axes[0], axes[-1], strict=True):
         top.set_title(head(score))
         bottom.set_xlabel({"cfg": "guidance scale", "steps": "steps"}[swept[0]] if swept else "")
+    if max(map(len, points.values())) > 1:
+        figure.suptitle("dots: seeds; line: their mean", fontsize=8)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(labels)))
     with atomic_write(path) as file:
         figure.savefig(file, format=path.suffix[1:], dpi=150)
@@ -235,7 +246,7 @@ def main():
     settings, names = [read_settings(run) for run in args.runs], called(args.runs)
     step, metrics = common_step(args.runs, args.step), chosen_metrics(args)
     open_once = functools.cache(lambda: open_scorer(args, metrics))
-    together = groups(settings, names)
+    together = named(args.names, args.runs) if args.names else groups(settings, names)
     values = {"cfg": args.cfg_scale, "steps": args.num_steps}
     swept = [name for name in SWEPT if len(set(values[name])) > 1]
     points, folders = {}, {}
@@ -245,7 +256,9 @@ def main():
                 found = points[label, cfg, steps] = []
                 for i in places:
                     folder, flags = sampled(args, args.runs[i], names[i], settings[i], step, cfg, steps)
-                    make_samples(folder, flags, args.processes)
+                    if not is_there(folder, flags):
+                        open_once()  # first: a reference or weights that do not serve would be seen after hours
+                        make_samples(folder, flags, args.processes)
                     found.append(scores_of(folder, args, metrics, open_once))
                     folders.setdefault(names[i], folder)
     scores = [score for score in score_names(args.features, metrics)
@@ -254,6 +267,7 @@ def main():
     fixed = {"steps": f", {args.num_steps[0]} steps", "cfg": f", guidance {args.cfg_scale[0]:g}"}
     note = (f"Step {step:,}; {args.num_fid_samples:,} samples, {args.mode}"
             + "".join(text for name, text in fixed.items() if name not in swept)
+            + ", as many of each class" * (args.labels == "balanced")
             + f"; against {args.reference}. Several seeds: mean (lowest to highest).")
     for name, text in (("table.md", f"{note}\n\n{markdown(header, rows)}\n"),
                        ("table.tex", f"% {note}\n{latex(header, rows, header.index('seeds'))}\n")):

@@ -46,13 +46,15 @@ def open_scorer(args, metrics):
     device = join_processes(args.device)
     extractor = extractor_from(args, device)
     reference = load_set(args.reference, extractor, metrics, is_reference=True, batch_size=args.batch_size)
+    warned = set()
 
     def scored(source):
         sample = load_set(source, extractor, metrics, limit=args.num_samples, batch_size=args.batch_size)
         if sample is None:
             return None
         for each in (reference, sample):
-            if each.n and each.n < extractor.dim:
+            if each.n and each.n < extractor.dim and each.name not in warned:
+                warned.add(each.name)
                 logger.warning("%s: %d images are fewer than the %d features; distances of sets this small are biased, "
                                "compare them at equal n only", each.name, each.n, extractor.dim)
         values = score(sample, reference, metrics, getattr(torch, args.pr_dtype), device)

@@ -253,7 +253,7 @@ def load_tensors(path, mmap=False, verify=False):
                          "save it again as a plain state dict.") from error
     except (*ARRAY_ERRORS, KeyError, AttributeError, IndexError) as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk's fault, not the file's
-            raise UserError(f"{path} cannot be read now ({first_line(error)}); mend that and try again.") from error
+            raise UserError(f"{path} cannot be read now ({first_line(error)}); fix that and try again.") from error
         raise Unreadable(f"{path} is damaged or not a torch file ({first_line(error)}); get it again.") from error
 
 

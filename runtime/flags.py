@@ -1,5 +1,6 @@
 """Command-line flags: numbers with a range, flags from a file, and one sentence for a flag that cannot be used."""
 import argparse
+import copy
 import difflib
 import os
 import re
@@ -28,6 +29,13 @@ class Page(argparse.RawDescriptionHelpFormatter):
 
     def _get_default_metavar_for_optional(self, action):
         return value_name(action)
+
+    def _expand_help(self, action):
+        """The help, with a default of several values as one types it."""
+        shown = copy.copy(action)
+        if isinstance(action.default, list):
+            shown.default = " ".join(str(value).removesuffix(".0") for value in action.default)
+        return super()._expand_help(shown)
 
     def _split_lines(self, text, width):
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)

@@ -122,6 +122,8 @@ def test_runs_over_seeds(called, runs, tmp_path):
     os.utime(runs / "b/checkpoints/0000002.pt")  # a newer checkpoint is looked at again
     called(["a0", "b"], "--steps", 2)
     assert called.made == 4
+    _, _, *rows = called(["a0", "b"], "--steps", 2, "--names", "SiT", "HASTE")
+    assert [row.split(" | ")[:2] for row in rows] == [["| SiT", "1"], ["| HASTE", "1"]] and called.made == 4
     with pytest.raises(UserError, match="holds images of other settings .time_grid"):
         called(["b"], "--steps", 2, "--time-grid", "quadratic")
 
@@ -140,7 +142,12 @@ def test_sweeps(called, tmp_path, monkeypatch):
     assert (top.get_title(), bottom.get_xlabel()) == ("KID-EffLite0 \u2193", "guidance scale")
 
 
-def test_what_cannot_be_compared(called):
+def test_what_cannot_be_compared(called, tmp_path):
+    with pytest.raises(UserError, match="nothing.npz"):  # before hours of sampling
+        called(["b"], "--ref", tmp_path / "nothing.npz")
+    assert called.made == 0
+    with pytest.raises(UserError, match="--names gives 1 names to 2 runs"):
+        called(["a0", "b"], "--names", "SiT")
     with pytest.raises(UserError, match="No step 1 is among .* of all runs: .*a0 has 2; .*b has 1, 2; give --step"):
         called(["a0", "b"], "--step", 1)
     with pytest.raises(UserError, match="are not all different; give each once"):

@@ -390,7 +390,7 @@ def test_a_disk_that_fails_for_a_while_makes_no_checkpoint_a_damaged_one(monkeyp
     def fail(*_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     monkeypatch.setattr(torch, "load", fail)
-    with pytest.raises(UserError, match="0000002.pt cannot be read now .*Input/output error.*; mend that and"):
+    with pytest.raises(UserError, match="0000002.pt cannot be read now .*Input/output error.*; fix that and"):
         read_newest(tmp_path, 0, ("model",))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0000001.pt", "0000002.pt"]
 
