@@ -219,8 +219,9 @@ def sample_images(args, state, network, vae, folder, condition, names, columns=N
     if state.is_main_process:
         if cost:
             write_json(folder / "settings.json", read_json(folder / "settings.json") | {"cost": cost}, indent=2)
-            print(f"an image took {cost['calls']:,.1f} network calls (a guided one counts twice), of which "
-                  f"{cost['computed']:,.1f} were computed: {cost['gflops']:,.0f} GFLOPs without the VAE")
+            computed = f", of which {cost['computed']:,.1f} were computed" if args.cache != "none" else ""
+            print(f"an image took {cost['calls']:,.1f} network calls (a guided one counts twice){computed}: "
+                  f"{cost['gflops']:,.0f} GFLOPs without the VAE")
         write_npz(folder.with_name(f"{folder.name}.npz"), paths, args.resolution)
         count = GRID_IMAGES // columns * columns if columns else GRID_IMAGES  # whole rows
         first = np.stack([np.array(open_image(path)) for path in paths[:count]])
