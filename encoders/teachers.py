@@ -1,6 +1,7 @@
 """The frozen teacher: a vision transformer of timm, with taps on the attention of some of its blocks."""
 import contextlib
 import warnings
+from textwrap import shorten
 from typing import NamedTuple
 
 import timm
@@ -14,7 +15,7 @@ from loss import resample_qk, resample_tokens
 from models.checkpoint import weights_digest
 from models.layers import Alignment, compile_blocks
 from modify_dinov2.taps import take_attention, tap_attention
-from runtime.errors import UserError, first_line
+from runtime.errors import UserError
 from runtime.files import is_file, load_tensors
 from runtime.setup import AUTOCAST, cast_weights
 
@@ -170,8 +171,8 @@ def load_vit(enc_type, weights=None):
     try:
         vit = timm.create_model(row.timm_name, pretrained=weights is None, num_classes=0, **dict(row.options))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"The weights of {enc_type} could not be fetched from the hub ({first_line(error)}); give a "
-                        "local file with --enc-weights.") from error
+        raise UserError(f"The weights of {enc_type} could not be fetched from the hub ({shorten(str(error), 100)}); "
+                        "give a local file with --enc-weights, or --enc-type none for no teacher.") from error
     if weights is not None:
         state = load_tensors(weights)
         try:

@@ -157,8 +157,9 @@ def read_weights(path, url, sha256):
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True,
                                                       check_hash=sha256 is not None)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{url} could not be fetched ({error}); download it elsewhere and give the path of the "
-                            "file.") from error
+            raise UserError(f"{url} could not be fetched ({error}); download it elsewhere and give the file: "
+                            "--inception-weights or --dinov2-weights, in training --eval-weights. Without a download "
+                            "there is efficientnet-lite0.") from error
     if sha256 and os.path.isfile(path) and not (digest := sha256_of(path)).startswith(sha256):
         raise UserError(f"{path} has sha256 {digest[:16]}..., the published weights {sha256}...; get them again, "
                         "or give evaluator.py --any-weights for scores that compare with nothing else.")
