@@ -1,5 +1,6 @@
 """Tiny data sets in both layouts, a small random teacher file, and running the scripts by their command lines."""
 import csv
+import gc
 import json
 import os
 import signal
@@ -71,6 +72,13 @@ def write_tiny_captions(folder, counts=(3, 5, 1, 2) * 4, resolution=64, factor=4
             (folder / split / "captions.json").write_text(json.dumps(words))
     np.save(folder / "empty_context.npy", np.zeros(shape, np.float32))
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freeze():
+    """Garbage collections, one for each phase of a run, leave alone what is imported: a second each otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -247,7 +247,7 @@ class Trainer:
         if self.ddp_model is not None:
             self.accelerator.unwrap_model(self.ddp_model, keep_fp32_wrapper=False)  # takes autocast off again
             self.ddp_model = None
-        self.accelerator.free_memory()
+            self.accelerator.free_memory()
         self.ddp_model, self.ddp_optimizer = self.accelerator.prepare(self.model, self.optimizer)
 
     def log_row(self, measures=()):
