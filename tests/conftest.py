@@ -17,12 +17,14 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
+import train
 from models.checkpoint import load_checkpoint
 from tests import nano
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["HF_HUB_OFFLINE"] = "1"
 CLASSES = 4
+NO_TEACHER = ["--enc-type", "none"]
 
 
 def write_tiny_data(folder, count=64, resolution=64, factor=4):
@@ -264,17 +266,31 @@ def call_main(monkeypatch, module, *arguments, device="cpu"):
 
 
 def tiny_run(model, data, out, *more):
-    """A run of `model` on tiny data: 6 steps, or as `more` says."""
-    return ["--exp-name", "run", "--output-dir", str(out), "--data-dir", str(data), "--model", model, "--resolution",
-            "64",
-            "--batch-size", "8", "--mixed-precision", "no", "--report-to", "none", "--num-workers", "0", "--log-every",
-            "1",
-            "--sampling-steps", "0", "--max-train-steps", "6", "--enc-type", "dinov2-vit-n", "--enc-blocks", "10",
-            "--learning-rate", "1e-3", *map(str, more)]
+    """Arguments of a run of `model` on tiny data: 6 steps, or as `more` says."""
+    return ["--exp-name", "run", "--output-dir", str(out), "--data-dir", str(data), "--model", model,
+            "--resolution", "64", "--batch-size", "8", "--mixed-precision", "no", "--report-to", "none",
+            "--num-workers", "0", "--log-every", "1", "--sampling-steps", "0", "--max-train-steps", "6",
+            "--enc-type", "dinov2-vit-n", "--enc-blocks", "10", "--learning-rate", "1e-3", *map(str, more)]
 
 
 def train_arguments(data, out, *more):
     return tiny_run("SiT-N/2", data, out, "--num-classes", CLASSES, *more)
+
+
+def without(arguments, *flags):
+    """`arguments` without these flags and their values."""
+    for flag in flags:
+        i = arguments.index(flag)
+        arguments = arguments[:i] + arguments[i + 2:]
+    return arguments
+
+
+@pytest.fixture
+def run(monkeypatch, tiny_data):
+    """run(out, *flags): train.py on tiny data, 6 steps or as the flags say, inside the test's process."""
+    def run(out, *more, data=tiny_data):
+        call_main(monkeypatch, train, *train_arguments(data, out, *more))
+    return run
 
 
 def metrics(out):

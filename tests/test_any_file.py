@@ -15,9 +15,9 @@ import generate
 import train
 from runtime.errors import UserError
 from runtime.files import load_tensors
-from tests.conftest import call_main, train_arguments
+from tests.conftest import NO_TEACHER, call_main, train_arguments
 from tests.damage import CKPT, IMAGE, LABELS, LATENT, LATENT_LABELS, RUN
-from tests.worlds import NO_TEACHER, base
+from tests.worlds import base
 
 DEEP = [[[[[[[[{"a": [None]}]]]]]]]]
 VALUES = (None, True, -1, 0, 3, 0.5, float("nan"), float("inf"), 10 ** 30, "", "x", "SiT-N/2", "../x", "caf\udcff",

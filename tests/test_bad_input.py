@@ -26,7 +26,7 @@ from evaluations import baselines, caption_retrieval, curves, evaluator, probe, 
 from examples import train_vae
 from preprocessing import coco, convert, dataset_tools, encode, pack
 from runtime.errors import run_script
-from tests.conftest import call_main, train_arguments, write_tiny_data
+from tests.conftest import NO_TEACHER, call_main, train_arguments, write_tiny_data
 from tests.damage import (
     CKPT,
     IMAGE,
@@ -63,7 +63,7 @@ from tests.damage import (
     zipped,
 )
 from tests.test_storage import packed_into, write_mirrored
-from tests.worlds import NO_TEACHER, base
+from tests.worlds import base
 
 TRIGGER = ["--early-stop-trigger", "gradient", "--trigger-start", 2]
 WITH_TEACHER = ["--enc-weights", "{w}/teacher.pth", "--exp-name", "other"]
