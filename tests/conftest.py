@@ -245,17 +245,15 @@ def script(name, *arguments, processes=1, check=True, env=None, before=None):
     return done
 
 
-def fresh_script(name, *arguments, launcher=(), env=None):
-    """The same by the real command line, in a new interpreter, under `launcher` if given; the finished process."""
-    command = [sys.executable, *launcher, str(ROOT / name), *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, timeout=300,
-                          env={**os.environ, **CPU, **(env or {})})
+def forget_accelerator():
+    """accelerate's state, of the call before."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
 
 
 def call_main(monkeypatch, module, *arguments, device="cpu"):
     """The script's main() with this command line inside the test's process: imports cost seconds."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()  # accelerate's, of the call before
+    forget_accelerator()
     if device == "cpu":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])

@@ -145,7 +145,7 @@ CASES = {
         (None, ["--batch-size", "many"], "--batch-size: 'many' is no whole number"),
         (None, ["--enc-type", "clip-vit-X"], "--enc-type clip-vit-X is not known; use none, timm:NAME"),
         # what else training reads
-        (None, ["--enc-type", "dinov2-vit-b", "--exp-name", "new"], "could not be fetched from the hub"),
+        (None, ["--enc-type", "dinov2-vit-s", "--exp-name", "new"], "could not be fetched from the hub"),
         (None, [*WITH_TEACHER, "--enc-weights", "/no/file.pth"], "/no/file.pth does not exist"),
         (None, [*WITH_TEACHER, "--enc-weights", "{w}/other.pth"], "does not hold the weights of dinov2"),
         (put("teacher.pth", Planted()), WITH_TEACHER, "holds code, which is not run"),

@@ -177,7 +177,7 @@ def test_the_resolution_without_images(tmp_path, tiny_data, tiny_captions):
      "attention x 0 (by --attn-coeff), until step 3 (by --early-stop-point)"),
     (("--early-stop-fraction", 0.5), "until step 3 (by --early-stop-fraction)"),
     (("--preset", "sit-b-2-repa"), "attention x 0 (by --preset sit-b-2-repa), to the end (by --preset sit-b-2-repa)"),
-    (("--enc-type", "none"), " no alignment")])
+    (NO_TEACHER, " no alignment")])
 def test_a_run_says_what_it_aligns(run, teacher_file, tmp_path, more, said):
     """With which weights, until when, by whose default; and when HASTE never stops."""
     run(tmp_path, "--enc-weights", teacher_file, *more)
@@ -187,6 +187,7 @@ def test_a_run_says_what_it_aligns(run, teacher_file, tmp_path, more, said):
             "--early-stop-fraction 0.6 would stop it at step 4." in log) == (more == ())
     run(tmp_path, "--enc-weights", teacher_file, *more, "--max-train-steps", 7)
     again = (tmp_path / "run/log.txt").read_text().removeprefix(log)
+    assert ('"preset": "sit-b-2-repa"' in (tmp_path / "run/args.json").read_text()) == ("preset" in said)
     assert "until step 0" not in again and ("alignment has ended at step" in again) == ("until step 3" in said)
 
 
@@ -255,7 +256,8 @@ def test_published_command_line(tiny_data, teacher_file, tmp_path):
 FLAGS = [("--path-type", "cosine"), ("--weighting", "lognormal"), ("--attn-heads", 1), ("--attn-layers", "0:3,2:5"),
          ("--encoder-depth", 1), ("--enc-blocks", 11), ("--proj-coeff", 0.7), ("--attn-coeff", 0.7),
          ("--adam-beta1", 0.5), ("--adam-beta2", 0.5), ("--adam-epsilon", 1e-3), ("--adam-weight-decay", 0.5),
-         ("--learning-rate", 1e-2), ("--max-grad-norm", 0.1), ("--ema-decay", 0.5), ("--seed", 1), ("--cfg-prob", 0.9), ("--qk-norm",)]
+         ("--learning-rate", 1e-2), ("--max-grad-norm", 0.1), ("--ema-decay", 0.5), ("--seed", 1), ("--cfg-prob", 0.9),
+         ("--qk-norm",)]
 
 
 def test_every_flag_of_the_step_changes_the_weights(run, teacher_file, tmp_path):
@@ -334,7 +336,7 @@ def scoring(reference, scorer, *more):
 
 def test_scores_while_training(run, data, scorer, tmp_path):
     """Every --eval-steps steps a row has the scores, and the weights are those of the run without, bit for bit."""
-    arguments = ["--enc-type", "none", "--log-every", 3, "--max-train-steps", 5, "--learning-rate", 1e-2]
+    arguments = [*NO_TEACHER, "--log-every", 3, "--max-train-steps", 5, "--learning-rate", 1e-2]
     run(tmp_path / "plain", *arguments, data=data)
     run(tmp_path / "scored", *arguments, *scoring(data / "images", scorer), data=data)
     plain, scored = (checkpoint(tmp_path / name, 5) for name in ("plain", "scored"))
@@ -399,7 +401,7 @@ def test_scores_by_coco_s_protocol(run, monkeypatch, data, tmp_path):
     monkeypatch.setattr(scores, "frechet_distance", lambda *statistics: 1.5)  # seconds at 2,048 numbers
     np.savez(tmp_path / "coco.npz", mu=np.zeros(2048), sigma=np.eye(2048), n=30, features="inception",
              preset="pytorch-fid")
-    arguments = ["--enc-type", "none", "--max-train-steps", 1, "--eval-steps", 1, "--eval-samples", 2, "--vae",
+    arguments = [*NO_TEACHER, "--max-train-steps", 1, "--eval-steps", 1, "--eval-samples", 2, "--vae",
                  ROOT / "assets/vae-emoji", "--eval-weights", tmp_path / "inception.pth", "--eval-ref"]
     with pytest.raises(UserError, match="with preset pytorch-fid, not of .* --eval-preset"):
         run(tmp_path / "adm", *arguments, tmp_path / "coco.npz", data=data)
@@ -409,18 +411,19 @@ def test_scores_by_coco_s_protocol(run, monkeypatch, data, tmp_path):
     assert f"preset pytorch-fid), of n = 2 samples against {tmp_path}/coco.npz, n = 30" in log
 
 
-def test_scores_of_two_processes_are_those_of_one(tiny_captions, data, scorer, tmp_path):
-    """From text, by the command line, five samples and one row: each process makes and measures its part of them."""
-    more = ["--enc-type", "none", "--max-train-steps", 1,
-            *scoring(data / "images", scorer, "--eval-steps", 1, "--eval-samples", 5)]
+def test_two_processes_from_text_are_one_run(tiny_captions, teacher_file, data, scorer, tmp_path):
+    """By the command line: losses, and scores of five samples, of which each process makes and measures its part."""
+    more = ["--enc-weights", teacher_file, "--early-stop-point", 2, "--max-train-steps", 3,
+            *scoring(data / "images", scorer, "--eval-steps", 3, "--eval-samples", 5)]
     for processes in (1, 2):
         script("train_t2i.py", *tiny_run("MMDiT-T", tiny_captions, tmp_path / str(processes), *more),
-               processes=processes,
-               before="tests.nano.take_any_scorer")
+               processes=processes, before="tests.nano.take_any_scorer")
     one, two = (metrics(tmp_path / str(processes)) for processes in (1, 2))
-    assert len(one) == len(two) == 1
+    for a, b in zip(one, two, strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
+        assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
     for name in ("FD-EffLite0", "KID-EffLite0"):
-        assert float(two[0][name]) == pytest.approx(float(one[0][name]), rel=1e-3)
+        assert float(two[2][name]) == pytest.approx(float(one[2][name]), rel=1e-3)
     assert "of n = 5 samples against" in (tmp_path / "2/run/log.txt").read_text()
 
 
