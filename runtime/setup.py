@@ -4,7 +4,6 @@ import datetime
 import os
 import sys
 import threading
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,10 +17,9 @@ GLIBC_KEEPS = 64 << 20  # bytes of freed memory that glibc keeps by default, onc
 
 
 def connect(make):
-    """make(), which starts the process group; ends this process with a sentence if that takes START_SECONDS.
+    """make(), which starts the process group; raises UserError where the launcher's variables do not allow it.
 
-    torch itself would wait, timeout or not, where the port is another program's. Raises UserError where the port is in
-    use, or the launcher's variables are incomplete.
+    Ends this process after START_SECONDS: torch waits for ever, timeout or not, where the port is another program's.
     """
     names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing, several = [name for name in names if not os.environ.get(name)], os.environ.get("WORLD_SIZE", "1") != "1"
@@ -62,14 +60,6 @@ def tune(processes, tf32):
         torch.set_num_threads(max(1, torch.get_num_threads() // here))
     if not torch.cuda.is_available():
         keep_freed_memory()
-
-
-def fast_bf16():
-    """Whether this GPU, or this CPU without one, multiplies bfloat16 faster than float32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = Path("/proc/cpuinfo")
-    return cpu.is_file() and any(name in cpu.read_text() for name in ("avx512_bf16", "amx_bf16"))
 
 
 def cast_weights(network, precision):

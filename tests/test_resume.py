@@ -280,7 +280,6 @@ def test_what_a_kill_left_beside_the_checkpoints_to_keep_is_pruned(run, six):
 
 @pytest.mark.parametrize("name, value", [
     ("seconds", float("nan")), ("history", 3), ("metrics", {"names": ["loss"], "rows": torch.zeros(3), "in_a_row": 0}),
-    ("opt", {"param_groups": [{"params": [0]}], "state": {0: 1.0}}),
     ("ema", {"pos_embed": torch.zeros(1, 64, 32).to_sparse()})])
 def test_entries_of_another_kind(tmp_path, name, value):
     with pytest.raises(UserError, match=f"0000002.pt has a '{name}' that no train.py wrote"):
@@ -387,11 +386,11 @@ def test_a_disk_that_fails_for_a_while_makes_no_checkpoint_a_damaged_one(monkeyp
 def test_what_metrics_keep_for_the_first_row_after_a_restart(tmp_path):
     """The seconds of the steps that no row has yet, and how many were skipped in a row."""
     broken = {"loss": torch.tensor(float("nan")), "denoise": torch.tensor(float("nan")), "grad_norm": torch.tensor(1.0)}
-    first = Metrics(tmp_path / "metrics.csv", Accelerator(cpu=True), 0, max_skipped=2)
+    first = Metrics(tmp_path / "metrics.csv", Accelerator(cpu=True), 0, {}, max_skipped=2)
     for _ in range(2):
         first.add(broken)
-    state = first.state_dict()
-    second = Metrics(tmp_path / "metrics.csv", Accelerator(cpu=True), 2, state, max_skipped=2, seconds=1000.0)
+    state = {**first.state_dict(), "seconds": 1000.0}
+    second = Metrics(tmp_path / "metrics.csv", Accelerator(cpu=True), 2, state, max_skipped=2)
     second.begin()
     assert 1000 <= second.seconds() < 1100
     second.add(broken)

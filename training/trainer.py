@@ -114,9 +114,8 @@ class Trainer:
             self.open_teacher()
         start_trackers(self.accelerator, self.args, self.run_folder)
         columns = score_names(self.args.eval_features, self.args.eval_metrics) if self.evaluation else []
-        self.metrics = Metrics(self.run_folder / "metrics.csv", self.accelerator, self.step, saved.get("metrics"),
+        self.metrics = Metrics(self.run_folder / "metrics.csv", self.accelerator, self.step, saved,
                                columns + trigger_columns(self.args), self.args.max_skipped_steps,
-                               saved.get("seconds") or 0.0, saved.get("history"),
                                functools.partial(first_not_finite, self))
         self.preemption = Preemption(self.accelerator.num_processes, self.args.checkpoint_minutes,
                                      PROCESS_GROUP_TIMEOUT)
@@ -334,9 +333,8 @@ class Trainer:
     def save(self):
         """Write a checkpoint, then delete those that --keep-checkpoints does not keep. All processes call it."""
         args, accelerator = self.args, self.accelerator
-        pending = self.metrics.state_dict()  # first, as it raises when a loss or gradient went wrong
-        state = {"args": self.settings, "metrics": pending, "seconds": self.metrics.seconds(),
-                 "trigger_fired": self.trigger_fired, "history": self.metrics.history()}
+        state = self.metrics.state_dict()  # first, as it raises when a loss or gradient went wrong
+        state |= {"args": self.settings, "trigger_fired": self.trigger_fired}
         for name, part in (("model", self.model), ("ema", self.ema), ("opt", self.optimizer)):
             state[name] = whole_state(part.state_dict(), accelerator.is_main_process)
         if not accelerator.is_main_process:
