@@ -156,8 +156,7 @@ class ForkServer:
         if self.process is None:
             self.process = subprocess.Popen(
                 [sys.executable, str(ROOT / "tests/forkserver.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                text=True,
-                cwd=ROOT, env={**os.environ, **CPU})
+                text=True, cwd=ROOT, env={**os.environ, **CPU})
             self.process.stdout.readline()
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -179,8 +178,8 @@ class ForkServer:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        return [self.start(name, *arguments, rank=rank, processes=processes, port=port,
-                           **more) for rank in range(processes)]
+        return [self.start(name, *arguments, rank=rank, processes=processes, port=port, **more)
+                for rank in range(processes)]
 
     def close(self):
         if self.process:

@@ -72,7 +72,7 @@ def assert_same_run(one, other, step):
 TRIGGER = ["--early-stop-trigger", "gradient", "--trigger-samples", 8, "--trigger-threshold", 1, "--trigger-start"]
 RUNS = {
     "across the early stop": ["--early-stop-point", 6, "--gradient-accumulation-steps", 2, "--num-workers", 2],
-    "at the early stop": ["--early-stop-point", 5, "--mixed-precision", "bf16"],
+    "at the early stop": ["--early-stop-point", 5, "--mixed-precision", "bf16", "--batch-size", 8],
     "before and after the trigger fires": [*TRIGGER, 7],
     "where the trigger fires": [*TRIGGER, 5, "--num-workers", 1],
     "stopped at an epoch's end": ["--early-stop-point", 6, "--batch-size", 8, "--epochs", 2],

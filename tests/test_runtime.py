@@ -24,7 +24,7 @@ import train
 from runtime import memory, progress
 from runtime.errors import UserError
 from runtime.memory import GIB, advice, images_that_fit
-from tests.conftest import CPU, NO_TEACHER, ROOT, forget_accelerator, script, train_arguments, without
+from tests.conftest import CPU, NO_TEACHER, ROOT, forget_accelerator, script, tiny_run, train_arguments, without
 from tests.test_models import nano_models
 from training.config import MOST_WORKERS
 from training.fsdp import set_plugin
@@ -50,7 +50,7 @@ WITHOUT_OPTIONAL = f"""if True:
 
 def test_a_run_needs_no_optional_package(tiny_data, tmp_path):
     """In a fresh interpreter, in which they can neither be imported nor asked for their versions."""
-    arguments = train_arguments(tiny_data, tmp_path, *NO_TEACHER, "--model", "SiT-S/8", "--max-train-steps", 1)
+    arguments = tiny_run("SiT-S/8", tiny_data, tmp_path, *NO_TEACHER, "--max-train-steps", 1)
     done = subprocess.run([sys.executable, "-c", WITHOUT_OPTIONAL, *arguments], check=False, capture_output=True,
                           text=True, cwd=ROOT, timeout=300, env={**os.environ, **CPU})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -232,14 +232,14 @@ def test_the_sentence_names_what_is_left_to_do():
 
 
 def limit_memory():
-    """For a script's process: 600 MiB more than it has, so that a step's activations do not fit."""
+    """For a script's process: 200 MiB more than it has, so that a step's activations do not fit."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (600 << 20),) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (200 << 20),) * 2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_run_that_is_out_of_memory(tiny_data, tmp_path):
-    arguments = train_arguments(tiny_data, tmp_path, *NO_TEACHER, "--model", "SiT-S/2", "--batch-size", 64)
+    arguments = train_arguments(tiny_data, tmp_path, *NO_TEACHER, "--model", "SiT-T/2", "--batch-size", 64)
     done = script("train.py", *arguments, check=False, before="tests.test_runtime.limit_memory")
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]

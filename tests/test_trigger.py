@@ -103,8 +103,7 @@ def test_cosines_of_an_mmdit(monkeypatch, teacher_file, tmp_path):
     data = write_tiny_captions(tmp_path / "data", (3, 5, 1, 2) * 3)
     call_main(monkeypatch, train_t2i, *tiny_run(
         "MMDiT-T", data, tmp_path, "--enc-weights", teacher_file, *TRIGGER, *NEVER, "--cfg-prob", 0.5,
-        "--max-train-steps", 3,
-        "--batch-size", 4))
+        "--max-train-steps", 3, "--batch-size", 4))
     model = MMDiT_models["MMDiT-T"](input_size=16, context_dim=16, z_dims=(48,))
     model.load_state_dict(checkpoint(tmp_path, 3)["model"])
     items = dataset.CaptionedImages(data, "train", 64)
@@ -190,7 +189,7 @@ def test_a_comparison_changes_nothing(run, monkeypatch, scaled, teacher_file, tm
     more = ["--enc-weights", teacher_file, "--gradient-accumulation-steps", 2, "--mixed-precision", "bf16"]
     run(tmp_path / "without", *more)
     monkeypatch.setattr(training, "gradient_cosine", watched)
-    run(tmp_path / "with", *more, *TRIGGER, *NEVER, "--log-every", 4)
+    run(tmp_path / "with", *more, *TRIGGER, *NEVER, "--trigger-samples", 4, "--log-every", 4)
     a, b = (checkpoint(tmp_path / name, 6) for name in ("without", "with"))
     for part in ("model", "ema", "opt", "scaler"):
         assert_same_state(a[part], b[part])
@@ -220,8 +219,7 @@ def test_with_a_cache_no_image_is_read(run, monkeypatch, teacher_file, tmp_path)
 
 def test_samples_divide_by_the_processes(tiny_data, teacher_file, tmp_path):
     done = script("train.py", *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, *TRIGGER,
-                                               "--trigger-samples", 3),
-                  processes=2, check=False)
+                                               "--trigger-samples", 3), processes=2, check=False)
     assert done.returncode == 1 and not tmp_path.joinpath("run").exists()
     assert "error: --trigger-samples 3 must divide by the number of processes = 2; change it." in done.stderr
 
