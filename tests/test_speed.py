@@ -3,12 +3,13 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.measure import status
-from runtime.setup import cast_weights, give_back_memory, tune
+from runtime.setup import cast_weights, fast_bf16, give_back_memory, tune
 from tests.conftest import ROOT
 from tests.test_models import nano_models
 
@@ -55,6 +56,14 @@ def test_a_step_finds_the_memory_of_the_one_before():
                           env={**environment, "CUDA_VISIBLE_DEVICES": ""})
     plain, tuned = map(int, done.stdout.split())
     assert tuned < 0.1 * plain
+
+
+def test_bf16_is_told_by_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for text, known in (("flags : fpu avx512f avx512_bf16", True), ("flags : fpu avx512f", False)):
+        monkeypatch.setattr(Path, "read_text", lambda _, text=text: text)
+        monkeypatch.setattr(Path, "is_file", lambda _: True)
+        assert fast_bf16() == known
 
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["SiT", "MMDiT"])
