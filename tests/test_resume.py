@@ -286,6 +286,14 @@ def test_entries_of_another_kind(tmp_path, name, value):
         check_resumed(tmp_path / "0000002.pt", {"model": {}, name: value})
 
 
+def test_an_optimizer_of_another_shape(run, six):
+    state = checkpoint(six, 6)
+    state["opt"]["state"][1]["exp_avg"] = torch.zeros(3)
+    torch.save(state, six / "run/checkpoints/0000006.pt")
+    with pytest.raises(UserError, match="0000006.pt has the optimizer's state of another model or optimizer"):
+        run(six, *PLAIN, "--max-train-steps", 7)
+
+
 def test_a_number_that_only_looks_like_one_is_no_step(tmp_path):
     (tmp_path / "\u00b2\u00b2.pt").touch()
     assert saved_steps(tmp_path) == {}
