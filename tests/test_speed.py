@@ -1,4 +1,4 @@
-"""What speed.py sets."""
+"""Settings of runtime/setup.py that change no result but the time and memory it takes."""
 import os
 import platform
 import subprocess
@@ -39,6 +39,7 @@ def test_a_step_finds_the_memory_of_the_one_before():
         from runtime import setup
         library = ctypes.CDLL(None)
         library.malloc.restype = ctypes.c_void_p
+
         def faults():
             for _ in range(3):
                 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -48,9 +49,10 @@ def test_a_step_finds_the_memory_of_the_one_before():
                 for piece in reversed(pieces):
                     library.free(piece)
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        plain = faults()
+
+        print(faults())
         setup.tune(1, tf32=False)
-        print(plain, faults())"""
+        print(faults())"""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True,
                           env={**environment, "CUDA_VISIBLE_DEVICES": ""})
