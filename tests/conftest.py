@@ -76,13 +76,6 @@ def write_tiny_captions(folder, counts=(3, 5, 1, 2) * 4, resolution=64, factor=4
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def freeze():
-    """Garbage collections, one for each phase of a run, leave alone what is imported: a second each otherwise."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(scope="session")
 def tiny_captions(tmp_path_factory):
     """16 captioned images per split at 64 px; tests must not change it."""
@@ -227,6 +220,13 @@ def server(tmp_path_factory):
     SERVER.folder = tmp_path_factory.mktemp("scripts")
     yield SERVER
     SERVER.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freeze():
+    """Garbage collections, one for each phase of a run, leave alone what is imported: a second each otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 def script(name, *arguments, processes=1, check=True, env=None, before=None):
