@@ -100,10 +100,10 @@ def test_both_phases(run, monkeypatch, teacher_file, tmp_path):
 
 
 def test_loss_falls(run, tmp_path):
-    run(tmp_path, *NO_TEACHER, "--max-train-steps", 60, "--log-every", 10, "--batch-size", 16)
+    run(tmp_path, *NO_TEACHER, "--max-train-steps", 40, "--log-every", 10)
     losses = [float(row["denoise"]) for row in metrics(tmp_path)]
     assert losses[-1] < 0.8 * losses[0]
-    assert not any(name.startswith("projectors") for name in checkpoint(tmp_path, 60)["model"])
+    assert not any(name.startswith("projectors") for name in checkpoint(tmp_path, 40)["model"])
 
 
 @pytest.mark.parametrize("more, decays", [([], [0.9999] * 2), (["--ema-warmup"], [2 / 11, 3 / 12])])
@@ -128,6 +128,7 @@ def test_previews_are_of_the_ema_with_fixed_noise(run, monkeypatch, tmp_path, de
     The first is said to be young. Guidance is by what was trained only.
     """
     scales, plain = [], previews.guided
+    monkeypatch.setattr(previews, "PREVIEW_STEPS", 4)
     monkeypatch.setattr(previews, "guided", lambda *arguments: scales.append(arguments[3]) or plain(*arguments))
     run(tmp_path, *PREVIEWS, "--report-to", "tensorboard", "--ema-decay", decay, *more)
     folder, log = tmp_path / "run/previews", (tmp_path / "run/log.txt").read_text()
@@ -140,7 +141,8 @@ def test_previews_are_of_the_ema_with_fixed_noise(run, monkeypatch, tmp_path, de
     assert log.count("still holds much of the first weights") == (decay == 1)
 
 
-def test_a_warm_average_is_not_young(run, tmp_path):
+def test_a_warm_average_is_not_young(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(previews, "PREVIEW_STEPS", 4)
     run(tmp_path, *PREVIEWS, "--ema-warmup", "--sampling-steps", 2)
     assert "still holds much" not in (tmp_path / "run/log.txt").read_text()
 
@@ -331,7 +333,7 @@ def scorer(tmp_path, monkeypatch):
 
 def scoring(reference, scorer, *more):
     return ["--eval-steps", 2, "--eval-samples", 6, "--eval-ref", reference, "--eval-features", "efficientnet-lite0",
-            "--eval-weights", scorer, "--vae", ROOT / "assets/vae-emoji", *more]
+            "--eval-weights", scorer, "--eval-num-steps", 4, "--vae", ROOT / "assets/vae-emoji", *more]
 
 
 def test_scores_while_training(run, data, scorer, tmp_path):
@@ -396,8 +398,8 @@ def test_scores_by_coco_s_protocol(run, monkeypatch, data, tmp_path):
     monkeypatch.setattr(scores, "frechet_distance", lambda *statistics: 1.5)  # seconds at 2,048 numbers
     np.savez(tmp_path / "coco.npz", mu=np.zeros(2048), sigma=np.eye(2048), n=30, features="inception",
              preset="pytorch-fid")
-    arguments = [*NO_TEACHER, "--max-train-steps", 1, "--eval-steps", 1, "--eval-samples", 2, "--vae",
-                 ROOT / "assets/vae-emoji", "--eval-weights", tmp_path / "inception.pth", "--eval-ref"]
+    arguments = [*NO_TEACHER, "--max-train-steps", 1, "--eval-steps", 1, "--eval-samples", 2, "--eval-num-steps", 4,
+                 "--vae", ROOT / "assets/vae-emoji", "--eval-weights", tmp_path / "inception.pth", "--eval-ref"]
     with pytest.raises(UserError, match="with preset pytorch-fid, not of .* --eval-preset"):
         run(tmp_path / "adm", *arguments, tmp_path / "coco.npz", data=data)
     run(tmp_path, *arguments, tmp_path / "coco.npz", "--eval-preset", "pytorch-fid", data=data)

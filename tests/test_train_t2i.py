@@ -24,6 +24,7 @@ from tests.conftest import (
     train_arguments,
     write_tiny_captions,
 )
+from training import previews
 from training.metric_log import COLUMNS
 
 
@@ -65,12 +66,12 @@ def test_both_losses_then_one(run, aligned, tmp_path):
 
 def test_loss_falls_and_text_is_used(run, tiny_captions, tmp_path):
     """From pure noise only the text tells the colour: v = noise - x is high for the darkest, low for the brightest."""
-    run(tmp_path, *NO_TEACHER, "--max-train-steps", 40, "--log-every", 10, "--zero-init", "--learning-rate", 3e-3,
-        "--cfg-prob", 0)
+    run(tmp_path, *NO_TEACHER, "--max-train-steps", 30, "--log-every", 10, "--batch-size", 4, "--zero-init",
+        "--learning-rate", 3e-3, "--cfg-prob", 0)
     losses = [float(row["denoise"]) for row in metrics(tmp_path)]
     assert losses[-1] < 0.8 * losses[0]
     model = MMDiT_models["MMDiT-T"](input_size=16, context_dim=16, z_dims=())
-    model.load_state_dict(checkpoint(tmp_path, 40)["model"])
+    model.load_state_dict(checkpoint(tmp_path, 30)["model"])
     dataset = CaptionedImages(tiny_captions, "val", 64)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -152,7 +153,8 @@ def test_fused_attention_is_a_matter_of_speed(monkeypatch, tiny_data, tiny_capti
 
 
 @pytest.mark.parametrize("texts", [True, False])
-def test_previews_have_captions(run, tmp_path, texts):
+def test_previews_have_captions(run, monkeypatch, tmp_path, texts):
+    monkeypatch.setattr(previews, "PREVIEW_STEPS", 4)
     data = write_tiny_captions(tmp_path / "data", (3, 5, 1, 2), texts=texts)
     run(tmp_path, *NO_TEACHER, "--max-train-steps", 1, "--sampling-steps", 1, "--vae", ROOT / "assets/vae-emoji",
         data=data)

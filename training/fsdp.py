@@ -52,7 +52,7 @@ def set_plugin(plugin, model):
     """Settings of accelerate's FSDP plugin with which a step has the numbers of DDP's, split by block.
 
     Activation checkpointing becomes the model's own, as accelerate's renames the blocks. What else the user has set
-    stays. Raises UserError for a class to wrap that the model has not.
+    stays. Raises UserError for a class to wrap that the model does not have.
     """
     plugin.cpu_ram_efficient_loading = False  # accelerate launch has it on; here every process has the weights already
     # accelerate's policy would cast weights and inputs to 16 bits, t among them, and sum gradients in them. This one

@@ -39,8 +39,8 @@ LAUNCHER = {"mixed_precision": ("ACCELERATE_MIXED_PRECISION", None, ("no", "fp16
 logger = logging.getLogger("haste")
 
 
-def take_from_launcher(args, environ):
-    """Fill in the flags of LAUNCHER that args have as None, by the launcher's variable in `environ` or our default.
+def take_from_launcher(args):
+    """Fill in the flags of LAUNCHER that args have as None, by the launcher's variables or our defaults.
 
     A flag that was given wins; returns a sentence for each where the launcher says something else. Raises UserError for
     a value that would be used and is none of ours. accelerate launch says "no" when it was told nothing.
@@ -48,7 +48,7 @@ def take_from_launcher(args, environ):
     differing = []
     for name, (variable, default, allowed) in LAUNCHER.items():
         flag, given = f"--{name.replace('_', '-')}", getattr(args, name)
-        said = environ.get(variable, "").strip().lower()
+        said = os.environ.get(variable, "").strip().lower()
         if said in ("", "no"):
             said = None
         elif isinstance(default, int) and said.isdecimal():
@@ -81,7 +81,7 @@ def make_accelerator(args):
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
     logging.raiseExceptions = False  # a full disk costs log.txt its lines, not the run
     has_gpu, run = torch.cuda.is_available(), Path(args.output_dir) / args.exp_name
-    warnings = take_from_launcher(args, os.environ)
+    warnings = take_from_launcher(args)
     args.mixed_precision = precision = args.mixed_precision or ("fp16" if has_gpu else "no")
     if precision == "fp16" and not has_gpu:
         warnings.append("--mixed-precision fp16 needs a GPU: training in float32 on this CPU.")
