@@ -137,8 +137,8 @@ def remove_temporaries(folder, begin=""):
 def check_output(out, suffixes, inputs=()):
     """Raise UserError where writing `out` would destroy one of `inputs` or a file of another kind. Links are followed.
 
-    A file `out` may replace one that ends in one of `suffixes`. Without suffixes it is a folder: neither may it lie in
-    an input nor an input in it, unless that is a zip. Inputs that are not there (None, a name on the hub) do not count.
+    A file `out` may replace one that ends in one of `suffixes`. Without suffixes it is a folder, which must not lie in
+    an input, nor an input in it, unless that is a zip. Inputs may be None or a name on the hub.
     """
     there, ours = mode_of(out), Path(out).resolve()
     if suffixes and not Path(out).name:
@@ -226,10 +226,9 @@ def weights_key(source):
 def load_tensors(path, mmap=False, verify=False):
     """Tensors and plain values of a `.safetensors` file or of a file of `torch.save`, without running code from it.
 
-    Published checkpoints hold an argparse.Namespace, the only class allowed beside tensors and plain values. Of a
-    TorchScript archive only its tensors are read.
-    `mmap` leaves tensors on disk until they are used; `verify` reads them all and compares checksums. Raises UserError
-    for a missing file, Unreadable for a damaged or refused one.
+    argparse.Namespace, as in published checkpoints, is the only class allowed. Of a TorchScript archive only tensors
+    are read. `mmap` leaves tensors on disk until they are used; `verify` compares checksums. Raises UserError for a
+    missing file, Unreadable for a damaged or refused one.
     """
     path = Path(path)
     if not is_file(path):
@@ -284,7 +283,7 @@ def _parse_header(header):
 def array_header(data):
     """(shape, whether in Fortran's order, dtype, bytes before the numbers) of a `.npy` file that begins with `data`.
 
-    Raises ValueError. Files of one kind begin alike, so the header is parsed once, not a million times.
+    Raises ValueError. Files of one kind begin alike: the header is parsed once.
     """
     short = data[6:7] == b"\1"
     length = 10 + int.from_bytes(data[8:10], "little") if short else 12 + int.from_bytes(data[8:12], "little")

@@ -18,10 +18,9 @@ GLIBC_KEEPS = 64 << 20  # bytes of freed memory that glibc keeps by default, onc
 
 
 def connect(make):
-    """make(), which starts the process group; ends this process with a sentence if that takes START_SECONDS.
+    """make(), which starts the process group; raises UserError where the launcher's variables do not allow it.
 
-    torch itself would wait, timeout or not, where the port is another program's. Raises UserError where the port is in
-    use, or the launcher's variables are incomplete.
+    Ends this process after START_SECONDS: torch waits for ever, timeout or not, where the port is another program's.
     """
     names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing, several = [name for name in names if not os.environ.get(name)], os.environ.get("WORLD_SIZE", "1") != "1"

@@ -1,4 +1,5 @@
 """Versions of packages and the machine, for the notes on how something was made."""
+import functools
 import os
 import platform
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 
 
+@functools.cache
 def version(package):
     """The installed version, or "not installed": a note must not end a run."""
     try:
@@ -16,6 +18,7 @@ def version(package):
         return "not installed"
 
 
+@functools.cache
 def commit():
     """The git commit of this code, ending in "-dirty" where files differ from it; "unknown" where git cannot say."""
     root = Path(__file__).resolve().parents[1]

@@ -1,5 +1,6 @@
 """Tiny data sets in both layouts, a small random teacher file, and running the scripts by their command lines."""
 import csv
+import gc
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
+import train
 from models.checkpoint import load_checkpoint
 from runtime.errors import UserError
 from tests import nano
@@ -23,6 +25,7 @@ from tests import nano
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["HF_HUB_OFFLINE"] = "1"
 CLASSES = 4
+NO_TEACHER = ["--enc-type", "none"]
 
 
 def write_tiny_data(folder, count=64, resolution=64, factor=4):
@@ -152,8 +155,7 @@ class ForkServer:
         if self.process is None:
             self.process = subprocess.Popen(
                 [sys.executable, str(ROOT / "tests/forkserver.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                text=True,
-                cwd=ROOT, env={**os.environ, **CPU})
+                text=True, cwd=ROOT, env={**os.environ, **CPU})
             self.process.stdout.readline()
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -175,8 +177,8 @@ class ForkServer:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        return [self.start(name, *arguments, rank=rank, processes=processes, port=port,
-                           **more) for rank in range(processes)]
+        return [self.start(name, *arguments, rank=rank, processes=processes, port=port, **more)
+                for rank in range(processes)]
 
     def close(self):
         if self.process:
@@ -226,6 +228,13 @@ def server(tmp_path_factory):
     SERVER.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def freeze():
+    """Garbage collections, one for each phase of a run, leave alone what is imported: a second each otherwise."""
+    gc.collect()
+    gc.freeze()
+
+
 def script(name, *arguments, processes=1, check=True, env=None, before=None):
     """Run a script of the project on the CPU, in one or more processes. Returns returncode, stdout, stderr of all."""
     if processes == 1:
@@ -241,17 +250,15 @@ def script(name, *arguments, processes=1, check=True, env=None, before=None):
     return done
 
 
-def fresh_script(name, *arguments, launcher=(), env=None):
-    """The same by the real command line, in a new interpreter, under `launcher` if given; the finished process."""
-    command = [sys.executable, *launcher, str(ROOT / name), *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, timeout=300,
-                          env={**os.environ, **CPU, **(env or {})})
+def forget_accelerator():
+    """accelerate's state, of the call before."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
 
 
 def call_main(monkeypatch, module, *arguments, device="cpu"):
     """The script's main() with this command line inside the test's process: imports cost seconds."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()  # accelerate's, of the call before
+    forget_accelerator()
     if device == "cpu":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
@@ -271,17 +278,31 @@ def refused(monkeypatch):
 
 
 def tiny_run(model, data, out, *more):
-    """A run of `model` on tiny data: 6 steps, or as `more` says."""
-    return ["--exp-name", "run", "--output-dir", str(out), "--data-dir", str(data), "--model", model, "--resolution",
-            "64",
-            "--batch-size", "8", "--mixed-precision", "no", "--report-to", "none", "--num-workers", "0", "--log-every",
-            "1",
-            "--sampling-steps", "0", "--max-train-steps", "6", "--enc-type", "dinov2-vit-n", "--enc-blocks", "10",
-            "--learning-rate", "1e-3", *map(str, more)]
+    """Arguments of a run of `model` on tiny data: 6 steps, or as `more` says."""
+    return ["--exp-name", "run", "--output-dir", str(out), "--data-dir", str(data), "--model", model,
+            "--resolution", "64", "--batch-size", "8", "--mixed-precision", "no", "--report-to", "none",
+            "--num-workers", "0", "--log-every", "1", "--sampling-steps", "0", "--max-train-steps", "6",
+            "--enc-type", "dinov2-vit-n", "--enc-blocks", "10", "--learning-rate", "1e-3", *map(str, more)]
 
 
 def train_arguments(data, out, *more):
     return tiny_run("SiT-N/2", data, out, "--num-classes", CLASSES, *more)
+
+
+def without(arguments, *flags):
+    """`arguments` without these flags and their values."""
+    for flag in flags:
+        i = arguments.index(flag)
+        arguments = arguments[:i] + arguments[i + 2:]
+    return arguments
+
+
+@pytest.fixture
+def run(monkeypatch, tiny_data):
+    """run(out, *flags): train.py on tiny data, 6 steps or as the flags say, inside the test's process."""
+    def run(out, *more, data=tiny_data):
+        call_main(monkeypatch, train, *train_arguments(data, out, *more))
+    return run
 
 
 def metrics(out):

@@ -25,6 +25,7 @@ import generate  # noqa: F401
 import generate_t2i  # noqa: F401
 import train  # noqa: F401
 import train_t2i  # noqa: F401
+from runtime import versions
 from runtime.errors import run_script
 from tests import nano  # noqa: F401
 
@@ -74,6 +75,7 @@ def wait(pid, timeout):
 
 def main():
     torch.set_num_threads(1)
+    versions.commit()
     gc.freeze()  # a child's collections then leave alone what all children share
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # pytest's own business
     print(json.dumps("ready"), flush=True)

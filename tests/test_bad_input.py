@@ -7,7 +7,6 @@ script. What a file's content can do beyond that is in test_hostile_files.py.
 """
 import contextlib
 import io
-import os
 import re
 import shutil
 import zipfile
@@ -26,7 +25,7 @@ from evaluations import baselines, caption_retrieval, curves, evaluator, probe, 
 from examples import train_vae
 from preprocessing import coco, convert, dataset_tools, encode, pack
 from runtime.errors import run_script
-from tests.conftest import call_main, train_arguments, write_tiny_data
+from tests.conftest import NO_TEACHER, call_main, train_arguments, write_tiny_data
 from tests.damage import (
     CKPT,
     IMAGE,
@@ -63,7 +62,7 @@ from tests.damage import (
     zipped,
 )
 from tests.test_storage import packed_into, write_mirrored
-from tests.worlds import NO_TEACHER, base
+from tests.worlds import base
 
 TRIGGER = ["--early-stop-trigger", "gradient", "--trigger-start", 2]
 WITH_TEACHER = ["--enc-weights", "{w}/teacher.pth", "--exp-name", "other"]
@@ -128,9 +127,7 @@ CASES = {
          "--hflip shows images that --teacher-cache"),
         # flags of training
         (None, ["--batch-size", 9, "--gradient-accumulation-steps", 2], "--batch-size 9 is global and"),
-        (None, ["--batch-size", 0], "--batch-size:? is 0; it must be from 1 to"),
         (None, ["--seed", 5_000_000_000], "--seed:? is 5000000000; it must be from 0 to 4294967295"),
-        (None, ["--num-classes", 10 ** 13], "--num-classes:? is 10000000000000; it must be from 1 to"),
         (None, ["--learning-rate", "inf"], "--learning-rate:? is inf; it must be at least 0 and finite"),
         (None, ["--keep-every", 10], "give both, or neither"),
         (None, [*NO_TEACHER, "--eval-steps", 2], "--eval-steps needs something to compare with"),
@@ -142,12 +139,9 @@ CASES = {
         (None, [*NO_TEACHER, *TRIGGER], "--early-stop-trigger gradient compares the gradient of an"),
         (None, [*TRIGGER, "--trigger-block", 3], "--trigger-block 3 has no gradient of .*1 to 2"),
         (None, ["--preset", "sit-s-2-haste"], "--preset sit-s-2-haste is not known; `--preset list` shows"),
-        (None, ["--batch-size", "many"], "--batch-size: 'many' is no whole number"),
-        (None, ["--enc-type", "clip-vit-X"], "--enc-type clip-vit-X is not known; use none, timm:NAME"),
         # what else training reads
-        (None, ["--enc-type", "dinov2-vit-b", "--exp-name", "new"], "could not be fetched from the hub"),
+        (None, ["--enc-type", "dinov2-vit-s", "--exp-name", "new"], "could not be fetched from the hub"),
         (None, [*WITH_TEACHER, "--enc-weights", "/no/file.pth"], "/no/file.pth does not exist"),
-        (None, [*WITH_TEACHER, "--enc-weights", "{w}/other.pth"], "does not hold the weights of dinov2"),
         (put("teacher.pth", Planted()), WITH_TEACHER, "holds code, which is not run"),
         (cut("teacher.pth"), WITH_TEACHER, "teacher.pth is damaged"),
         (file_for_folder("cache"), TEACHER_CACHE, "cache/.* could not be written .(Not a directory|File exists)"),
@@ -164,10 +158,9 @@ CASES = {
         (shape_of_another_model, NO_TEACHER, "checkpoint of another model: x_embedder.proj.bias"),
         (change_state(RUN, "opt", {}), GOING_ON, "has a dict for 'opt', which is not an optimizer's"),
         (change_state(RUN, "opt", {"state": {}, "param_groups": [{"params": [0, 1]}]}), GOING_ON,
-         r"optimizer's state of another model or optimizer, for \[2\] parameters"),
+         "has the optimizer's state of another model or optimizer"),
+        (change_state(RUN, "opt", {"state": {0: 1.0}, "param_groups": [3]}), GOING_ON, "state of another model or"),
         (change_state(RUN, "steps", "x"), GOING_ON, "has a str for 'steps', which is not a number of steps"),
-        (change_state(RUN, "ema", {"a": 1}), GOING_ON, "has a dict for 'ema', which is not named tensors"),
-        (change_state(RUN, "metrics", [1, 2]), GOING_ON, "for 'metrics', which is not terms of a loss"),
         ([remove("out/run/checkpoints"), file_for_folder("out/run/checkpoints")], GOING_ON,
          "checkpoints could not be written .File exists"),
         ([remove("out/run/log.txt"), lambda w: (w / "out/run/log.txt").mkdir()], GOING_ON,
@@ -182,7 +175,6 @@ CASES = {
         (change_state(CKPT, "args", [1]), [], "has a list for 'args'"),
         (change_state(CKPT, "ema", 5), [], "has a int for 'ema', which is not named tensors"),
         (change_state(CKPT, "args", {"model": ["a"]}), [], "has a list for 'model' in its args"),
-        (change_state(CKPT, "args", {"path_type": "bent"}), [], "for 'path_type' in its args, .*linear or cosine"),
         (None, ["--model", "SiT-S/2"], "is a checkpoint of another model: pos_embed"),
         (change_state(CKPT, "args", {"model": "SiT-M/2"}), [], "--model SiT-M/2 is not known"),
         (None, ["--guidance-low", 0.9, "--guidance-high", 0.1], "lies above --guidance-high 0.1"),
@@ -207,7 +199,6 @@ CASES = {
     ],
     stats: [
         (lambda w: (w / "new.npz").symlink_to("reference.npz"), [], "reference.npz itself, which is read here"),
-        (lambda w: os.link(w / "reference.npz", w / "new.npz"), [], "reference.npz itself, which is read here"),
         (None, ["--images", 10], "--images 10: .* has only 9"),
         ([remove("reference.npz"), lambda w: (w / "reference.npz").mkdir()], [], "holds no .png"),
     ],
@@ -249,7 +240,6 @@ CASES = {
         (remove("data/images"), [], "has no dataset.json; build the data first"),
         (file_for_folder("vae"), ["--steps", 2], "vae is there already and is not written over"),
         (None, ["--out", "{w}/data/images"], "data/images lie in each other, so that output would become"),
-        (None, ["--out", "{w}/data/images/vae"], "lie in each other, so that output would become"),
         (None, ["--steps", 3, "--learning-rate", "1e30"], "The loss is nan at step 2; nothing"),
     ],
     convert: [

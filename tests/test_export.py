@@ -134,12 +134,10 @@ def test_taps_are_those_of_the_training(text):
     assert (args["attn_layers"], args["encoder_depth"]) == ([[0, 3], [2, 4]], 1)
 
 
-@pytest.mark.parametrize("pairs", [None, "0:7", [0, 1], [[3, 7]], [[0, 7, 1]], [[0.5, 7]], [[0, -1]]])
-def test_taps_that_do_not_fit_are_those_of_the_model(pairs):
-    config = SIT_CONFIGS["SiT-N/2"]
-    for depth in (None, 0, 4, "2"):
-        assert taps({"attn_layers": pairs, "encoder_depth": depth}, config) == {
-            "encoder_depth": 2, "attn_layers": [[0, 7], [1, 9]]}
+@pytest.mark.parametrize("pairs, depth", [(None, None), ("0:7", 0), ([0, 1], 4), ([[3, 7]], "2"), ([[0.5, 7]], 0)])
+def test_taps_that_do_not_fit_are_those_of_the_model(pairs, depth):
+    assert taps({"attn_layers": pairs, "encoder_depth": depth}, SIT_CONFIGS["SiT-N/2"]) == {
+        "encoder_depth": 2, "attn_layers": [[0, 7], [1, 9]]}
 
 
 def test_a_published_namespace_without_our_options(tmp_path):
@@ -163,12 +161,10 @@ def test_what_cannot_be_loaded(forms, tmp_path, file, words):
 
 
 @pytest.mark.parametrize("conditions, more, words", [
-    ([0, CLASSES], {}, "give whole numbers from 0 to 3"), ([-1], {}, "give whole numbers from 0 to 3"),
-    ([0.5], {}, "give whole numbers from 0 to 3"), (["cat"], {}, "give whole numbers from 0 to 3"),
-    ([10 ** 30], {}, "give whole numbers from 0 to 3"), ([1], {"seed": -1}, "seed is -1"),
-    ([1], {"batch_size": 0}, "batch_size 0"), ([1], {"num_steps": 0}, "num_steps is 0"),
+    ([0, CLASSES], {}, "give whole numbers from 0 to 3"), (["cat"], {}, "give whole numbers from 0 to 3"),
+    ([1], {"seed": -1}, "seed is -1"), ([1], {"batch_size": 0}, "batch_size 0"),
     ([1], {"cfg_scale": float("nan")}, "cfg_scale is nan"), ([1], {"cfg_scale": 0.5}, "cfg_scale is 0.5"),
-    ("cat", {}, r"is one condition; give a list, such as \["), (2, {}, r"is one condition; give a list, such as \["),
+    ("cat", {}, r"is one condition; give a list, such as \["),
     ([1], {"mode": "SDE"}, "mode 'SDE' is not known; use 'ode' or 'sde'")])
 def test_what_cannot_be_sampled(forms, conditions, more, words):
     with pytest.raises(UserError, match=words):

@@ -5,15 +5,12 @@ import shutil
 import pytest
 import torch
 
-import train
 from models.sit import SiT_models
 from runtime.errors import UserError
 from runtime.files import load_tensors
-from tests.conftest import CLASSES, call_main, checkpoint, train_arguments, write_tiny_data
+from tests.conftest import CLASSES, NO_TEACHER, checkpoint, write_tiny_data
 from tests.test_generate import save_random
 from training.fine_tune import init_from
-
-NONE = ("--enc-type", "none")
 
 
 @pytest.fixture(scope="module")
@@ -54,28 +51,26 @@ def test_parts_of_another_shape_are_made_anew(trained, tmp_path, caplog):
             assert torch.equal(value, before[name] if name.startswith(begin) else saved["ema"][name]), name
 
 
-def test_a_run_begins_with_these_weights(monkeypatch, trained, tmp_path):
+def test_a_run_begins_with_these_weights(run, trained, tmp_path):
     """At step 0, weights and average alike; a restart needs the file no more."""
     data = write_tiny_data(tmp_path / "data", count=8)
     shutil.copy(trained, tmp_path / "5.pt")
-    arguments = train_arguments(data, tmp_path / "out", *NONE, "--init-from", tmp_path / "5.pt", "--ema-decay", 0.5,
-                                "--learning-rate", 0, "--max-train-steps")
-    call_main(monkeypatch, train, *arguments, 1)
-    saved, begun = checkpoint(tmp_path / "out", 1), load_tensors(trained)["ema"]
+    arguments = [*NO_TEACHER, "--init-from", tmp_path / "5.pt", "--ema-decay", 0.5, "--learning-rate", 0,
+                 "--max-train-steps"]
+    run(tmp_path, *arguments, 1, data=data)
+    saved, begun = checkpoint(tmp_path, 1), load_tensors(trained)["ema"]
     for part in ("model", "ema"):
         assert all(torch.equal(value, begun[name]) for name, value in saved[part].items())
     assert len(saved["opt"]["state"]) and saved["steps"] == 1
     (tmp_path / "5.pt").unlink()
-    call_main(monkeypatch, train, *arguments, 2)
-    call_main(monkeypatch, train, *arguments, 2)
+    run(tmp_path, *arguments, 2, data=data)
 
 
-def test_frozen_parts_stay(monkeypatch, trained, tiny_data, teacher_file, tmp_path):
+def test_frozen_parts_stay(run, trained, teacher_file, tmp_path):
     """In both phases, in weights and average, bit for bit; all else is trained."""
     patterns = ("blocks.[0-1]", "x_embedder", "projectors.0.4.*")
-    call_main(monkeypatch, train, *train_arguments(
-        tiny_data, tmp_path, "--enc-weights", teacher_file, "--init-from", trained, "--early-stop-point", 2,
-        "--max-train-steps", 3, "--ema-decay", 0.5, "--freeze", *patterns))
+    run(tmp_path, "--enc-weights", teacher_file, "--init-from", trained, "--early-stop-point", 2,
+        "--max-train-steps", 3, "--ema-decay", 0.5, "--freeze", *patterns)
     saved, begun = checkpoint(tmp_path, 3), load_tensors(trained)["ema"]
     for part in ("model", "ema"):
         for name, value in saved[part].items():
@@ -84,10 +79,10 @@ def test_frozen_parts_stay(monkeypatch, trained, tiny_data, teacher_file, tmp_pa
                 assert torch.equal(value, begun[name]) == frozen, name
 
 
-def test_what_cannot_be(monkeypatch, trained, tiny_data, tmp_path):
+def test_what_cannot_be(run, trained, tmp_path):
     def refused(words, *more):
         with pytest.raises(UserError, match=words):
-            call_main(monkeypatch, train, *train_arguments(tiny_data, tmp_path, *NONE, *more))
+            run(tmp_path, *NO_TEACHER, *more)
 
     refused("is a checkpoint of another model: x_embedder.proj.weight", "--init-from", trained, "--model", "SiT-N/8")
     refused("is a checkpoint of another model: blocks.0.attn.q_norm", "--init-from", trained, "--qk-norm")
@@ -95,6 +90,5 @@ def test_what_cannot_be(monkeypatch, trained, tiny_data, tmp_path):
     refused("--freeze blocks.7 names no weight of SiT-N/2; its parts are x_embedder", "--freeze", "blocks.7")
     refused("--freeze leaves nothing to train", "--freeze", "*")
     with pytest.raises(UserError, match="--freeze names weights of block 2, whose gradients"):
-        call_main(monkeypatch, train, *train_arguments(
-            tiny_data, tmp_path, "--early-stop-trigger", "gradient", "--trigger-start", 1, "--trigger-samples", 8,
-            "--freeze", "blocks.1.mlp"))
+        run(tmp_path, "--early-stop-trigger", "gradient", "--trigger-start", 1, "--trigger-samples", 8,
+            "--freeze", "blocks.1.mlp")

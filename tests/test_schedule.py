@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import train
-from tests.conftest import call_main, checkpoint, metrics, train_arguments
+from tests.conftest import NO_TEACHER, checkpoint, metrics
 from training.schedule import learning_rate
 
 
@@ -21,19 +20,18 @@ def test_formulas():
     assert rates("cosine", 2) == pytest.approx([1.0, 2.0] + [1 + math.cos(math.pi * step / 8) for step in range(8)])
 
 
-def test_a_continued_run_has_the_rates_of_a_whole_one(monkeypatch, tiny_data, tmp_path):
+def test_a_continued_run_has_the_rates_of_a_whole_one(run, tmp_path):
     """Rates are logged, act on the weights, and are a function of the step: a run from step 2 ends as the whole one."""
-    def run(name, *more):
-        call_main(monkeypatch, train, *train_arguments(tiny_data, tmp_path / name, "--enc-type", "none",
-                                                       "--max-train-steps", 4, "--checkpointing-steps", 2, *more))
+    def end_of(name, *more):
+        run(tmp_path / name, *NO_TEACHER, "--max-train-steps", 4, "--checkpointing-steps", 2, *more)
         rates = [float(row["learning_rate"]) for row in metrics(tmp_path / name)]
         return checkpoint(tmp_path / name, 4)["model"], rates
 
     schedule = ("--lr-schedule", "cosine", "--lr-warmup-steps", 2)
-    whole, rates = run("cosine", *schedule)
+    whole, rates = end_of("cosine", *schedule)
     (tmp_path / "cosine/run/checkpoints/0000004.pt").unlink()
-    continued, again = run("cosine", *schedule)
-    plain, constant = run("plain")
+    continued, again = end_of("cosine", *schedule)
+    plain, constant = end_of("plain")
     assert rates == again == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4]) and constant == [1e-3] * 4
     assert all((whole[name] == continued[name]).all() for name in whole)
     assert any((whole[name] != plain[name]).any() for name in whole)

@@ -17,12 +17,10 @@ from evaluations import baselines, caption_retrieval, curves, evaluator, probe, 
 from examples import train_vae
 from models.mmdit import MMDiT_models
 from preprocessing import coco, convert, encode, pack
-from tests.conftest import call_main, tiny_run, train_arguments, write_tiny_captions, write_tiny_data
+from tests.conftest import NO_TEACHER, call_main, tiny_run, train_arguments, write_tiny_captions, write_tiny_data
 from tests.damage import CKPT, VAE
 from tests.nano import teacher_state
 from tests.test_generate import make_checkpoint
-
-NO_TEACHER = ["--enc-type", "none"]
 
 
 @functools.cache

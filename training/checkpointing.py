@@ -1,4 +1,6 @@
 """Save, find, resume from and prune the checkpoints of a run."""
+import functools
+import json
 import logging
 import os
 from pathlib import Path
@@ -51,15 +53,6 @@ def is_dense(value):
     return torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
 
 
-def is_optimizer(value):
-    groups, state = value["param_groups"], value.get("state")
-    return (isinstance(state, dict)
-            and all(isinstance(group, dict) and isinstance(group.get("params"), list)
-                    and all(isinstance(i, int) for i in group["params"]) for group in groups)
-            and all(isinstance(i, int) and isinstance(entry, dict) and all(map(is_dense, entry.values()))
-                    for i, entry in state.items()))
-
-
 def is_metrics(value):
     rows = value.get("rows")
     return (is_dense(rows) and rows.dim() == 2 and rows.is_floating_point() and isinstance(value.get("names"), list)
@@ -67,7 +60,7 @@ def is_metrics(value):
 
 
 # What only going on reads, beside CONTENTS of models/checkpoint.py. None counts as missing.
-RESUMED = {"model": lambda value: all(map(is_dense, value.values())), "opt": is_optimizer, "metrics": is_metrics,
+RESUMED = {"model": lambda value: all(map(is_dense, value.values())), "metrics": is_metrics,
            "seconds": lambda value: type(value) in (int, float) and 0 <= value < float("inf"),
            "history": lambda value: isinstance(value, str), "scaler": lambda value: isinstance(value, dict),
            "trigger_fired": lambda value: type(value) is int}
@@ -142,10 +135,7 @@ def check_same_run(path, saved, args):
 
     Values that a checkpoint does not know, such as the data of a published one, are not compared.
     """
-    def plain(value):
-        if torch.is_tensor(value):  # in no checkpoint of ours
-            return "a tensor"
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+    plain = functools.partial(json.dumps, default=str, skipkeys=True)  # a tuple is a list
 
     if "vae" in saved and "vae" in args and (PIXELS == saved["vae"]) != (PIXELS == args["vae"]):
         raise UserError(f"{path} was trained with --vae {saved['vae']}, and --vae is now {args['vae']}: pixels and a "

@@ -1,8 +1,7 @@
 """Ways to end alignment beside a step given in advance: the gradient trigger, and weights that fade out.
 
-The trigger is the one of arXiv 2505.16792, appendix A: every so many steps the gradients of the alignment loss and of
-the denoising loss by the weights of one block are compared over many training images; once they point away from each
-other, alignment has done its work and is switched off.
+The trigger (arXiv 2505.16792, appendix A) compares the gradients of the alignment and the denoising loss by the weights
+of one block. Once they point away from each other, alignment has done its work and is switched off.
 """
 import logging
 import math
@@ -70,13 +69,11 @@ def gradient_cosine(trainer):
     """{column: cosine}, the same on all processes, which call it together, each with its part of the images.
 
     Per timestep t: the cosine between the gradients of the weighted alignment losses and of L_diff, both at t, by all
-    weights of block args.trigger_block (0 where a loss does not reach). Each gradient is that of the mean over all
-    args.trigger_samples images, summed over micro-batches and processes before the two are compared: the noise of a
-    small batch would pull its cosine towards 0. The mean over the timesteps decides.
+    weights of block args.trigger_block (0 where a loss does not reach). The mean over the timesteps decides. Gradients
+    are of the mean over all args.trigger_samples images: a small batch's noise would pull the cosine towards 0.
 
-    Images, captions, condition drop and noise are those of step 0 of a run with so many images a step, the same each
-    time, so that the cosines of a run differ by its weights alone. Gradients, random streams and fp16's scaler are left
-    as they are: a run that compares and goes on is bit for bit the run that does not.
+    Images and noise are those of step 0 of a run with so many images a step: cosines of a run differ by its weights
+    alone. Gradients, random streams and fp16's scaler stay: a run that compares and goes on is the same bit for bit.
     """
     args, accelerator, model = trainer.args, trainer.accelerator, trainer.model
     process, processes = accelerator.process_index, accelerator.num_processes

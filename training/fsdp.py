@@ -12,6 +12,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from runtime.errors import UserError
+from training.checkpointing import is_dense
 
 logger = logging.getLogger("haste")
 
@@ -50,14 +51,12 @@ def replace_parameters(module, function):
 def set_plugin(plugin, model):
     """Settings of accelerate's FSDP plugin with which a step has the numbers of DDP's, split by block.
 
-    The user's reshard_after_forward, offloading and transformer_cls_names_to_wrap stay; activation checkpointing
-    becomes the model's own, as accelerate's renames the blocks. Raises UserError for a class to wrap that the model has
-    not.
+    Activation checkpointing becomes the model's own, as accelerate's renames the blocks. What else the user has set
+    stays. Raises UserError for a class to wrap that the model does not have.
     """
     plugin.cpu_ram_efficient_loading = False  # accelerate launch has it on; here every process has the weights already
     # accelerate's policy would cast weights and inputs to 16 bits, t among them, and sum gradients in them. This one
-    # leaves all in float32, and autocast does the rest. Autocast's casts of the weights, 2 bytes each, live until the
-    # backward pass.
+    # leaves all in float32, and autocast does the rest.
     plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     # By size, ModuleLists would be chosen, which cannot be units
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
@@ -117,25 +116,22 @@ def whole_state(state, keep):
 def load_optimizer(optimizer, saved, path):
     """Load a whole optimizer state dict; what is shaped like its parameter is split as the parameter is.
 
-    Of the saved groups only which parameters they hold counts: options, such as fused, are those of `optimizer`. Raises
-    UserError, naming the checkpoint at `path`, for the state of other parameters.
+    Options, such as fused, are those of `optimizer`. Raises UserError, naming the checkpoint at `path`, for the state
+    of other parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    counts, theirs = ([len(group["params"]) for group in groups]
-                      for groups in (optimizer.param_groups, saved["param_groups"]))
-    numbers = [i for group in saved["param_groups"] for i in group["params"]]
-
-    def fits(i, entry):
-        """Whether `entry` is AdamW's of parameter i."""
-        return i in range(len(parameters)) and {name: value.shape for name, value in entry.items()} == {
-            "step": torch.Size(()), "exp_avg": parameters[i].shape, "exp_avg_sq": parameters[i].shape}
-
-    if counts != theirs or numbers != list(range(len(parameters))) or not all(
-            fits(i, entry) for i, entry in saved["state"].items()):
-        raise UserError(f"{path} has the optimizer's state of another model or optimizer, for {theirs} parameters "
-                        f"instead of {counts} or of other shapes; give the --model and options it was trained with.")
-    groups = [{**theirs, **{name: value for name, value in ours.items() if name != "params"}}
-              for theirs, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)]
-    state = {i: {name: split_as(value, parameters[i]) if name != "step" else value
-                 for name, value in entry.items()} for i, entry in saved["state"].items()}
+    groups = optimizer.state_dict()["param_groups"]
+    expected = {i: {"step": torch.Size(()), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+                for i, parameter in enumerate(parameters)}
+    try:
+        same = [group["params"] for group in saved["param_groups"]] == [group["params"] for group in groups]
+        shapes = {i: {name: value.shape if is_dense(value) else None for name, value in entry.items()}
+                  for i, entry in saved["state"].items()}
+    except (AttributeError, KeyError, RuntimeError, TypeError):  # not the form of an optimizer's state
+        same, shapes = False, {}
+    if not same or any(entry != expected.get(i) for i, entry in shapes.items()):
+        raise UserError(f"{path} has the optimizer's state of another model or optimizer; give the --model and options "
+                        "it was trained with.")
+    state = {i: {name: value if name == "step" else split_as(value, parameters[i]) for name, value in entry.items()}
+             for i, entry in saved["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})

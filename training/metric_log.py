@@ -69,27 +69,27 @@ def rows_of(text):
 class Metrics:
     """Loss terms of each step, kept on the device until `write` puts their means into metrics.csv and the tracker.
 
-    `state`, state_dict() of the checkpoint of `start_step`, and `seconds`: metrics not yet written when the checkpoint
-    was saved, and the time since the last row. With them a run that was stopped anywhere writes the rows of one that
-    was not. `scores` names more columns, for what `write` is given. `history`, of the same checkpoint, is metrics.csv
-    as it was then: the file may since hold rows of a branch that --resume-step began and left. explain(step) may give
-    the cause of a loss that is not finite.
+    `saved`, the checkpoint of `start_step`, has what state_dict() gave: with it a run that was stopped anywhere writes
+    the rows of one that was not. `scores` names more columns. explain(step) may give the cause of a loss that is not
+    finite.
     """
 
-    def __init__(self, path, accelerator, start_step, state=None, scores=(), max_skipped=None, seconds=0.0,
-                 history=None, explain=lambda step: None):
-        self.known, self.explain = history, explain
-        self.path, self.accelerator, self.columns = path, accelerator, [*COLUMNS, *scores]
+    def __init__(self, path, accelerator, start_step, saved, scores=(), max_skipped=None, explain=lambda step: None):
+        self.path, self.accelerator, self.explain = path, accelerator, explain
+        self.columns = [*COLUMNS, *scores]
         self.step, self.unseen = start_step, []
         self.names, self.pending = TERMS, []
+        state = saved.get("metrics")
         if state and state["rows"].shape[1] == len(TERMS):  # else of a version with other losses
             self.names, self.pending = state["names"], list(state["rows"])
         self.max_skipped, self.in_a_row = max_skipped, (state or {}).get("in_a_row", 0)
-        self.started = time.time() - seconds
+        self.started = time.time() - (saved.get("seconds") or 0.0)
+        # metrics.csv as it was then: the file may since hold rows of a branch that --resume-step began and left
+        self.saved_history = saved.get("history")
 
     def begin(self):
         """Write the file without the rows past the checkpoint that the run continues from: they are made again."""
-        names, rows = rows_of(self.history() if self.known is None else self.known)
+        names, rows = rows_of(self.history() if self.saved_history is None else self.saved_history)
         self.columns += [name for name in names if name not in self.columns]
         with atomic_write(self.path, "w") as file:
             writer = csv.DictWriter(file, self.columns, lineterminator="\n")
@@ -113,8 +113,7 @@ class Metrics:
         """Move the terms of the steps since the last call to `pending`. This is the only sync with the device.
 
         A step with a term that is not finite changed no weight; it is logged. Raises UserError, naming step and term,
-        for more than `max_skipped` in a row; by default for the first, and for SCALER_SKIPS if fp16's scale was too
-        high.
+        for more than `max_skipped` in a row: 0 by default, SCALER_SKIPS if fp16's scale was too high.
         """
         rows = self.accelerator.reduce(torch.stack(self.unseen), reduction="mean").cpu() if self.unseen else []
         self.unseen = []
@@ -137,10 +136,11 @@ class Metrics:
         self.pending += rows
 
     def state_dict(self):
-        """For a checkpoint: the terms not written yet, (n, len(TERMS)). All processes call it; raises as flush does."""
+        """For a checkpoint: what no row has yet, and the rows. All processes call it; raises as flush does."""
         self.flush()
         rows = torch.stack(self.pending) if self.pending else torch.zeros(0, len(TERMS))
-        return {"names": list(self.names), "rows": rows, "in_a_row": self.in_a_row}
+        return {"metrics": {"names": list(self.names), "rows": rows, "in_a_row": self.in_a_row},
+                "seconds": self.seconds(), "history": self.history()}
 
     def seconds(self):
         """Since the last row."""

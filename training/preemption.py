@@ -1,11 +1,10 @@
 """When to save beside the usual steps: on a signal, which also ends the run, or when some minutes have passed.
 
 SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) mean, from `listen` on,
-    before the first step   an end at once with EXIT_CODE: there is nothing to save yet
-    while a Preemption is entered   the first one asks the run to save after the step and to exit with EXIT_CODE;
-        another one, from SECOND_AFTER seconds later on, ends the process at once, which harms nothing: files have their
-        names only when complete
-    after it        nothing: the run is over, and its exit status is its own
+    before the first step   end at once with EXIT_CODE: there is nothing to save yet
+    during the steps        save after this step and exit with EXIT_CODE; another one, SECOND_AFTER seconds later or
+                            more, ends at once, which harms nothing: files have their names only when complete
+    after them              nothing: the run is over, and its exit status is its own
 """
 import contextlib
 import logging
@@ -99,8 +98,8 @@ class Preemption:
     def decide(self):
         """STOP, SAVE or 0, the same on all processes.
 
-        One process answers at once. Several put together what each wanted after the step before: that sum has travelled
-        during the step, so that nobody waits for it, and a signal is acted on one step later.
+        One process answers at once. Several act on what each wanted one step ago: the sum travels during a step, so
+        that nobody waits for it.
         """
         late = time.monotonic() - self.saved >= self.seconds
         wanted = STOP if _listener.heard else SAVE if late else 0

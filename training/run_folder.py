@@ -20,8 +20,7 @@ logger = logging.getLogger("haste")
 def lock_run(run):
     """Make the folder `run` and lock it -> the open file that holds the lock. Raises UserError if another process does.
 
-    By fcntl's locks: the system drops them when their process is gone, however it ended, loader processes do not
-    inherit them, and NFS passes them on to other machines.
+    fcntl's locks go with their process, are not inherited by loader processes, and reach other machines over NFS.
     """
     with writing(run / LOCK):
         run.mkdir(parents=True, exist_ok=True)

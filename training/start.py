@@ -32,38 +32,36 @@ from training.preemption import listen
 from training.sentences import describe_alignment
 from training.trainer import Trainer
 
-# Flags that accelerate's launcher or its configuration may set instead: environment variable, our default, what it may
-# be.
+# Flags that accelerate's launcher may set instead: environment variable, our default, what it may be.
 LAUNCHER = {"mixed_precision": ("ACCELERATE_MIXED_PRECISION", None, ("no", "fp16", "bf16")),
             "gradient_accumulation_steps": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1, range(1, 10 ** 6))}
 
 logger = logging.getLogger("haste")
 
 
-def take_from_launcher(args, environ):
-    """Fill in the flags of LAUNCHER that args have as None: by the launcher's variable in `environ`, else by our
-    default.
+def take_from_launcher(args):
+    """Fill in the flags of LAUNCHER that args have as None, by the launcher's variables or our defaults.
 
-    A flag that was given wins; -> a sentence for each where the launcher says something else. Raises UserError for a
-    value of the launcher's that would be used and is none of ours. accelerate launch says precision "no" whenever it
-    was given none, so that "no" counts as nothing said.
+    A flag that was given wins; returns a sentence for each where the launcher says something else. Raises UserError for
+    a value that would be used and is none of ours. accelerate launch says "no" when it was told nothing.
     """
     differing = []
     for name, (variable, default, allowed) in LAUNCHER.items():
         flag, given = f"--{name.replace('_', '-')}", getattr(args, name)
-        said = environ.get(variable, "").strip().lower()
+        said = os.environ.get(variable, "").strip().lower()
         if said in ("", "no"):
             said = None
         elif isinstance(default, int) and said.isdecimal():
             said = int(said)
-        if given is None and said is not None and said not in allowed:
+        if given is not None:
+            if said not in (None, given):
+                differing.append(f"{flag} {given} is used; the launcher says {said} ({variable}).")
+            continue
+        if said is not None and said not in allowed:
             raise UserError(f"{variable} is {said}, set by the environment or accelerate's launcher; it must be "
                            + (", ".join(allowed) if isinstance(allowed, tuple) else "a whole number from 1 on")
                            + f". Change it or give {flag}, which wins.")
-        if None not in (given, said) and given != said:
-            differing.append(f"{flag} {given} is used; the launcher says {said} ({variable}).")
-        if given is None:
-            setattr(args, name, default if said is None else said)
+        setattr(args, name, default if said is None else said)
     return differing
 
 
@@ -83,7 +81,7 @@ def make_accelerator(args):
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
     logging.raiseExceptions = False  # a full disk costs log.txt its lines, not the run
     has_gpu, run = torch.cuda.is_available(), Path(args.output_dir) / args.exp_name
-    warnings = take_from_launcher(args, os.environ)
+    warnings = take_from_launcher(args)
     args.mixed_precision = precision = args.mixed_precision or ("fp16" if has_gpu else "no")
     if precision == "fp16" and not has_gpu:
         warnings.append("--mixed-precision fp16 needs a GPU: training in float32 on this CPU.")

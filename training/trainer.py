@@ -114,9 +114,8 @@ class Trainer:
             self.open_teacher()
         start_trackers(self.accelerator, self.args, self.run_folder)
         columns = score_names(self.args.eval_features, self.args.eval_metrics) if self.evaluation else []
-        self.metrics = Metrics(self.run_folder / "metrics.csv", self.accelerator, self.step, saved.get("metrics"),
+        self.metrics = Metrics(self.run_folder / "metrics.csv", self.accelerator, self.step, saved,
                                columns + trigger_columns(self.args), self.args.max_skipped_steps,
-                               saved.get("seconds") or 0.0, saved.get("history"),
                                functools.partial(first_not_finite, self))
         self.preemption = Preemption(self.accelerator.num_processes, self.args.checkpoint_minutes,
                                      PROCESS_GROUP_TIMEOUT)
@@ -248,7 +247,7 @@ class Trainer:
         if self.ddp_model is not None:
             self.accelerator.unwrap_model(self.ddp_model, keep_fp32_wrapper=False)  # takes autocast off again
             self.ddp_model = None
-        self.accelerator.free_memory()
+            self.accelerator.free_memory()
         self.ddp_model, self.ddp_optimizer = self.accelerator.prepare(self.model, self.optimizer)
 
     def log_row(self, measures=()):
@@ -335,9 +334,8 @@ class Trainer:
     def save(self):
         """Write a checkpoint, then delete those that --keep-checkpoints does not keep. All processes call it."""
         args, accelerator = self.args, self.accelerator
-        pending = self.metrics.state_dict()  # first, as it raises when a loss or gradient went wrong
-        state = {"args": self.settings, "metrics": pending, "seconds": self.metrics.seconds(),
-                 "trigger_fired": self.trigger_fired, "history": self.metrics.history()}
+        state = self.metrics.state_dict()  # first, as it raises when a loss or gradient went wrong
+        state |= {"args": self.settings, "trigger_fired": self.trigger_fired}
         for name, part in (("model", self.model), ("ema", self.ema), ("opt", self.optimizer)):
             state[name] = whole_state(part.state_dict(), accelerator.is_main_process)
         if not accelerator.is_main_process:
