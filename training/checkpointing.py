@@ -1,6 +1,4 @@
 """Save, find, resume from and prune the checkpoints of a run."""
-import functools
-import json
 import logging
 import os
 from pathlib import Path
@@ -135,7 +133,10 @@ def check_same_run(path, saved, args):
 
     Values that a checkpoint does not know, such as the data of a published one, are not compared.
     """
-    plain = functools.partial(json.dumps, default=str, skipkeys=True)  # a tuple is a list
+    def plain(value):
+        if torch.is_tensor(value):  # in no checkpoint of ours
+            return "a tensor"
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
     if "vae" in saved and "vae" in args and (PIXELS == saved["vae"]) != (PIXELS == args["vae"]):
         raise UserError(f"{path} was trained with --vae {saved['vae']}, and --vae is now {args['vae']}: pixels and a "
