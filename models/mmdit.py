@@ -54,7 +54,7 @@ class JointBlock(nn.Module):
 class MMDiT(nn.Module):
     """Latents in, velocity out. Captions are dropped by the training step, not in here.
 
-    The width is 32 `depth` with `depth` heads, as published. `attn_layers` (0-based) and `encoder_depth`
+    The width is 32 x `depth` with `depth` heads, as published. `attn_layers` (0-based) and `encoder_depth`
     (1-based) say where q, k and features of the image stream are tapped, `z_dims` holds one teacher width per
     projector; `projector` and `projector_kernel` are as in SiT. `fused_attn=False` computes explicit attention maps
     instead of using the fused kernel, `grad_checkpointing` recomputes the blocks' activations in the backward pass.

@@ -24,7 +24,7 @@ MAX_LINES = 4  # of a caption; a longer one ends in "..."
 def image_grid(images, columns=None, texts=None):
     """uint8 (N, 3, R, R) -> one picture uint8 (h, w, 3) of cells H x W, GAP apart; missing cells are white.
 
-    W is the smallest multiple of R from MIN_CELL on. `texts`, one per image, are drawn below it; without texts H = W.
+    W is the smallest multiple of R from MIN_CELL on. `texts`, one per image, go below the images; without them H = W.
     """
     images = images.cpu()
     if (times := math.ceil(MIN_CELL / images.shape[3])) > 1:

@@ -1,7 +1,7 @@
 """Answer --help at once: importing torch takes three seconds, and help does not need it.
 
 Scripts import this file before anything that imports torch. If -h or --help was typed, the libraries in HEAVY become
-empty stand-ins: the tables that flags are made from (models, losses, samplers) load without them. Otherwise nothing happens.
+empty stand-ins: the tables that flags are made from (models, losses, samplers) load without them. Else it does nothing.
 """
 import importlib.abc
 import importlib.machinery
