@@ -10,7 +10,7 @@ from models.layers import QK, patchify
 
 
 def interpolant(t, path_type="linear"):
-    """x_t = alpha x + sigma eps; t = 1 is noise. -> alpha, sigma and their derivatives by t, each shaped like t."""
+    """x_t = alpha x + sigma eps; t = 1 is noise. -> alpha, sigma and their derivatives w.r.t. t, each shaped like t."""
     if path_type == "linear":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     if path_type == "cosine":
@@ -130,7 +130,7 @@ def product(scale, a, b):
 def attention_tile(q, k, scale, teacher_q, teacher_k, teacher_scale):
     """A tile of R rows: q (M, R, d), k (M, T, d), the teacher's (M, R, e) and (M, T, e); any float dtype.
 
-    -> sum of the cross-entropies, and their gradients by q and k; float32.
+    -> sum of the cross-entropies, and their gradients w.r.t. q and k; float32.
     """
     q, k, teacher_q, teacher_k = q.float(), k.float(), teacher_q.float(), teacher_k.float()
     p = product(teacher_scale, teacher_q, teacher_k.mT).softmax(dim=-1)
@@ -144,7 +144,7 @@ class AttentionCrossEntropy(torch.autograd.Function):
     """sum_i [ logsumexp_j S_ij - sum_j P_ij S_ij ] over all rows i, with S the student's logits and P the teacher's
     map.
 
-    The derivative by S is Q - P, with Q the student's map. Both gradients are computed tile by tile with the value: as
+    The derivative w.r.t. S is Q - P, Q the student's map. Both gradients are computed tile by tile with the value: as
     many products as autograd needs, and no T x T map is kept, so memory is linear in T.
     """
 

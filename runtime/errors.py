@@ -60,7 +60,7 @@ def run_script(main, continues=False):
     """Call `main()`. A UserError ends the process with its sentence on stderr and exit status 1, without a traceback.
 
     Ctrl-C ends it with one line and status 130; `continues`: the same command goes on from there. With several
-    processes the launcher ends the others. A process whose connection breaks first says so in one sentence.
+    processes the launcher ends the others. If its connection breaks before that, a process prints one sentence.
     """
     forgive_prints()
     message, status = None, 1

@@ -10,7 +10,7 @@ import textwrap
 from runtime.errors import UserError, first_line
 
 LARGEST = 1 << 20  # bytes of a file of flags
-# Keys that only files written by a run have (args.json, settings.json). There, keys that are no flags are ignored.
+# Keys that only files of a run have (args.json, settings.json). In these files, keys that are no flags are ignored.
 OF_A_RUN = ("environment", "network_sha256")
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from samplers import SAMPLERS
 
 CACHES = ("none", "taylor", "delta")
-FIRST = 3  # the first calls, which run in full
+FIRST = 3  # so many calls run in full at the start
 SKIPPED = 0.75  # of the blocks, by Delta: 21 of XL's 28, as published
 
 
@@ -50,7 +50,7 @@ class Cache:
         self.computed = self.rows = 0  # blocks x rows, calls x rows
 
     def begin(self, t):
-        self.call, self.t = self.call + 1, t  # dopri5 has a tensor (N,), but takes no cache
+        self.call, self.t = self.call + 1, t  # dopri5's t is a tensor (N,), but it takes no cache
 
     def run(self, index, block, *arguments):
         """What the block returns: (streams..., None)."""

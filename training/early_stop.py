@@ -1,7 +1,7 @@
 """Other ways to end alignment than at a fixed step: the gradient trigger, and loss weights that decay.
 
-The trigger (arXiv 2505.16792, appendix A) compares the gradients of the alignment and the denoising loss in the weights
-of one block. Once they point away from each other, alignment has done its work and is switched off.
+The trigger (arXiv 2505.16792, appendix A) compares the gradients of alignment and denoising loss w.r.t. the weights of
+one block. Once they point away from each other, alignment has done its work and is switched off.
 """
 import logging
 import math
@@ -68,12 +68,12 @@ def is_trigger_step(args, step):
 def gradient_cosine(trainer):
     """{column: cosine}, the same on all processes. All call it together, each with its part of the images.
 
-    Per timestep t: the cosine between the gradients of the weighted alignment losses and of L_diff, both at t, in all
-    weights of block args.trigger_block (0 where a loss does not reach). The mean over the timesteps decides. Losses
+    Per timestep t: the cosine between the gradients of the weighted alignment losses and of L_diff, both at t, w.r.t.
+    all weights of block args.trigger_block (0 where a loss does not reach). The mean over the timesteps decides. Losses
     are averaged over all args.trigger_samples images: a small batch's noise would pull the cosine towards 0.
 
-    Images and noise are those of step 0 at this batch size, so the cosines of a run depend on its weights alone.
-    Gradients, random streams and fp16's scaler are left as they were: the run stays the same bit for bit.
+    Images and noise are those of step 0 at batch size args.trigger_samples, so a run's cosines depend on its weights
+    alone. Gradients, random streams and fp16's scaler are left as they were: the run stays the same bit for bit.
     """
     args, accelerator, model = trainer.args, trainer.accelerator, trainer.model
     process, processes = accelerator.process_index, accelerator.num_processes
@@ -109,9 +109,9 @@ def gradient_cosine(trainer):
 
 
 def gradient(accelerator, loss, model, parameters):
-    """Gradient of `loss` in `parameters` as one float32 vector. Leaves no .grad and calls no DDP hook.
+    """Gradient of `loss` w.r.t. `parameters` as one float32 vector. Leaves no .grad and calls no DDP hook.
 
-    FSDP needs backward(), which averages over the processes.
+    FSDP supports backward() only, which averages over the processes.
     """
     if not is_sharded(accelerator):
         parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)

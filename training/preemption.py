@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, give the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-SECOND_AFTER = 1.0  # a cluster and a launcher may both pass one signal on: a sooner one is the same request
+SECOND_AFTER = 1.0  # a cluster and a launcher may both pass one signal on: a second one sooner than this is ignored
 SAVE, STOP = 1, 2
 BEFORE, STEPS, AFTER = range(3)
 STOPPED_EARLY = "stopped by a signal before the first step; the same command continues"
