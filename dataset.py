@@ -14,7 +14,7 @@ COCO, the layout of U-ViT (CaptionedImages):
     {data}/{train,val}/{i}_{k}.npy     (L, C), text tokens of caption k = 0, 1, ... of image i
     {data}/empty_context.npy           (L, C), text tokens of the empty caption
     {data}/{train,val}/captions.json   {"0": ["caption 0 of image 0", ...], ...}; optional, for previews
-In each, {data}/latents.json may say of which VAE and scale the latents are, see data_io/latent_scale.py.
+In both, {data}/latents.json may name the VAE and the scale of the latents, see data_io/latent_scale.py.
 """
 import os
 from pathlib import Path
@@ -51,15 +51,15 @@ class LatentDataset(Dataset):
         image(i)           uint8 (3, R, R)
         moments(i)         float32 (2 C, h, w): mean and std
         condition(i)       label (int) or text tokens, float32 (L, C)
-        identity()         plain values that tell this data set from others, beside its moments
-    A layout that draws its condition (captions) or mirrors its images replaces sample_condition or sample_pair.
+        identity()         plain values that, together with the moments, identify this data set
+    A layout that draws its condition (captions) or mirrors its images overrides sample_condition or sample_pair.
     """
 
-    texts = None        # captions or names of classes, where there are any; text(i) gives one
-    class_names = None  # of classes, in the order of the labels, if they are known
+    texts = None        # captions or class names, if any; text(i) returns one
+    class_names = None  # in the order of the labels, if known
     hflip = False
     vae = None          # encodes images in the training step, see encoders/online.py
-    decodes = True      # whether a sample costs work beyond reading; see data_io/loader.py
+    decodes = True      # whether a sample needs more than reading; see data_io/loader.py
 
     def __len__(self):
         return len(self.indices)
@@ -88,17 +88,17 @@ class LatentDataset(Dataset):
         return self.condition(i)
 
     def fingerprint(self):
-        """Hash that names this data set, wherever and in whatever form it lies.
+        """Hash of this data set, the same in any folder and storage form.
 
-        It covers identity() and three of the moments, which another VAE or crop would change.
+        It covers identity() and the moments of three entries, which depend on VAE and crop.
         """
         moments = [self.moments(i).flatten().tolist() for i in (0, len(self) // 2, len(self) - 1)]
         return digest([*self.identity(), moments])
 
     def image_stamps(self):
-        """What changes when an image is replaced by one of equal size: times of change, checksums in a zip.
+        """Values that change when an image is replaced by one of equal size: modification times, checksums in a zip.
 
-        For the teacher cache: reading all images at each start would take too long. Copies that keep times keep it.
+        The teacher cache compares them: reading all images at each start takes too long. Copies with `cp -p` keep them.
         """
         return []
 
@@ -144,7 +144,7 @@ class LatentImages(LatentDataset):
         self.texts = self.class_names = read_class_names(data_dir, self.labels)
 
     def check_paired(self, files, suffix):
-        """Raise UserError unless `files` has exactly one file of each of self.indices."""
+        """Raise UserError unless `files` has exactly one file for each of self.indices."""
         found = files.index.numbers
         if (missing := np.setdiff1d(self.indices, found, assume_unique=True)).size:
             raise UserError(f"{files.path} has no {suffix} file of index {missing[0]:08d}, which dataset.json names; "
@@ -154,14 +154,14 @@ class LatentImages(LatentDataset):
                             "index; make it again or remove it.")
 
     def shape_of(self, files):
-        """The shape of moments, by the first of `files`."""
+        """The shape of the moments, read from the first of `files`."""
         return check_shape(files.array(0).shape, self.resolution, files.name(0))
 
     def image(self, i):
         return self.picture(i, self.resolution)
 
     def picture(self, i, side):
-        """uint8 (3, side, side): image i as it lies on the disk. Raises UserError for another side."""
+        """uint8 (3, side, side): image i as stored. Raises UserError for another side."""
         files, shape = self.pictures, (3, side, side)
         if not isinstance(files, Packed):
             return torch.from_numpy(decode_image(files.read(i), files.name(i), side).copy())
@@ -171,7 +171,7 @@ class LatentImages(LatentDataset):
         return torch.from_numpy(files.array(i))
 
     def moments(self, i, mirrored=False):
-        """float32 (2 C, h, w): mean, std; with `mirrored` of the mirror image."""
+        """float32 (2 C, h, w): mean, std; `mirrored`: those of the mirror image."""
         files = self.mirrored if mirrored else self.latents
         return torch.from_numpy(check_moments(files.array(i), self.moments_shape, files.name(i), is_std=True))
 
@@ -179,7 +179,7 @@ class LatentImages(LatentDataset):
         return int(self.labels[i])
 
     def text(self, i):
-        """The name of the class, where `texts` is not None."""
+        """The name of the class. Needs `texts`."""
         return self.class_names[self.labels[i]]
 
     def sample_pair(self, i, mirrored):
@@ -211,7 +211,7 @@ class LatentImages(LatentDataset):
 
 
 def same_labels(data_dir, latents, images):
-    """Of these two Index the one with labels. Raises UserError when an entry has a different label in each."""
+    """The one of two Index objects that has labels. Raises UserError if an entry has a different label in each."""
     if latents.labels is not None and images.labels is not None:
         common, a, b = np.intersect1d(latents.labelled, images.labelled, assume_unique=True, return_indices=True)
         for k in np.flatnonzero(latents.labels[a] != images.labels[b])[:1]:
@@ -300,7 +300,7 @@ class CaptionedImages(LatentDataset):
         return torch.cat([mean, (logvar.clamp(-30, 20) / 2).exp()])
 
     def tokens(self, path):
-        """float32 (L, C) of one caption, or of none."""
+        """float32 (L, C) of one caption, or of the empty one."""
         array = load_array(path)
         if array.shape != self.context_shape or array.dtype.kind != "f" or not np.isfinite(array).all():
             raise UserError(f"{path} holds {array.dtype} {array.shape}; expected finite floats {self.context_shape}, "
@@ -317,7 +317,7 @@ class CaptionedImages(LatentDataset):
         return self.condition(i, int(k))
 
     def text(self, i, k=0):
-        """Caption `k` in words, where `texts` is not None."""
+        """The text of caption `k`. Needs `texts`."""
         return self.texts[self.indices[i]][k]
 
     def identity(self):

@@ -5,9 +5,9 @@
     python generate.py --ckpt exps/RUN/checkpoints/0400000.pt --num-fid-samples 72 --labels balanced --cfg-scale 4
     python generate.py --ckpt exps/RUN/checkpoints/0400000.pt --num-fid-samples 10000 --cfg-scale 1 --seed 1
 
-On one device `python generate.py` does the same. What the checkpoint knows (model, resolution, classes,
-path) need not be typed. Image i depends on --seed and i only, whatever the number of processes and, up to
-rounding, the batch size. The same command again makes only what is missing. Output, in --sample-dir:
+On one device use `python generate.py`. Model, resolution, classes and path are read from the checkpoint. Image i
+depends on --seed and i only, not on the number of processes or, up to rounding, on the batch size. Run the same
+command again to make only the missing images. Output, in --sample-dir:
     {model}-{ckpt}-size-{R}-vae-{vae}-cfg-{w}-seed-{seed}-{mode}-high-{high}/{i:06d}.png, and beside it .npz (arr_0
     uint8 (n, R, R, 3)) and -grid.png
 """

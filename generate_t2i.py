@@ -4,9 +4,9 @@
     python generate_t2i.py --ckpt exps/t2i_haste/checkpoints/0250000.pt --prompt "a red bus" --prompt "two cats"
     python generate_t2i.py --ckpt exps/t2i_haste/checkpoints/0250000.pt --prompts prompts.txt --cfg-scale 4 --seed 1
 
-All that generate.py's docstring says holds here. Image {i:06d}.png is made from caption --caption-index of image i of
-{data}/val, from its tokens on disk; own texts go through --text-encoder, which must be the one of the data. The
-captions, where they are known in words, are in captions.txt beside the pictures, a line each in the order of the names.
+Works like generate.py. Image {i:06d}.png is made from caption --caption-index of image i of {data}/val, by its tokens
+on disk. Own texts are encoded by --text-encoder, which must be the encoder of the data. captions.txt, beside the
+images, lists the captions in the order of the file names, one per line, if their text is known.
 Folders of own texts begin with {model}-{name of the --prompts file} or, with --prompt, {model}-prompts-{hash}.
 Defaults are the paper's protocol on COCO: SDE, 250 steps, guidance 2.25, one image of each of 40,192 captions.
 """
@@ -53,7 +53,7 @@ def read_prompts(args):
     if args.prompts is None:
         lines = []
     else:
-        try:  # lines end at \n or \r\n, as in an editor; splitlines() knows eight more ends
+        try:  # lines end at \n or \r\n, as in an editor; splitlines() splits at eight more characters
             lines = Path(args.prompts).read_bytes().decode("utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts {args.prompts} cannot be read ({error}); give a text file, a line per "
@@ -70,7 +70,7 @@ def read_prompts(args):
 
 
 def own_texts(args, texts, state):
-    """(file numbers, texts, tokens(i) -> (L, C), tokens of no text (L, C), hash of the encoder) of own texts."""
+    """(file numbers, texts, tokens(i) -> (L, C), tokens of the empty text (L, C), hash of the encoder)."""
     encoder = TextEncoder(args.text_encoder, state.device, length=args.context_shape and args.context_shape[0])
     if state.is_main_process and (count := encoder.count_cut(texts)):
         print(f"{count} of {len(texts)} texts are longer than {encoder.length} tokens: their ends are not seen")
@@ -80,9 +80,9 @@ def own_texts(args, texts, state):
 
 
 def val_captions(args):
-    """The same of caption --caption-index of each image of {data}/val; texts are None where only tokens are known.
+    """The same for caption --caption-index of each image of {data}/val; texts is None if only tokens are stored.
 
-    The hash is of the first caption's tokens and of those of no text, which another encoder would change.
+    The hash covers the tokens of the first caption and of the empty text, which depend on the encoder.
     """
     k, data = args.caption_index, CaptionedImages(args.data_dir, "val", args.resolution, images=False, latents=False)
     for number, count in zip(data.indices, data.counts, strict=True):
@@ -100,7 +100,7 @@ def main():
     model, vae, identity = open_checkpoint(args, "MMDiT", state.device)
     if own:
         numbers, texts, tokens, empty, seen = own_texts(args, prompts, state)
-        args.data_dir, args.caption_index, args.prompt, args.prompts = None, None, prompts, None  # not used: no setting
+        args.data_dir, args.caption_index, args.prompt, args.prompts = None, None, prompts, None  # not used: not saved
     else:
         numbers, texts, tokens, empty, seen = val_captions(args)
         args.text_encoder = None

@@ -10,7 +10,7 @@ from models.layers import QK, patchify
 
 
 def interpolant(t, path_type="linear"):
-    """x_t = alpha x + sigma eps; t = 1 is noise. -> alpha, sigma and their derivatives by t, each shaped like t."""
+    """x_t = alpha x + sigma eps; t = 1 is noise. -> alpha, sigma and their derivatives w.r.t. t, each shaped like t."""
     if path_type == "linear":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     if path_type == "cosine":
@@ -20,7 +20,7 @@ def interpolant(t, path_type="linear"):
 
 
 def shift_time(t, shift):
-    """t of the same ends, nearer to 1 for a `shift` above 1: shift t / (1 + (shift - 1) t)."""
+    """Move t towards 1 if `shift` > 1, keeping 0 and 1 in place: shift t / (1 + (shift - 1) t)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -53,8 +53,8 @@ def resample_tokens(tokens, count):
 def feature_loss(projected, target):
     """L_feat = -mean cos(target, projected) over batch and tokens: (N, T, C) and (N, T', C) -> scalar.
 
-    Normalised in float32: float16 here turns into NaN after some 70K steps. On another token grid than the target's
-    the student's tokens are resampled to it (arXiv 2505.16792, A.3).
+    Normalised in float32: float16 here turns into NaN after some 70K steps. If the token grids differ, the student's
+    tokens are resampled to the target's grid (arXiv 2505.16792, A.3).
     """
     projected = resample_tokens(projected.float(), target.shape[1])
     return -F.cosine_similarity(projected, target.float(), dim=-1).mean()
@@ -63,16 +63,16 @@ def feature_loss(projected, target):
 def spatial_normalize(tokens, alpha, eps=1e-6):
     """iREPA's normalisation of a teacher's tokens (N, T, C), over T: (y - alpha mean) / (unbiased std + eps), float32.
 
-    arXiv 2512.10794, with alpha 0.6 there: less of what all tokens have in common, more of how they differ.
+    arXiv 2512.10794, which uses alpha = 0.6. It weakens what all tokens share, so their differences count more.
     """
     tokens = tokens.float()
     return (tokens - alpha * tokens.mean(dim=1, keepdim=True)) / (tokens.std(dim=1, keepdim=True) + eps)
 
 
 def relational_loss(tokens, target):
-    """Mean squared difference of the Gram matrices, the cosines between all tokens of an image: float32 scalar.
+    """Mean squared difference of the Gram matrices (cosines between all tokens of an image) -> float32 scalar.
 
-    (N, T, D) and (N, T', C) of any widths, so that nothing has to be projected. The student's tokens are resampled to
+    (N, T, D) and (N, T', C): the widths may differ, so no projector is needed. The student's tokens are resampled to
     the target's grid.
     """
     def gram(x):
@@ -87,21 +87,21 @@ def relational_loss(tokens, target):
 def dispersive_loss(tokens):
     """log mean_ij exp(-|z_i - z_j|^2 / dim z), over all pairs of images, i = j included: (N, T, D) -> float32 scalar.
 
-    z is all tokens of an image in a row, dim z = T D. That is the InfoNCE loss of arXiv 2506.09027 with the squared L2
-    distance, as in its release: 0 when all images are alike, less the further they are apart. Pairs are formed among
-    the images of one micro-batch of one process, so the value depends on how a batch is split.
+    z holds all tokens of an image, flattened: dim z = T D. This is the InfoNCE loss of arXiv 2506.09027 with squared L2
+    distance, as in its release: 0 if all images are equal, lower the further they are apart. Pairs are formed within
+    one micro-batch of one process, so the value depends on how a batch is split.
     """
     z = tokens.flatten(1).float()
-    nearness = -F.pdist(z).square() / z.shape[1]  # of each pair once; its own distance, 0, is added
+    nearness = -F.pdist(z).square() / z.shape[1]  # each pair once; i = j, with distance 0, is added below
     every = torch.cat([nearness, nearness, nearness.new_zeros(len(z))])
     return every.logsumexp(dim=0) - 2 * math.log(len(z))
 
 
 def resample_qk(qk, count):
-    """QK of a grid of `count` tokens, whose logits are those of `qk` resampled over keys, then over queries.
+    """QK on a grid of `count` tokens: its logits are those of `qk`, resampled over keys, then over queries.
 
-    Bilinear resampling is linear and so are the logits in q and in k: resampling both does it without a T x T map. A
-    softmax afterwards gives rows that sum to 1, which resampled maps would not have.
+    Bilinear resampling is linear, and the logits are linear in q and in k: resampling q and k needs no T x T map. The
+    softmax comes afterwards, so rows sum to 1; rows of resampled maps would not.
     """
     def resample(heads):
         n, h, t, d = heads.shape
@@ -111,10 +111,10 @@ def resample_qk(qk, count):
 
 
 def tile_size(device):
-    """Logits formed at a time. benchmarks/README.md measures what that is worth, so far on CPUs only.
+    """Number of logits computed at a time. benchmarks/README.md measures the gain, so far on CPUs only.
 
-    A GPU wants few, large tiles, as each takes some twenty kernels, but small enough for its cache: 2^22 logits of
-    student and teacher in float32 are 32 MiB, of an H100's 50 MB.
+    On a GPU each tile costs some twenty kernels, so tiles are large, but they must fit into its cache: 2^22 logits of
+    student and teacher in float32 take 32 MiB of an H100's 50 MB.
     """
     return 2 ** 20 if device.type == "cpu" else 2 ** 22
 
@@ -122,7 +122,7 @@ def tile_size(device):
 def product(scale, a, b):
     """scale * a b, batched, float32 (M, R, d) and (M, d, T) -> (M, R, T).
 
-    The result is scaled and not a or b: what comes from 16 bits then stays exact in a product of TF32.
+    Scales the result, not a or b: values that come from 16 bits then stay exact in a TF32 product.
     """
     return torch.baddbmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
 
@@ -130,7 +130,7 @@ def product(scale, a, b):
 def attention_tile(q, k, scale, teacher_q, teacher_k, teacher_scale):
     """A tile of R rows: q (M, R, d), k (M, T, d), the teacher's (M, R, e) and (M, T, e); any float dtype.
 
-    -> sum of the cross-entropies, and their gradients by q and k; float32.
+    -> sum of the cross-entropies, and their gradients w.r.t. q and k; float32.
     """
     q, k, teacher_q, teacher_k = q.float(), k.float(), teacher_q.float(), teacher_k.float()
     p = product(teacher_scale, teacher_q, teacher_k.mT).softmax(dim=-1)
@@ -144,8 +144,8 @@ class AttentionCrossEntropy(torch.autograd.Function):
     """sum_i [ logsumexp_j S_ij - sum_j P_ij S_ij ] over all rows i, with S the student's logits and P the teacher's
     map.
 
-    Its derivative by S is Q - P, so both gradients are formed tile by tile beside the value, with no more products than
-    autograd would do, and no T x T map is kept: memory is linear in T.
+    The derivative w.r.t. S is Q - P, Q the student's map. Both gradients are computed tile by tile with the value: as
+    many products as autograd needs, and no T x T map is kept, so memory is linear in T.
     """
 
     @staticmethod
@@ -193,7 +193,7 @@ def attention_loss(student, teacher, num_heads=12, tile=attention_tile):
 
 
 def feature_term(loss_fn, student, teacher):
-    """feature_loss of each teacher, averaged. The projectors of teachers come first."""
+    """feature_loss of each teacher, averaged. student.features begins with the teachers' projectors."""
     pairs = zip(student.features[:len(teacher.features)], teacher.features, strict=True)
     return torch.stack([feature_loss(projected, target) for projected, target in pairs]).mean()
 
@@ -216,24 +216,24 @@ def dispersive_term(loss_fn, student, teacher):
 
 
 def latent_term(loss_fn, student, teacher):
-    """feature_loss with the patches of the clean latents, to which the last projector leads.
+    """feature_loss between the last projector's output and the patches of the clean latents.
 
-    The target is that of SRA 2 (arXiv 2601.17830), whose code is not published; the distance is this project's cosine.
+    The target is from SRA 2 (arXiv 2601.17830), whose code is not published; the cosine distance is ours.
     """
     return feature_loss(student.features[-1], teacher.tokens)
 
 
 class AlignmentLoss(NamedTuple):
     """A row of ALIGNMENT_LOSSES."""
-    flag: str            # of its weight in the total loss: "proj_coeff" is --proj-coeff
-    default: float       # of that weight
-    student: str         # what it takes: "features" projected to teachers, to "latents", "tokens" or "attention"
-    teacher: str | None  # what it takes: "features" or "attention"; None: it needs no teacher
+    flag: str            # name of its weight in the total loss: "proj_coeff" is --proj-coeff
+    default: float       # default weight
+    student: str         # input: "features" projected to teachers, to "latents", "tokens" or "attention"
+    teacher: str | None  # input: "features" or "attention"; None: it needs no teacher
     function: Callable   # (SILoss, student's Alignment, teacher's Alignment) -> float32 scalar
-    title: str           # of its curve
+    title: str           # title of its curve
 
 
-# All that knows of an alignment loss reads this table: flags, training step, metrics.csv, trigger, curves, report.
+# The one table of alignment losses. Flags, training step, metrics.csv, trigger, curves and report read it.
 ALIGNMENT_LOSSES = {
     "feature": AlignmentLoss("proj_coeff", 0.5, "features", "features", feature_term, "feature loss (-cosine)"),
     "attention": AlignmentLoss("attn_coeff", 0.5, "attention", "attention", attention_term, "attention loss (nats)"),
@@ -246,7 +246,7 @@ ALIGNMENT_LOSSES = {
 
 
 def uses(weights, side, taps):
-    """Whether a loss of `weights`, {name: weight}, takes `taps` of `side`, "student" or "teacher"."""
+    """Whether a loss in `weights`, {name: weight}, needs `taps` from `side`, "student" or "teacher"."""
     return any(weight > 0 and getattr(ALIGNMENT_LOSSES[name], side) == taps for name, weight in weights.items())
 
 
@@ -262,8 +262,8 @@ class SILoss:
     """All losses of one batch.
 
     attn_pairs: (student block, teacher block), 0-based; () leaves attention out. `terms` names the rows of
-    ALIGNMENT_LOSSES that are computed. `spatial_norm` is the alpha of spatial_normalize on the teachers' features,
-    None: they are taken as they are.
+    ALIGNMENT_LOSSES that are computed. `spatial_norm` is the alpha of spatial_normalize for the teachers' features;
+    None leaves them unchanged.
     """
 
     def __init__(self, path_type="linear", weighting="uniform", attn_pairs=((4, 8), (5, 9), (6, 10), (7, 11)),
@@ -272,15 +272,15 @@ class SILoss:
         self.attn_pairs, self.num_heads, self.tile = tuple(attn_pairs), num_heads, attention_tile
 
     def compile(self):
-        """In place: the attention loss, tile by tile."""
+        """Compile the attention loss of one tile, in place."""
         self.tile = torch.compile(attention_tile, dynamic=False)
 
     def __call__(self, model, x, y, teacher=None, t=None, noise=None):
         """Latents x (N, C, R, R), condition y -> dict(denoise (N,), and a scalar per name of `terms`), float32.
 
-        `teacher` is an Alignment of the same images, an empty one for losses that need no teacher, or None in Phase
-        II: then there is only `denoise`, and the model hands out no alignment. A loss whose taps are empty is 0. `t`
-        (N,) and `noise`, like x, are drawn when not given.
+        `teacher` is an Alignment of the same images (empty if no loss needs a teacher), or None in Phase II: then the
+        model returns no alignment, and only `denoise` is computed. A loss whose taps are empty is 0. `t` (N,) and
+        `noise`, shaped like x, are drawn if not given.
         """
         if t is None:
             t = sample_t(torch.rand(len(x), device=x.device), self.weighting, self.path_type)

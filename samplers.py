@@ -14,13 +14,13 @@ def guided(model, y, y_null, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0)
     """Classifier-free guidance on an interval of t: v_null + w (v_y - v_null) where low <= t <= high, else v_y.
 
     model(x, t (N,), y) -> v; y and y_null hold one condition per image. Returns velocity(x (N, ...), t a scalar or
-    (N,)) -> float64 like x. The batch is doubled only where guidance acts. Heun's corrector is guided by its own t; the
-    published code uses the t of its predictor.
+    (N,)) -> float64 like x. The batch is doubled only where guidance acts. Heun's corrector decides by its own t; the
+    published code uses the predictor's t.
     """
     both = torch.cat([y, y_null])
 
     def velocity(x, t):
-        # Compare in float64, as the samplers count. Keep a scalar t on the CPU to avoid GPU syncs.
+        # Compare in float64, like the samplers' times. Keep a scalar t on the CPU to avoid GPU syncs.
         t = torch.as_tensor(t, dtype=torch.float64)
         inside = (guidance_low <= t) & (t <= guidance_high) & (cfg_scale > 1)
         times = t.to(x.device, x.dtype) if t.dim() else torch.full((len(x),), t.item(), dtype=x.dtype, device=x.device)
@@ -35,7 +35,7 @@ def guided(model, y, y_null, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0)
     return velocity
 
 
-# --time-grid -> (u in [0, 1], S of --time-shift) -> t; both ends stay where they are
+# --time-grid -> (u in [0, 1], S of --time-shift) -> t; 0 and 1 stay in place
 TIME_GRIDS = {"uniform": lambda u, shift: u, "quadratic": lambda u, shift: u ** 2,
               "shift": shift_time}
 
@@ -93,9 +93,9 @@ def euler_maruyama_sampler(velocity, latents, num_steps=250, path_type="linear",
 
 @torch.no_grad()
 def dpm_sampler(velocity, latents, num_steps=20, path_type="linear", time_grid="uniform", time_shift=3.0, **_):
-    """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2) for the probability-flow ODE: a call a step, second order.
+    """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2) for the probability-flow ODE: one call per step, second order.
 
-    The prediction of the data is (d_sigma x - sigma v) / (alpha d_sigma - d_alpha sigma). The first and the last step
+    The predicted data are (d_sigma x - sigma v) / (alpha d_sigma - d_alpha sigma). The first and the last step
     are of first order, as alpha is 0 at t = 1 and sigma is 0 at t = 0.
     """
     dtype, x = latents.dtype, latents.double()
@@ -116,10 +116,10 @@ def dpm_sampler(velocity, latents, num_steps=20, path_type="linear", time_grid="
 
 @torch.no_grad()
 def dopri5_sampler(velocity, latents, num_steps=50, tolerance=1e-4, **_):
-    """Probability-flow ODE by Dormand and Prince's method of order 5 (4), whose steps follow the error.
+    """Probability-flow ODE by Dormand and Prince's method of order 5 (4), with adaptive steps.
 
-    Each image has steps of its own, so that none depends on its batch. The first one is 1 / num_steps. `tolerance` is
-    both absolute and relative, of the error of a step.
+    Each image has its own steps, so it does not depend on its batch. The first step is 1 / num_steps. `tolerance` is
+    for the error of a step, both absolute and relative.
     """
     from scipy.integrate import RK45  # its tables; here: --help need not wait for it
     a, b, c, e = (torch.from_numpy(table).to(latents.device) for table in (RK45.A, RK45.B, RK45.C, RK45.E))
@@ -148,6 +148,6 @@ def dopri5_sampler(velocity, latents, num_steps=50, tolerance=1e-4, **_):
 
 
 # --mode -> sampler(velocity, latents (N, ...), num_steps, **options) -> float64 (N, ...). velocity sees x in the dtype
-# of `latents`. All samplers are given the same options and ignore those they do not use: heun (second order),
+# of `latents`. All samplers get the same options and ignore those they do not use: heun (second order),
 # path_type, noise(x), a float64 standard normal like x, time_grid and time_shift, and tolerance (of adaptive steps).
 SAMPLERS = {"ode": euler_sampler, "sde": euler_maruyama_sampler, "dpm": dpm_sampler, "dopri5": dopri5_sampler}

@@ -4,8 +4,8 @@
     accelerate launch train.py --preset sit-b-2-repa --data-dir DATA --exp-name sitb_repa
     accelerate launch train.py --config exps/sitb_repa/args.json --exp-name sitb_repa_1 --seed 1
 
-On one device `python train.py` does the same. The same command again continues from the newest checkpoint of
-{output-dir}/{exp-name}, which also holds log.txt, args.json, metrics.csv and previews/. --enc-type none is plain SiT.
+On one device use `python train.py`. Run the same command again to continue from the newest checkpoint. The folder
+{output-dir}/{exp-name} also holds log.txt, args.json, metrics.csv and previews/. --enc-type none trains a plain SiT.
 Defaults are the paper's run; --preset list shows its other runs, REPA's and plain ones too.
 """
 import functools
@@ -54,10 +54,10 @@ def main():
         layout = class_layout(vars(args), accelerator.device)
         open_data = functools.partial(layout, args.data_dir, args.resolution, args.num_classes, seed=args.seed,
                                       hflip=args.hflip)
-        with accelerator.local_main_process_first():  # it writes the index of the files, which the others read
+        with accelerator.local_main_process_first():  # it writes the file index, the others read it
             dataset = open_data(images=needs_images(args, run))
         count_classes(args, dataset)
-        args.class_names = dataset.class_names  # into the checkpoints
+        args.class_names = dataset.class_names  # saved in the checkpoints
         sizes = model_arguments(args, SIT_CONFIGS[args.model], dataset.moments_shape)
         set_seed(args.seed)
         model = SiT_models[args.model](num_classes=args.num_classes, **sizes)

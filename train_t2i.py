@@ -4,9 +4,9 @@
     accelerate launch train_t2i.py --preset mmdit-haste --data-dir DATA --exp-name mmdit_haste
     accelerate launch train_t2i.py --config exps/t2i_haste/args.json --exp-name t2i_haste_1 --seed 1
 
-Everything but model, data and condition is train.py's. Data are read in the layout of U-ViT's COCO scripts, see
-dataset.py; each visit to an image shows one of its captions at random, and with probability --cfg-prob none. Width and
-number of the text tokens are those of the data. Defaults are the published run.
+Only model, data and condition differ from train.py. Data have the layout of U-ViT's COCO scripts, see dataset.py. Each
+time an image is used, one of its captions is drawn at random; with probability --cfg-prob it is dropped. Number and
+width of the text tokens are read from the data. Defaults are the published run.
 """
 import functools
 
@@ -45,7 +45,7 @@ def main():
         dataset = open_data(images=needs_images(args, run))
         if dataset.texts is None:
             logger.info(f"{dataset.folder} has no captions.json: previews are without captions")
-        args.context_shape = list(dataset.context_shape)  # kept in the checkpoint, for sampling from own texts
+        args.context_shape = list(dataset.context_shape)  # saved in the checkpoint, to sample from own texts
         sizes = model_arguments(args, MMDIT_CONFIGS[args.model], dataset.moments_shape)
         set_seed(args.seed)
         model = MMDiT_models[args.model](context_dim=args.context_shape[1], zero_init=args.zero_init, **sizes)

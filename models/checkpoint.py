@@ -31,7 +31,7 @@ def is_whole(value):
     return isinstance(value, int) and value >= 0
 
 
-# What a checkpoint may hold under each name, and in words.
+# Entry of a checkpoint -> (check of its type, the type in words).
 CONTENTS = {
     "model": (is_state, "named tensors"), "ema": (is_state, "named tensors"), "steps": (is_whole, "a number of steps"),
     "metrics": (lambda value: value is None or isinstance(value, dict), "terms of a loss"),
@@ -55,7 +55,7 @@ ARGS = {
 
 
 def check_contents(path, state, needed):
-    """Raise UserError for one of the entries `needed` of a checkpoint, or of its args, that is not of its kind."""
+    """Raise UserError if one of the entries `needed` of a checkpoint, or one of its args, has a wrong type."""
     entries = [(repr(name), state[name], *CONTENTS[name]) for name in CONTENTS if name in state and name in needed]
     if isinstance(state["args"], dict):
         entries += [(f"{name!r} in its args", state["args"][name], *kind) for name, kind in ARGS.items()
@@ -94,12 +94,12 @@ def load_checkpoint(path, needed=("ema",), mmap=True, verify=False):
 
 
 def read_export(path):
-    """What save_export wrote to `path`; of a safetensors file without our config the weights alone."""
+    """Read what save_export wrote to `path`, or only the weights of a safetensors file without our config."""
     if path.is_dir():
         if found := saved_steps(path) or saved_steps(path / "checkpoints"):
             raise UserError(f"{path} is the folder of a run; give one of its checkpoints, such as "
                             f"{found[max(found)]}.")
-        weights = load_tensors(path / "model.safetensors")  # first: its sentence says that the folder is no export
+        weights = load_tensors(path / "model.safetensors")  # first: its error says that the folder is no export
         return {**read_json(path / "config.json"), "ema": weights}
     weights = load_tensors(path)
     with safetensors.safe_open(path, "pt") as file:
@@ -137,7 +137,7 @@ def weights_digest(module):
 
 
 def modern_names(weights):
-    """The weights of REPA's first release, where decoder_blocks.i followed the other blocks, and iREPA's projectors."""
+    """Rename weights of REPA's first release (decoder_blocks.i follow the other blocks) and iREPA's projectors."""
     first = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     return {re.sub(r"^decoder_blocks\.(\d+)", lambda found: f"blocks.{int(found[1]) + first}", name)
             .replace(".projection_layer.", "."): value for name, value in weights.items()}
@@ -156,14 +156,14 @@ def infer_model_kwargs(weights):
         kernel = weights["projectors.0.weight"].shape[2:]
         kwargs |= {"projector": "conv", "projector_kernel": kernel[0]} if kernel else {"projector": "linear"}
     if "y_embedder.embedding_table.weight" in weights:
-        kwargs["num_classes"] = weights["y_embedder.embedding_table.weight"].shape[0] - 1  # the last row is no class
+        kwargs["num_classes"] = weights["y_embedder.embedding_table.weight"].shape[0] - 1  # the last is the null label
     if "context_embedder.weight" in weights:
         kwargs["context_dim"] = weights["context_embedder.weight"].shape[1]
     return kwargs
 
 
 def load_weights(module, weights, path):
-    """Strictly load a state dict into `module`; a mismatch is one sentence with its first key."""
+    """Strictly load a state dict into `module`. Raises UserError that names the first key that does not match."""
     ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in weights.items()}
     for name in [*ours, *theirs]:
@@ -174,7 +174,7 @@ def load_weights(module, weights, path):
 
 
 def taps(args, config):
-    """{encoder_depth, attn_layers}: from the args of training if they fit the model, else from its row `config`."""
+    """{encoder_depth, attn_layers}: from the training args if they fit the model, else from its table row `config`."""
     depth, pairs = args.get("encoder_depth"), args.get("attn_layers")
     fits = isinstance(pairs, list) and pairs and all(
         isinstance(pair, (list, tuple)) and [type(block) for block in pair] == [int, int]
@@ -189,7 +189,7 @@ KINDS = {"SiT": (SIT_CONFIGS, SiT_models, "y_embedder.embedding_table.weight"),
 
 
 def find_model(weights, configs, path):
-    """The name of the first row of `configs` whose sizes these weights have."""
+    """Name of the first row of `configs` that has the sizes of these weights."""
     width, _, _, patch = weights["x_embedder.proj.weight"].shape
     depth = 1 + max((int(name.split(".")[1]) for name in weights if "blocks." in name), default=-1)
     for name, config in configs.items():
@@ -200,13 +200,12 @@ def find_model(weights, configs, path):
 
 
 def load_network(path, kind=None, source="ema", **typed):
-    """(network with the EMA of `path`, in eval mode; args of its training, as far as they are known).
+    """(network with the EMA of `path`, in eval mode; its training args, as far as they are known).
 
-    `path` is whatever load_checkpoint takes; `kind` is a key of KINDS, or None for any; `source` "model" takes the
-    weights that are trained, not their average. `typed` args win over those in the file. Sizes are read from the
-    weights, so that a file without args will do; the returned args have the network's model, num_classes, qk_norm,
-    encoder_depth and attn_layers, and the checkpoint's steps. Raises UserError, also for args that contradict the
-    weights.
+    `path` is anything load_checkpoint takes; `kind` is a key of KINDS, or None for any; `source` "model" takes the
+    trained weights, not their average. `typed` args win over those in the file. Sizes are read from the weights, so
+    the file needs no args. The returned args have the network's model, num_classes, qk_norm, encoder_depth and
+    attn_layers, and the checkpoint's steps. Raises UserError, also for args that contradict the weights.
     """
     state = load_checkpoint(path, needed=(source,))
     weights, args = modern_names(state[source]), {**state["args"], **typed}

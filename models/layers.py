@@ -23,11 +23,11 @@ class QK(namedtuple("QK", ("q", "k", "scale"))):
 
 
 class Alignment(NamedTuple):
-    """What alignment needs of one forward pass, of a student or of a teacher."""
+    """What alignment needs from one forward pass of a student or a teacher."""
 
-    features: list  # (N, T, C) per projector of a student, per teacher of the other side
+    features: list  # (N, T, C) per projector (student) or per teacher (teacher)
     attention: dict  # {block: QK}
-    tokens: torch.Tensor | None = None  # (N, T, D) of a student, not projected; of the other side the latent's patches
+    tokens: torch.Tensor | None = None  # student: (N, T, D), not projected; teacher: the latent's patches
 
 
 class PatchEmbed(nn.Module):
@@ -65,7 +65,7 @@ def sincos_2d(dim, side):
 
 
 def patchify(x, count):
-    """Image (N, C, R, R) -> `count` tokens (N, T, p * p * C) that unpatchify puts together again."""
+    """Image (N, C, R, R) -> `count` tokens (N, T, p * p * C): the inverse of unpatchify."""
     side = math.isqrt(count)
     x = x.unflatten(3, (side, -1)).unflatten(2, (side, -1))  # (N, C, side, p, side, p)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
@@ -100,12 +100,12 @@ class LabelEmbedder(nn.Module):
 
 
 def attend(q, k, v, fused=True):
-    """softmax(q k^T / sqrt(d)) v of (N, H, T, d) each, by the fused kernel or with the map written out."""
+    """softmax(q k^T / sqrt(d)) v of (N, H, T, d) each, by the fused kernel or with an explicit attention map."""
     return F.scaled_dot_product_attention(q, k, v) if fused else QK(q, k).logits().softmax(dim=-1) @ v
 
 
 class Attention(nn.Module):
-    """The linear layers of multi-head attention. `project=False` is for tokens of which only k and v are used."""
+    """The linear layers of multi-head attention. `project=False` is for tokens that give only k and v."""
 
     def __init__(self, hidden_size, num_heads, qk_norm=False, project=True):
         super().__init__()
@@ -150,8 +150,8 @@ def modulate(x, shift, scale):
 class AdaLNBlock(nn.Module):
     """Transformer block with adaLN: attention, then MLP, each shifted, scaled and gated by the condition.
 
-    In two halves, around an attention that the caller does over the tokens of one block or of two. With `pre_only`
-    there is no second half: the last block of a stream that has no output.
+    The caller computes the attention, over the tokens of one block or of two, between `before` and `after`. `pre_only`
+    drops the second half: for the last block of a stream without output.
     """
 
     def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm=False, pre_only=False):
@@ -165,7 +165,7 @@ class AdaLNBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, self.chunks * hidden_size))
 
     def before(self, x, c):
-        """Tokens (N, T, D), condition (N, D) -> (q, k, v), (N, H, T, d) each, and what `after` needs of c."""
+        """Tokens (N, T, D), condition (N, D) -> (q, k, v), (N, H, T, d) each, and what `after` needs from c."""
         shift, scale, *rest = self.adaLN_modulation(c).chunk(self.chunks, dim=1)
         return self.attn.split(modulate(self.norm1(x), shift, scale)), rest
 
@@ -178,7 +178,7 @@ class AdaLNBlock(nn.Module):
         return x + gate_m[:, None] * mlp, [attention, mlp]
 
     def assemble(self, x, c, branches):
-        """Tokens (N, T, D) for given [attention, MLP], (N, T, D) each: nothing but the gates is computed."""
+        """Tokens (N, T, D) for given [attention, MLP], (N, T, D) each: computes only the gates."""
         chunks = self.adaLN_modulation(c).chunk(self.chunks, dim=1)
         return x + chunks[2][:, None] * branches[0] + chunks[5][:, None] * branches[1]
 
@@ -226,29 +226,29 @@ def adaln_zero(blocks, final_layer):
 
 
 def run_block(index, block, *arguments, checkpointing=False, cache=None):
-    """block(*arguments), or what `cache` (sampling/cache.py) makes of it.
+    """block(*arguments), run through `cache` (sampling/cache.py) if there is one.
 
-    With `checkpointing` its activations are recomputed in the backward pass, not kept.
+    `checkpointing` recomputes the block's activations in the backward pass instead of keeping them.
     """
     if cache is not None:
         return cache.run(index, block, *arguments)
     if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)  # no block draws numbers
+        return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)  # blocks are not random
     return block(*arguments)
 
 
 def compile_blocks(blocks):
     """torch.compile in place, block by block.
 
-    All blocks share a graph or two: compiling them takes seconds, where the whole network takes minutes, and the
-    change from Phase I to Phase II compiles nothing anew.
+    All blocks share one or two graphs: compiling takes seconds, for the whole network it takes minutes. The change
+    from Phase I to Phase II recompiles nothing.
     """
     for block in blocks:
         block.compile(dynamic=False)
 
 
 def check_sizes(input_size, patch_size, depth, encoder_depth, attn_layers):
-    """Raise ValueError for a network that cannot be."""
+    """Raise ValueError for sizes that do not fit together."""
     if input_size % patch_size:
         raise ValueError(f"input_size {input_size} is no multiple of patch_size {patch_size}")
     if not 1 <= encoder_depth <= depth or any(not 0 <= layer < depth for layer in attn_layers):
@@ -256,6 +256,6 @@ def check_sizes(input_size, patch_size, depth, encoder_depth, attn_layers):
 
 
 def from_config(network, config, **kwargs):
-    """`network` as in its row of a table of sizes and recipes, except for what `kwargs` say."""
+    """Build `network` from `config`, its row in a table of sizes and recipes; `kwargs` override the row."""
     sizes = {name: value for name, value in config.items() if name not in ("attn_pairs", "early_stop_point")}
     return network(**{**sizes, "attn_layers": tuple(student for student, _ in config["attn_pairs"]), **kwargs})

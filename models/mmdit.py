@@ -1,4 +1,4 @@
-"""MMDiT: a text-conditional diffusion transformer with a stream of its own for text, and taps for alignment.
+"""MMDiT: a text-conditional diffusion transformer with a separate text stream, and taps for alignment.
 
 The joint blocks of Stable Diffusion 3 (arXiv 2403.03206) without its pooled text vector, as in arXiv 2505.16792.
 """
@@ -30,8 +30,8 @@ class JointBlock(nn.Module):
     def forward(self, context, x, c, fused=True, tapped=False, with_branches=False):
         """Text (N, L, D), image (N, T, D), condition (N, D) -> text, image and, if `tapped`, the image tokens' QK.
 
-        The text is None after the last block, which uses its keys and values only. `with_branches` adds the results of
-        attention and MLP, of the image and then of the text, for `assembled`.
+        The last block returns None as text, as it uses only the text's keys and values. `with_branches` adds the
+        outputs of attention and MLP, first the image's, then the text's, for `assembled`.
         """
         text_qkv, text_rest = self.context_block.before(context, c)
         image_qkv, image_rest = self.x_block.before(x, c)
@@ -54,15 +54,15 @@ class JointBlock(nn.Module):
 class MMDiT(nn.Module):
     """Latents in, velocity out. Captions are dropped by the training step, not in here.
 
-    The width is 32 `depth` and the heads are `depth`, as published. `attn_layers` (0-based) and `encoder_depth`
+    The width is 32 x `depth` with `depth` heads, as published. `attn_layers` (0-based) and `encoder_depth`
     (1-based) say where q, k and features of the image stream are tapped, `z_dims` holds one teacher width per
-    projector; `projector` and `projector_kernel` are as in SiT. `fused_attn=False` writes each attention map out
-    instead of using the fused kernel, `grad_checkpointing` trades the blocks' activations for a second forward pass.
-    Weights start as PyTorch's layers do, which is how the published runs started; `zero_init` is adaLN-zero on top.
+    projector; `projector` and `projector_kernel` are as in SiT. `fused_attn=False` computes explicit attention maps
+    instead of using the fused kernel, `grad_checkpointing` recomputes the blocks' activations in the backward pass.
+    Weights have PyTorch's default init, as in the published runs; `zero_init` adds adaLN-zero.
     """
 
-    _no_split_modules = ("JointBlock",)  # accelerate's name for the units in which FSDP splits
-    cache = None  # of sampling/cache.py, while it samples
+    _no_split_modules = ("JointBlock",)  # the units that FSDP shards; accelerate reads this name
+    cache = None  # set by sampling/cache.py while it samples
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, depth=24, mlp_ratio=4.0, context_dim=768,
                  encoder_depth=8, attn_layers=(4, 5, 6, 7), z_dims=(768,), projector_dim=2048, qk_norm=False,

@@ -23,7 +23,7 @@ SIZES = {
            "attn_pairs": ((4, 8), (5, 9), (6, 10), (7, 11)), "early_stop_point": 250_000},
 }
 SIT_CONFIGS = {f"SiT-{size}/{patch}": {**config, "patch_size": patch} for size, config in SIZES.items()
-               for patch in ((2,) if size == "T" else (1, 2, 4, 8))}  # 1: for latents of a 16th of the side
+               for patch in ((2,) if size == "T" else (1, 2, 4, 8))}  # 1: for VAEs that downsample by 16
 
 
 class SiTBlock(layers.AdaLNBlock):
@@ -32,7 +32,7 @@ class SiTBlock(layers.AdaLNBlock):
     def forward(self, x, c, fused=True, tapped=False, with_branches=False):
         """Tokens (N, T, D), condition (N, D) -> tokens (N, T, D) and, if `tapped`, the block's QK, else None.
 
-        `with_branches` adds the results of attention and MLP, for `assembled`.
+        `with_branches` adds the outputs of attention and MLP, for `assembled`.
         """
         (q, k, v), rest = self.before(x, c)
         x, branches = self.after(x, layers.attend(q, k, v, fused), rest)
@@ -48,12 +48,12 @@ class SiT(nn.Module):
 
     `attn_layers` (0-based) and `encoder_depth` (1-based) say where q, k and features are tapped, `z_dims` holds one
     teacher width per projector; `projector` is one of layers.PROJECTORS, `projector_kernel` a convolution's side.
-    `fused_attn=False` writes each attention map out instead of using the fused kernel, `grad_checkpointing` trades the
-    blocks' activations for a second forward pass.
+    `fused_attn=False` computes explicit attention maps instead of using the fused kernel, `grad_checkpointing`
+    recomputes the blocks' activations in the backward pass.
     """
 
-    _no_split_modules = ("SiTBlock",)  # accelerate's name for the units in which FSDP splits
-    cache = None  # of sampling/cache.py, while it samples
+    _no_split_modules = ("SiTBlock",)  # the units that FSDP shards; accelerate reads this name
+    cache = None  # set by sampling/cache.py while it samples
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, encoder_depth=8, attn_layers=(4, 5, 6, 7),

@@ -1,4 +1,4 @@
-"""Read queries and keys out of a timm vision transformer while it runs. README.md beside this file says how."""
+"""Read queries and keys out of a timm vision transformer while it runs. README.md in this folder explains how."""
 import functools
 
 from timm.layers import apply_rot_embed_cat
@@ -7,7 +7,7 @@ from models.layers import QK
 
 
 class Tapped:
-    """Mixed into a module's class: keeps the newest output. torch.compile passes hooks over, but not a class."""
+    """Mixin that keeps a module's newest output. torch.compile skips forward hooks, but not a class."""
 
     output = None
 
@@ -16,7 +16,7 @@ class Tapped:
         return self.output
 
 
-@functools.cache  # one class for all modules of a kind, or each would be compiled for itself
+@functools.cache  # one class for all modules of a type, or each would be compiled separately
 def tapped(kind):
     return type(f"Tapped{kind.__name__}", (Tapped, kind), {})
 
@@ -29,16 +29,16 @@ def tap_attention(vit, blocks):
 
 
 def rotations(vit):
-    """The rotary position embedding of `vit`'s tokens, as its forward pass makes it, or None."""
+    """The rotary position embedding of `vit`'s tokens, computed as in its forward pass, or None."""
     rope = getattr(vit, "rope", None)
     return None if rope is None else rope.get_embed(shape=vit.patch_embed.grid_size)
 
 
 def take_attention(vit, blocks):
-    """{block: QK} of the newest forward pass of `vit`, which then keeps nothing of it.
+    """Return {block: QK} of the newest forward pass of `vit`, and free the outputs kept in `vit`.
 
-    Of the patch tokens: (N, H, T, d), class and register tokens cut off, after q and k norm and after the rotation by
-    the position where the model has them.
+    Patch tokens only, (N, H, T, d), without class and register tokens; after q and k norm and after the rotary
+    position embedding, if the model has them.
     """
     taken, rope = {}, rotations(vit)
     for block in blocks:

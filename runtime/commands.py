@@ -1,4 +1,4 @@
-"""The commands that `pip install -e .` makes: haste-train is `python train.py`, in whatever folder one is."""
+"""The commands that `pip install -e .` installs: haste-train runs `python train.py` from any folder."""
 import runpy
 import sys
 from pathlib import Path

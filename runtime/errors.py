@@ -34,12 +34,12 @@ class Forgiving(io.FileIO):
 
 
 def forgive_prints():
-    """From now on a print or a bar never fails: for a full disk, a closed pipe, or a character of another locale."""
+    """Make prints and progress bars never fail, even on a full disk, a closed pipe or a character of another locale."""
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:  # closed before the start
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif stream is getattr(sys, f"__{name}__"):  # not what a test or a notebook put there
+        elif stream is getattr(sys, f"__{name}__"):  # not replaced by a test or a notebook
             stream.flush()
             raw = io.BufferedWriter(Forgiving(number, "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", "\n",
@@ -47,7 +47,7 @@ def forgive_prints():
 
 
 def check_arguments():
-    """Raise UserError for an argument that is no text: neither PyTorch nor JSON takes such names."""
+    """Raise UserError for an argument that is not valid text: neither PyTorch nor JSON takes such names."""
     for argument in sys.argv[1:]:
         try:
             argument.encode()
@@ -60,7 +60,7 @@ def run_script(main, continues=False):
     """Call `main()`. A UserError ends the process with its sentence on stderr and exit status 1, without a traceback.
 
     Ctrl-C ends it with one line and status 130; `continues`: the same command goes on from there. With several
-    processes the launcher ends the others. One whose connection breaks first says so in one sentence.
+    processes the launcher ends the others. If its connection breaks before that, a process prints one sentence.
     """
     forgive_prints()
     message, status = None, 1
@@ -71,7 +71,7 @@ def run_script(main, continues=False):
         sentence = str(error).rsplit("UserError: ", 1)[-1].strip()  # a loader worker's error arrives as a traceback
         message = f"error: {sentence}"
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
         message, status = f"stopped{'; the same command continues' * continues}", 130
     except Exception as error:
         if not process_group():
@@ -99,7 +99,7 @@ def is_broken_connection(error):
 
 
 def end_workers():
-    """End data loader processes that are idle or stuck when the script is over. They ignore SIGTERM."""
+    """End data loader processes that are idle or stuck when the script ends. They ignore SIGTERM."""
     for worker in multiprocessing.active_children():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else a loader still in use raises an error about it
         worker.kill()

@@ -64,17 +64,17 @@ def reading(path):
 
 
 def is_file(path):
-    """Whether `path` is a file. Raises UserError where that cannot be told."""
+    """Whether `path` is a file. Raises UserError if that cannot be checked."""
     return stat.S_ISREG(mode_of(path))
 
 
 def is_folder(path):
-    """Whether `path` is a folder. Raises UserError where that cannot be told."""
+    """Whether `path` is a folder. Raises UserError if that cannot be checked."""
     return stat.S_ISDIR(mode_of(path))
 
 
 def mode_of(path):
-    """st_mode, 0 where nothing is. From Python 3.14 on pathlib's tests treat unreadable paths as absent."""
+    """st_mode, 0 if `path` does not exist. (pathlib's tests treat unreadable paths as absent from Python 3.14 on.)"""
     with reading(path):
         try:
             return os.stat(path).st_mode
@@ -83,7 +83,7 @@ def mode_of(path):
 
 
 def check_writable(folder):
-    """Make `folder` if it is missing; raises UserError unless files can be written to it. Leaves none behind."""
+    """Make `folder` if it is missing; raises UserError unless it is writable. Leaves no test file behind."""
     with writing(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -124,7 +124,7 @@ def atomic_folder(path):
 
 
 def remove_temporaries(folder, begin=""):
-    """Delete what killed processes left in `folder`: temporary files and folders of names that begin with `begin`."""
+    """Delete what killed processes left in `folder`: temporary files and folders whose names start with `begin`."""
     for leftover in Path(folder).glob(".*.tmp"):
         if leftover.name.startswith(f".{begin}"):
             with writing(leftover):
@@ -137,8 +137,8 @@ def remove_temporaries(folder, begin=""):
 def check_output(out, suffixes, inputs=()):
     """Raise UserError where writing `out` would destroy one of `inputs` or a file of another kind. Links are followed.
 
-    A file `out` may replace one that ends in one of `suffixes`. Without suffixes it is a folder, which must not lie in
-    an input, nor an input in it, unless that is a zip. Inputs may be None or a name on the hub.
+    A file `out` may replace one that ends in one of `suffixes`. Without suffixes `out` is a folder: it must not lie in
+    an input, nor contain one that is not a zip. Inputs may be None or a name on the hub.
     """
     there, ours = mode_of(out), Path(out).resolve()
     if suffixes and not Path(out).name:
@@ -159,9 +159,9 @@ def check_output(out, suffixes, inputs=()):
 
 
 def prepare_output(out, suffixes=(), inputs=()):
-    """check_output, then make the folder of `out` and delete what a killed process left there of `out`.
+    """check_output, then make the parent folder of `out` and delete temporary files of `out` left by killed processes.
 
-    Without suffixes nothing may be there yet.
+    Without suffixes `out` must not exist yet.
     """
     check_output(out, suffixes, inputs)
     if not suffixes and mode_of(out):
@@ -172,7 +172,7 @@ def prepare_output(out, suffixes=(), inputs=()):
 
 @contextlib.contextmanager
 def locked(path, wanted=True):
-    """Hold the file `path` as a lock, if `wanted`. The system frees it when its holder is gone."""
+    """Hold the file `path` as a lock, if `wanted`. The system releases it when the process ends."""
     with contextlib.ExitStack() as stack:
         if wanted:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -283,7 +283,7 @@ def _parse_header(header):
 def array_header(data):
     """(shape, whether in Fortran's order, dtype, bytes before the numbers) of a `.npy` file that begins with `data`.
 
-    Raises ValueError. Files of one kind begin alike: the header is parsed once.
+    Raises ValueError. Files of one kind share a header, which is parsed once.
     """
     short = data[6:7] == b"\1"
     length = 10 + int.from_bytes(data[8:10], "little") if short else 12 + int.from_bytes(data[8:12], "little")
@@ -312,7 +312,7 @@ def load_array(path):
 
 
 def read_bytes(path):
-    """The content of a file of the data. Raises UserError."""
+    """The content of a data file. Raises UserError."""
     try:
         with open(path, "rb", buffering=0) as file:
             return file.readall()

@@ -10,12 +10,12 @@ import textwrap
 from runtime.errors import UserError, first_line
 
 LARGEST = 1 << 20  # bytes of a file of flags
-# Only files that a run has written have these keys (args.json, settings.json): what else is no flag there is left out.
+# Keys that only files of a run have (args.json, settings.json). In these files, keys that are no flags are ignored.
 OF_A_RUN = ("environment", "network_sha256")
 
 
 class Switch(argparse.BooleanOptionalAction):
-    """store_true with a --no-... beside it, which turns off what a file has turned on."""
+    """store_true plus a --no-... flag, which turns off what a file has turned on."""
 
     def __init__(self, option_strings, dest, default=False, **options):
         super().__init__(option_strings, dest, default=default, **options)
@@ -55,15 +55,15 @@ def spellings(action):
 
 
 def value_name(action):
-    """What stands for the value of a flag: N for a number, else the last word of its name."""
+    """Placeholder for the value of a flag: N for a number, else the last word of its name."""
     return action.metavar or getattr(action.type, "stands_as", action.dest.rpartition("_")[2].upper())
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with --config, whose errors are UserErrors that name the flag.
 
-    The file of --config holds flags by their names, in YAML or JSON. They are the defaults of what is not typed. The
-    commands of `description`, a script's docstring, end the page of --help as its examples.
+    The file of --config holds flags by their names, in YAML or JSON. Typed flags override them. The commands in
+    `description`, a script's docstring, become the examples at the end of --help.
     """
 
     def __init__(self, config=True, description="", **options):
@@ -100,9 +100,9 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def from_file(self, args):
-        """{name: value} of the flags in --config among `args`, {} without it. What it gives is not required any more.
+        """{name: value} of the flags in the file of --config, {} without one. These flags are no longer required.
 
-        Raises UserError for a file that is not read, a key that is no flag, a value that cannot be used.
+        Raises UserError for a file that cannot be read, a key that is no flag, a value that cannot be used.
         """
         finder = Parser(config=False, add_help=False)
         finder.add_argument("--config")
@@ -134,7 +134,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def value_of(self, action, value, where):
-        """What the flag of `action` would be if `value` of a file were typed."""
+        """Parse `value` from a file as if it had been typed for the flag of `action`."""
         if action.nargs == 0:
             if not isinstance(value, bool):
                 raise UserError(f"{where} is {value!r}; it must be true or false.")
@@ -150,13 +150,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def plain_spelling(word):
-    """--num_steps=50, as REPA writes some flags, is --num-steps=50."""
+    """Turn --num_steps=50, REPA's spelling of some flags, into --num-steps=50."""
     name, equals, value = word.partition("=")
     return (name.replace("_", "-") if re.fullmatch("--[a-z][a-z0-9_-]*", name) else name) + equals + value
 
 
 def read_flags(path):
-    """The mapping in a file of YAML, which JSON is too. Raises UserError."""
+    """Read the mapping in a YAML or JSON file (JSON is YAML). Raises UserError."""
     import yaml  # few starts need it
     if os.path.exists(path) and (not os.path.isfile(path) or os.path.getsize(path) > LARGEST):  # a pipe, a device
         raise UserError(f"--config {path} is no file of flags; give one in YAML or JSON, such as a run's args.json.")
@@ -172,7 +172,7 @@ def read_flags(path):
 
 
 def as_word(value):
-    """A value of a file as one types it: [[2, 7], [3, 9]] is 2:7,3:9."""
+    """A value from a file as it would be typed: [[2, 7], [3, 9]] is 2:7,3:9."""
     if isinstance(value, list):
         return ",".join(":".join(map(str, each)) if isinstance(each, list) else str(each) for each in value)
     return str(value)

@@ -17,14 +17,14 @@ except ImportError:  # Pillow decodes everything
     imagecodecs = None
 
 GAP = 2  # white pixels between the pictures of a grid
-MIN_CELL = 64  # pixels: smaller images are shown larger, by whole pixels
+MIN_CELL = 64  # pixels: smaller images are enlarged by a whole factor
 MAX_LINES = 4  # of a caption; a longer one ends in "..."
 
 
 def image_grid(images, columns=None, texts=None):
     """uint8 (N, 3, R, R) -> one picture uint8 (h, w, 3) of cells H x W, GAP apart; missing cells are white.
 
-    W is R, or its first multiple from MIN_CELL on. `texts`, one per image, stand under the images; without, H = W.
+    W is the smallest multiple of R from MIN_CELL on. `texts`, one per image, go below the images; without them H = W.
     """
     images = images.cpu()
     if (times := math.ceil(MIN_CELL / images.shape[3])) > 1:
@@ -66,7 +66,7 @@ def wrap(text, width, length):
     return lines
 
 
-# What a damaged image may raise; the bomb is a header that claims more than MAX_IMAGE_PIXELS.
+# What a damaged image may raise; DecompressionBombError: its header claims more than MAX_IMAGE_PIXELS.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 IMAGE_FORMATS = ("PNG", "JPEG")  # Pillow knows many more, and hands some of them (EPS) to other programs
 

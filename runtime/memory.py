@@ -14,7 +14,7 @@ CPU_MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocat
 
 
 def is_out_of_memory(error):
-    """Whether torch could not allocate. On a CPU this is a RuntimeError like others, known by its text."""
+    """Whether torch could not allocate. On a CPU it is a plain RuntimeError, recognised by its text."""
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in CPU_MESSAGES)
 
 
@@ -42,7 +42,7 @@ def device_memory(device):
 
 
 def advice(images, accumulation, checkpointing, precision, weights, peak, capacity):
-    """The sentence for `images` a process and pass, under the run's accumulation, checkpointing and precision."""
+    """Error message for `images` per process and pass, given the run's accumulation, checkpointing and precision."""
     fits, held, each = images_that_fit(images, weights, peak, capacity)
     flags = []
     if fits:
@@ -59,7 +59,7 @@ def advice(images, accumulation, checkpointing, precision, weights, peak, capaci
 
 @contextlib.contextmanager
 def explained(args, accelerator, model):
-    """Turn running out of memory inside into UserError that says what to change. `model` is not sharded yet."""
+    """Turn an out-of-memory error inside into a UserError that says what to change. `model` is not sharded yet."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     try:
         yield

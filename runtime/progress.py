@@ -1,4 +1,4 @@
-"""Progress bars: on a terminal as ever, in a file a line a minute."""
+"""Progress: a tqdm bar on a terminal, one line per minute in a log file."""
 import logging
 import sys
 
@@ -23,7 +23,7 @@ class Lines:
 
 
 def progress(total, what, unit, initial=0, shown=True):
-    """A tqdm bar on a terminal; elsewhere a line in the log each LINE_SECONDS. Not at all unless `shown`."""
+    """A tqdm bar on a terminal; elsewhere a line in the log each LINE_SECONDS. Hidden unless `shown`."""
     log = {} if sys.stderr.isatty() else {
         "file": Lines, **dict.fromkeys(("mininterval", "maxinterval", "delay"), LINE_SECONDS),
         "bar_format": "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} passed, {remaining} left{postfix}"}

@@ -1,7 +1,7 @@
-"""Answer --help at once: importing torch takes three seconds, and help needs nothing of it.
+"""Answer --help at once: importing torch takes three seconds, and help does not need it.
 
-A script imports this file before all that imports torch. If -h or --help was typed, the libraries of HEAVY become empty
-stand-ins: the tables that flags are made from (models, losses, samplers) load without them. Otherwise nothing happens.
+Scripts import this file before anything that imports torch. If -h or --help was typed, the libraries in HEAVY become
+empty stand-ins: the tables that flags are made from (models, losses, samplers) load without them. Else it does nothing.
 """
 import importlib.abc
 import importlib.machinery
@@ -13,7 +13,7 @@ HEAVY = {"accelerate", "diffusers", "matplotlib", "safetensors", "scipy", "timm"
 
 
 class Nothing:
-    """Stands for any class, function, decorator or constant of a library: whatever is done with it gives it again."""
+    """Stands for any class, function, decorator or constant of a library: any operation on it returns itself."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -40,7 +40,7 @@ class Nothing:
 
 
 class EmptyModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds every module of HEAVY, with nothing in it."""
+    """Imports every module of HEAVY as an empty one."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in HEAVY:

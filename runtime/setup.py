@@ -11,16 +11,16 @@ import torch.distributed as dist
 
 from runtime.errors import UserError, first_line
 
-PROCESS_GROUP_TIMEOUT = datetime.timedelta(hours=2)  # others also wait for previews, scores and the teacher cache
+PROCESS_GROUP_TIMEOUT = datetime.timedelta(hours=2)  # ranks also wait for previews, scores and the teacher cache
 START_SECONDS = 180  # for the processes of a run to find each other
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # --mixed-precision -> dtype; "no" has none
 GLIBC_KEEPS = 64 << 20  # bytes of freed memory that glibc keeps by default, once blocks of 32 MiB have been freed
 
 
 def connect(make):
-    """make(), which starts the process group; raises UserError where the launcher's variables do not allow it.
+    """Call make(), which starts the process group; raises UserError if the launcher's variables do not allow it.
 
-    Ends this process after START_SECONDS: torch waits for ever, timeout or not, where the port is another program's.
+    Ends this process after START_SECONDS: if another program has the port, torch waits for ever, despite any timeout.
     """
     names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing, several = [name for name in names if not os.environ.get(name)], os.environ.get("WORLD_SIZE", "1") != "1"
@@ -50,9 +50,9 @@ def connect(make):
 
 
 def tune(processes, tf32):
-    """Settings of one of `processes`: TF32 on GPUs if asked for, no denormals, its share of the cores.
+    """Tune one of `processes` processes: TF32 on GPUs if asked for, no denormals, its share of the cores.
 
-    Without a GPU it also keeps freed memory. OMP_NUM_THREADS, which torchrun sets to 1, wins over the share.
+    Without a GPU also keep freed memory. OMP_NUM_THREADS, which torchrun sets to 1, wins over the share.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.set_flush_denormal(True)  # some CPUs are slow with denormals
@@ -72,7 +72,7 @@ def fast_bf16():
 
 
 def cast_weights(network, precision):
-    """Cast linear layers and convolutions of a frozen `network` to the autocast dtype. Numbers stay the same.
+    """Cast linear layers and convolutions of a frozen `network` to the autocast dtype. Results stay the same.
 
     Autocast would cast the weights again in each call: its cache holds only weights that require gradients.
     """

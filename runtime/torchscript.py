@@ -1,4 +1,4 @@
-"""The tensors of TorchScript archives, such as OpenAI's of CLIP, without running code from them."""
+"""Read tensors from TorchScript archives, such as OpenAI's CLIP, without running code from them."""
 import io
 import pickletools
 import zipfile
@@ -7,11 +7,11 @@ import torch
 
 
 class ScriptModule:
-    """Stands in for every class that an archive defines: attributes, and no code."""
+    """Stands in for every class that an archive defines: it has attributes but no code."""
 
 
 def tensors_in(module, prefix=""):
-    """{name: tensor} of a ScriptModule and of those in it."""
+    """{name: tensor} of a ScriptModule and its submodules."""
     found = {}
     for name, value in vars(module).items():
         if isinstance(value, ScriptModule):
@@ -30,9 +30,9 @@ def is_script(path):
 def read_script(path):
     """{name: tensor} of the module in an archive, named as in its state dict.
 
-    The data, without the code, are put into a file of torch.save's form in memory. torch.load reads it with
-    weights_only: each class of the archive's own is a ScriptModule to it, and any class but those, tensors and plain
-    containers is refused. Raises what torch.load and zipfile raise.
+    Copies the data, without the code, to an in-memory file in torch.save's format. torch.load reads it with
+    weights_only: the archive's own classes become ScriptModule; other classes, except tensors and plain containers,
+    are refused. Raises what torch.load and zipfile raise.
     """
     with zipfile.ZipFile(path) as archive:
         [pickled] = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]

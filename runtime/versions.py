@@ -1,4 +1,4 @@
-"""Versions of packages and the machine, for the notes on how something was made."""
+"""Versions of packages and the machine, recorded with each result."""
 import functools
 import os
 import platform
@@ -11,7 +11,7 @@ import torch
 
 @functools.cache
 def version(package):
-    """The installed version, or "not installed": a note must not end a run."""
+    """The installed version, or "not installed": recording it must not end a run."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -23,7 +23,7 @@ def commit():
     """The git commit of this code, ending in "-dirty" where files differ from it; "unknown" where git cannot say."""
     root = Path(__file__).resolve().parents[1]
     ask = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:  # the code's own repository, not one that it lies in
+    try:  # only the code's own repository, not one around it
         done = subprocess.run(ask, check=False, capture_output=True, text=True, timeout=10,
                               env={**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)})
     except (OSError, subprocess.TimeoutExpired):
@@ -32,7 +32,7 @@ def commit():
 
 
 def environment(accelerator):
-    """Versions and machine, for args.json: the newest start's. No run is told from another by them."""
+    """Versions and machine of the newest start, for args.json. They do not identify a run."""
     device, gpu = accelerator.device, accelerator.device.type == "cuda"
     packages = ("accelerate", "timm", "diffusers", "transformers", "numpy")
     return {"device": torch.cuda.get_device_name(device) if gpu else f"CPU, {platform.machine()}",

@@ -1,11 +1,11 @@
 """Skip work between the steps of a sampler: TaylorSeer (arXiv 2503.06923) and Delta-DiT (arXiv 2406.01125).
 
-A network is run in full at the first calls, at the last one and at every `interval`-th in between. Taylor predicts what
-attention and MLP of each block give at the other calls, by a polynomial in t through the newest full ones. Delta adds
-there what a run of blocks has added at the newest full call, and computes the other blocks.
+The network runs in full at the first calls, at the last one and at every `interval`-th in between. At the other calls,
+Taylor predicts the outputs of attention and MLP of each block, by a polynomial in t through the newest full calls.
+Delta reuses what a range of blocks added at the newest full call, and computes the other blocks.
 
-Diffusers' hooks do not serve: they count calls, not times, take a module's whole forward, which the attention of these
-blocks is not, and do not know batches that are doubled for guidance at some calls only.
+Diffusers' hooks do not fit: they count calls, not times; they wrap the forward of a whole module, but the attention of
+these blocks is not one; they cannot handle batches that are doubled for guidance at some calls only.
 """
 import contextlib
 
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from samplers import SAMPLERS
 
 CACHES = ("none", "taylor", "delta")
-FIRST = 3  # calls that are run in full
+FIRST = 3  # so many calls run in full at the start
 SKIPPED = 0.75  # of the blocks, by Delta: 21 of XL's 28, as published
 
 
@@ -24,8 +24,8 @@ def taylor_weights(t, times):
     """Weights w with f(t) = sum_j w_j f(times[j]), exact where f is a polynomial of a degree below len(times).
 
     TaylorSeer's finite differences, F_0 = f and F_{i+1} = (F_i - F_i of the time before) / distance, but in Newton's
-    form: over the distance of all i + 2 times, and times prod_j<i (t - times[j]), where the paper has (t - times[0])^i
-    / i!. That is the same up to first order, exact for more, and as near to the network run in full (docs/sampling.md).
+    form: the distance spans all i + 2 times, and the factor is prod_j<i (t - times[j]), not the paper's
+    (t - times[0])^i / i!. Equal up to first order, exact above, and as close to the full network (docs/sampling.md).
     """
     differences, weights, product = np.eye(len(times)), np.eye(len(times))[0], 1.0
     for i in range(1, len(times)):
@@ -37,10 +37,10 @@ def taylor_weights(t, times):
 
 
 class Cache:
-    """State of one batch: `begin` before each call of the network, `run` for each block. As it is, it only counts.
+    """State of one batch: `begin` before each call of the network, `run` for each block. This class only counts.
 
-    The rows of a batch are images with their condition, followed, where a call is guided, by the same without: state of
-    the first rows serves calls of either kind, state of the others calls that are guided.
+    A batch holds the images with their condition and, in a guided call, then the same images without. State of the
+    first rows serves both kinds of call, state of the others only guided calls.
     """
 
     depth = 0  # full calls whose results are kept
@@ -50,7 +50,7 @@ class Cache:
         self.computed = self.rows = 0  # blocks x rows, calls x rows
 
     def begin(self, t):
-        self.call, self.t = self.call + 1, t  # a tensor (N,) of dopri5's, which takes no cache
+        self.call, self.t = self.call + 1, t  # dopri5's t is a tensor (N,), but it takes no cache
 
     def run(self, index, block, *arguments):
         """What the block returns: (streams..., None)."""
@@ -65,7 +65,7 @@ class Cache:
         return block(*arguments), 1
 
     def decide(self, rows):
-        """Whether this call, of so many rows, is run in full; else `self.usable` are the nodes that serve it."""
+        """Decide whether this call of `rows` rows runs in full; if not, it uses the nodes in `self.usable`."""
         self.rows += rows
         self.usable = []
         for node in self.nodes:  # the newest first
@@ -103,7 +103,7 @@ class Taylor(Cache):
 
 
 class Delta(Cache):
-    """Adds what the rear blocks have added, where t is above `boundary`, else what the front blocks have added."""
+    """Reuses what the rear blocks added if t is above `boundary`, else what the front blocks added."""
 
     depth = 1
 
@@ -148,7 +148,7 @@ def blocks_of(network):
 
 @contextlib.contextmanager
 def caching(network, kind, calls, interval, order, boundary):
-    """Hang the Cache of one batch on `network` and yield it; it is freed at the end."""
+    """Attach the Cache of one batch to `network` and yield it; it is freed at the end."""
     blocks = len(blocks_of(network))
     network.cache = (Taylor(calls, interval, order) if kind == "taylor"
                      else Delta(calls, interval, boundary, blocks) if kind == "delta" else Cache())
@@ -160,9 +160,9 @@ def caching(network, kind, calls, interval, order, boundary):
 
 def sample_latents(network, velocity, latents, mode="ode", num_steps=50, cache="none", cache_interval=3, cache_order=2,
                    cache_boundary=0.5, **options):
-    """(what SAMPLERS[mode] makes of the noise `latents`, the Cache with its counts); `velocity` calls `network`.
+    """(latents that SAMPLERS[mode] makes from the noise `latents`, the Cache with its counts).
 
-    `options` are the sampler's.
+    `velocity` calls `network`; `options` go to the sampler.
     """
     calls = count_calls(SAMPLERS[mode], num_steps, options) if cache != "none" else 0
     with caching(network, cache, calls, cache_interval, cache_order, cache_boundary) as state:
@@ -174,8 +174,8 @@ def sample_latents(network, velocity, latents, mode="ode", num_steps=50, cache="
 
 
 def flops_of_call(network, y):
-    """Floating-point operations of a whole call for one image with the condition `y`, as PyTorch counts them."""
-    weights = {name: torch.empty(value.shape, device="meta")  # without memory, and float32 whatever the network is in
+    """FLOPs of a full network call for one image with the condition `y`, as PyTorch counts them."""
+    weights = {name: torch.empty(value.shape, device="meta")  # no memory, and float32 whatever the network's dtype
                for name, value in [*network.named_parameters(), *network.named_buffers()]}
     x, t, y = (value.to("meta") for value in (torch.zeros(1, *network.latent_shape), torch.zeros(1), y[:1]))
     with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):

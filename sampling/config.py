@@ -42,9 +42,7 @@ def add_sampling_flags(parser):
 
 
 def add_sampler_flags(parser, **swept):
-    """How noise becomes images, for every script that samples. `swept`: add_argument's options of a flag with several
-    values.
-    """
+    """Flags of the sampler, for all scripts that sample. `swept`: add_argument's options for flags with many values."""
     on_off = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("sampling").add_argument

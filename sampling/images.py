@@ -29,7 +29,7 @@ SAMPLING = ("mode", "num_steps", "cfg_scale", "guidance_low", "guidance_high", "
 # These flags change no image: a restart may set them differently.
 NOT_IN_SETTINGS = ("sample_dir", "num_fid_samples", "per_proc_batch_size", "tf32", "fused_attn", "compile",
                    "projector_embed_dims", "encoder_depth", "class_names", "names_file", "legacy", "prefix")
-# Of settings.json: hashes or values stand for the paths.
+# Entries of settings.json that are not compared: hashes or values stand for the paths.
 NOT_COMPARED = ("ckpt", "vae", "latents_stats", "data_dir", "text_encoder", "cost")
 MOST_IMAGES = 10 ** 7  # six digits name a file, and a list of more takes memory
 
@@ -39,8 +39,8 @@ def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale
            cache="none", cache_interval=3, cache_order=2, cache_boundary=0.5, cost=None):
     """uint8 (N, 3, R, R): image i from the noise of streams[i], a NumPy generator; y and y_null as in guided.
 
-    Options are those of SAMPLERS and, from `cache` on, of sampling/cache.py. `cost`, a Counter, counts network calls by
-    image: `calls`, and `computed` for those parts of them that a cache has not saved.
+    Options are those of SAMPLERS and, from `cache` on, of sampling/cache.py. `cost`, a Counter, counts network calls
+    per image: `calls`, and `computed`, the part that no cache saved.
     """
     def normals(shape, dtype):
         draws = np.stack([rng.standard_normal(shape, dtype=dtype) for rng in streams])
@@ -75,8 +75,8 @@ def check_modes(mode, heun, cache):
 def open_network(path, vae, device, kind=None, source="ema", latents_stats=None, **typed):
     """(network, VAE, the VAE's name, args of training) of a checkpoint; see load_network and choose_vae.
 
-    Scale and shift of the latents are those in the file `latents_stats` or, without one, of the training. The network
-    is on the CPU. The checkpoint is read first: opening the VAE may be a download. Raises UserError.
+    Scale and shift of the latents come from the file `latents_stats` or, without one, from the training. The network
+    is on the CPU. The checkpoint is read first, as opening the VAE may download it. Raises UserError.
     """
     network, args = load_network(path, kind, source, **typed)
     name = choose_vae(vae, args, path)
@@ -90,9 +90,9 @@ def open_network(path, vae, device, kind=None, source="ema", latents_stats=None,
 
 
 def choose_vae(vae, args, path):
-    """The `vae` asked for; None: that of the training, or "ema" for Stable Diffusion's, as published.
+    """The `vae` asked for; None: the VAE of the training, or "ema" if that was Stable Diffusion's, as published.
 
-    Raises UserError for one that cannot decode.
+    Raises UserError for a VAE that cannot decode these latents.
     """
     is_pixels = args.get("vae") == PIXELS
     if vae is not None and (vae == PIXELS) != is_pixels and (is_pixels or "vae" in args):
@@ -104,14 +104,14 @@ def choose_vae(vae, args, path):
 
 
 def check_guidance(path, cfg_scale, trained):
-    """Raise UserError where `cfg_scale` guides by a null condition that training, by its args, has never shown."""
+    """Raise UserError if `cfg_scale` needs a null condition that, by its args, the training never showed."""
     if cfg_scale > 1 and trained.get("cfg_prob") == 0:
         raise UserError(f"{path} was trained with --cfg-prob 0, so it has not learned what guidance needs, images "
                         "without a condition; give --cfg-scale 1.")
 
 
 def start(args):
-    """Refuse flags that contradict, start the process group -> accelerate's PartialState."""
+    """Refuse flags that contradict each other, start the process group -> accelerate's PartialState."""
     from accelerate import PartialState  # here: --help need not wait for it
     if args.guidance_low > args.guidance_high:
         raise UserError(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}, so "
@@ -130,7 +130,7 @@ def start(args):
 def open_checkpoint(args, kind, device):
     """(network of --ckpt, its VAE, hashes and numbers that identify both), on `device`; `kind` as in load_network.
 
-    Sets in `args` what the checkpoint knows. Raises UserError for a flag that contradicts the weights.
+    Fills in `args` from the checkpoint. Raises UserError for a flag that contradicts the weights.
     """
     known = ("model", "resolution", "num_classes", "qk_norm", "path_type", "encoder_depth", "context_shape",
              "class_names")
@@ -148,7 +148,7 @@ def open_checkpoint(args, kind, device):
     vars(args).update({name: trained.get(name) for name in known if hasattr(args, name)})
     identity = {"steps": trained["steps"], "network_sha256": weights_digest(network),
                 "vae_sha256": vae.vae and weights_digest(vae.vae)}
-    if vae.vae and vae.latent_scale != SD_SCALE:  # older folders say nothing of it
+    if vae.vae and vae.latent_scale != SD_SCALE:  # older folders lack it
         identity["latents"] = vae.latent_scale.plain()
     return prepare_model(network, args, device), vae, identity
 
@@ -175,7 +175,7 @@ def is_finished(path, resolution):
 
 
 def folder_name(args, name):
-    """The folder of the PNGs of these settings; `name` is the model's, and for own texts theirs too."""
+    """The folder of the PNGs of these settings; `name` is the model's name, for own texts with the set's name."""
     return Path(args.sample_dir) / (
         f"{args.prefix}{name.replace('/', '-')}-{Path(args.ckpt).stem}-size-{args.resolution}-vae-"
         f"{Path(args.vae).name}-cfg-{args.cfg_scale}-seed-{args.global_seed}-{args.mode}-high-{args.guidance_high}")
@@ -184,7 +184,7 @@ def folder_name(args, name):
 def sample_folder(args, name, state, identity):
     """The folder of this run's PNGs. Raises UserError if it holds images of other settings or of other weights.
 
-    `identity` holds what tells the weights and the conditions from others under the same path.
+    `identity` holds values that identify weights and conditions, as files under the same path may change.
     """
     folder = folder_name(args, name)
     settings = {key: value for key, value in vars(args).items() if key not in NOT_IN_SETTINGS} | identity
@@ -234,7 +234,7 @@ def make_images(args, state, network, vae, paths, condition):
     """Sample and save this process's share of the images that are not finished -> {name: cost of an image}.
 
     Process p makes the batches b of the whole list with b % processes = p. The last batch is filled up, as sums of
-    another shape can round differently.
+    another shape may round differently.
     """
     size = min(args.per_proc_batch_size, len(paths))
     todo = [i for i, path in enumerate(paths) if i // size % state.num_processes == state.process_index
@@ -251,7 +251,7 @@ def make_images(args, state, network, vae, paths, condition):
             y, y_null = (to_device(torch.stack(c), state.device) for c in zip(*conditions, strict=True))
             flops = flops or flops_of_call(network, y)
             images = sample(network, vae, streams, y, y_null, cost=cost, **options).permute(0, 2, 3, 1).cpu().numpy()
-            for task in written:  # the batch before was written meanwhile; raise what that raised
+            for task in written:  # the batch before was written meanwhile; raise its errors
                 task.result()
             written = [writers.submit(write_png, paths[i], images[row]) for row, i in enumerate(batch)]
         for task in written:

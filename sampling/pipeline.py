@@ -1,4 +1,4 @@
-"""Images from Python, for SiT and MMDiT, from a checkpoint of training, an export of it, or a published .pt alike.
+"""Sample images from Python, with SiT or MMDiT: from a checkpoint of training, an export of it, or a published .pt.
 
     from pipeline import load_pipeline
 
@@ -6,7 +6,7 @@
     for i, image in enumerate(pipe([207, 360, 88], cfg_scale=4.0, num_steps=50)):
         image.save(f"{i}.png")
 
-Image i is that of generate.py --labels balanced, or of generate_t2i.py --prompt, with this seed and condition.
+Image i is the same as from generate.py --labels balanced or generate_t2i.py --prompt with this seed and condition.
 """
 import numbers
 
@@ -27,10 +27,10 @@ class Pipeline:
 
     @torch.no_grad()
     def __call__(self, conditions, seed=0, batch_size=32, **sampling):
-        """One image per class, by its number or its name where the checkpoint knows names, or, for text, per string.
+        """One image per class (its number, or its name if the checkpoint has names) or, for text, per string.
 
-        Image i depends on (seed, i) and its condition only. `sampling` is what `sample` takes, under its names and
-        defaults: mode, num_steps, cfg_scale, guidance_low, guidance_high, heun. Raises UserError for no such class.
+        Image i depends on (seed, i) and its condition only. `sampling` are options of `sample`, with its names and
+        defaults: mode, num_steps, cfg_scale, guidance_low, guidance_high, heun. Raises UserError for an unknown class.
         """
         if isinstance(conditions, (str, int)):
             raise UserError(f"{conditions!r} is one condition; give a list, such as [{conditions!r}].")
@@ -48,7 +48,7 @@ class Pipeline:
         return pictures
 
     def conditions(self, batch):
-        """(y, y_null) of a list of classes or of strings; each string is encoded alone, as padding must not matter."""
+        """(y, y_null) of a list of classes or of strings; each string is encoded alone: padding must not matter."""
         if self.encode:
             y, y_null = torch.cat([self.encode([text]) for text in batch]), self.encode([""])
             return y, y_null.expand_as(y)

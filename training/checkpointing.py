@@ -14,7 +14,7 @@ from runtime.files import atomic_write, writing
 
 logger = logging.getLogger("haste")
 
-# What must be equal for a run to go on; everything else may change and is reported. `data` is the fingerprint.
+# These settings must be equal on resume; all others may change, which is logged. `data` is the data's fingerprint.
 MUST_MATCH_ON_RESUME = ("model", "num_classes", "resolution", "qk_norm", "path_type", "prediction", "weighting",
                         "time_shift", "enc_type", "projector", "projector_kernel", "encoder_depth", "attn_layers",
                         "attn_teacher", "latents", "data")
@@ -23,7 +23,7 @@ MUST_MATCH_ON_RESUME = ("model", "num_classes", "resolution", "qk_norm", "path_t
 def save_checkpoint(folder, step, state):
     """Write `state`, plain values and tensors, as the checkpoint of `step`, atomically.
 
-    Raises UserError, and writes nothing, when a weight is not finite or there is no room; older files are as they were.
+    Raises UserError, and writes nothing, if a weight is not finite or the disk is full; older files stay as they were.
     """
     path = Path(folder) / f"{step:07d}.pt"
     for part in ("model", "ema"):
@@ -37,9 +37,9 @@ def save_checkpoint(folder, step, state):
 
 
 def prune_checkpoints(folder, step, keep, every=0):
-    """Delete checkpoints up to `step` but for the newest `keep` (0: all) and those of multiples of `every` (0: none).
+    """Delete checkpoints up to `step`, except the newest `keep` (0: all) and multiples of `every` (0: none).
 
-    Later ones stay: --resume-step went back behind them, and the run will write them again.
+    Later ones stay: --resume-step went back to before them, and the run will overwrite them.
     """
     past = sorted(number for number in saved_steps(folder) if number <= step)
     for number in past[:-keep] if keep else ():
@@ -57,7 +57,7 @@ def is_metrics(value):
             and isinstance(value.get("in_a_row", 0), int))
 
 
-# What only going on reads, beside CONTENTS of models/checkpoint.py. None counts as missing.
+# Checks of the entries that only a resume reads, beside CONTENTS of models/checkpoint.py. None counts as missing.
 RESUMED = {"model": lambda value: all(map(is_dense, value.values())), "metrics": is_metrics,
            "seconds": lambda value: type(value) in (int, float) and 0 <= value < float("inf"),
            "history": lambda value: isinstance(value, str), "scaler": lambda value: isinstance(value, dict),
@@ -66,7 +66,7 @@ RESUMED["ema"] = RESUMED["model"]
 
 
 def check_resumed(path, state):
-    """Raise UserError for an entry of the checkpoint `state` that going on cannot use."""
+    """Raise UserError for an entry of the checkpoint `state` that a resume cannot use."""
     for name, is_right in RESUMED.items():
         if state.get(name) is not None and not is_right(state[name]):
             raise UserError(f"{path} has a '{name}' that no train.py wrote; give a whole checkpoint, or delete this "
@@ -74,10 +74,10 @@ def check_resumed(path, state):
 
 
 def read_newest(folder, step, needed):
-    """(path, state) of the checkpoint of `step` in `folder`; 0: the newest that can be read. None if there is none.
+    """(path, state) of the checkpoint of `step` in `folder`; 0: the newest readable one. None if `folder` has none.
 
     For a damaged one, log it and try the one before; if that is good, rename the damaged one to *.pt.damaged, so that
-    pruning no longer counts it. Raises UserError when none is left.
+    pruning no longer counts it. Raises UserError if none can be read.
     """
     found, damaged = saved_steps(folder), []
     if step and step not in found:
@@ -131,17 +131,17 @@ def describe_resume(path, saved, changed):
 def check_same_run(path, saved, args):
     """Refuse to go on with another run's checkpoint; return the other settings that changed, as (name, old, new).
 
-    Values that a checkpoint does not know, such as the data of a published one, are not compared.
+    Values that a checkpoint lacks, such as the data of a published one, are not compared.
     """
     def plain(value):
-        if torch.is_tensor(value):  # in no checkpoint of ours
+        if torch.is_tensor(value):  # never in our checkpoints
             return "a tensor"
         return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
     if "vae" in saved and "vae" in args and (PIXELS == saved["vae"]) != (PIXELS == args["vae"]):
         raise UserError(f"{path} was trained with --vae {saved['vae']}, and --vae is now {args['vae']}: pixels and a "
                         "VAE's latents do not mix; use another --exp-name, or the --vae of that run.")
-    saved = {"time_shift": 1.0, **saved, "latents": scale_of(saved).plain()}  # older ones say nothing of these
+    saved = {"time_shift": 1.0, **saved, "latents": scale_of(saved).plain()}  # older ones lack these
     for name in MUST_MATCH_ON_RESUME:
         if name in saved and name in args and plain(saved[name]) != plain(args[name]):
             old, new = saved[name], args[name]

@@ -12,12 +12,12 @@ from training.presets import print_and_exit
 from training.schedule import SCHEDULES
 
 EARLY_STOP_512 = 300_000  # the paper's switch at 512 px, whatever the model
-# benchmarks/README.md: a worker decodes about 150 images/s of 256 px, so 4 feed the 500 of an XL on a GPU and 10 the
-# 1,500 of a B; more only take memory. Packed data need 1.
+# benchmarks/README.md: a worker decodes about 150 images/s of 256 px. On a GPU an XL takes 500 images/s (4 workers), a
+# B 1,500 (10 workers); more workers only take memory. Packed data need 1.
 MOST_WORKERS = 12
 PRECISIONS = ["no", "fp16", "bf16"]
 BELOW_1 = 1 - 2 ** -53
-# More than these is a typing error, which would cost memory or hours before it shows.
+# Larger values are typing errors, which would cost memory or hours before they show.
 step, steps, images = whole(0, 10 ** 10), whole(1, 10 ** 10), whole(1, 10 ** 7)
 
 
@@ -30,7 +30,7 @@ def run_name(text):
 
 
 def enc_type(text):
-    """A `type` of --enc-type: "list" prints the table and ends."""
+    """A `type` for --enc-type: "list" prints the table and exits."""
     if text == "list":
         from encoders.teachers import teacher_list  # imports timm, which --help does not need
         print_and_exit(teacher_list())
@@ -188,7 +188,7 @@ def add_training_flags(parser):
 
 
 def loss_weights(args):
-    """{name of an alignment loss: its weight} of those that are trained."""
+    """{name: weight} of the alignment losses that are trained."""
     weights = {name: getattr(args, row.flag) for name, row in ALIGNMENT_LOSSES.items()}
     return {name: weight for name, weight in weights.items() if weight > 0}
 
@@ -211,7 +211,7 @@ def parse_pairs(text):
 
 
 def finalize_args(args, config):
-    """Fill in what depends on the model, a row `config` of its table, and refuse what contradicts."""
+    """Fill in defaults that depend on the model (`config`, its table row); refuse flags that contradict each other."""
     if args.encoder_depth is None:
         args.encoder_depth = config["encoder_depth"]
     from training.data_size import find_latents, find_resolution  # import torch, which --help does not need

@@ -1,4 +1,4 @@
-"""What a data set says of itself before anything else is read: resolution, VAE, scale of the latents."""
+"""Resolution, VAE and scale of the latents, found in the data before anything else is read."""
 import os
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from runtime.errors import UserError
 from runtime.files import array_header, weights_key
 from runtime.images import IMAGE_ERRORS, open_image
 
-RESOLUTION = 256  # where the data do not tell
+RESOLUTION = 256  # if the data do not tell
 SD_FACTOR = 8  # pixels per latent pixel and side of Stable Diffusion's VAE, the default one of --vae
 
 
 def side_of(folder, suffixes):
-    """Pixels a side of the first picture, latent or file of rows below `folder`; None where none can be read."""
+    """Side of the first image, latent or packed file below `folder`, in its own pixels; None if none can be read."""
     for path, _, files in os.walk(folder, followlinks=True):
         for name in files:
             if not name.endswith(suffixes) or name.startswith(".") or name == "index.npy":
@@ -25,15 +25,15 @@ def side_of(folder, suffixes):
                 with open(Path(path, name), "rb") as file:
                     return array_header(file.read(1 << 16))[0][-1]
             except (*IMAGE_ERRORS, IndexError):
-                return None  # the data set says what is wrong with it
+                return None  # the data set will report the error
     return None
 
 
 def find_resolution(given, data_dir, folder="images", crop=False):
-    """`given` (--resolution), or that of the pictures in `folder`, or of Stable Diffusion's latents, or RESOLUTION.
+    """Image side: `given` (--resolution), else from the images in `folder`, else from the latents, else RESOLUTION.
 
-    Raises UserError for a given one that the pictures contradict, whether the run reads them or not. With `crop` one
-    must be given, and pictures may be larger.
+    Raises UserError if `given` contradicts the images, even if the run does not read them. `crop` requires `given`, and
+    the images may be larger.
     """
     data = Path(data_dir)
     pictures = side_of(data / folder, (".png", ".npy") if folder == "images" else (".png",))
@@ -50,10 +50,10 @@ def find_resolution(given, data_dir, folder="images", crop=False):
 
 
 def find_latents(args):
-    """Fill in --vae by the data's note, and `latents`: the scale and shift of this run, as plain values.
+    """Fill in --vae from the data's note, and `latents`: the scale and shift of this run, as plain values.
 
-    None stands for those of the config of the VAE that --encode-online opens.
-    Raises UserError for numbers that contradict.
+    `latents` None: --encode-online takes them from the config of its VAE.
+    Raises UserError for settings that contradict each other.
     """
     note, online = None if args.vae == PIXELS else read_note(args.data_dir), vars(args).get("encode_online")
     if args.vae is None:
@@ -64,7 +64,7 @@ def find_latents(args):
     if vars(args).get("random_crop") and not online:
         raise UserError("--random-crop cuts images, of which there are no latents; give --encode-online, too.")
     if online and note and note.get("vae_key") != weights_key(VAES.get(args.vae, args.vae)):
-        note = None  # of other latents, which are not read
+        note = None  # about other latents, which are not read
     scale = PIXEL_SCALE if args.vae == PIXELS else from_plain(note) if note else None if online else SD_SCALE
     scale = read_statistics(args.latents_stats) if args.latents_stats else scale
     args.latents = scale and scale.plain()

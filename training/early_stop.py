@@ -1,7 +1,7 @@
-"""Ways to end alignment beside a step given in advance: the gradient trigger, and weights that fade out.
+"""Other ways to end alignment than at a fixed step: the gradient trigger, and loss weights that decay.
 
-The trigger (arXiv 2505.16792, appendix A) compares the gradients of the alignment and the denoising loss by the weights
-of one block. Once they point away from each other, alignment has done its work and is switched off.
+The trigger (arXiv 2505.16792, appendix A) compares the gradients of alignment and denoising loss w.r.t. the weights of
+one block. Once they point away from each other, alignment has done its work and is switched off.
 """
 import logging
 import math
@@ -16,8 +16,8 @@ from runtime.errors import UserError
 from runtime.setup import to_device
 from training.fsdp import is_sharded, whole
 
-COSINE_COLUMN = "cosine"  # the mean, which decides; those of the single timesteps are cosine_0.02 and so on
-HEADROOM = 16  # fp16: gradients are scaled by that much less than in training, as nothing halves the scale here
+COSINE_COLUMN = "cosine"  # the mean, which decides; single timesteps are cosine_0.02 and so on
+HEADROOM = 16  # fp16: scale gradients by this much less than in training, as nothing halves the scale here
 
 logger = logging.getLogger("haste")
 
@@ -66,14 +66,14 @@ def is_trigger_step(args, step):
 
 
 def gradient_cosine(trainer):
-    """{column: cosine}, the same on all processes, which call it together, each with its part of the images.
+    """{column: cosine}, the same on all processes. All call it together, each with its part of the images.
 
-    Per timestep t: the cosine between the gradients of the weighted alignment losses and of L_diff, both at t, by all
-    weights of block args.trigger_block (0 where a loss does not reach). The mean over the timesteps decides. Gradients
-    are of the mean over all args.trigger_samples images: a small batch's noise would pull the cosine towards 0.
+    Per timestep t: the cosine between the gradients of the weighted alignment losses and of L_diff, both at t, w.r.t.
+    all weights of block args.trigger_block (0 where a loss does not reach). The mean over the timesteps decides. Losses
+    are averaged over all args.trigger_samples images: a small batch's noise would pull the cosine towards 0.
 
-    Images and noise are those of step 0 of a run with so many images a step: cosines of a run differ by its weights
-    alone. Gradients, random streams and fp16's scaler stay: a run that compares and goes on is the same bit for bit.
+    Images and noise are those of step 0 at batch size args.trigger_samples, so a run's cosines depend on its weights
+    alone. Gradients, random streams and fp16's scaler are left as they were: the run stays the same bit for bit.
     """
     args, accelerator, model = trainer.args, trainer.accelerator, trainer.model
     process, processes = accelerator.process_index, accelerator.num_processes
@@ -90,7 +90,7 @@ def gradient_cosine(trainer):
         mine = {name: to_device(value[start:start + micro], accelerator.device) for name, value in draws.items()}
         x, y, target = trainer.inputs(batch, mine)
         for both, t in zip(sums, args.trigger_timesteps, strict=True):
-            for which, total in enumerate(both):  # a forward pass each: compiled models and FSDP allow one backward
+            for which, total in enumerate(both):  # one forward pass each: compiled models and FSDP allow one backward
                 times = torch.full((len(x),), t, device=x.device)
                 terms = trainer.loss_fn(model, x, y, target, times, mine["noise"])
                 loss = (weighted_sum(terms, trainer.weights), terms["denoise"].mean())[which]
@@ -109,9 +109,9 @@ def gradient_cosine(trainer):
 
 
 def gradient(accelerator, loss, model, parameters):
-    """Gradient of `loss` by `parameters` as one float32 vector; no .grad is left, no hook of DDP called.
+    """Gradient of `loss` w.r.t. `parameters` as one float32 vector. Leaves no .grad and calls no DDP hook.
 
-    FSDP knows its parameters only in backward(), which takes the mean over the processes.
+    FSDP supports backward() only, which averages over the processes.
     """
     if not is_sharded(accelerator):
         parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)

@@ -7,7 +7,7 @@ from data_io.latent_scale import scale_of
 from models.checkpoint import load_checkpoint, load_weights, modern_names, saved_steps
 from runtime.errors import UserError
 
-# The parts that another data set or teacher may need in another shape: pattern of their weights' names -> in words.
+# Parts whose shape depends on the data set or the teacher: pattern of their weights' names -> in words.
 MADE_ANEW = {r"y_embedder\.embedding_table\.weight": "the label table", r"pos_embed": "the position table",
              r"projectors\.\d+(?=\.)": "a projector"}
 
@@ -21,9 +21,9 @@ def part_of(name):
 
 
 def init_from(model, args, run):
-    """Load the weights of args.init_from, a file that load_checkpoint takes, into `model`, unless `run` goes on.
+    """Load the weights of args.init_from, a file that load_checkpoint takes, into `model`, unless `run` resumes.
 
-    Parts of MADE_ANEW of another shape stay as they are in `model`, which is said. Raises UserError for all others.
+    Parts in MADE_ANEW whose shape differs keep their init, which is logged. Raises UserError for any other difference.
     """
     if not args.init_from or saved_steps(run / "checkpoints"):
         return
@@ -60,7 +60,7 @@ def frozen_parameters(model, patterns):
 
 
 def set_trainable(model, frozen, aligned):
-    """Train the projectors while `aligned`, and what `frozen`, patterns, names never."""
+    """Set requires_grad: True for the projectors only while `aligned`, False for what the patterns `frozen` name."""
     model.projectors.requires_grad_(aligned)
     for parameter in frozen_parameters(model, frozen).values():
         parameter.requires_grad_(False)

@@ -1,6 +1,6 @@
-"""Weights, their average and optimizer state split over processes by FSDP, and whole again for a file or for samples.
+"""Shard weights, EMA and optimizer state over processes by FSDP; gather them for checkpoints and samples.
 
-FSDP is accelerate's own (`accelerate launch --use_fsdp --fsdp_version 2`); without it these functions pass things on.
+FSDP is accelerate's (`accelerate launch --use_fsdp --fsdp_version 2`); without it these functions change nothing.
 """
 import copy
 import logging
@@ -18,7 +18,7 @@ logger = logging.getLogger("haste")
 
 
 def is_sharded(accelerator):
-    """Whether the run is under FSDP; its first version, which hides parameters in flat ones, is refused."""
+    """Whether the run uses FSDP 2. FSDP 1 is refused, as it hides parameters in flat ones."""
     if accelerator.distributed_type != DistributedType.FSDP:
         return False
     if not accelerator.is_fsdp2:
@@ -28,12 +28,12 @@ def is_sharded(accelerator):
 
 
 def whole(tensor):
-    """The whole of a split tensor, which all processes ask for together; any other tensor as it is."""
+    """Gather a sharded tensor (all processes call this together); return any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def split_as(tensor, parameter):
-    """`tensor` split as `parameter` is; every process has the whole, so nothing is sent."""
+    """Shard `tensor` like `parameter`. Every process has the full tensor, so nothing is sent."""
     if not isinstance(parameter, DTensor):
         return tensor
     whole_tensor, mesh = tensor.to(parameter.device), parameter.device_mesh
@@ -41,7 +41,7 @@ def split_as(tensor, parameter):
 
 
 def replace_parameters(module, function):
-    """Put function(name, parameter) in the place of each frozen parameter."""
+    """Replace each parameter by function(name, parameter), frozen."""
     for name, parameter in list(module.named_parameters()):
         owner, _, last = name.rpartition(".")
         tensor = function(name, parameter.data)
@@ -49,16 +49,16 @@ def replace_parameters(module, function):
 
 
 def set_plugin(plugin, model):
-    """Settings of accelerate's FSDP plugin with which a step has the numbers of DDP's, split by block.
+    """Set accelerate's FSDP plugin to shard by block and to compute the same numbers as DDP.
 
-    Activation checkpointing becomes the model's own, as accelerate's renames the blocks. What else the user has set
-    stays. Raises UserError for a class to wrap that the model does not have.
+    The model does the activation checkpointing, as accelerate's renames the blocks. The user's other settings stay.
+    Raises UserError if the model lacks the class to wrap.
     """
     plugin.cpu_ram_efficient_loading = False  # accelerate launch has it on; here every process has the weights already
     # accelerate's policy would cast weights and inputs to 16 bits, t among them, and sum gradients in them. This one
-    # leaves all in float32, and autocast does the rest.
+    # keeps all in float32, and autocast does the casts.
     plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    # By size, ModuleLists would be chosen, which cannot be units
+    # A policy by size would choose ModuleLists, which cannot be units
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     names = plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or list(model._no_split_modules)
     unknown = set(names) - {type(module).__name__ for module in model.modules()}
@@ -84,7 +84,7 @@ def autocast_forward(accelerator, model):
 
 
 def shard(accelerator, model, optimizer, ema):
-    """accelerate's (model, optimizer), now split; the EMA's parameters are split in the same way."""
+    """(model, optimizer) as accelerate shards them; the EMA's parameters are sharded in the same way."""
     set_plugin(accelerator.state.fsdp_plugin, model)
     prepared = accelerator.prepare(model, optimizer)
     if accelerator.native_amp:
@@ -95,7 +95,7 @@ def shard(accelerator, model, optimizer, ema):
 
 
 def whole_module(module):
-    """`module`, or, where its parameters are split, a copy of it with whole ones."""
+    """`module`, or, if its parameters are sharded, a copy with full ones."""
     if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         return module
     module = copy.deepcopy(module)
@@ -104,7 +104,7 @@ def whole_module(module):
 
 
 def whole_state(state, keep):
-    """A state dict with whole tensors. All processes call it; those without `keep` get none of the split ones."""
+    """A state dict with full tensors. All processes call it; without `keep` sharded tensors become None."""
     if isinstance(state, dict):
         return {name: whole_state(value, keep) for name, value in state.items()}
     if not isinstance(state, DTensor):
@@ -114,10 +114,10 @@ def whole_state(state, keep):
 
 
 def load_optimizer(optimizer, saved, path):
-    """Load a whole optimizer state dict; what is shaped like its parameter is split as the parameter is.
+    """Load a full optimizer state dict; tensors shaped like their parameter are sharded like it.
 
-    Options, such as fused, are those of `optimizer`. Raises UserError, naming the checkpoint at `path`, for the state
-    of other parameters.
+    Options, such as fused, stay those of `optimizer`. Raises UserError, naming the checkpoint at `path`, if the state
+    belongs to other parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     groups = optimizer.state_dict()["param_groups"]
@@ -127,7 +127,7 @@ def load_optimizer(optimizer, saved, path):
         same = [group["params"] for group in saved["param_groups"]] == [group["params"] for group in groups]
         shapes = {i: {name: value.shape if is_dense(value) else None for name, value in entry.items()}
                   for i, entry in saved["state"].items()}
-    except (AttributeError, KeyError, RuntimeError, TypeError):  # not the form of an optimizer's state
+    except (AttributeError, KeyError, RuntimeError, TypeError):  # not an optimizer's state
         same, shapes = False, {}
     if not same or any(entry != expected.get(i) for i, entry in shapes.items()):
         raise UserError(f"{path} has the optimizer's state of another model or optimizer; give the --model and options "

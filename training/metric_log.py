@@ -20,9 +20,9 @@ logger = logging.getLogger("haste")
 
 
 def start_trackers(accelerator, args, run):
-    """wandb or tensorboard, if asked for; wandb offline with WANDB_MODE=offline.
+    """Start wandb or tensorboard, if asked for; wandb runs offline with WANDB_MODE=offline.
 
-    wandb goes on with the run whose id is in the folder `run`. Its own step can only grow, so "step" is a value.
+    wandb continues the run whose id is in the folder `run`. Its own step can only grow, so "step" is logged as a value.
     """
     folder = Path(args.output_dir) / args.logging_dir
     if args.report_to != "none" and accelerator.is_main_process:
@@ -45,7 +45,7 @@ def start_trackers(accelerator, args, run):
         accelerator.init_trackers(args.wandb_project, config=config, init_kwargs={"wandb": settings})
         if accelerator.is_main_process:
             accelerator.get_tracker("wandb", unwrap=True).define_metric("*", step_metric="step")
-    except (wandb.errors.Error, ValueError) as error:  # a ValueError: of its environment variables
+    except (wandb.errors.Error, ValueError) as error:  # ValueError: bad environment variables
         raise UserError(f"wandb could not start ({error}); run `wandb login`, set WANDB_MODE=offline, or use "
                         "--report-to none.") from error
 
@@ -69,8 +69,8 @@ def rows_of(text):
 class Metrics:
     """Loss terms of each step, kept on the device until `write` puts their means into metrics.csv and the tracker.
 
-    `saved`, the checkpoint of `start_step`, has what state_dict() gave: with it a run that was stopped anywhere writes
-    the rows of one that was not. `scores` names more columns. explain(step) may give the cause of a loss that is not
+    `saved`, the checkpoint of `start_step`, holds an earlier state_dict(): with it a run that was stopped anywhere
+    writes the same rows as one that was not. `scores` names more columns. explain(step) may return why a loss is not
     finite.
     """
 
@@ -80,15 +80,15 @@ class Metrics:
         self.step, self.unseen = start_step, []
         self.names, self.pending = TERMS, []
         state = saved.get("metrics")
-        if state and state["rows"].shape[1] == len(TERMS):  # else of a version with other losses
+        if state and state["rows"].shape[1] == len(TERMS):  # else from a version with other losses
             self.names, self.pending = state["names"], list(state["rows"])
         self.max_skipped, self.in_a_row = max_skipped, (state or {}).get("in_a_row", 0)
         self.started = time.time() - (saved.get("seconds") or 0.0)
-        # metrics.csv as it was then: the file may since hold rows of a branch that --resume-step began and left
+        # metrics.csv as it was then: the file may now hold rows of a branch that --resume-step began and left
         self.saved_history = saved.get("history")
 
     def begin(self):
-        """Write the file without the rows past the checkpoint that the run continues from: they are made again."""
+        """Rewrite the file without the rows after the checkpoint that the run resumes: they are made again."""
         names, rows = rows_of(self.history() if self.saved_history is None else self.saved_history)
         self.columns += [name for name in names if name not in self.columns]
         with atomic_write(self.path, "w") as file:
@@ -104,7 +104,7 @@ class Metrics:
             return self.path.read_text(encoding="utf-8", errors="replace")
 
     def add(self, terms):
-        """The next step's `terms`: one detached scalar tensor per name of TERMS that this phase has."""
+        """Add the next step's `terms`: one detached scalar tensor per name of TERMS that this phase has."""
         self.unseen.append(torch.stack([terms[name].float() if name in terms else terms["loss"].new_zeros(())
                                         for name in TERMS]))
         self.names = [name for name in TERMS if name in terms]
@@ -136,14 +136,14 @@ class Metrics:
         self.pending += rows
 
     def state_dict(self):
-        """For a checkpoint: what no row has yet, and the rows. All processes call it; raises as flush does."""
+        """For a checkpoint: the rows, and the terms not yet in a row. All processes call it; raises as flush does."""
         self.flush()
         rows = torch.stack(self.pending) if self.pending else torch.zeros(0, len(TERMS))
         return {"metrics": {"names": list(self.names), "rows": rows, "in_a_row": self.in_a_row},
                 "seconds": self.seconds(), "history": self.history()}
 
     def seconds(self):
-        """Since the last row."""
+        """Seconds since the last row."""
         return time.time() - self.started
 
     def write(self, measures=(), **more):

@@ -1,10 +1,10 @@
-"""When to save beside the usual steps: on a signal, which also ends the run, or when some minutes have passed.
+"""Save between the usual steps: on a signal, which also ends the run, or after some minutes.
 
 SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) mean, from `listen` on,
     before the first step   end at once with EXIT_CODE: there is nothing to save yet
-    during the steps        save after this step and exit with EXIT_CODE; another one, SECOND_AFTER seconds later or
-                            more, ends at once, which harms nothing: files have their names only when complete
-    after them              nothing: the run is over, and its exit status is its own
+    during the steps        save after this step and exit with EXIT_CODE; a second signal, SECOND_AFTER seconds later or
+                            more, ends at once, which is safe: files get their names only when complete
+    after them              nothing: the run is over and keeps its exit status
 """
 import contextlib
 import logging
@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, give the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-SECOND_AFTER = 1.0  # a cluster and a launcher may both pass one signal on; what comes this soon is the same request
+SECOND_AFTER = 1.0  # a cluster and a launcher may both pass one signal on: a second one sooner than this is ignored
 SAVE, STOP = 1, 2
 BEFORE, STEPS, AFTER = range(3)
 STOPPED_EARLY = "stopped by a signal before the first step; the same command continues"
@@ -34,7 +34,7 @@ def ignore_signals(_worker=None):
 
 
 class Listener:
-    """The thread that acts on signals, one for the process, and what it has heard."""
+    """The thread that acts on signals, one per process, and the signals it received."""
 
     def __init__(self):
         # Python runs its handlers only between bytecodes, so never while a collective hangs. The wakeup descriptor is
@@ -73,7 +73,7 @@ _listener = None
 
 
 def listen():
-    """Take the signals over; to be called first of all, by the main thread."""
+    """Take over the signals. The main thread calls this before anything else."""
     global _listener
     _listener = _listener or Listener()
     _listener.phase, _listener.heard = BEFORE, None
@@ -83,11 +83,11 @@ def listen():
 
 
 class Preemption:
-    """Entered for the steps; every process calls `decide` after every step, and `was_saved` after saving."""
+    """Context of the steps. Every process calls `decide` after every step, and `was_saved` after saving."""
 
     def __init__(self, processes, minutes=0, patience=None):
         self.seconds, self.saved = 60 * minutes or float("inf"), time.monotonic()
-        # A group of its own on the CPU: agreeing must neither wait for the device nor mix with the gradients' sums.
+        # A separate group on the CPU: agreeing must neither wait for the device nor mix with the gradients' all-reduce.
         self.group = dist.new_group(backend="gloo", timeout=patience) if processes > 1 else None
         self.pending, self.stale = None, False
 
@@ -98,8 +98,8 @@ class Preemption:
     def decide(self):
         """STOP, SAVE or 0, the same on all processes.
 
-        One process answers at once. Several act on what each wanted one step ago: the sum travels during a step, so
-        that nobody waits for it.
+        One process decides at once. Several decide on what each wanted one step ago: the all-reduce runs during a
+        step, so nobody waits for it.
         """
         late = time.monotonic() - self.saved >= self.seconds
         wanted = STOP if _listener.heard else SAVE if late else 0
@@ -117,7 +117,7 @@ class Preemption:
         return decided
 
     def was_saved(self):
-        """The clock of --checkpoint-minutes starts again."""
+        """Restart the clock of --checkpoint-minutes."""
         self.saved, self.stale = time.monotonic(), True
 
     def __exit__(self, kind, *_):

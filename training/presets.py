@@ -1,7 +1,6 @@
-"""Runs by name, `train.py --preset sit-b-2-haste`: the rows of the paper's tables, and the quickstart's. Typed flags
-win.
+"""Runs by name, `train.py --preset sit-b-2-haste`: those of the paper's tables and the quickstart. Typed flags win.
 
-A preset says what differs from the defaults, which are the paper's; what follows from the model (encoder depth, aligned
+A preset lists what differs from the defaults, the paper's run. What depends on the model (encoder depth, aligned
 blocks, early-stop point) is in the table of models/sit.py or models/mmdit.py.
 """
 import sys
@@ -83,7 +82,7 @@ def listing():
 
 
 def print_and_exit(text):
-    """Print `text` and end; with status 1 where it cannot be written, but for `| head`."""
+    """Print `text` and exit: with status 1 if it cannot be written, but not for a closed pipe (`| head`)."""
     code = 0
     try:
         print(text, flush=True)
@@ -94,7 +93,7 @@ def print_and_exit(text):
 
 
 def parse_with_preset(parser, script):
-    """`script`'s arguments, with those of --preset in the place of the defaults; `--preset list` prints and exits.
+    """`script`'s arguments, with those of --preset as defaults; `--preset list` prints and exits.
 
     Raises UserError for a name that is not known or that is another script's.
     """

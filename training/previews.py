@@ -13,7 +13,7 @@ logger = logging.getLogger("haste")
 
 
 class Previews:
-    """Sample grids of the EMA, with the noise and conditions of 16 fixed entries, beside what those entries are."""
+    """Sample grids of the EMA from the noise and conditions of 16 fixed entries, with the entries' own images."""
 
     def __init__(self, args, accelerator, folder, dataset, vae, y_null):
         self.accelerator, self.folder, self.vae, self.cfg_scale = accelerator, folder, vae, PREVIEW_CFG
@@ -37,7 +37,7 @@ class Previews:
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images(pictures, step=step, dataformats="NHWC")
-            else:  # of the newest "step" that was logged
+            else:  # at the newest "step" that was logged
                 tracker.log_images(pictures)
 
     def make(self, ema, step):

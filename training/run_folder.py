@@ -1,4 +1,4 @@
-"""The folder of a run: its name, its lock, and log.txt, which a start that is refused does not touch."""
+"""The folder of a run: its name, its lock, and log.txt, which a refused start does not touch."""
 import contextlib
 import errno
 import fcntl
@@ -20,7 +20,7 @@ logger = logging.getLogger("haste")
 def lock_run(run):
     """Make the folder `run` and lock it -> the open file that holds the lock. Raises UserError if another process does.
 
-    fcntl's locks go with their process, are not inherited by loader processes, and reach other machines over NFS.
+    fcntl's locks end with their process, are not inherited by loader processes, and reach other machines over NFS.
     """
     with writing(run / LOCK):
         run.mkdir(parents=True, exist_ok=True)
@@ -48,9 +48,9 @@ def collect_log(run):
 
 
 def open_log(run, folders=()):
-    """Called when the folder is known to be this run's: from now on log.txt is written. Checks that `folders` can be.
+    """Start to write log.txt. Called once the folder is known to be this run's. Checks that `folders` are writable.
 
-    Raises UserError where they cannot. Does nothing where collect_log was not called: on the other processes.
+    Raises UserError if they are not. Does nothing if collect_log was not called: on the other processes.
     """
     for handler in logger.handlers:
         if isinstance(handler, MemoryHandler):
@@ -62,9 +62,9 @@ def open_log(run, folders=()):
 
 
 def note_end(run, error):
-    """Write into log.txt why the run ends. A start that was refused leaves no new folder, and a finished run's log.
+    """Write into log.txt why the run ends. A refused start leaves no new folder, and a finished run's log as it was.
 
-    Into that of an unfinished run it writes: its last line tells a cluster's job whether to start it again.
+    It does write into an unfinished run's log, whose last line tells a cluster job whether to start the run again.
     """
     why = first_line(str(error).rsplit("UserError: ", 1)[-1]) if isinstance(error, UserError) else repr(error)
     if any(isinstance(handler, MemoryHandler) for handler in logger.handlers):
@@ -76,7 +76,7 @@ def note_end(run, error):
             return None
         logger.handlers = [handler.target for handler in logger.handlers]
         why = f"refused: {why}"
-    logger.propagate = False  # stderr hears of it anyway
+    logger.propagate = False  # stderr shows it anyway
     logger.error(f"ended: {why}")
     logger.propagate = True
     return None

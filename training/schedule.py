@@ -14,14 +14,14 @@ def linear(progress):
     return 1 - progress
 
 
-# --lr-schedule: part of the steps after warm-up that are done, 0 to 1 -> factor on --learning-rate
+# --lr-schedule: fraction of the steps after warm-up that is done, 0 to 1 -> factor on --learning-rate
 SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear}
 
 
 def learning_rate(args, step, last):
     """Rate of the step after `step` steps, in a run of `last` steps: a linear warm-up, then the schedule down to 0.
 
-    A pure function of the step: a run that continues needs no state of it.
+    A pure function of the step: a resume needs no saved state.
     """
     if step < args.lr_warmup_steps:
         return args.learning_rate * (step + 1) / args.lr_warmup_steps

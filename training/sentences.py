@@ -1,4 +1,4 @@
-"""What a run says of itself: at its start, and of the cause of a loss that is not finite."""
+"""What a run logs about itself: at its start, and why a loss is not finite."""
 import logging
 
 from accelerate.utils import gather_object
@@ -16,7 +16,7 @@ logger = logging.getLogger("haste")
 
 
 def describe_alignment(args, config):
-    """One line: what is aligned, with which weights, until when, and by whose default."""
+    """One line: what is aligned, with which weights, until when, and where the default comes from."""
     def by(name, default, whose):
         if args.preset and PRESETS[args.preset][1].get(name) == getattr(args, name):
             return f"by --preset {args.preset}"
@@ -38,7 +38,7 @@ def describe_alignment(args, config):
 
 
 def describe(trainer):
-    """Log size, steps and devices of the run, where it is between its phases, and what its steps are too few for."""
+    """Log size, steps and devices of the run, its current phase, and what its steps are too few for."""
     args, accelerator, alignment = trainer.args, trainer.accelerator, "without alignment"
     if trainer.teacher:
         alignment = f"alignment until step {trainer.alignment_end_step}"
@@ -62,9 +62,9 @@ def describe(trainer):
 
 
 def first_not_finite(trainer, step):
-    """What makes the losses of `step` not finite if it is not the network, and what to do; else None.
+    """Why the losses of `step` are not finite, and what to do, if latents or teacher are the cause; else None.
 
-    The inputs of that step are made again. All processes call it together.
+    Makes the inputs of that step again. All processes call it together.
     """
     args, accelerator, found = trainer.args, trainer.accelerator, None
     order = StepBatches(len(trainer.dataset), args.batch_size, args.seed, step - 1, step, accelerator.process_index,

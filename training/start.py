@@ -1,4 +1,4 @@
-"""The start of a training run: what the launcher says, processes, cores, model and teacher."""
+"""Start a training run: launcher's settings, processes, cores, model and teacher."""
 import contextlib
 import functools
 import importlib.util
@@ -32,7 +32,7 @@ from training.preemption import listen
 from training.sentences import describe_alignment
 from training.trainer import Trainer
 
-# Flags that accelerate's launcher may set instead: environment variable, our default, what it may be.
+# Flags that accelerate's launcher may set instead: environment variable, our default, allowed values.
 LAUNCHER = {"mixed_precision": ("ACCELERATE_MIXED_PRECISION", None, ("no", "fp16", "bf16")),
             "gradient_accumulation_steps": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1, range(1, 10 ** 6))}
 
@@ -40,10 +40,10 @@ logger = logging.getLogger("haste")
 
 
 def take_from_launcher(args):
-    """Fill in the flags of LAUNCHER that args have as None, by the launcher's variables or our defaults.
+    """Fill in the flags of LAUNCHER that are None in args, from the launcher's variables or our defaults.
 
-    A flag that was given wins; returns a sentence for each where the launcher says something else. Raises UserError for
-    a value that would be used and is none of ours. accelerate launch says "no" when it was told nothing.
+    A given flag wins; returns a warning for each one that the launcher contradicts. Raises UserError if the launcher's
+    value would be used but is not allowed. accelerate launch says "no" if nothing was set.
     """
     differing = []
     for name, (variable, default, allowed) in LAUNCHER.items():
@@ -66,7 +66,7 @@ def take_from_launcher(args):
 
 
 def share_of_cores():
-    """Cores for this process: of those that it may run on, its share, as torchrun gives all of a machine the same."""
+    """This process's share of the cores it may run on: torchrun lets all processes of a machine use the same ones."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
@@ -79,7 +79,7 @@ def make_accelerator(args):
     """
     listen()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
-    logging.raiseExceptions = False  # a full disk costs log.txt its lines, not the run
+    logging.raiseExceptions = False  # a full disk loses lines of log.txt, not the run
     has_gpu, run = torch.cuda.is_available(), Path(args.output_dir) / args.exp_name
     warnings = take_from_launcher(args)
     args.mixed_precision = precision = args.mixed_precision or ("fp16" if has_gpu else "no")
@@ -89,15 +89,15 @@ def make_accelerator(args):
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise UserError(f"--report-to {args.report_to} needs the package {args.report_to}; install it, or give "
                         "--report-to none.")
-    if args.compile:  # a block is compiled by itself; made for whole models, this would cut each at DDP's buckets
+    if args.compile:  # made for whole models, it would split each compiled block at DDP's buckets
         torch._dynamo.config.optimize_ddp = False
     accelerator = connect(lambda: Accelerator(
-        cpu=not has_gpu,  # several processes without a GPU are a group only when told so
+        cpu=not has_gpu,  # without it, several processes on a CPU form no group
         # Gradients live in DDP's buckets, not beside them; the only buffers are constant. No static_graph: without
         # find_unused_parameters DDP does not walk the graph, so there is nothing to save.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT),
                          DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
-        # As a plugin: the plain argument would give way to the launcher's variable.
+        # As a plugin: the launcher's variable would override the plain argument.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         mixed_precision=precision, log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir,
@@ -116,7 +116,7 @@ def make_accelerator(args):
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if accelerator.is_main_process:
         run_folder.collect_log(run)
-    logger.info("started")  # the last line tells how the newest start has ended
+    logger.info("started")  # so that the last line tells how the newest start ended
     for sentence in warnings:
         logger.warning(sentence)
     tune(accelerator.num_processes, args.allow_tf32)
@@ -132,13 +132,13 @@ def started(args):
 
 
 def needs_images(args, run):
-    """Whether alignment is ahead, by the newest checkpoint's name; in Phase II no images are read."""
+    """Whether alignment is still ahead, judged by the newest checkpoint's name: Phase II reads no images."""
     newest = args.resume_step or max(saved_steps(run / "checkpoints"), default=0)
     return args.enc_type != "none" and newest < args.early_stop_point
 
 
 def count_classes(args, dataset):
-    """Fill in --num-classes by the names of the classes or the labels; say how many classes have no image."""
+    """Fill in --num-classes from the class names or the labels; log how many classes have no image."""
     if not hasattr(dataset, "labels"):  # a layout of another kind
         if args.num_classes is None:
             raise UserError("These data have no labels to count; give --num-classes.")
@@ -181,7 +181,7 @@ def model_arguments(args, config, moments_shape):
 
 
 def align_and_train(args, accelerator, run, model, dataset, y_null, open_data):
-    """Train with the losses and the teacher that args ask for. `open_data`(images=True) opens the dataset anew."""
+    """Train with the losses and the teacher that args ask for. `open_data`(images=True) reopens the dataset."""
     init_from(model, args, run)
     check_frozen(model, args)
     loss_fn = SILoss(args.path_type, args.weighting, aligned_pairs(args), args.attn_heads, tuple(loss_weights(args)),

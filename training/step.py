@@ -6,7 +6,7 @@ from training.fsdp import whole
 
 
 def ema_decay(args, step):
-    """The average's decay in the step after `step` steps; with --ema-warmup it grows with the steps."""
+    """The EMA's decay in the step after `step` steps; with --ema-warmup it grows with the steps."""
     return min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
 
 

@@ -1,4 +1,4 @@
-"""The training loop. train.py and train_t2i.py bring model, data and teacher."""
+"""The training loop. train.py and train_t2i.py supply model, data and teacher."""
 import copy
 import functools
 import gc
@@ -57,9 +57,9 @@ class Phase:
 class Trainer:
     """A run, from its newest checkpoint to its last step. The same command again continues it.
 
-    dataset[i] -> dict(position, moments, y, and image while dataset.images); y_null is the condition of no condition,
-    shaped like one y. `load_teacher()` gives Teachers, or is None; it is called, and its result kept, in Phase I only.
-    open_data(images=True) gives the dataset with images, for a Phase I that was thought to be over.
+    dataset[i] -> dict(position, moments, y, and image while dataset.images); y_null is the null condition, shaped
+    like one y. `load_teacher()` returns Teachers, or is None; it is called, and its result kept, in Phase I only.
+    open_data(images=True) reopens the dataset with images, if Phase I turns out not to be over.
     """
 
     def __init__(self, args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null, open_data=None):
@@ -103,7 +103,7 @@ class Trainer:
 
     def prepare(self):
         """Load the newest checkpoint and all that the run needs. No file of the run is changed here, only log.txt."""
-        if self.args.compile:  # not the EMA, whose previews and scores come in other shapes
+        if self.args.compile:  # not the EMA: previews and scores have other shapes
             check_compiler(self.accelerator.device)
             self.model.compile()
             self.loss_fn.compile()
@@ -245,13 +245,13 @@ class Trainer:
         if self.ddp_model is self.model:
             return
         if self.ddp_model is not None:
-            self.accelerator.unwrap_model(self.ddp_model, keep_fp32_wrapper=False)  # takes autocast off again
+            self.accelerator.unwrap_model(self.ddp_model, keep_fp32_wrapper=False)  # removes autocast again
             self.ddp_model = None
             self.accelerator.free_memory()
         self.ddp_model, self.ddp_optimizer = self.accelerator.prepare(self.model, self.optimizer)
 
     def log_row(self, measures=()):
-        """One row of metrics.csv, with what the functions `measures` return; its values."""
+        """Write a row of metrics.csv, with what the functions `measures` return; returns its values."""
         values = self.metrics.write(measures, learning_rate=self.optimizer.param_groups[0]["lr"])
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         return values
@@ -259,7 +259,7 @@ class Trainer:
     # ---- start and end ----
 
     def resume(self):
-        """Load the newest checkpoint, or that of --resume-step. Returns its state but for the weights; {} if none."""
+        """Load the newest checkpoint, or that of --resume-step. Returns its state without the weights; {} if none."""
         run, settings = self.run_folder, self.settings
         needed = ("model", "ema", "opt", "args", "steps")
         found = read_for_all(self.accelerator, run / "checkpoints", self.args.resume_step, needed)
@@ -301,7 +301,7 @@ class Trainer:
         """The teacher, or the cache of its outputs."""
         args, accelerator = self.args, self.accelerator
         self.teacher = self.load_teacher().to(accelerator.device)
-        if self.teacher.sees_images and not self.dataset.images:  # the checkpoint of Phase II to be read was damaged
+        if self.teacher.sees_images and not self.dataset.images:  # the newest checkpoint, of Phase II, was damaged
             self.dataset = self.open_data(images=True)
         if args.compile:
             self.teacher.compile()
