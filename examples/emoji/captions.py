@@ -10,8 +10,8 @@ writes
 
 Caption 0 is the name, "flag: Japan" or "grinning face with smiling eyes"; more follow if the package knows the emoji
 by other words. The split is that of the class data: one emoji in ten is held out with all its captions; the VAE has not
-seen it either. Many held-out captions combine known parts: "large yellow circle" (training has circles of other colours),
-"woman construction worker" (training has the man). Others do not: the flag of a country never seen.
+seen it either. Many held-out captions combine known parts: "large yellow circle" (train has circles of other colours),
+"woman construction worker" (train has the man). Others do not: the flag of a country never seen.
 Graphics: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0; resized, composited on white.
 """
 import sys
