@@ -123,7 +123,7 @@ def walk(folder, suffix, sizes=False):
                     if entry.is_dir():
                         folders.append(entry.path)
                     elif entry.name.endswith(suffix) and not entry.name.startswith(b"."):
-                        size = entry.stat().st_size if sizes else 0  # a broken link: the error names it
+                        size = entry.stat().st_size if sizes else 0  # for a broken link the error names it
                         if entry.is_file():
                             found.append(entry.path[start:])
                             where += [size] * sizes

@@ -19,7 +19,7 @@ from runtime.files import ARRAY_ERRORS, atomic_write, is_file, load_array, locke
 from runtime.setup import to_device
 
 logger = logging.getLogger("haste")
-FLUSH_SECONDS = 60  # most work that a kill loses
+FLUSH_SECONDS = 60  # a kill loses at most this much work
 
 
 class CachedTeacher:

@@ -75,8 +75,8 @@ class VAE:
     """Images <-> moments <-> latents.
 
     `source` is a folder in diffusers' format or a hub name such as stabilityai/sd-vae-ft-mse: an AutoencoderKL, or an
-    AutoencoderDC, whose latents have no spread. `latent_scale` overrides the config's.
-    Raises UserError when it cannot be loaded.
+    AutoencoderDC, whose latents have no spread. `latent_scale` overrides the scale in the config. Raises
+    UserError if the VAE cannot be loaded.
     """
 
     def __init__(self, source, device="cpu", latent_scale=None):

@@ -1,4 +1,4 @@
-"""Scores of the EMA's samples while a run goes on (--eval-steps of the training scripts)."""
+"""Score the EMA's samples during training (--eval-steps of the training scripts)."""
 import logging
 
 import numpy as np

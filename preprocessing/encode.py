@@ -146,7 +146,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     if vae and side % vae.factor:
         raise UserError(f"The pictures have {side} pixels a side, no multiple of {vae.factor}, the factor of "
                         f"{model_url}; convert them at another --resolution.")
-    state.wait_for_everyone()  # all have seen what is there
+    state.wait_for_everyone()  # all processes have read the existing files
     if state.is_main_process:
         settings = {"command": "encode", "vae": weights_key(model_url), "batch_size": asked, "hflip": hflip,
                     "pictures": pictures_key(source, source_path, destination.note())}

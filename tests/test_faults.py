@@ -330,7 +330,7 @@ def test_one_of_two_processes_has_a_bug(tiny_data, tmp_path):
 
 
 def bug_of_the_first():
-    """In its third step."""
+    """Rank 0 fails in its third step."""
     update, calls = training.update_ema, itertools.count(1)
 
     def bug(*arguments):

