@@ -5,8 +5,8 @@
 
 "published" restates the released loader: lists of names, Pillow, np.load, a DataLoader that shuffles. It reads the
 image in both phases; "latent only" is the same without the image. Ours is timed in Phase I (image and latent) and Phase
-II (latent). All files are read once, so that they come from memory if they fit; then the loaders take turns, --rounds
-times, and the medians are printed.
+II (latent). All files are read once first, to fill the page cache; then the loaders take turns, --rounds times, and the
+medians are printed.
 """
 import argparse
 import json

@@ -1,7 +1,7 @@
-"""What gpu.sh measures that no other benchmark does, a table each.
+"""GPU measurements for gpu.sh that no other benchmark makes, one table each.
 
     python benchmarks/gpu.py machine            versions and hardware
-    python benchmarks/gpu.py ceilings           a copy in memory and square matrix products
+    python benchmarks/gpu.py ceilings           a memory copy and square matrix products
     python benchmarks/gpu.py attention          fused attention as SiT-XL/2 calls it, by each kernel that PyTorch has
     python benchmarks/gpu.py tiles              the attention loss of SiT-XL/2 by the size of its tiles
     python benchmarks/gpu.py train              images/s of train.py on packed and PNG data, and of step_time.py
@@ -55,7 +55,7 @@ STEPS_A_ROW, PROFILED_STEPS, TOP = 10, 3, 15
 
 
 def call(script, *arguments):
-    """Run a script of the project; returns its stdout. What it printed is shown when it fails."""
+    """Run a script of the project; returns its stdout. Its output is shown if it fails."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
@@ -84,7 +84,7 @@ def show_machine(args):
 
 
 def show_ceilings(args):
-    """TB/s count bytes read and written. Products of random numbers: those of zeros draw less power and are faster."""
+    """TB/s count bytes read and written. Matrices hold random numbers: zeros draw less power and are faster."""
     size, side, rounds = (2 ** 20, 128, 1) if args.dry else (2 ** 31, 8192, 10)
     source = torch.randint(256, (size,), dtype=torch.uint8, device=DEVICE)
     dest = torch.empty_like(source)
@@ -138,7 +138,7 @@ def show_attention(args):
             row = [str(dtype).removeprefix("torch."), name]
             try:
                 with sdpa_kernel(backend) if backend else contextlib.nullcontext(), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of the reasons why not
+                    warnings.simplefilter("ignore")  # why a kernel refuses
                     taken = " ".join(fused_kernels(both))
                     found = alternate({"forward": forward, "both": both}, rounds, DEVICE)
                 rate = 3.5 * forward_flops / statistics.median(found["both"]) / 1e12
@@ -157,7 +157,7 @@ def show_tiles(args):
     q, k, teacher_q, teacher_k = (torch.randn(n, h, t, d, device=DEVICE) for _ in range(4))
     student, teacher = QK(q.requires_grad_(), k.requires_grad_()), QK(teacher_q, teacher_k)
     tune(1, tf32=True)
-    torch._dynamo.config.recompile_limit = 1000  # after 8 shapes of a tile it would go on without compiling
+    torch._dynamo.config.recompile_limit = 1000  # else compiling stops after 8 tile shapes
 
     def whole_maps():
         p = teacher.logits().softmax(dim=-1)
@@ -218,7 +218,7 @@ def show_train(args):
 
 
 def union(spans):
-    """Length of what (begin, end) pairs cover together."""
+    """Total length covered by (begin, end) pairs."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, reached))
@@ -297,7 +297,7 @@ def show_scoring(args):
 
 
 def show_encoding(args):
-    """Whole commands without imports, with a VAE of Stable Diffusion's sizes."""
+    """Whole commands without import time, with a VAE of Stable Diffusion's sizes."""
     from diffusers import AutoencoderKL
 
     from benchmarks.synthetic import make_png

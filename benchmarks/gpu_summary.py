@@ -1,4 +1,4 @@
-"""gpu.sh's raw output as JSON: each section's status, seconds, tables and the end of what it printed.
+"""gpu.sh's raw output as JSON: each section's status, seconds, tables and the end of its output.
 
     python benchmarks/gpu_summary.py RAW JSON
 """
@@ -25,7 +25,7 @@ def tables(lines):
 
 
 def sections(text):
-    """[{name, status, seconds, said, output, tables}] of what gpu.sh wrote; a section that it did not end is "CUT"."""
+    """[{name, status, seconds, said, output, tables}] from gpu.sh's output; an unfinished section is "CUT"."""
     found = []
     for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
         name, _, body = part.partition("\n")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: variants timed in turns, peak memory, and a line about the machine."""
+"""Shared by the benchmarks: time variants in turns, measure peak memory, describe the machine."""
 import datetime
 import os
 import platform
@@ -15,7 +15,7 @@ from runtime.setup import GLIBC_KEEPS, give_back_memory, keep_freed_memory
 
 
 def machine(device="cpu"):
-    """The line that says what was run, where and when."""
+    """One line: what was run, where and when."""
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -28,9 +28,9 @@ def machine(device="cpu"):
 def alternate(variants, rounds, device="cpu", untuned=()):
     """{name: function} -> {name: seconds of a call in each of `rounds` rounds}, after one that does not count.
 
-    They take turns, so that other work of the machine meets all of them: compare within one run. On a GPU a turn is
-    several calls, waited for together as in training. On a CPU those in `untuned` run with the C library's own handling
-    of freed memory, which runtime.setup changes for the others; at each change one more call goes untimed.
+    They take turns, so other load on the machine hits all of them: compare within one run. On a GPU a turn is several
+    calls with one synchronisation, as in training. On a CPU those in `untuned` keep the C library's handling of freed
+    memory, which runtime.setup changes for the others; after each change one more call goes untimed.
     """
     on_gpu = torch.device(device).type == "cuda"
     seconds, calls, is_untuned = {name: [] for name in variants}, 5 if on_gpu else 1, None
@@ -62,14 +62,14 @@ def synchronize(device):
 
 
 def added_memory(work, device="cpu"):
-    """Bytes that `work()` adds at its highest to what is held before it (on a CPU: resident memory, Linux)."""
+    """Peak bytes that `work()` adds to the memory in use before it (on a CPU: resident memory, Linux)."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    give_back_memory()  # what was freed must not pass for what is used
+    give_back_memory()  # freed memory must not count as used
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = status("VmRSS")
     work()

@@ -1,9 +1,9 @@
-"""What samplers, time grids and caches cost and how near they come, on one checkpoint; for sampling.py --pareto.
+"""Cost and accuracy of samplers, time grids and caches on one checkpoint; for sampling.py --pareto.
 
-For each setting: network calls of an image, the part of them that is computed, seconds, the root mean square of its
-latents' distance to a solution of the same noise (ODE: Heun in 500 steps; SDE: itself without a cache) as a part of
-their own, and the FD and KID of its pictures. Written to OUT.md, OUT.png and, as they come, OUT.json, from which the
-same command goes on.
+For each setting: network calls per image, the share of them that is computed, seconds, the RMS distance of its latents
+to a solution from the same noise (ODE: Heun in 500 steps; SDE: itself without a cache) divided by the solution's RMS,
+and the FD and KID of its pictures. Writes OUT.md, OUT.png and, row by row, OUT.json; the same command continues from
+OUT.json.
 """
 import time
 from collections import Counter

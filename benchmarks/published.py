@@ -1,4 +1,4 @@
-"""What the published code does in a step and in a sampler's call, restated to be measured against; not for use.
+"""The published code's training step and sampler call, rewritten as a baseline for benchmarks; not for use.
 
 q k^T is formed in every block of student and teacher, in both phases and when sampling; the projector always runs; the
 maps' softmax is kept for the backward pass; tokens keep the transposed layout of the patch convolution's result; the
@@ -20,7 +20,7 @@ def qkv_heads(attention, x):
 
 
 class PlainAttention(nn.Module):
-    """Attention of torch.hub's DINOv2 where there is no xFormers, as on a CPU; `logits` (N, H, T, T) are kept."""
+    """Attention of torch.hub's DINOv2 without xFormers, as on a CPU; keeps `logits` (N, H, T, T)."""
 
     def __init__(self, attention):
         super().__init__()
@@ -67,7 +67,7 @@ def attention_loss(student, teacher, heads=12):
 def training_step(args, accelerator, model, ema, optimizer, teacher, pairs, batch, draws, y_null, aligned):
     """One step on `batch`; `teacher` taps all its blocks, or has PlainAttention in them.
 
-    Phase II (not `aligned`) does all of it but the two losses.
+    Phase II (not `aligned`) does everything except the two losses.
     """
     with torch.no_grad():
         x = SD_SCALE.latents(batch["moments"], draws["posterior"])

@@ -5,7 +5,7 @@
         --reference data/cifar10/ref-val.npz --weights data/cifar10/efficientnet-lite0.pth --out exps/pareto
 
 All variants run in one process, in turns, each sampling one batch without the VAE. Weights are random. --pareto
-compares samplers, time grids and caches by the pictures of one checkpoint: see pareto.py.
+compares samplers, time grids and caches on one checkpoint: see pareto.py.
 """
 import argparse
 import statistics

@@ -1,13 +1,13 @@
-"""Time, peak memory and model FLOPs of a training step: the published recipe, ours, ours otherwise, and plain SiT.
+"""Time, peak memory and model FLOPs of a training step: the published recipe, variants of ours, and plain SiT.
 
     python benchmarks/step_time.py --model SiT-B/2 --batch-size 8 --mixed-precision no
     python benchmarks/step_time.py --model SiT-XL/2 --batch-size 32 64 --mixed-precision bf16 fp16
 
 All variants run in one process and take turns, `published` without what runtime.setup.tune does to memory. Weights are
 random, data are in memory, noise is drawn ahead of each step as in training. `plain` is SiT without teacher, taps and
-projector: the floor. `bf16-teacher` is ours with --enc-precision bf16. Memory is weights, average, optimizer state and
-teacher, and what the step adds to them at its highest. FLOPs are the products of forward, backward and teacher; on a
-GPU those of ours give the MFU of all variants but plain.
+projector: the floor. `bf16-teacher` is ours with --enc-precision bf16. Memory is weights, average, optimizer state,
+teacher and the step's own peak. FLOPs count the matrix products of forward, backward and teacher; on a GPU the FLOPs of
+`ours` give the MFU of all variants except plain.
 """
 import argparse
 import copy
@@ -41,7 +41,7 @@ from training.trainer import Trainer
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, bf16 and fp16, by the makers' data sheets
 VARIANTS = ("published", "ours", "bf16-teacher", "compiled", "plain")
-CPU_ATTENTION = {  # of which PyTorch's counter knows the GPU's kernels alone
+CPU_ATTENTION = {  # PyTorch's counter knows only the GPU kernels
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
         lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)}
@@ -103,7 +103,7 @@ class Run:
     def model(self, variant):
         """(model, average, optimizer, prepared model, prepared optimizer), made once.
 
-        compiled and plain have a model of their own, published only an optimizer of its own.
+        `compiled` and `plain` have their own model, `published` only its own optimizer.
         """
         key = "ours" if variant == "bf16-teacher" else variant
         if key in self.parts:
@@ -111,13 +111,13 @@ class Run:
         if key == "published":
             model, ema, _, wrapped, _ = self.model("ours")
             optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0)
-            # Not by prepare(): fp16's gradients would be unscaled once for each optimizer of these weights.
+            # Without prepare(): it would unscale fp16's gradients once per optimizer of these weights.
             prepared = wrapped, AcceleratedOptimizer(optimizer, scaler=self.accelerator.scaler)
         else:
             torch.manual_seed(0)
             z_dims = () if key == "plain" else (self.width,)
             model = SiT_models[self.name](input_size=self.side, z_dims=z_dims).to(self.device)
-            with torch.no_grad():  # off the zeros of adaLN, as after some training
+            with torch.no_grad():  # move adaLN off its zeros, as after some training
                 for block in model.blocks:
                     block.adaLN_modulation[1].weight.normal_(std=0.02)
             ema = copy.deepcopy(model).requires_grad_(False)
@@ -140,12 +140,12 @@ class Run:
             loss_fn.compile()
         if variant == "published":
             def work():
-                model.projectors.requires_grad_(True)  # the model is that of ours, whose Phase II freezes them
+                model.projectors.requires_grad_(True)  # shared with `ours`, which freezes them in Phase II
                 published.training_step(self.args, self.accelerator, model, ema, wrapped_optimizer, teacher, self.pairs,
                                         self.batch, self.draws(), self.y_null, aligned)
             return work
 
-        trainer = Trainer.__new__(Trainer)  # with what a step needs, and no run folder
+        trainer = Trainer.__new__(Trainer)  # only what a step needs, no run folder
         vars(trainer).update(args=self.args, accelerator=self.accelerator, y_null=self.y_null, loss_fn=loss_fn,
                              ddp_model=wrapped, teacher=teacher if aligned else None, weights=loss_weights(self.args),
                              latent_scale=SD_SCALE)
@@ -158,7 +158,7 @@ class Run:
         return work
 
     def held(self, variant, phase):
-        """Bytes of weights, average, optimizer state and, where it is there, the teacher."""
+        """Bytes of weights, average, optimizer state and, if loaded, the teacher."""
         model, ema, optimizer, *_ = self.model(variant)
         tensors = [*model.state_dict().values(), *ema.state_dict().values(),
                    *(value for state in optimizer.state.values() for value in state.values())]
@@ -168,7 +168,7 @@ class Run:
 
 
 def flops(work):
-    """FLOPs of the products in one call."""
+    """FLOPs of the matrix products in one call."""
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         work()
     return counter.get_total_flops()
@@ -183,7 +183,7 @@ def measure(options, batch_size, precision):
     for (variant, phase), work in wanted.items():
         gc.collect()
         memory = (added_memory(work, run.device) + run.held(variant, phase)) / 2 ** 30
-        done = flops(run.step("ours" if variant == "compiled" else variant, phase))  # compiled products are not seen
+        done = flops(run.step("ours" if variant == "compiled" else variant, phase))  # compiled products are not counted
         median = statistics.median(seconds[variant, phase])
         base = None if variant == "plain" else seconds.get(("published", phase))
         peak = next((peak for gpu, peak in PEAK_FLOPS.items()

@@ -4,15 +4,15 @@
     python benchmarks/study.py --data emoji                  # about an hour on two cores
     python benchmarks/study.py --data cifar10 --model SiT-S/4 --steps 40000 --jobs 4 --mixed-precision bf16 \\
         --out exps/study-gpu                                 # on a GPU
-    python benchmarks/study.py --data cifar10 --report       # the table and picture of what is there, again
+    python benchmarks/study.py --data cifar10 --report       # table and picture of the existing runs
 
 Runs train.py on the data of examples/. All variants of a seed see the same data, noise and draws in the same order.
-Initial weights are those of the seed, but other ones where there is no projector, whose weights are drawn first:
-vanilla and attention only. A run with a stop shares Phase I with the run without one: it goes on from that run's
+The seed sets the initial weights; vanilla and attention only start from others: they have no projector, whose weights
+are drawn first. A run with a stop shares Phase I with the run without one: it continues that run's
 checkpoint, on a CPU to the same weights bit for bit.
 
-The same command again goes on where the last one ended, at any step. Runs are in --out. A run that has ended leaves one
-small file in --results; copied to another machine, that file stands for the run there.
+Run the same command again to continue from any step. Runs are in --out. A finished run leaves one small file in
+--results; copied to another machine, that file replaces the run there.
 
 Along each run: FD-EffLite0, KID, precision and recall of the EMA's samples, and the EMA's denoising loss on held-out
 images. Written to --results: table.md and curves.png, with the spread over the seeds.
@@ -52,11 +52,11 @@ STUDIES = {
     "emoji": {"preset": "embedded", "folder": "data/emoji", "steps": 640, "scores": 4, "samples": 178,
               "reference": "val/images", "flags": []},
     "cifar10": {"preset": "cifar10", "folder": "data/cifar10", "steps": 8000, "scores": 8, "samples": 2000,
-                "reference": "ref-val.npz", "flags": ["--enc-size", 112]},  # the preset is for minutes, not for scores
+                "reference": "ref-val.npz", "flags": ["--enc-size", 112]},  # the preset is made for speed, not scores
 }
 SAMPLER_STEPS = 25  # Euler, without guidance
 OF_ALL_RUNS = ("data", "model", "steps", "every", "samples", "mixed_precision")
-HELD_OUT, TIMES = 2000, 8  # images of the held-out loss, and times for each: one in each eighth of (0, 1)
+HELD_OUT, TIMES = 2000, 8  # images for the held-out loss; times per image, one in each eighth of (0, 1)
 
 
 def parse_args():
@@ -101,7 +101,7 @@ def check_settings(args):
     path, mine = args.results / "study.json", {name: getattr(args, name) for name in OF_ALL_RUNS}
     if path.is_file():
         found = read_json(path)
-        if args.report:  # what is there, whatever the defaults are
+        if args.report:  # report existing runs, whatever the defaults are
             vars(args).update({name: found[name] for name in OF_ALL_RUNS})
         for name in OF_ALL_RUNS:
             if found[name] != getattr(args, name):
@@ -113,13 +113,13 @@ def check_settings(args):
         write_json(path, mine, indent=1)
 
 
-# ---- what is run ----
+# ---- runs ----
 
 def variants(steps):
-    """{name: (flags of train.py, step up to which the run is that of 'HASTE, no stop')}, in the order of the table."""
+    """{name: (flags of train.py, steps shared with the run 'HASTE, no stop')}, in the order of the table."""
     quarter = steps // 4
     stops = {f"HASTE, stop at {i * quarter}": (["--early-stop-point", i * quarter], i * quarter) for i in (1, 2, 3)}
-    # As the paper's at its part of the run, but half as often and with a sixteenth of the images.
+    # As in the paper relative to the run's length, but compared half as often and on a sixteenth of the images.
     trigger = ["--early-stop-point", steps, "--early-stop-trigger", "gradient", "--trigger-start", steps // 8,
                "--trigger-every", max(1, steps // 20), "--trigger-samples", 128]
     return {"vanilla": (["--enc-type", "none"], 0),
@@ -137,7 +137,7 @@ def result_of(args, seed, variant):
 
 
 def order(args):
-    """[(seed, variant)]: HASTE against vanilla first, then REPA, then what shares HASTE's Phase I, then the rest."""
+    """[(seed, variant)]: HASTE and vanilla first, then REPA, then runs that share HASTE's Phase I, then the rest."""
     names = list(variants(args.steps))
     first = [NO_STOP, "vanilla", "REPA (features only)", *(name for name in names if "stop at" in name)]
     runs = [(seed, name) for group in (first, [name for name in names if name not in first]) for seed in args.seeds
@@ -162,12 +162,12 @@ def command_of(args, seed, variant):
 
 
 def train(args, seed, variant):
-    """One run to its end, from wherever it is; its result is written to --results."""
+    """Start or continue one run to its end; write its result to --results."""
     folder, (_, shared) = args.out / name_of(seed, variant), variants(args.steps)[variant]
     if shared and not any(folder.glob("checkpoints/*.pt")):  # Phase I is there already
         source = args.out / name_of(seed, NO_STOP)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        for part in ("metrics.csv", f"checkpoints/{shared:07d}.pt"):  # rows past the checkpoint are cut off by the run
+        for part in ("metrics.csv", f"checkpoints/{shared:07d}.pt"):  # the run drops rows past the checkpoint
             with open(source / part, "rb") as file, atomic_write(folder / part) as copy:
                 shutil.copyfileobj(file, copy)
     command = command_of(args, seed, variant)
@@ -185,7 +185,7 @@ def train(args, seed, variant):
 def write_result(args, seed, variant):
     """Write the result of a finished run to --results, and delete the checkpoints that no other run starts from."""
     folder, (_, shared) = args.out / name_of(seed, variant), variants(args.steps)[variant]
-    from evaluations.runs import read_table  # here: --help need not wait for timm
+    from evaluations.runs import read_table  # here, so that --help does not load timm
     table = read_table(folder)
     curves = {score: dict(zip(*table[score], strict=True)) for score in SCORES if score in table}
     paths = sorted((folder / "checkpoints").glob("*.pt"))
@@ -245,11 +245,11 @@ def run_all(args):
             raise
 
 
-# ---- what the runs gave ----
+# ---- results ----
 
 @torch.no_grad()
 def held_out_losses(args, paths):
-    """{step: [L_diff of the EMA in each eighth of t]} over HELD_OUT images; the same draws for every checkpoint."""
+    """{step: [L_diff of the EMA in each eighth of t]} over HELD_OUT images; all checkpoints get the same draws."""
     from evaluations.student import open_dataset
     loss_fn, losses = SILoss(attn_pairs=()), {}
     for path in paths:

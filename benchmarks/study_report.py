@@ -1,4 +1,4 @@
-"""What the runs of study.py gave, as text and picture. A result is {"scores": {score: {step: value}}, ...}, `found`
+"""Results of study.py as text and picture. A result is {"scores": {score: {step: value}}, ...}, `found`
 is {variant: {seed: result}}."""
 import statistics
 
@@ -25,7 +25,7 @@ def at(results, score, step):
 
 
 def difference(found, name, base, score, step):
-    """[value of `name` - value of `base`] at `step`, of each seed that both have."""
+    """[value of `name` - value of `base`] at `step`, for each seed that both have."""
     one, other = (at(found.get(who, {}), score, step) for who in (name, base))
     return [one[seed] - other[seed] for seed in one if seed in other]
 

@@ -1,11 +1,11 @@
-"""A data set of made-up entries in ImageNet's layout, in every form that train.py reads, to measure loaders with.
+"""Make a synthetic data set in ImageNet's layout, in every form that train.py reads, for loader benchmarks.
 
     python benchmarks/synthetic.py DEST --n 50000
     python benchmarks/synthetic.py DEST --n 8 --resolution 128 --forms folder
 
-writes DEST/folder (images/ and vae-sd/), DEST/zip (images.zip and vae-sd.zip, stored) and DEST/packed, of the same
+writes DEST/folder (images/ and vae-sd/), DEST/zip (images.zip and vae-sd.zip, stored) and DEST/packed with the same
 entries. Contents repeat after --distinct pictures and latents, names and labels do not. At 256 px a picture is a PNG of
-about 95 kB: smooth colours under grain, which deflate and the decoder find as hard as a photograph.
+about 95 kB: smooth colours under grain, as hard for deflate and the decoder as a photograph.
 """
 import argparse
 import io

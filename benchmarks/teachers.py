@@ -1,11 +1,11 @@
-"""Every teacher of the table, at its real width with its first two blocks: a run of train.py across the early stop.
+"""Run train.py across the early stop with every teacher of the table, at its real width, cut to two blocks.
 
     python benchmarks/teachers.py
     python benchmarks/teachers.py --enc-type dinov3-vit-b16 clip-vit-L,mae-vit-l
 
-Weights are random, data are made up. Each run is two steps of SiT-T/2 with feature and attention alignment, of which
-the first is aligned. The table says how large the process was in these steps, and whether the teacher was freed between
-them. Ends with status 1 where one was not.
+Weights and data are random. Each run makes two steps of SiT-T/2 with feature and attention alignment; only the first is
+aligned. The table shows the process's memory in these steps and whether the teacher was freed between them. Exits with
+status 1 if one was not.
 """
 import gc
 import sys
@@ -34,7 +34,7 @@ FLAGS = ["--model", "SiT-T/2", "--num-classes", "1000", "--resolution", "128", "
 
 
 def shallow_weights(name, folder):
-    """Cut the teacher's row to BLOCKS blocks; a file of random weights for it."""
+    """Cut the teacher's row to BLOCKS blocks; write a file of random weights for it."""
     options = dict(TEACHERS[name].options) | {"depth": BLOCKS}
     row = TEACHERS[name] = TEACHERS[name]._replace(options=tuple(options.items()))
     vit = timm.create_model(row.timm_name.split(".")[0], num_classes=0, **options)

@@ -1,4 +1,4 @@
-"""Files of the COCO layout: which there are, and the captions in words."""
+"""The COCO layout: scan its files and read its captions."""
 import json
 import os
 import re
@@ -7,7 +7,7 @@ from runtime.errors import UserError
 from runtime.files import is_file, read_json, reading
 
 NUMBERED = re.compile(r"(0|[1-9]\d*)(?:_(0|[1-9]\d*))?\.(png|npy)")
-HALF = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which no encoding takes
+HALF = re.compile("[\ud800-\udfff]")  # half of a surrogate pair: it cannot be encoded
 
 
 def scan_numbered(folder):
@@ -20,8 +20,8 @@ def scan_numbered(folder):
             for entry in entries:
                 match = NUMBERED.fullmatch(entry.name)
                 if match and not entry.is_file() and os.path.exists(entry.path):
-                    continue  # a pipe or device, which would block a reader; a link to nothing is found out below
-                if match and match[3] == "npy":  # the size of a picture says nothing
+                    continue  # a pipe or device would block a reader; broken links fail below
+                if match and match[3] == "npy":  # picture sizes tell nothing
                     i, size = int(match[1]), entry.stat().st_size
                     if match[2]:
                         captions.setdefault(i, {})[int(match[2])] = size
@@ -33,7 +33,7 @@ def scan_numbered(folder):
 
 
 def clean(text, where):
-    """A caption with one space between words and no byte-order mark. Raises UserError for what is not text."""
+    """A caption with one space between words and no byte-order mark. Raises UserError if it is not text."""
     if not isinstance(text, str):
         raise UserError(f"{where} is {json.dumps(text)[:40]}, not text; correct it.")
     if HALF.search(text):
@@ -42,7 +42,7 @@ def clean(text, where):
 
 
 def read_texts(path, counts):
-    """{index: [caption, ...]} from captions.json, or None if there is none. `counts`: {index: number of captions}."""
+    """{index: [caption, ...]} from captions.json; None without that file. `counts`: {index: number of captions}."""
     if not is_file(path):
         return None
     try:

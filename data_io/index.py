@@ -1,7 +1,7 @@
 """Index a data set: the number, name, place and label of each file, and a cache of these beside the data.
 
-Entries are known by the number that their names end in. The tables are NumPy arrays, which loader processes share:
-reading one counts no references, so that no page of memory is copied.
+The number at the end of a file name identifies an entry. The tables are NumPy arrays: reading them changes no reference
+counts, so loader processes share their memory without copies.
 """
 import contextlib
 import json
@@ -17,8 +17,8 @@ import numpy as np
 from runtime.errors import UserError
 from runtime.files import ARRAY_ERRORS, atomic_write, check_inside, is_file, read_json, reading
 
-CACHED_FROM = 20_000       # entries; to index fewer takes no time
-SETTLED = 2.0              # seconds: what changed this recently could change again under the same time stamp
+CACHED_FROM = 20_000       # entries; smaller data sets are indexed at once
+SETTLED = 2.0              # seconds: a file changed this recently may change again with the same time stamp
 ZIP_ERRORS = (*ARRAY_ERRORS, struct.error)
 LAST_LABEL = 1 << 62
 NUMBER = re.compile(rb"(?<!\d)(\d{1,18})\.\w+$")  # at the end of a file name; int64 holds 18 digits
@@ -30,7 +30,7 @@ class Index(NamedTuple):
     """All files of one kind, in the order of their numbers. `labels` is None where dataset.json says null."""
     numbers: np.ndarray    # int64 (n,)
     names: np.ndarray      # bytes (n,), relative paths
-    where: np.ndarray      # int64 (n, k), what the form needs to find an entry
+    where: np.ndarray      # int64 (n, k): where the storage form finds an entry
     labelled: np.ndarray   # int64 (m,), the numbers that dataset.json names, ascending
     labels: np.ndarray     # int64 (m,)
 
@@ -45,13 +45,13 @@ def numbers_of(names):
 
 
 def first_twice(values):
-    """The first of `values` that was among them before, or None."""
+    """The first repeated item of `values`, or None."""
     seen = set()
     return next((value for value in values if value in seen or seen.add(value)), None)
 
 
 def encoded(names):
-    """Paths, a list of str -> bytes (n,). Raises ValueError for what can be no path."""
+    """Paths, a list of str -> bytes (n,). Raises ValueError if one cannot be a path."""
     if any("\0" in name for name in names):
         raise ValueError("a name holds a zero byte")
     return np.array([os.fsencode(name) for name in names], "S")
@@ -89,7 +89,7 @@ def sort_by_number(path, names, where):
 
 
 def check_equal_sizes(path, names, sizes, what="latent"):
-    """Raise UserError unless all files have the size of the first: else a shape differs or a file is cut."""
+    """Raise UserError unless all files have the size of the first: other sizes mean other shapes or cut files."""
     sizes = np.asarray(sizes)
     if (odd := np.flatnonzero(sizes != sizes[:1])).size:
         raise UserError(f"{path}/{os.fsdecode(names[odd[0]])} has {sizes[odd[0]]} bytes, the first {what} {sizes[0]}: "
@@ -110,7 +110,7 @@ def check_labels(files, num_classes):
 def walk(folder, suffix, sizes=False):
     """({path of each folder: its stamp}, names of files bytes (n,), where (n, 1) their sizes if asked, else (n, 0)).
 
-    Names are relative and end in `suffix`. Hidden files are ignored, and what is no regular file or a link to one.
+    Names are relative and end in `suffix`. Only regular files and links to them count; hidden files do not.
     """
     stamps, names, where, folders = {}, [np.empty(0, "S1")], [], [os.path.join(os.fsencode(folder), b"")]
     start, suffix = len(folders[0]), suffix.encode()
@@ -123,7 +123,7 @@ def walk(folder, suffix, sizes=False):
                     if entry.is_dir():
                         folders.append(entry.path)
                     elif entry.name.endswith(suffix) and not entry.name.startswith(b"."):
-                        size = entry.stat().st_size if sizes else 0  # of a link to nothing: names it
+                        size = entry.stat().st_size if sizes else 0  # for a broken link the error names it
                         if entry.is_file():
                             found.append(entry.path[start:])
                             where += [size] * sizes
@@ -139,7 +139,7 @@ def scan(folder, suffix):
 
 
 def stamps_of(*paths):
-    """{path: what changes when the file or folder does}, of those that exist."""
+    """{path: stamp that changes with the file or folder}, for existing paths."""
     found = {}
     for path in paths:
         with contextlib.suppress(OSError):
@@ -149,9 +149,9 @@ def stamps_of(*paths):
 
 
 def cached_index(cache, key, make):
-    """The Index from make() -> (stamps, Index); or the one in the file `cache`, as long as all stamps are the same.
+    """The Index in the file `cache` if no stamp has changed, else from make() -> (stamps, Index).
 
-    From CACHED_FROM entries on it is kept there, if the file can be written. `key`: plain values that name the index.
+    An Index of at least CACHED_FROM entries is cached if the file is writable. `key`: plain values that name the index.
     """
     try:
         with np.load(cache, allow_pickle=False) as file:
@@ -160,7 +160,7 @@ def cached_index(cache, key, make):
             if known["key"] == key and [*stamps_of(*paths).values()] == [*known["stamps"].values()]:
                 return Index(*(file.get(name) for name in Index._fields))
     except (*ZIP_ERRORS, KeyError, TypeError, AttributeError):
-        pass  # there is none, or a damaged one
+        pass  # missing or damaged
     started = time.time()
     stamps, index = make()
     changed = max(times[-1] for times in stamps.values()) / 1e9

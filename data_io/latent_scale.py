@@ -1,9 +1,9 @@
-"""Scale and shift between what a VAE gives and what networks see: z = (latent - shift) x scale.
+"""Scale and shift from VAE latents to network inputs: z = (latent - shift) x scale.
 
-{data}/latents.json says by which VAE the latents of a data set were made, and their scale and shift, numbers or lists
-with one for each channel. `dataset_tools.py encode` and `stats` and preprocessing/coco.py write it:
+{data}/latents.json names the VAE that made the latents of a data set, and their scale and shift: numbers, or lists
+with one number per channel. `dataset_tools.py encode` and `stats` and preprocessing/coco.py write it:
     {"vae": "stabilityai/sd-vae-ft-mse", "vae_key": ..., "factor": 8, "channels": 4, "scale": 0.18215, "shift": 0.0}
-Data and checkpoints that say nothing are of Stable Diffusion's scale.
+Data and checkpoints without it have Stable Diffusion's scale.
 """
 import functools
 from pathlib import Path
@@ -37,7 +37,7 @@ class LatentScale(NamedTuple):
         return (mean + std * noise - shift) * scale
 
     def undone(self, latents):
-        """What the VAE decodes: latents (N, C, h, w) -> the same shape."""
+        """Invert scale and shift for the VAE's decoder: latents (N, C, h, w) -> the same shape."""
         shift, scale = (as_factor(values, latents.device, latents.dtype) for values in (self.shift, self.scale))
         return latents / scale + shift
 
@@ -51,19 +51,19 @@ class LatentScale(NamedTuple):
         return "scale {}, shift {}".format(*words)
 
     def check(self, channels, where):
-        """Raise UserError unless this fits latents of so many channels."""
+        """Raise UserError unless this fits latents with `channels` channels."""
         for values in self:
             if isinstance(values, tuple) and len(values) != channels:
                 raise UserError(f"{where} has mean and std of {len(values)} channels, the latents have {channels}; "
                                 "give the numbers of these latents, as `dataset_tools.py stats` computes them.")
 
 
-SD_SCALE = LatentScale(0.18215)  # Stable Diffusion's, to unit variance
-PIXEL_SCALE = LatentScale(2.0)   # of pixels in [-1, 1], whose std is 0.503 in CIFAR-10's training photographs
+SD_SCALE = LatentScale(0.18215)  # Stable Diffusion's; gives unit variance
+PIXEL_SCALE = LatentScale(2.0)   # for pixels in [-1, 1]; their std is 0.503 in CIFAR-10's training photographs
 
 
 def is_scale(value):
-    """Whether `value` is what LatentScale.plain gives, in numbers that float32 has."""
+    """Whether `value` has the form of LatentScale.plain(), with numbers that fit float32."""
     def is_number(x):
         return type(x) in (int, float) and abs(x) < 1e30
 
@@ -81,19 +81,19 @@ def from_plain(value):
 
 
 def scale_of(args):
-    """The LatentScale of a network, by the args of its training, a dict."""
+    """The LatentScale of a network, from its training args (a dict)."""
     if is_scale(args.get("latents")):
         return from_plain(args["latents"])
     return PIXEL_SCALE if args.get("vae") == PIXELS else SD_SCALE
 
 
 def from_statistics(mean, std, multiplier=1.0):
-    """(latent - mean) / std x multiplier, of sequences with a number per channel."""
+    """The LatentScale (latent - mean) / std x multiplier; mean, std: one number per channel."""
     return LatentScale(tuple(multiplier / s for s in std), tuple(mean))
 
 
 def read_statistics(path, multiplier=1.0):
-    """The LatentScale in a file: mean and std per channel in .safetensors, .npz or LightningDiT's .pt; or like NOTE.
+    """The LatentScale in a file: mean and std per channel (.safetensors, .npz, LightningDiT's .pt), or a latents.json.
 
     Raises UserError.
     """
@@ -120,7 +120,7 @@ def read_statistics(path, multiplier=1.0):
 
 
 def checked(note, path):
-    """`note`, read from a NOTE. Raises UserError for one that is not of its form."""
+    """Return `note`, read from a NOTE file. Raises UserError if its form is wrong."""
     kinds = {"vae": str, "vae_key": str, "factor": int, "channels": int}
     if not is_scale(note) or any(type(note[name]) is not kind for name, kind in kinds.items()
                                  if note.get(name) is not None) or not 1 <= (note.get("factor") or 1) <= 2 ** 14:
@@ -136,7 +136,7 @@ def read_note(data_dir):
 
 
 def check_note(data_dir, vae, key):
-    """The note in `data_dir`, or None. Raises UserError where its VAE is not `vae`, of the weights_key `key`."""
+    """The note in `data_dir`, or None. Raises UserError if its VAE is not `vae` with weights_key `key`."""
     old = read_note(data_dir)
     if old and old.get("vae_key") not in (None, key):
         raise UserError(f"{Path(data_dir) / NOTE} says that the latents there are of {old.get('vae')}, not of "
@@ -145,7 +145,7 @@ def check_note(data_dir, vae, key):
 
 
 def write_note(data_dir, vae, key):
-    """Note that the latents in `data_dir` are of `vae`, unless that is noted already; see check_note."""
+    """Write the note that `vae` made the latents in `data_dir`, unless it exists; see check_note."""
     if check_note(data_dir, vae, key):
         return
     write_json(Path(data_dir) / NOTE, {"vae": str(vae.source), "vae_key": key, "factor": vae.factor,

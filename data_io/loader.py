@@ -6,17 +6,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-# Streams of randomness under one seed: data order by epoch, captions, mirroring and cropping by epoch and image, all
-# other draws by step and place. 3 is evaluations/during_training.py's, 5 evaluations/student.py's.
+# Random streams under one seed: data order by epoch; captions, mirroring and cropping by epoch and image; all other
+# draws by step and place. evaluations/during_training.py uses stream 3, evaluations/student.py stream 5.
 ORDER, DRAWS, CAPTION, FLIP, CROP = 0, 1, 2, 4, 6
-NOISE_STREAM = 2  # in checkpoints; those without it had one stream for the whole batch of a step
-AHEAD = 2  # batches in preparation per worker, as DataLoader has it
+NOISE_STREAM = 2  # saved in checkpoints; those without it used one stream for a whole batch
+AHEAD = 2  # batches in preparation per worker, as in DataLoader
 
 
 def work_ahead(work, items, threads, ahead=None):
     """work(item) of each item, in order, by `threads` threads while the caller uses earlier results.
 
-    `ahead`: most results that wait for the caller (default: AHEAD for each thread).
+    `ahead`: most results that wait for the caller (default: AHEAD per thread).
     """
     with ThreadPoolExecutor(threads) as pool:
         coming = deque()
@@ -35,8 +35,8 @@ def pinned(batch, pin):
 def load_batches(dataset, batches, workers, pin, worker_init=None):
     """The `batches` of a LatentDataset, in order and read ahead, in pinned memory if `pin`; the same for any `workers`.
 
-    Images are decoded in processes, which leave the interpreter to the training step. Packed rows are read in threads:
-    reading releases the interpreter, and no batch is copied between processes (two workers, 256 px: 5,000 images/s
+    Processes decode images, so they do not hold the training step's interpreter lock. Threads read packed rows:
+    reading releases the lock, and no batch is copied between processes (two workers, 256 px: 5,000 images/s
     instead of 1,500; latents alone 14,000 instead of 5,000). `worker_init` is DataLoader's worker_init_fn.
     """
     if dataset.decodes:
@@ -53,8 +53,8 @@ class StepBatches(Sampler):
     """Micro-batches of one process for steps `first` .. `last` - 1: a function of (seed, step, place) alone.
 
     Place p of step s is global sample g = s * batch_size + p: entry g % n of epoch g // n, whose permutation is made
-    from (seed, epoch). A batch lists sample ids, epoch * n + position in the data set, so that whatever a data set
-    draws in each epoch is a function of (seed, epoch, position) too. microbatch_slice says which places a process has.
+    from (seed, epoch). A batch lists sample ids, epoch * n + position in the data set, so that a data set's own
+    draws are functions of (seed, epoch, position) too. microbatch_slice says which places a process has.
     """
 
     def __init__(self, n, batch_size, seed, first, last, process=0, processes=1, accumulation=1):

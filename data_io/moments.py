@@ -1,4 +1,4 @@
-"""Checks of latents' moments and of the names of classes, as they are read from files."""
+"""Check latents' moments and class names read from files."""
 import hashlib
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from runtime.files import is_file, read_json
 def check_moments(array, shape, name, is_std=False):
     """Return `array`, moments read from `name`. Raises UserError unless they are finite float32 of `shape`.
 
-    With `is_std` the second half are standard deviations, else log variances.
+    With `is_std` the second half holds standard deviations, else log variances.
     """
     if array.shape != shape or array.dtype != np.float32 or not np.isfinite(array).all():
         raise UserError(f"{name} holds {array.dtype} {array.shape}; expected finite float32 {shape}; make it again.")
@@ -43,7 +43,7 @@ def digest(entries):
 
 
 def check_is_logvar(moments, names):
-    """Raise UserError where no spread in `moments`, some of the data, is below 0: a log variance nearly always is."""
+    """Raise UserError if no spread in `moments`, some of the data, is below 0: log variances nearly always are."""
     if moments and all((array[len(array) // 2:] >= 0).all() for array in moments):
         raise UserError(f"{names[0]} and others hold no negative log variance: they look like mean and std, the "
                         "ImageNet layout; encode the data anew, for text.")
@@ -56,7 +56,7 @@ def read_class_names(folder, labels):
 
 
 def read_names(path, classes, exactly=False):
-    """The names of so many classes, or of more unless `exactly`, from a JSON list. Raises UserError."""
+    """The names of at least `classes` classes (with `exactly`, just as many), from a JSON list. Raises UserError."""
     names = read_json(path, list)
     if not all(isinstance(name, str) for name in names) or len(names) < classes or (exactly and len(names) > classes):
         raise UserError(f"{path} must hold a list of {classes} names, one for each class; make it again, or leave it "

@@ -34,7 +34,7 @@ from runtime.errors import UserError, first_line
 from runtime.files import ARRAY_ERRORS, array_header, check_inside, is_file, parse_array, read_bytes, reading
 
 LARGEST = 1 << 28  # bytes of one picture or latent, unpacked: more is not read
-LARGEST_LISTING = 1 << 31  # and of its dataset.json
+LARGEST_LISTING = 1 << 31  # the same for dataset.json
 NO_LABELS = np.empty(0, np.int64), None
 
 
@@ -49,10 +49,10 @@ class Folder:
         self.path, self.index, self.files = path, index, {}
 
     def __getstate__(self):
-        return {**self.__dict__, "files": {}}  # a loader process that is not forked opens them by itself
+        return {**self.__dict__, "files": {}}  # spawned loader processes open their own
 
     def opened(self, path):
-        """The file, open as long as the data set."""
+        """The file, kept open as long as the data set."""
         if path not in self.files:
             with reading(path):
                 self.files[path] = open(path, "rb", buffering=0)  # noqa: SIM115
@@ -60,7 +60,7 @@ class Folder:
 
     @staticmethod
     def scan(path, suffix, labels):
-        """({path: stamp} of what changes when an entry does, Index)."""
+        """({path: stamp that changes when an entry does}, Index)."""
         known = stamps_of(path / "dataset.json")
         labels = read_labels(path / "dataset.json")[:2] if labels else NO_LABELS
         folders, names, where = walk(path, suffix, sizes=suffix == ".npy")
@@ -82,14 +82,14 @@ class Folder:
         return parse_array(self.read(i), self.name(i)).copy()
 
     def stamps(self):
-        """int64 (n, 2), read anew: sizes of the files in bytes, and what changes when a file is replaced."""
+        """int64 (n, 2), read anew: file size in bytes, and a stamp that changes when a file is replaced."""
         with reading(self.path):
             found = (os.stat(self.name(i)) for i in range(len(self.index.numbers)))
             return np.array([(status.st_size, status.st_mtime_ns) for status in found], np.int64)
 
 
 def read_member(archive, name):
-    """The bytes of `name`, a listing or note in a ZipFile. Raises UserError for one that claims to be huge."""
+    """The bytes of `name`, a listing or note in a ZipFile. Raises UserError if it claims to be huge."""
     size = archive.getinfo(name).file_size
     if size > LARGEST_LISTING:
         raise UserError(f"{archive.filename}/{name} claims {size} bytes, more than any listing has; write the zip "
@@ -98,7 +98,7 @@ def read_member(archive, name):
 
 
 def read_entry(file, offset, packed, method, crc, size, header=200):
-    """The bytes of one entry of the zip `file`, given what the zip's directory says of it.
+    """The bytes of one entry of the zip `file`; the arguments come from the zip's directory.
 
     `header` guesses the length of the entry's own header: 30 bytes, the name, and extra fields of unknown length.
     Raises ZIP_ERRORS. Unpacks no more than `size` bytes.
@@ -119,8 +119,8 @@ def read_entry(file, offset, packed, method, crc, size, header=200):
 class Zip(Folder):
     """One member of a zip per entry.
 
-    Members are read by their place in the archive. zipfile takes twice as long (58 us a latent of 32 KB instead of 25)
-    and keeps a Python object for each, which every loader process would copy.
+    Reads members by their offset in the archive. zipfile takes twice as long (58 us per latent of 32 KB instead of 25)
+    and keeps a Python object per member, which every loader process would copy.
     """
 
     OFFSET, PACKED, METHOD, CRC, SIZE = range(5)  # columns of Index.where
@@ -141,7 +141,7 @@ class Zip(Folder):
         except ZIP_ERRORS as error:
             raise UserError(f"{path} is no readable zip ({first_line(error)}); write it again.") from error
         known_method = np.isin(where[:, Zip.METHOD], (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
-        for k in np.flatnonzero(~known_method | (where[:, -1] & 1 == 1))[:1]:  # a flag says that it is encrypted
+        for k in np.flatnonzero(~known_method | (where[:, -1] & 1 == 1))[:1]:  # flag bit 0: encrypted
             raise UserError(f"{path}/{os.fsdecode(names[k])} is encrypted or packed in another way than stored or "
                             "deflated; write the zip again.")
         for k in np.flatnonzero(where[:, Zip.SIZE] > LARGEST)[:1]:

@@ -1,4 +1,4 @@
-"""Write docs/flags.md, the flags of six scripts as their parsers give them: python docs/make_flags.py"""
+"""Write docs/flags.md, a table of the flags of six scripts: python docs/make_flags.py"""
 import argparse
 import contextlib
 import re
@@ -24,7 +24,7 @@ Made by `python docs/make_flags.py` from the scripts themselves; do not edit. Fl
 
 
 def parser_of(script):
-    """The ArgumentParser of `script`, caught when it is about to parse an empty command line."""
+    """The ArgumentParser of `script`, captured at its call of parse_args."""
     patch = mock.patch.object
     with patch(sys, "argv", [script.__name__]), contextlib.suppress(StopIteration), \
             patch(argparse.ArgumentParser, "parse_args", autospec=True, side_effect=StopIteration) as parse_args:

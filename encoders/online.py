@@ -22,7 +22,7 @@ class EncodedImages(PixelImages):
     """ImageNet's layout without latents: samples are images as (seed, epoch, position) shows them, mirrored at random
     with `hflip`, cut out of larger ones at random with `crop`. encode() gives a batch's moments by `vae`.
 
-    image(i) and moments(i) are of the image as it is, or of its centre.
+    image(i) and moments(i) use the image as it is, or its centre square.
     """
 
     def __init__(self, data_dir, resolution, num_classes, images=True, seed=0, hflip=False, *, vae, crop=False):
@@ -37,7 +37,7 @@ class EncodedImages(PixelImages):
         return {**self.__dict__, "vae": None}  # loader processes do not encode
 
     def source_side(self):
-        """Pixels a side of the images on the disk."""
+        """Side in pixels of the images on disk."""
         if not self.crop:
             return self.resolution
         if isinstance(self.pictures, Packed):
@@ -82,7 +82,7 @@ class EncodedImages(PixelImages):
 
 
 def class_layout(args, device="cpu"):
-    """The data set that `args`, a dict, of a training ask for: a function of what LatentImages takes.
+    """The data set class for the training `args` (a dict): a function with the arguments of LatentImages.
 
     With encode_online, sets args["latents"] to the scale of the VAE where it is None.
     """

@@ -19,15 +19,15 @@ from runtime.files import ARRAY_ERRORS, atomic_write, is_file, load_array, locke
 from runtime.setup import to_device
 
 logger = logging.getLogger("haste")
-FLUSH_SECONDS = 60  # what a kill costs at most
+FLUSH_SECONDS = 60  # a kill loses at most this much work
 
 
 class CachedTeacher:
     """The teacher's outputs for a whole data set, float16, memory-mapped: dataset positions (N,) -> Alignment.
 
-    All processes compute them together, once, into `folder`/{key}; the key is made of the teacher's weights and
-    precision, of the data's fingerprint and of its image_stamps(). Each output is a file of its own, so that a run with
-    fewer outputs computes nothing. A run waits while another one computes the same.
+    All processes compute them together, once, into `folder`/{key}; the key depends on the teacher's weights and
+    precision and on the data's fingerprint and image_stamps(). Each output has its own file, so a run that needs fewer
+    outputs computes nothing. A run waits while another run computes the same outputs.
     """
 
     sees_images = False
@@ -40,7 +40,7 @@ class CachedTeacher:
         self.folder = Path(folder) / key
         if self._missing(names):
             with writing(self.folder), locked(self.folder.with_suffix(".lock"), accelerator.is_main_process):
-                if missing := self._missing(names):  # else another run has just made them
+                if missing := self._missing(names):  # else another run has just finished
                     self._build(missing, teacher, dataset, accelerator, batch_size)
         try:
             self.arrays = self._open(names, "r")
@@ -54,15 +54,15 @@ class CachedTeacher:
         return {name: np.load(self.folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False) for name in names}
 
     def _missing(self, names):
-        """Those of `names` that are not complete; the same on all processes."""
+        """The `names` whose outputs are incomplete; the same on all processes."""
         return broadcast_object_list([[name for name in names if not is_file(self.folder / f"{name}.complete")]])[0]
 
     def _build(self, names, teacher, dataset, accelerator, batch_size):
-        """Compute the batches that are not done: a stopped build goes on. The record has a byte for each batch.
+        """Compute the missing batches, also after a stop. The record has one byte per batch.
 
         Batch b holds the same images for any number of processes.
         """
-        teacher.cast(accelerator.mixed_precision)  # not before: the key is made of the weights
+        teacher.cast(accelerator.mixed_precision)  # only now: the key depends on the weights
         record, count = self.folder / f"{'-'.join(names)}.done.npy", math.ceil(len(dataset) / batch_size)
         if accelerator.is_main_process and not (is_file(record) and load_array(record).shape == (count,)):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ class CachedTeacher:
             for name in names:
                 path = self.folder / f"{name}.npy"
                 np.lib.format.open_memmap(path, "w+", np.float16, (len(dataset), *first[name].shape[1:]))
-                with open(path, "r+b") as file:  # finds a full disk now; later, a write to the mapped file would crash
+                with open(path, "r+b") as file:  # find a full disk now: a later write to the mapped file would crash
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             with atomic_write(record) as file:
                 np.save(file, np.zeros(count, np.uint8))

@@ -1,4 +1,4 @@
-"""Load teachers' state dicts as users have them: rename them to what timm's own filters take."""
+"""Load teacher weights from common sources: rename their keys for timm's own filters."""
 import timm
 import torch
 from timm.models.eva import checkpoint_filter_fn as eva_filter
@@ -8,7 +8,7 @@ from runtime.errors import first_line
 
 
 def patches_of(state):
-    """(width, pixels a side) of the patches that a state dict, or one in it, embeds; None where it embeds none."""
+    """(width, pixels a side) of the patch embedding in a state dict or one nested in it; None without one."""
     if isinstance(state, dict):
         for part in (state, *(value for value in state.values() if isinstance(value, dict))):
             for value in part.values():
@@ -18,7 +18,7 @@ def patches_of(state):
 
 
 def moco_names(state):
-    """MoCo v3's file under timm's names: without its prefix, and with the layers that the file of L misnames."""
+    """MoCo v3's file under timm's names: drop its prefix, rename the layers that the file of L misnames."""
     state = {name.removeprefix("module.base_encoder."): value for name, value in state["state_dict"].items()
              if name.startswith("module.base_encoder.") and ".head" not in name}
     wrong = {"blocks.13.norm13": "blocks.13.norm1", "blocks.13.mlp.fc13": "blocks.13.mlp.fc1",
@@ -48,7 +48,7 @@ def transformers_names(state):
 
 
 def fit_names(state):
-    """A state dict as users have it, as timm's own filters take it."""
+    """Rename the keys of a state dict for timm's own filters."""
     if not isinstance(state, dict):
         return state
     if any(name.startswith("module.base_encoder.") for name in state.get("state_dict", ())):
@@ -59,7 +59,7 @@ def fit_names(state):
 
 
 def load_state(vit, state):
-    """Load a state dict as users have it into timm's `vit`. Raises ValueError where names, shapes or patches differ.
+    """Load a state dict into timm's `vit`. Raises ValueError if names, shapes or patch sizes differ.
 
     On the device "meta" nothing is loaded.
     """

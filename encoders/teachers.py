@@ -21,21 +21,21 @@ from runtime.setup import AUTOCAST, cast_weights
 
 
 class TeacherRow(NamedTuple):
-    """What is known of a teacher before its weights are loaded."""
+    """Properties of a teacher that are known before its weights are loaded."""
 
     timm_name: str
-    width: int  # of its tokens
+    width: int  # of the tokens
     patch: int  # pixels
     mean: tuple = IMAGENET_DEFAULT_MEAN  # of the normalised image, per channel
     std: tuple = IMAGENET_DEFAULT_STD
-    prefix_tokens: int = 1  # class and register tokens, which are cut off
+    prefix_tokens: int = 1  # class and register tokens; cut off
     interpolation: str = "bicubic"  # resizes the image; a mode of F.interpolate
     antialias: bool = False
     final_norm: bool = True  # whether features are those after the last norm
-    source: str = "timm's hub, or a torch.hub or timm file"  # of the weights
+    source: str = "timm's hub, or a torch.hub or timm file"  # where the weights come from
     licence: str = "Apache 2.0"
     options: tuple = ()  # (name, value) of timm.create_model
-    positions: str = "timm"  # how positions come to another grid; "plain": see set_input_size
+    positions: str = "timm"  # how positions are resampled; "plain": see set_input_size
 
 
 def dinov2(size, width, registers=False):
@@ -57,7 +57,7 @@ def dinov3(size, width):
 def siglip2(size, width):
     half = (0.5, 0.5, 0.5)
     return TeacherRow(f"vit_{size}_patch16_siglip_256.v2_webli", width, patch=16, mean=half, std=half, prefix_tokens=0,
-                      options=(("act_layer", "gelu_tanh"),))  # timm has the exact GELU for b and l; 1e-3 apart
+                      options=(("act_layer", "gelu_tanh"),))  # timm uses the exact GELU for b and l; 1e-3 off
 
 
 def perception(name, width, patch):
@@ -95,8 +95,8 @@ TEACHERS = {
 }
 ALIASES = {"dino-vit-b": "dinov1-vit-b", "clip-vit-l": "clip-vit-L", "clip-vit-b": "clip-vit-B"}
 DINOV2 = TEACHERS["dinov2-vit-b"]
-TIMM = "timm:"  # begins the name of any other ViT of timm
-# Where REPA's users keep weights that no hub has, from the folder in which they train.
+TIMM = "timm:"  # prefix for any other ViT of timm
+# Where REPA's users keep weights that no hub has, relative to the folder they train in.
 PLACES = {f"mocov3-vit-{size}": f"ckpts/mocov3_vit{size}.pth" for size in "sbl"} | {
     "mae-vit-l": "ckpts/mae_vitl.pth", "jepa-vit-h": "ckpts/ijepa_vith.pth", "dinov1-vit-b": "ckpts/dinov1_vitb.pth"}
 
@@ -139,7 +139,7 @@ def split_teachers(enc_type, weights=None):
 
 
 def find_weights(enc_type, weights):
-    """The file `weights`, or that in REPA's place; None: from the hub. Raises UserError where no hub has them."""
+    """The file `weights` or REPA's default file; None: from the hub. Raises UserError if no hub has them."""
     place = PLACES.get(ALIASES.get(enc_type, enc_type), "")
     if weights is not None or is_file(place):
         return weights or place
@@ -152,9 +152,9 @@ def has_shapes_of(enc_type, state):
     """Whether this state dict could be that of a teacher."""
     row = teacher_row(enc_type)
     if patches_of(state) != (row.width, row.patch):
-        return False  # without building each model of the table
+        return False  # avoids building every model of the table
     try:
-        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # that copying to meta does nothing
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # "copying to meta does nothing"
             load_state(timm.create_model(row.timm_name, num_classes=0, **dict(row.options)), state)
     except ValueError:
         return False
@@ -164,8 +164,8 @@ def has_shapes_of(enc_type, state):
 def load_vit(enc_type, weights=None):
     """timm's frozen ViT called `enc_type`, as teacher_row takes it, with weights from the hub or the file `weights`.
 
-    A file holds the state dict of timm, torch.hub, transformers' DINOv2, or of the authors, or is OpenAI's archive of
-    CLIP. Its row is the attribute `row`. Raises UserError for weights of another model.
+    A file holds a state dict from timm, torch.hub, transformers' DINOv2 or the authors, or is OpenAI's CLIP archive.
+    The attribute `row` is the TeacherRow. Raises UserError for weights of another model.
     """
     row, weights = teacher_row(enc_type), find_weights(enc_type, weights)
     try:
@@ -193,7 +193,7 @@ def load_vit(enc_type, weights=None):
 def set_input_size(vit, size, positions="timm"):
     """Set timm's `vit` to images of `size` pixels a side.
 
-    timm resamples the position table bicubically with antialiasing, and may scale rotations to the grid of training.
+    timm resamples the position table bicubically with antialiasing, and may scale rotations to the training grid.
     With `positions` "plain", as in Perception Encoder's own code, the table is resampled bilinearly without
     antialiasing and rotations count patches.
     """
@@ -215,7 +215,7 @@ class Teacher:
     resample the student's side; with `resample` "teacher" the outputs are resampled to `grid` here.
     `attn_blocks` (0-based): blocks whose q and k are returned. `num_blocks` keeps only the first blocks; features are
     the final norm of the last one kept. Without `features` no block after the last tapped one runs. `precision`: "no"
-    (float32), "fp16", "bf16", or None for that of the autocast around it.
+    (float32), "fp16", "bf16", or None for the precision of the surrounding autocast.
     """
 
     sees_images = True
@@ -252,7 +252,7 @@ class Teacher:
         compile_blocks(self.vit.blocks)
 
     def cast(self, around):
-        """Cast the weights once, not in each call; `around` is the precision of the autocast around the calls."""
+        """Cast the weights once, not in each call; `around` is the precision of the surrounding autocast."""
         cast_weights(self.vit, self.precision or around)
 
     def autocast(self, device_type):
@@ -280,7 +280,7 @@ class Teacher:
         return f"{weights_digest(self.vit)} {self.input_size} {self.num_blocks} {self.grid} {images}"
 
     def outputs(self, alignment):
-        """{name: (N, ...)} of this teacher's Alignment: the features, and for each block q and k stacked."""
+        """This teacher's Alignment as {name: (N, ...)}: the features, and q and k stacked for each block."""
         flat = {f"features{i}": value for i, value in enumerate(alignment.features)}
         return flat | {f"block{block}": torch.stack([qk.q, qk.k], dim=1) for block, qk in alignment.attention.items()}
 
@@ -290,15 +290,15 @@ class Teacher:
 
 
 def load_teachers(enc_type, weights, grid, attn_blocks=(), attn_teacher=1, **options):
-    """Teachers of these comma lists; attention is that of number `attn_teacher`. `options`: of every Teacher."""
+    """Teachers for these comma lists; number `attn_teacher` gives the attention. `options` go to every Teacher."""
     return Teachers([Teacher(load_vit(name, file), grid, attn_blocks if i == attn_teacher else (), **options)
                      for i, (name, file) in enumerate(split_teachers(enc_type, weights), 1)])
 
 
 class Teachers:
-    """Several teachers as one: images uint8 (N, 3, R, R) -> an Alignment with the outputs of all.
+    """Several teachers as one: images uint8 (N, 3, R, R) -> an Alignment with all outputs.
 
-    `parts` are Teachers, or CachedTeachers, which take positions instead of images, or none at all.
+    `parts` are Teachers, or CachedTeachers (which take positions instead of images); may be empty.
     """
 
     def __init__(self, parts):

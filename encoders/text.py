@@ -10,7 +10,7 @@ CLIP = "openai/clip-vit-large-patch14"  # the encoder of the published text-to-i
 
 def quiet_transformers():
     """transformers, without progress bars and without its report of unused weights (CLIP's image tower)."""
-    import transformers  # takes seconds, and only captions need it
+    import transformers  # takes seconds; only captions need it
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
@@ -34,7 +34,7 @@ class TextEncoder:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             model, info = kind.from_pretrained(source, trust_remote_code=False, use_safetensors=True,
                                                output_loading_info=True)
-        # transformers only warns of these, and draws random weights for them
+        # transformers would only warn and draw random weights
         missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
         if missing:
             raise UserError(f"The weights in {source} are not those of its config.json ({missing[0]} is missing); get "

@@ -1,4 +1,4 @@
-"""The frozen VAE between images and latents, and the identity for networks of pixels."""
+"""The frozen VAE between images and latents, and its stand-in for networks that train on pixels."""
 import contextlib
 import logging
 
@@ -17,7 +17,7 @@ logger = logging.getLogger("haste")
 
 @contextlib.contextmanager
 def loading(what, source, remedy):
-    """Turn whatever a library raises while it loads `source`, a folder or hub name, into UserError."""
+    """Turn any library error while loading `source` (a folder or hub name) into UserError."""
     is_here = is_folder(source)
     try:
         yield
@@ -62,7 +62,7 @@ def scale_in(config):
     """The LatentScale in a VAE's config, by diffusers' formula: (latent - shift_factor) x scaling_factor or, where the
     config has a mean and std of each channel, (latent - mean) / std x scaling_factor.
 
-    AutoencoderKL puts its default factor, Stable Diffusion's, into configs with mean and std that need none.
+    AutoencoderKL writes its default factor (Stable Diffusion's) even into configs with mean and std, which need none.
     """
     factor = config.get("scaling_factor") or 1.0
     if config.get("latents_mean") and config.get("latents_std"):
@@ -75,12 +75,12 @@ class VAE:
     """Images <-> moments <-> latents.
 
     `source` is a folder in diffusers' format or a hub name such as stabilityai/sd-vae-ft-mse: an AutoencoderKL, or an
-    AutoencoderDC, whose latents have no spread. `latent_scale` is that of the latents, by default that of the config.
-    Raises UserError when it cannot be loaded.
+    AutoencoderDC, whose latents have no spread. `latent_scale` overrides the scale in the config. Raises
+    UserError if the VAE cannot be loaded.
     """
 
     def __init__(self, source, device="cpu", latent_scale=None):
-        from diffusers import AutoencoderDC, AutoencoderKL  # takes seconds, and only previews and sampling need it
+        from diffusers import AutoencoderDC, AutoencoderKL  # takes seconds; only previews and sampling need it
         with loading("The VAE", source, "a folder in diffusers' format"):
             self.has_spread = AutoencoderKL.load_config(source).get("_class_name") != "AutoencoderDC"
             vae = (AutoencoderKL.from_pretrained(source, use_safetensors=True) if self.has_spread
@@ -116,7 +116,7 @@ class VAE:
 
         The ImageNet layout stores the "std", the text-to-image layout the "logvar", clamped to [-30, 20].
         """
-        x = to_device(images, self.device).float() / 127.5 - 1  # on the device: a quarter of the bytes to send
+        x = to_device(images, self.device).float() / 127.5 - 1  # on the device: uint8 sends a quarter of the bytes
         if not self.has_spread:
             mean = self.vae.encode(x).latent
             return torch.cat([mean, torch.full_like(mean, 0.0 if spread == "std" else -30.0)], dim=1)

@@ -5,9 +5,9 @@
 prints FD-EffLite0 and KID-EffLite0 of the samples and of other sets of as many images, against held-out and against
 training images, and writes the same numbers to SAMPLES-scores.json:
     held-out, training through the VAE   encoded and decoded: the cost of the VAE alone. These training images are not
-                                         in the reference; the held-out ones are, which flatters that cell
+                                         in the reference; the held-out ones are, so that cell looks too good
     noise                                latents from N(0, 1), decoded: a model that has learned nothing
-A Fréchet distance of few images is biased upwards, equally for sets of one n: compare within one table. Balanced labels
+A Fréchet distance of few images is biased upwards, equally at equal n: compare within one table only. Balanced labels
 cost the samples a little, because the classes of the data are not balanced.
 """
 import sys

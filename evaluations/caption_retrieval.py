@@ -7,7 +7,7 @@
 DATA/val is a split in the text-to-image layout, SAMPLES a folder or npz of generate_t2i.py: image i is of caption i.
 Retrieval: share of generated images whose nearest picture of the split (top-1), or one of whose 5 nearest (top-5), is
 the one that the caption belongs to, by the cosine of features about their mean. Chance is 1 and 5 divided by the number
-of pictures. The captions shuffled among the images 100 times show what chance does with these samples. --vae also
+of pictures. Shuffling the captions 100 times measures the chance level of these samples. --vae also
 scores the split's own pictures, encoded and decoded by the VAE: no model that uses the VAE does much better.
 CLIP score: mean of 100 max(cos(image, caption), 0); it alone needs the words in captions.json. Runs on several
 processes under torchrun.

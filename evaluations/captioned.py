@@ -27,7 +27,7 @@ def read_pictures(folder):
 
 
 def read_samples(source, split):
-    """(generated images, numbers of their captions): by a folder's file names; an npz has the first of the split."""
+    """(generated images, their caption numbers): a folder's file names, or the first of the split for an npz."""
     if is_folder(source):
         return read_pictures(source)
     images, numbers = open_images(source), sorted(set().union(*scan_numbered(split)))

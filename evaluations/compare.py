@@ -6,8 +6,8 @@
 
 Runs whose settings differ in the seed alone are one row: mean (lowest to highest). Several --cfg or --steps make
 curves. In --out: table.md, table.tex (for booktabs), scores.pdf (--format svg or png), samples.png with the first
-images of each run, from the same noise. Samples and their scores lie in --sample-dir and are used again: the same
-command goes on.
+images of each run, from the same noise. Samples and scores are kept in --sample-dir and reused: run the same command
+to continue.
 """
 import functools
 import logging
@@ -27,7 +27,7 @@ from sampling.config import add_sampler_flags
 
 FORMATS = ("pdf", "svg", "png")
 SWEPT = {"cfg": "guidance", "steps": "steps"}  # what may have several values, and its column
-UP = ("Inception Score", "Precision", "Recall")  # of the others less is better
+UP = ("Inception Score", "Precision", "Recall")  # lower is better for all others
 SHOWN = 8  # images of a run in samples.png
 HANDED_ON = ("num_fid_samples", "weights", "sample_dir", "global_seed", "per_proc_batch_size", "mixed_precision")
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +67,7 @@ def parse_args():
 
 
 def common_step(runs, step):
-    """`step`, or the newest step of which all runs have a checkpoint. Raises UserError."""
+    """`step`, or the newest step at which every run has a checkpoint. Raises UserError."""
     from models.checkpoint import saved_steps
     found = {run: sorted(saved_steps(run / "checkpoints")) for run in runs}
     common = set.intersection(*map(set, found.values()))
@@ -80,7 +80,7 @@ def common_step(runs, step):
 
 
 def called(runs):
-    """A name for each run: its folder's, with the folder above where two are alike."""
+    """Name each run by its folder; add the parent folder where two names are equal."""
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = ["-".join(run.resolve().parts[-2:]) for run in runs]
@@ -90,7 +90,7 @@ def called(runs):
 
 
 def named(names, runs):
-    """{name: places in `runs`} of names that were typed, one for each run."""
+    """{name: indices in `runs`}; `names` (from --names) has one entry per run."""
     if len(names) != len(runs):
         raise UserError(f"--names gives {len(names)} names to {len(runs)} runs; give one for each.")
     return {name: [i for i, other in enumerate(names) if other == name] for name in names}
@@ -112,7 +112,7 @@ def sampled(args, run, name, settings, step, cfg, steps):
 
 
 def make_samples(folder, flags, processes):
-    """Call generate.py. It makes the missing images and refuses those of other settings."""
+    """Call generate.py. It makes the missing images and refuses a folder made with other settings."""
     script = ROOT / ("generate.py" if "labels" in flags else "generate_t2i.py")
     words = [as_flag(name, value) for name, value in flags.items()]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
@@ -128,7 +128,7 @@ def run_generate(command):
 
 
 def as_flag(name, value):
-    """A word of the command line."""
+    """One command-line argument."""
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
@@ -185,7 +185,7 @@ def tabled(points, scores, swept):
 def draw(path, points, scores, swept):
     """One panel per score: a curve per label over the swept setting, or without one a point per label.
 
-    If both settings are swept, there is a row of panels for each number of steps. Panels of a score share their axes.
+    If both settings are swept, each number of steps has a row of panels. Panels of one score share their axes.
     """
     import matplotlib
     matplotlib.use("Agg")
@@ -257,7 +257,7 @@ def main():
                 for i in places:
                     folder, flags = sampled(args, args.runs[i], names[i], settings[i], step, cfg, steps)
                     if not is_there(folder, flags):
-                        open_once()  # first: a reference or weights that do not serve would be seen after hours
+                        open_once()  # first: else unusable weights or references fail after hours
                         make_samples(folder, flags, args.processes)
                     found.append(scores_of(folder, args, metrics, open_once))
                     folders.setdefault(names[i], folder)

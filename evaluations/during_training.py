@@ -1,4 +1,4 @@
-"""Scores of the EMA's samples while a run goes on (--eval-steps of the training scripts)."""
+"""Score the EMA's samples during training (--eval-steps of the training scripts)."""
 import logging
 
 import numpy as np
@@ -13,7 +13,7 @@ from runtime.errors import UserError
 from samplers import guided
 from sampling.cache import sample_latents
 
-CONDITIONS = 3  # a random stream of its own, beside those of loader.py
+CONDITIONS = 3  # random stream; loader.py lists all streams
 
 logger = logging.getLogger("haste")
 
@@ -22,9 +22,9 @@ class Evaluation:
     """`evaluation(ema)` -> {name: score} of args.eval_samples images against args.eval_ref, on the main process.
 
     Samples take args.eval_num_steps Euler steps without guidance: scores compare between steps and runs, not with
-    papers. Every process calls it and makes its part of the images. (args.seed, i) decides the noise of image i and the
-    training entry whose condition it has, at every step and for any number of processes; no other random stream is
-    used. The reference's features are extracted once. Raises UserError if samples and reference do not compare.
+    papers. Every process calls it and makes its part of the images. (args.seed, i) alone sets the noise of image i and
+    the training entry that gives its condition, at every step and for any number of processes; no other random stream
+    is used. The reference's features are extracted once. Raises UserError if samples and reference do not compare.
     """
 
     def __init__(self, args, accelerator, dataset, vae, y_null, latent_shape):

@@ -38,7 +38,7 @@ def chosen_metrics(args):
 
 
 def open_scorer(args, metrics):
-    """A function of a source of images that gives evaluate's result. The reference is read once."""
+    """A function: image source -> the result of `evaluate`. The reference is read once."""
     import torch
 
     from evaluations.extract import join_processes
@@ -90,7 +90,7 @@ def add_network_arguments(parser):
 
 
 def add_score_arguments(parser):
-    """The flags that choose the scores, too."""
+    """The flags of add_network_arguments and those that choose the scores."""
     add_network_arguments(parser)
     parser.add_argument("--metrics", help=f"comma-separated, of {','.join(METRICS)}; default is,fid,sfid,pr, fid with "
                         "--preset pytorch-fid, fid,kid for other features")
@@ -107,14 +107,14 @@ def extractor_from(args, device):
 
 
 def given_paths(args, *but):
-    """Arguments that may be paths which the script reads: all strings and paths but those of the names `but`."""
+    """Arguments that may be input paths: all strings and paths except those named in `but`."""
     return [value for name, value in vars(args).items() if name not in but and isinstance(value, (str, Path))]
 
 
 def run(evaluate, lines, args, *inputs):
     """Write the result of `evaluate(args)` to args.json, then print its `lines`; logs go to stderr.
 
-    `inputs`: files that are read beside those that the arguments name.
+    `inputs`: further input files, which no argument names.
     """
     from runtime.files import prepare_output, write_json
     from runtime.setup import end_processes

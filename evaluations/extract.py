@@ -1,4 +1,4 @@
-"""Feature extraction over one or more processes: each brings its part of the images, process 0 gets the whole set.
+"""Extract features on one or more processes: each handles a part of the images, process 0 gets all features.
 
 Means and covariances are summed batch by batch, so memory does not grow with the number of images. Pool features are
 kept only if a score needs them. Without torch.distributed there is one process.
@@ -18,10 +18,10 @@ from runtime.setup import PROCESS_GROUP_TIMEOUT, keep_freed_memory
 
 @dataclass
 class FeatureSet:
-    """The features of one set of images, as far as they are known (else None); tensors are on the CPU."""
+    """Features of one set of images, None where unknown; tensors are on the CPU."""
     name: str
     features: str                        # key of FEATURES
-    preset: str | None                   # None: a published statistics file, which does not say
+    preset: str | None                   # None: a published statistics file does not name one
     n: int | None = None                 # number of images
     pool: torch.Tensor | None = None     # (n, D) float32, in file order
     mu: torch.Tensor | None = None       # (D,) float64
@@ -29,7 +29,7 @@ class FeatureSet:
     mu_s: torch.Tensor | None = None     # (2023,) float64, the spatial features of sFID
     sigma_s: torch.Tensor | None = None
     classifier: torch.Tensor | None = None      # (1008, 2048) float32, for the Inception Score
-    made_of: str | None = None           # name and sha256 of the images, of a statistics file
+    made_of: str | None = None           # name and sha256 of the images, in a statistics file
 
 
 def extract(batches, n, extractor, name="samples", keep=True):
@@ -93,7 +93,7 @@ def join_processes(device=None):
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for, but PyTorch sees no GPU; use --device cpu.")
     if device.type == "cpu":
-        keep_freed_memory()  # else each batch waits for it to come back
+        keep_freed_memory()  # else each batch waits to get it back
     if "WORLD_SIZE" in os.environ:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -15,7 +15,7 @@ from runtime.files import load_tensors, sha256_of
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
-INCEPTION_SHA256 = "6726825d0af5f729"  # its first digits; torch.hub checks those in the file name
+INCEPTION_SHA256 = "6726825d0af5f729"  # first digits; torch.hub checks those in the file name
 DINOV2_ARCH = "vit_large_patch14_dinov2"
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 DINOV2_SIDE = 16      # tokens a side at 224 pixels; the published position table has 37
@@ -64,7 +64,7 @@ class Extractor:
 def full_float32(device):
     """Switch off tf32 and autocast inside, whatever a training loop has set.
 
-    By the flag that runtime.setup.tune sets: set_float32_matmul_precision would switch it on for CPUs, too, and leave
+    Uses the flag of runtime.setup.tune: set_float32_matmul_precision would switch tf32 on for CPUs, too, and leave
     flags that PyTorch refuses to read.
     """
     before = torch.backends.cuda.matmul.allow_tf32
@@ -144,14 +144,14 @@ def load_extractor(features="inception", weights=None, device="cpu", preset="adm
 def build(features):
     if features == "inception":
         return Inception()
-    import timm  # takes seconds, which Inception need not wait for
+    import timm  # takes seconds; Inception does not need it
     if features == "dinov2-vit-l":
         return timm.create_model(DINOV2_ARCH, img_size=14 * DINOV2_SIDE, num_classes=0)
     return timm.create_model("tf_efficientnet_lite0")
 
 
 def read_weights(path, url, sha256):
-    """State dict of the file `path`, or of `url` if `path` is None; `sha256`: the beginning of its hash, or None."""
+    """State dict of the file `path`, or of `url` if `path` is None; `sha256`: the start of its hash, or None."""
     if path is None:
         try:
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True,

@@ -64,7 +64,7 @@ class NpzImages:
 
     @contextmanager
     def member(self):
-        """(file, its bytes) of `arr_0`. Raises UserError for damage, met while reading too."""
+        """(file, its bytes) of `arr_0`. Raises UserError for damage, also while the caller reads."""
         try:
             with zipfile.ZipFile(self.name) as archive, archive.open("arr_0.npy") as file:
                 yield file, archive.getinfo("arr_0.npy").file_size
@@ -89,7 +89,7 @@ class FolderImages:
         self.name = str(path)
         with reading(path):
             self.files = files or sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in SUFFIXES
-                                         and (file.is_file() or not file.exists()))  # no pipes; links to nothing: named
+                                         and (file.is_file() or not file.exists()))  # no pipes; broken links fail later
         if not self.files:
             raise UserError(f"{path} holds no {', '.join(SUFFIXES)} file; give a folder of images or an npz.")
         self.n, self.size = len(self.files), decode(self.files[0]).shape[:2]
@@ -138,8 +138,8 @@ def open_images(source, required=True):
 
 
 def npz_keys(path):
-    """Names of the arrays in an npz file, read from its directory only."""
-    if not is_file(path):  # of a device zipfile would look for the end
+    """Names of the arrays in an npz file; reads its directory only."""
+    if not is_file(path):  # zipfile would seek the end of a device
         what = "is no regular file" if os.path.exists(path) else "does not exist"
         raise UserError(f"{path} {what}; give an npz file or a folder of images.")
     try:

@@ -5,8 +5,8 @@
 
 Features are the image tokens after a block (1-based, as in --encoder-depth), averaged over the tokens; the teacher's
 are its averaged patch tokens after the final norm. The network (EMA) sees latents noised to time t, without class or
-text, which would give the label away. Data, teacher and resolution are the checkpoint's unless given; a run without a
-teacher needs --enc-type and --enc-weights. Without --val-data the seed chooses a fifth of the images as held-out.
+text, which would reveal the label. Data, teacher and resolution default to the checkpoint's; a run without a teacher
+needs --enc-type and --enc-weights. Without --val-data the seed picks a fifth of the images as held-out.
 
 Probe: accuracy on held-out images of the multinomial logistic regression that minimises mean cross-entropy
 + l2 / 2 |W|^2 over the training images, on standardised features. The problem is convex: it is solved without a seed.
@@ -41,7 +41,7 @@ def evaluate(args):
     blocks = args.blocks or list(range(1, depth + 1))
     if max(blocks) > depth:
         raise UserError(f"--blocks names {max(blocks)}, the network has blocks 1 to {depth}; choose among these.")
-    if args.enc_type not in (None, trained.get("enc_type")):  # the run's weights are another teacher's
+    if args.enc_type not in (None, trained.get("enc_type")):  # the run's weights are for another teacher
         trained |= {"enc_weights": None, "enc_blocks": None, "attn_teacher": None}
     given = {name: getattr(args, name) for name in ("enc_type", "enc_weights", "enc_blocks", "resolution")}
     trained |= {name: value for name, value in given.items() if value is not None}

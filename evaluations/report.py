@@ -2,9 +2,9 @@
 
     python evaluations/report.py RUN_DIR... [--samples FOLDER_OR_PICTURE...] [--out report.html]
 
-The page has settings (of several runs, those that differ come first), curves of losses and scores to zoom into, with
-the step at which alignment stops, previews along the run, samples, attention and features of student and teacher for a
-few images, step time, machine and versions. Attention and features need the newest checkpoint, its data and its
+The page shows settings (those that differ between runs come first), zoomable curves of losses and scores with the step
+at which alignment stops, previews along the run, samples, attention and features of student and teacher for a few
+images, step time, machine and versions. Attention and features need the newest checkpoint, its data and its
 teacher; if one is missing, the page says so. Samples have the run, step and guidance of their settings.json, the grid
 beside them, and the scores in SAMPLES-scores.json beside them: baselines.py writes it, and evaluator.py with --json.
 """
@@ -25,7 +25,7 @@ def page(data):
     """The HTML: the template with the scripts and `data`."""
     template, *scripts = ((PARTS / name).read_text(encoding="utf-8") for name in ("page.html", "curves.js", "page.js"))
     finite = json.loads(json.dumps(data), parse_constant=str)  # a browser's JSON has no infinity and no nan
-    text = json.dumps(finite, separators=(",", ":")).replace("<", "\\u003c")  # else data could end the script element
+    text = json.dumps(finite, separators=(",", ":")).replace("<", "\\u003c")  # else data could close the script element
     return template.replace("/* script */", "\n".join(scripts)).replace("{{ data }}", text)
 
 

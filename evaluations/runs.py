@@ -29,7 +29,7 @@ SAMPLING = ("weights", "mode", "num_steps", "heun", "cache", "cfg_scale", "guida
 
 
 def read_table(run):
-    """{column: ([step], [value])} of run/metrics.csv, without the step; each column has the rows that have a value."""
+    """Read run/metrics.csv -> {column: ([step], [value])}; empty cells are left out."""
     path = run / "metrics.csv"
     if not is_file(path):
         raise UserError(f"{path} does not exist; give the folder of a run of train.py.")
@@ -70,10 +70,10 @@ def shown(table):
 
 
 def alignment_stop(table, settings):
-    """The step after which alignment was off, None while it goes on or if there was none.
+    """The last step with alignment; None while it continues or if the run has no alignment.
 
-    The table says in which row the alignment losses end. Within this row it is the planned stop or the gradient
-    trigger's, whichever is earlier.
+    The table tells in which row the alignment losses end. Within that row it is the planned stop or the gradient
+    trigger's step, whichever is earlier.
     """
     last = max((step for name in ALIGNMENT_LOSSES if name in table for step in table[name][0]), default=0)
     after = next((step for step in table["denoise"][0] if step > last), None)
@@ -98,7 +98,7 @@ def curves(table):
 def speed(durations, stop, batch_size):
     """[[phase, median milliseconds a step, images a second]] from `durations`, [[step, milliseconds], ...].
 
-    The first row includes the start, so it counts only if it is the only one.
+    The first row includes start-up, so it counts only if it is the only row.
     """
     rows = [(before, step, time) for (before, _), (step, time) in itertools.pairwise([(0, 0), *durations])]
     rows = rows[1:] or rows
@@ -152,14 +152,14 @@ def samples(path):
 
 
 def made_from(settings):
-    """{run, step} of the checkpoint that a samples folder is of; `run` is the file's name if it lies in no run."""
+    """{run, step} of the checkpoint that made a samples folder; outside a run folder, `run` is the file's name."""
     path, step = Path(str(settings.get("ckpt", ""))), settings.get("steps")
     run = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
     return {name: value for name, value in (("run", run), ("step", step)) if value not in ("", None)}
 
 
 def read_scores(path):
-    """{set: {reference: {metric: value}}} from a file of baselines.py, or of evaluator.py, which has one of each."""
+    """{set: {reference: {metric: value}}} from the JSON of baselines.py or evaluator.py (one set, one reference)."""
     scores = read_json(path).get("scores")
     if not isinstance(scores, dict) or not scores:
         raise UserError(f"{path} has no scores; make it again by baselines.py or evaluator.py --json, or remove it.")
@@ -167,7 +167,7 @@ def read_scores(path):
 
 
 def inside(run, count, t, teacher):
-    """look_inside of the newest checkpoint, with pictures as text, or {"missing": the reason}."""
+    """look_inside for the newest checkpoint, with pictures as text, or {"missing": the reason}."""
     steps = saved_steps(run / "checkpoints")
     if not count or not steps:
         return {"missing": "Left out (--images 0)." if not count else f"{run}/checkpoints holds no checkpoint yet."}

@@ -55,12 +55,12 @@ def check_pair(reference, sample, metrics, limit=None):
 
 
 def load_set(source, extractor, metrics, is_reference=False, limit=None, batch_size=64):
-    """FeatureSet with all that `metrics` need, on process 0; None on the others. All processes must call it.
+    """FeatureSet with everything `metrics` need on process 0; None on the others. All processes must call it.
 
     source: whatever open_images takes, or a statistics npz (mu, sigma, optional mu_s, sigma_s and arr_0). Stored
-    statistics are used instead of the images beside them, unless they are of other features or another preset, or
-    `limit` (use the first `limit` images) is given. What a statistics file does not hold stays None, and its scores
-    are n/a. Raises UserError.
+    statistics replace the images beside them, unless they have other features or another preset, or `limit` (use the
+    first `limit` images) is given. Fields missing from a statistics file stay None; scores that need them are n/a.
+    Raises UserError.
     """
     images = open_images(source, required=False)
     stored = None if limit else read_statistics(source, extractor, required=images is None)

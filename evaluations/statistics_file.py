@@ -1,7 +1,7 @@
 """Statistics files: mean and covariance of a set's features in an npz, and optionally some of its images.
 
-Published ones hold mu, sigma (and mu_s, sigma_s, arr_0). Ours also hold n, features and preset, which are checked, and
-made_of, name and sha256 of the images.
+Published files hold mu, sigma (and mu_s, sigma_s, arr_0). Ours add n, features and preset, which are checked, and
+made_of: name and sha256 of the images.
 """
 import logging
 import os
@@ -20,7 +20,7 @@ from runtime.files import ARRAY_ERRORS, atomic_write
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 LARGEST = 1 << 29     # bytes of one array: a covariance of 8,192 features in float64
 BATCH = 64            # images copied at a time
-ROUNDING = 1e-5       # of a covariance in float32, as a share of its largest number or of its trace
+ROUNDING = 1e-5       # of a float32 covariance, relative to its largest entry or its trace
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def read_statistics(source, extractor, required):
 
 
 def flaw(stored, n, dim):
-    """What keeps the arrays {key: array} and n from being statistics of `dim` features, in words, or None."""
+    """Say why {key: array} and n are no valid statistics of `dim` features; None if they are."""
     if n is not None and (n.size != 1 or n.dtype.kind not in "iu" or n < 2):
         return f"n is {shorten(str(n), 40)}, expected the number of images, at least 2"
     for mu, sigma, size in (("mu", "sigma", dim), ("mu_s", "sigma_s", SPATIAL_DIM)):
@@ -97,7 +97,7 @@ def made_of(images):
 
 
 def is_made_of(path, images):
-    """Whether the statistics file `path` is there and of these images."""
+    """Whether the statistics file `path` exists and was made from these images."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return str(file["made_of"]) == made_of(images)

@@ -19,7 +19,7 @@ from models.layers import QK
 from runtime.errors import UserError
 from sampling.cache import blocks_of
 
-NOISE = 5  # a random stream of its own, beside those of dataset.py and during_training.py
+NOISE = 5  # random stream; data_io/loader.py lists all streams
 MAP_SIDE = 16  # attention maps are averaged down to this many tokens a side
 HELD_OUT = 5  # without held-out data, one image in this many is held out
 
@@ -35,7 +35,7 @@ def is_text(network):
 
 
 def open_dataset(network, args, data_dir, split="train"):
-    """The data folder of a SiT, or one split of an MMDiT's. Raises UserError if its shapes are not the network's."""
+    """The data folder of a SiT, or one split of an MMDiT's. Raises UserError if its shapes do not fit the network."""
     resolution, (channels, side, _) = args.get("resolution") or 256, network.latent_shape
     if is_text(network):
         dataset = CaptionedImages(data_dir, split, resolution)
@@ -53,7 +53,7 @@ def open_dataset(network, args, data_dir, split="train"):
 def open_split(network, args, data, val_data, count, seed):
     """(training Split, held-out Split) of at most `count` images each, chosen by the seed.
 
-    A network of text has no labels to train a probe on: its training set is None, its held-out images are in val/.
+    A text network has no labels for a probe: its training set is None, its held-out images are in val/.
     """
     def shuffled(dataset, part=slice(None)):
         return Split(dataset, np.random.default_rng(seed).permutation(len(dataset)).tolist()[part][:count])
@@ -88,7 +88,7 @@ def open_teacher(network, args, attn_blocks=()):
 def noised(dataset, positions, t, args, seed=0):
     """x_t (N, C, h, w) of the images at `positions`: the posterior's mean, with noise drawn from (seed, position).
 
-    `args`, of the network's training, say scale and path.
+    `args` (of the training run) give the latent scale and the path.
     """
     x = scale_of(args).latents(torch.stack([dataset.moments(i) for i in positions]), torch.zeros(()))
     noise = np.stack([np.random.default_rng((seed, NOISE, i)).standard_normal(x.shape[1:], dtype=np.float32)
@@ -117,7 +117,7 @@ def mean_tokens(network, teacher, part, times, blocks, seed, args, batch_size):
     device, positions = network.pos_embed.device, part.positions[slice(*shard(len(part.positions)))]
     widths = {"teacher": teacher.vit.embed_dim} | {(b, t): network.pos_embed.shape[2] for t in times for b in blocks}
     rows = {name: [torch.zeros(0, width)] for name, width in widths.items()}
-    null = part.dataset.empty_context if is_text(network) else torch.tensor(network.null_label)  # the condition of none
+    null = part.dataset.empty_context if is_text(network) else torch.tensor(network.null_label)  # no condition
     for first in tqdm(range(0, len(positions), batch_size), desc="features", unit="batch",
                       disable=True if rank() else None):
         batch = positions[first:first + batch_size]
@@ -149,14 +149,14 @@ def mean_map(qk, heads):
 def colours(teacher, student):
     """Tokens (N, T, C) of both -> two uint8 (N, s, s, 3), the teacher's three principal components as red, green, blue.
 
-    One colour is one feature on both sides. Tokens are normalized, because the feature loss sees directions only.
+    A colour means the same feature on both sides. Tokens are normalized: the feature loss sees directions only.
     """
     teacher, student = (F.normalize(tokens.double(), dim=2) for tokens in (teacher, student))
     flat = teacher.flatten(0, 1)
     mean = flat.mean(dim=0)
     _, axes = torch.linalg.eigh((flat - mean).T @ (flat - mean))  # in ascending order
     axes = axes[:, -3:].flip(1)
-    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()  # else the sign depends on the library
+    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()  # else the sign varies by library
     limits = torch.tensor([0.01, 0.99], dtype=torch.float64, device=flat.device)
     low, high = torch.quantile((flat - mean) @ axes, limits, dim=0)
     side = math.isqrt(teacher.shape[1])
@@ -171,8 +171,8 @@ def look_inside(path, count, t, teacher=None):
     {images, teacher_colours, student_colours: lists of uint8 (h, w, 3), cosine of projected and teacher's features,
     side: tokens a side of a map, pairs: [{student, teacher: blocks, loss, entropy in nats, student_maps, teacher_maps:
     uint8 (count, side^2, side^2)}]}. Without projected features there are no colours and no cosine. The student sees
-    noise of time `t` and the images' conditions. A run without a teacher is compared with that of `teacher`, another
-    run's settings. Raises UserError if data or teacher are missing.
+    noise of time `t` and the images' conditions. A run without a teacher is compared with the teacher in `teacher`,
+    the settings of another run. Raises UserError if data or teacher are missing.
     """
     network, args = load_network(path)
     if teacher and args.get("enc_type") == "none":
@@ -191,7 +191,7 @@ def look_inside(path, count, t, teacher=None):
     found = {"images": list(images.permute(0, 2, 3, 1).numpy()), "pairs": [],
              "teacher_colours": [], "student_colours": []}
     features, number = target.features[0], number_of_teacher(args)
-    if network.z_dims[number:number + 1] == (features.shape[2],):  # else nothing is projected to it
+    if network.z_dims[number:number + 1] == (features.shape[2],):  # else no projector for it
         projected = student.features[number]  # on equal grids, see open_teacher
         found["teacher_colours"], found["student_colours"] = map(list, colours(features, projected))
         found["cosine"] = -feature_loss(projected, features).item()

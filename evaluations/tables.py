@@ -1,18 +1,18 @@
-"""Runs in words, values over seeds, and tables of them: for report.py, compare.py and the benchmarks. Nothing heavy."""
+"""Describe runs in words, average over seeds, format tables. Imports nothing slow."""
 import json
 import math
 import statistics
 
-# Settings that tell no runs apart: names, paths, speed, and what is written when.
+# Settings ignored when runs are compared: names, paths, speed, and how often files are written.
 SILENT = ("exp_name", "output_dir", "logging_dir", "report_to", "preset", "resume_step", "num_workers", "epochs",
           "data", "processes", "environment", "noise_stream", "log_every", "sampling_steps", "checkpointing_steps",
           "checkpoint_minutes", "keep_checkpoints", "keep_every", "compile", "fused_attn", "allow_tf32",
           "grad_checkpointing", "teacher_cache", "class_names", "early_stop_fraction", "prediction")
 SILENT_BEGINNINGS = ("eval_", "wandb_")
-# Settings without meaning where nothing is aligned, and where there is no teacher.
+# Settings that do nothing without alignment, and without a teacher.
 ALIGNMENT = ("enc_", "attn_", "encoder_depth", "early_stop", "trigger_", "align_", "projector", "spatial_norm")
 TEACHER = ("enc_", "attn_", "projector", "spatial_norm")
-# A setting in words, by its value; the others are said as their flags are.
+# Settings described in words by value; all others are shown as flags.
 WORDS = {"model": "{}", "seed": "seed {:d}", "enc_type": "aligned with {}",
          "early_stop_point": "alignment until step {:,}", "max_train_steps": "{:,} steps",
          "batch_size": "batches of {:,}", "learning_rate": "learning rate {:g}",
@@ -37,13 +37,13 @@ def phrase(name, value):
 
 
 def is_aligned(settings):
-    """Whether the run trains a loss of alignment: --NAME-coeff, or the teacher of an older args.json."""
+    """Whether the run trains an alignment loss: --NAME-coeff or, in an older args.json, a teacher."""
     weights = [value for name, value in settings.items() if name.endswith("_coeff")]
     return any(weights) if weights else settings.get("enc_type", "none") != "none"
 
 
 def applies(name, settings):
-    """Whether the setting `name` means something in a run: those of alignment or a teacher do not without it."""
+    """Whether the setting `name` has an effect: alignment and teacher settings need alignment or a teacher."""
     of_alignment = name.endswith("_coeff") or name.startswith(ALIGNMENT)
     of_teacher = name.startswith(TEACHER) and name != "enc_type"
     return ((is_aligned(settings) or not of_alignment)
@@ -51,14 +51,14 @@ def applies(name, settings):
 
 
 def differing(settings, but=()):
-    """Names of the settings that tell runs apart, without `but`; `settings`: args.json of each, or the like."""
+    """Names of the settings that differ between runs, except `but`; `settings`: one dict (args.json) per run."""
     names = dict.fromkeys(name for each in settings for name in each)
     return [name for name in names if name not in (*SILENT, *but) and not name.startswith(SILENT_BEGINNINGS)
             and len({json.dumps(each.get(name)) for each in settings if applies(name, each)}) > 1]
 
 
 def labels(settings, but=()):
-    """What tells each run from the others, in words; "" of runs that are alike."""
+    """For each run, its differing settings in words; "" where runs are alike."""
     names, found = differing(settings, but), []
     mixed = len({is_aligned(each) for each in settings}) > 1
     for each in settings:
@@ -73,7 +73,7 @@ def labels(settings, but=()):
 
 
 def headline(settings, names):
-    """The title of a page about runs: what tells them apart or, of one, what it is."""
+    """Page title: how the runs differ or, for a single run, what it is."""
     if len(settings) == 1:
         only = settings[0]
         shown = ["enc_type", "early_stop_point"] if is_aligned(only) else []

@@ -1,11 +1,11 @@
-"""Try a model at once: a grid of photographs by the network in assets/, a row per class.
+"""Try a model at once: the network in assets/ draws a grid of photographs, a row per class.
 
     python examples/demo.py                    # all ten classes
     python examples/demo.py ship cat --seed 1
     python examples/demo.py --page             # a page in the browser, to choose there
 
 The network is a SiT of 4 million parameters, trained on CIFAR-10: docs/study.md says how, and how good it is. --ckpt
-takes any other; of one that was trained on captions, texts are typed in place of classes.
+takes any other checkpoint; for one trained on captions, type texts in place of classes.
 """
 import sys
 import threading

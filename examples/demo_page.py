@@ -1,4 +1,4 @@
-"""A page in the browser that samples from a network: a form, and the grid that it asks for. See demo.py."""
+"""A browser page to sample from a network: a form and the resulting grid. See demo.py."""
 import argparse
 import html
 import io
@@ -37,12 +37,12 @@ def read_query(query):
     try:
         return asked[:MOST_ROWS], {name: parse(fields[name][-1]) if name in fields else default
                                    for name, (parse, default) in FIELDS.items()}
-    except argparse.ArgumentTypeError as error:  # typed into the address: the form checks its numbers
+    except argparse.ArgumentTypeError as error:  # from a typed address: the form itself checks its numbers
         raise UserError(f"A number cannot be used: {error}") from error
 
 
 class Handler(BaseHTTPRequestHandler):
-    """/ is the page, /grid.png what its form asks for. `demo` is set by serve()."""
+    """/ is the page, /grid.png the grid for its form. serve() sets `demo`."""
 
     demo = None
 
@@ -86,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def server(demo, port):
-    """The HTTP server of the page, for this machine alone. Raises UserError where the port is taken.
+    """The HTTP server of the page, for this machine alone. Raises UserError if the port is taken.
 
     `demo` has a `name`, `names` of classes ([] for texts) and grid(texts, images, seed, cfg) -> uint8 (H, W, 3).
     """

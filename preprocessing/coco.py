@@ -5,16 +5,16 @@
     python preprocessing/coco.py --images PHOTOS --captions-json captions.json --split train --dest DEST
 
 COCO holds train2014/, val2014/ and annotations/captions_{train,val}2014.json. Any other folder works with a json of the
-same form: {"images": [{"id", "file_name"}, ...], "annotations": [{"image_id", "caption"}, ...]}. Written are
+same form: {"images": [{"id", "file_name"}, ...], "annotations": [{"image_id", "caption"}, ...]}. It writes
     DEST/{train,val}/{i}.png          R x R RGB: centre square of the short side, LANCZOS; i counts images by id from 0
     DEST/{train,val}/{i}.npy          float32 (2 C, R/f, R/f): mean and log-variance of the VAE's posterior
     DEST/{train,val}/{i}_{k}.npy      float32 (L, C): the text encoder's last hidden state of caption k, in file order
     DEST/{train,val}/captions.json    {"0": [caption, ...], ...}, written when everything else of the split is there
     DEST/empty_context.npy            (L, C), of the empty caption
-    DEST/latents.json                 which VAE it was, its scale and shift
-Images that have no caption or no file are left out before counting, and named. Captions longer than the text encoder
-takes are cut, and counted. Each file appears whole or not at all:
-after any stop the same command makes only what is missing. Nothing depends on the number of processes.
+    DEST/latents.json                 the VAE, its scale and shift
+Images without a caption or a file are left out before numbering, and named. Captions too long for the text encoder are
+cut, and counted. Files are written atomically: after any stop the same command makes only what is missing. The number
+of processes changes nothing.
 COCO's captions take 100 GB (77 x 768 numbers for each of 617,000).
 """
 import logging
@@ -84,7 +84,7 @@ def read_captions(path):
 
 
 def with_both(images, entries):
-    """Those `entries` that have captions and whose file lies in the folder `images`; the others are named."""
+    """The `entries` with captions and a file in the folder `images`. Reports how many others are left out."""
     with reading(images):
         if not images.is_dir():
             raise UserError(f"{images} is no folder; give the one that holds the images of the captions file.")
@@ -103,7 +103,7 @@ def with_both(images, entries):
 
 
 def tell(names, message):
-    """One line on stderr, by the main process, when there are any `names`."""
+    """The main process writes one line to stderr if there are any `names`."""
     if names and PartialState().is_main_process:
         print(f"{len(names)} {message} {names[0]}.", file=sys.stderr)
 
@@ -111,7 +111,7 @@ def tell(names, message):
 def centre_square(path, resolution):
     """Image file -> uint8 (R, R, 3): the centre square of the short side, resized with LANCZOS, upon white.
 
-    Raises UserError for what is no picture.
+    Raises UserError if the file is no picture.
     """
     image = read_rgb(read(Piece(str(path)), path), path, background="white")
     return np.asarray(center_crop(image, resolution))
@@ -123,7 +123,7 @@ def save_array(path, array):
 
 
 def write_pictures(folder, todo, have, picture, vae, args):
-    """PNG and moments of the images `todo`, without the files that `have` names -> sentences about unreadable ones."""
+    """Write PNG and moments of the images `todo`, except files in `have` -> sentences about unreadable pictures."""
     def load(i):
         png = folder / f"{i}.png"
         try:
@@ -148,7 +148,7 @@ def write_pictures(folder, todo, have, picture, vae, args):
 
 
 def write_contexts(folder, todo, captions, encoder, args):
-    """{i}_{k}.npy of the pairs (i, k) in `todo` -> how many of these captions were cut."""
+    """Write {i}_{k}.npy for the pairs (i, k) in `todo` -> number of captions that were cut."""
     cut = 0
     with progress(len(todo), f"{folder.name} captions", "caption", shown=PartialState().is_main_process) as bar:
         for group in in_groups(todo, args.batch_size):
@@ -162,10 +162,10 @@ def write_contexts(folder, todo, captions, encoder, args):
 
 
 def build_split(folder, names, captions, picture, vae, encoder, args):
-    """Write or complete one split. names: what each image is called; captions: its texts; picture(i): uint8 (R, R, 3).
+    """Write or complete one split. names, captions: name and texts of each image; picture(i): uint8 (R, R, 3).
 
     Process p makes the images i with i % processes = p and their captions. Returns a sentence for each picture that
-    could not be read; captions.json is then left out. Raises UserError when `folder` was begun with other settings.
+    could not be read; captions.json is then left out. Raises UserError if `folder` was begun with other settings.
     """
     state = PartialState()
     if state.is_main_process:
@@ -191,7 +191,7 @@ def build_split(folder, names, captions, picture, vae, encoder, args):
 
 
 def build(args, splits):
-    """The whole layout in args.dest. splits: {name: (image names, captions, picture)}, as build_split takes them."""
+    """Write the whole layout to args.dest. splits: {name: (image names, captions, picture)}, see build_split."""
     device = PartialState().device
     vae = VAE(args.vae, device)
     if args.resolution % vae.factor:
@@ -214,7 +214,7 @@ def build(args, splits):
 
 
 def add_encoder_arguments(add):
-    """Arguments of both scripts that write this layout."""
+    """Add the arguments shared by the scripts that write this layout."""
     add("--batch-size", type=whole(1), default=64, help="images or captions at a time and process (default 64)")
     add("--num-workers", type=whole(1), default=8, help="threads that read and write pictures (default 8)")
     add("--text-length", type=whole(1),
@@ -240,7 +240,7 @@ def parse_args():
 def main():
     args = parse_args()
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("haste").setLevel(logging.INFO)  # the state of a bar, where there is no terminal
+    logging.getLogger("haste").setLevel(logging.INFO)  # progress in the log if there is no terminal
     alone = (args.images, args.captions_json, args.split)
     if bool(args.coco) == any(alone) or any(alone) != all(alone):
         raise UserError("Give --coco alone, or --images, --captions-json and --split together.")

@@ -5,8 +5,8 @@
 
 The source is a folder with a folder, or a tar, per class; ImageNet's ILSVRC2012_img_train.tar as it is; another tar; a
 zip; any of them may have labels in a dataset.json. --dest is a folder or, where its name ends in .zip, an uncompressed
-zip. Pictures are numbered in the order of their paths. One that is skipped keeps its number, which is then missing. The
-same command goes on after any stop; in a complete folder it makes what is missing. The names of class folders go to
+zip. Pictures are numbered in the order of their paths; the numbers of skipped pictures stay unused. After any stop, run
+the same command to continue; in a complete folder it makes missing pictures. The names of class folders go to
 classes.json beside --dest, in DATA, in the order of their labels.
 """
 import functools
@@ -28,7 +28,7 @@ TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-dhariwal")
 
 
 def make_transform(name, resolution, source):
-    """(RGB image -> RGB square, its side), as --transform and --resolution ask for it; both may be None."""
+    """(function RGB image -> RGB square, its side) for --transform and --resolution; both may be None."""
     if resolution is None:
         if name:
             raise UserError(f"--transform {name} needs a --resolution; give one, such as 256x256.")
@@ -51,7 +51,7 @@ def make_transform(name, resolution, source):
 
 
 def first_side(source):
-    """Side of the first picture that can be read, which sets the size of all where no --resolution does."""
+    """Side of the first readable picture: the size of all pictures without --resolution."""
     for name, piece in zip(source.names, source.pieces, strict=True):
         try:
             width, height = pixels.read_rgb(read(piece, name), name).size
@@ -89,13 +89,13 @@ def in_processes(work, groups, workers, bar):
 
 
 def convert_group(source, destination, transform, on_error, parent, places):
-    """Write the pictures at these places of the source -> {place: sentence} of those that could not be used."""
+    """Write the pictures at these places of the source -> {place: reason} of unusable ones."""
     failures = {}
 
     def files():
         for i in places:
             if os.getpid() != parent != os.getppid():
-                os._exit(1)  # the parent was killed: nothing must be written beside the run that follows
+                os._exit(1)  # the parent was killed: write nothing that could mix with the next run
             try:
                 yield destinations.image_name(i), convert_picture(source, transform, i)
             except UserError as error:
@@ -108,7 +108,7 @@ def convert_group(source, destination, transform, on_error, parent, places):
 
 
 def convert_picture(source, transform, i):
-    """The bytes of a PNG. Raises UserError for what cannot be used."""
+    """Picture i as PNG bytes. Raises UserError if it cannot be used."""
     name = source.names[i]
     image = pixels.read_rgb(read(source.pieces[i], name), name)
     try:
@@ -118,7 +118,7 @@ def convert_picture(source, transform, i):
 
 
 def check_pictures(where, side, entries):
-    """Read PNGs back, pairs (name, Piece); raises UserError for one that is not as it must be."""
+    """Read back the PNGs `entries`, pairs (name, Piece). Raises UserError for a wrong one."""
     for name, piece in entries:
         size = pixels.read_rgb(read(piece, f"{where}/{name}"), f"{where}/{name}").size
         if size != (side, side):

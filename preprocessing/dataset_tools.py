@@ -7,7 +7,7 @@
     python preprocessing/dataset_tools.py pack --source=DATA --dest=PACKED
     python preprocessing/dataset_tools.py stats --data=DATA
 
-Each command can be stopped at any moment; the same command goes on, to the same bytes. COMMAND --help says more.
+Each command can be stopped at any moment; run it again to continue, with the same bytes. See also COMMAND --help.
 """
 import logging
 import sys
@@ -31,7 +31,7 @@ def main():
         module.add_arguments(command.add_argument)
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("haste").setLevel(logging.INFO)  # the state of a bar, where there is no terminal
+    logging.getLogger("haste").setLevel(logging.INFO)  # progress in the log if there is no terminal
     COMMANDS[args.command].run(args)
 
 

@@ -1,9 +1,8 @@
 """Write prepared files to a folder or an uncompressed zip. Work can stop at any moment and be continued.
 
-Every file appears whole or not at all, and is not made again. The files of a zip lie in {dest}.parts/ until all are
-there; putting them together takes twice the room. dataset.json comes last: it means that everything is there and was
-checked. made.json says from what and how it was made, without times or counts of processes, so that the same work has
-the same bytes however often it was stopped.
+Files are written atomically and once. The files of a zip lie in {dest}.parts/ until all are there; joining them takes
+twice the disk space. dataset.json comes last: it means that everything is there and was checked. made.json records the
+source and the settings, without times or process counts, so that stops never change a byte.
 """
 import contextlib
 import functools
@@ -28,44 +27,44 @@ from runtime.versions import version
 MADE = "made.json"
 CLASSES = "classes.json"
 NAMED = 20   # skipped pictures named on the terminal
-WRITERS = 4  # files on their way to the disk at a time: waiting for it takes as long as making a picture
+WRITERS = 4  # files being flushed at a time: a flush takes as long as making a picture
 
 
 def image_name(index):
-    """Path below images/ of the picture of this index."""
+    """Path of picture `index` below images/."""
     return f"{index // 1000:05d}/img{index:08d}.png"
 
 
 def latent_name(index):
-    """Path below vae-sd/ of the moments of this index."""
+    """Path of the moments `index` below vae-sd/."""
     return f"{index // 1000:05d}/img-mean-std-{index:08d}.npy"
 
 
 class Destination:
-    """Files with `suffix` in the folder `path`; for a name in .zip, in that zip."""
+    """Files with `suffix` in the folder `path`, or in the zip `path` if it ends in .zip."""
 
     def __init__(self, path, suffix):
         self.path, self.suffix = Path(path), suffix
         self.is_zip = self.path.suffix == ".zip"
-        self.complete = self.is_zip and self.path.exists()  # a folder is completed where a file is missing
+        self.complete = self.is_zip and self.path.exists()  # a folder gets its missing files
         self.work = self.path.with_name(self.path.name + ".parts") if self.is_zip else self.path
 
     def pieces(self):
-        """{name: Piece} of what is there."""
+        """{name: Piece} of the existing files."""
         where = self.path if self.complete else self.work
         found = find(where, (self.suffix,)) if where.exists() else {}
         found.pop(LISTING, None)
         return found
 
     def note(self):
-        """The note of how the finished zip, or the folder, was made; or None."""
+        """The note (made.json) of the finished zip or of the folder, or None."""
         if not self.is_zip:
             return read_json(self.path / MADE) if is_file(self.path / MADE) else None
         with contextlib.suppress(OSError, KeyError, zipfile.BadZipFile), zipfile.ZipFile(self.path) as archive:
             return read_json(self.path / MADE, data=read_member(archive, MADE))
 
     def begin(self, settings, more):
-        """The note of how this is made; see begin(). What killed processes left half-written is removed."""
+        """Remove half-written files of killed processes and return the note; see begin()."""
         if self.complete:
             note = self.note()
             check_settings(self.path, note, settings)
@@ -112,7 +111,7 @@ def add(archive, name, data):
 
 
 def open_destination(path, suffix, source):
-    """The Destination `path`. Raises UserError when it is in the source or holds what was not made here."""
+    """The Destination `path`. Raises UserError if it lies in the source or holds files not made here."""
     check_output(path, (), [source])
     with reading(path):
         destination = Destination(path, suffix)
@@ -125,7 +124,7 @@ def open_destination(path, suffix, source):
 
 
 def origin(path):
-    """What shaped the pictures of a source that `convert` wrote, or None."""
+    """The settings that shaped the pictures if `convert` wrote the source, else None."""
     note = Destination(path, ".png").note()
     return [note.get(key) for key in ("resolution", "transform", "pictures")] if note else None
 
@@ -146,7 +145,7 @@ def check_settings(where, old, settings):
 
 
 def versions():
-    """What the bytes written depend on, beside the input."""
+    """Library versions that the written bytes depend on."""
     names = ("pillow", "numpy", "torch", "diffusers", "transformers")
     packages = ", ".join(f"{name} {version(name)}" for name in names)
     return f"{packages}, libjpeg-turbo {features.version('libjpeg_turbo')}"
@@ -159,7 +158,7 @@ def amount(size):
 
 
 def check_space(folder, size):
-    """Raise UserError unless `size` bytes fit into the disk of `folder`."""
+    """Raise UserError unless `size` bytes fit on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(f"{amount(size)} are needed in {folder}, which has {amount(free)} free; make room, or name "
@@ -181,11 +180,11 @@ def all_written(destination, names, labels, failures):
 
 
 def check_older(have, names, source):
-    """Raise UserError if a picture of `source` is newer than the file of the same place in `names`, made of it.
+    """Raise UserError if a picture of `source` is newer than the file made from it, at its place in `names`.
 
     have: {name of a file: Piece}.
     """
-    changed = functools.cache(os.path.getmtime)  # an archive is asked once
+    changed = functools.cache(os.path.getmtime)  # an archive is looked up once
     with reading(LISTING):  # an error names its own file
         newer = [(picture, have[name].path) for name, picture, piece in zip(names, source.names, source.pieces,
                                                                             strict=True)
@@ -200,9 +199,9 @@ def check_older(have, names, source):
 def write_classes(dest, names):
     """Write `names`, of classes in the order of their labels, to classes.json beside `dest`, where training reads it.
 
-    One that is there already stays, as somebody may have written it by hand.
+    An existing file stays: a user may have written it.
     """
-    path = Path(os.path.abspath(dest)).with_name(CLASSES)  # not where a link leads
+    path = Path(os.path.abspath(dest)).with_name(CLASSES)  # do not follow links
     if names is None:
         return
     if is_file(path):
@@ -212,7 +211,7 @@ def write_classes(dest, names):
     remove_temporaries(path.parent, CLASSES)
     try:
         write_json(path, names)
-    except UserError as error:  # of a folder that is not ours; training can do without
+    except UserError as error:  # the folder is not ours; training does not need the names
         print(error, file=sys.stderr)
     by_number = sorted(names, key=int) if all(map(str.isdecimal, names)) else names
     if names == sorted(names) != by_number:
@@ -222,7 +221,7 @@ def write_classes(dest, names):
 
 
 def finish(destination, made, labels, failures):
-    """The last files, and a word on the terminal. labels: {name: label or None}; failures: {place: sentence}."""
+    """Write the last files and report on the terminal. labels: {name: label or None}; failures: {place: sentence}."""
     skipped = [failures[i] for i in sorted(failures)]
     if not labels:
         raise UserError(f"None of {len(skipped)} pictures could be used; the first: {skipped[0]}")

@@ -4,10 +4,10 @@
     torchrun --nproc_per_node=8 preprocessing/dataset_tools.py encode --source=DATA/images --dest=DATA/vae-sd
 
 Each file is float32 (2 C, R/f, R/f), mean and std, unscaled. The source is what `convert` wrote, a folder or zip, or
-any other source of squares of one size. The index is that of the picture's name, img{idx8}.png, or else its place among
-the paths. --dest is a folder or, for a name in .zip, an uncompressed zip. Process p takes the batches p, p + processes,
-...; a batch that was not written in full is computed again as a whole, so that neither a stop nor the number of
-processes changes a byte. latents.json beside --dest says which VAE it was, with scale and shift, for training.
+any other source of squares of one size. The index comes from the picture's name, img{idx8}.png, or else is its place
+among the paths. --dest is a folder or, if its name ends in .zip, an uncompressed zip. Process p takes the batches p,
+p + processes, ...; an incomplete batch is computed again as a whole, so stops and the number of processes change no
+byte. latents.json beside --dest names the VAE, with scale and shift, for training.
 """
 import functools
 import io
@@ -62,15 +62,15 @@ def encoded(vae, groups, load, size, threads, spread="std"):
 
 
 def indices_of(names):
-    """The index of each picture: of its name where all are of the layout's form, else its place."""
+    """The index of each picture: from its name if all names have the layout's form, else its place."""
     matches = [re.fullmatch(r"(?:.*/)?img(\d{8})\.png", name) for name in names]
     indices = [int(match[1]) for match in matches if match]
     return indices if len(set(indices)) == len(names) else list(range(len(names)))
 
 
 def pictures_key(source, path, note):
-    """What names the pictures to encode in made.json: what `convert` made them of, so that one that it adds later, from
-    a repaired file, changes nothing; else names and labels. An older `note` has both."""
+    """Identifies the source in made.json: what `convert` made it from, so that pictures added later from repaired files
+    change nothing; else names and labels. An older `note` has both."""
     origin = destinations.origin(path)
     exact = digest([source.names, source.labels, origin])
     return exact if not origin or (note or {}).get("pictures") == exact else digest([origin])
@@ -106,7 +106,7 @@ def check_latent(where, entry):
 
 
 def encode_groups(vae, groups, load, names, have, destination, batch_size, threads, advance):
-    """Encode groups of places in the source and write what is missing -> {place: sentence} of what cannot be used."""
+    """Encode groups of places in the source, write missing files -> {place: sentence} of unusable pictures."""
     failures = {}
 
     def files():
@@ -129,8 +129,8 @@ def encode_groups(vae, groups, load, names, have, destination, batch_size, threa
 
 def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE, threads=THREADS, on_error="skip",
            hflip=False):
-    """The whole command, by all processes together. Raises UserError for what cannot be done, as the module says."""
-    from accelerate import PartialState  # here: --help need not wait for it
+    """Run the whole command; all processes call it. Raises UserError."""
+    from accelerate import PartialState  # here, so that --help is fast
     from accelerate.utils import gather_object
     state = PartialState()
     source = open_source(source_path, max_images)
@@ -146,7 +146,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     if vae and side % vae.factor:
         raise UserError(f"The pictures have {side} pixels a side, no multiple of {vae.factor}, the factor of "
                         f"{model_url}; convert them at another --resolution.")
-    state.wait_for_everyone()  # all have seen what is there
+    state.wait_for_everyone()  # all processes have read the existing files
     if state.is_main_process:
         settings = {"command": "encode", "vae": weights_key(model_url), "batch_size": asked, "hflip": hflip,
                     "pictures": pictures_key(source, source_path, destination.note())}
@@ -155,7 +155,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
             check_note(beside, vae, settings["vae"])
         made = destination.begin(settings, {"source": str(source_path), "model_url": str(model_url)})
         destinations.check_older(have, names, source)
-        if vae:  # only now, as other latents that were there have been refused
+        if vae:  # only now: latents of another VAE have been refused
             write_note(beside, vae, settings["vae"])
         destinations.write_classes(dest, source.classes)
         if destination.complete and len(have) + len(made["skipped"]) < len(names):

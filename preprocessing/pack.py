@@ -5,13 +5,13 @@
 writes PACKED/images/, PACKED/vae-sd/ and, where DATA has it, PACKED/vae-sd-hflip/, each with
     00000.npy, 00001.npy, ...   rows by number: pictures uint8 (n, 3, R, R), moments float32 (n, 2 C, h, w)
     index.npy                   int64 (N, 2): the number in each file's name, and the file's size in bytes
-    made.json                   of which data, how many rows a file has, and a hash of the source's files of each
-    dataset.json                names and labels, as ever; written last: its presence means that the folder is complete
+    made.json                   the source, rows per file, and for each file a hash of its source files
+    dataset.json                names and labels as usual; written last: its presence means that the folder is complete
 Pictures become pixels, so that training decodes nothing: 252 GB for ImageNet at 256 px, as much as PNGs without
 compression, beside 42 GB of latents. --latents-only leaves them out: put the source's images or images.zip, or a link
-to it, beside PACKED/vae-sd. --images-only leaves the latents out. Every picture and latent is read and checked on the
-way. Each file appears whole or not at all: after any stop the same command writes only what is missing, and the bytes
-are the same. Rows of which an entry was replaced since, by its time of change or checksum, are made again.
+to it, beside PACKED/vae-sd. --images-only leaves the latents out. Every picture and latent is read and checked. Files
+are written atomically: after any stop the same command writes only what is missing, with the same bytes. It rewrites
+the rows files whose source entries were replaced since (by time stamp or checksum).
 """
 import functools
 import math
@@ -31,8 +31,8 @@ from runtime.files import atomic_write, check_output, read_json, remove_temporar
 from runtime.flags import pixels, whole
 from runtime.progress import progress
 
-ROWS = 10_000      # of a file, at least: 2 GB of pixels at 256 px
-FILES = 128        # of a kind, at most: each stays open while a run reads
+ROWS = 10_000      # per file, at least: 2 GB of pixels at 256 px
+FILES = 128        # per kind, at most: a run keeps them all open
 
 
 def write_shard(path, places, read, first, done, stop):
@@ -48,9 +48,9 @@ def write_shard(path, places, read, first, done, stop):
 
 
 def begin(folder, made, table, parts):
-    """Write made.json and index.npy of a new `folder`, or check those of one that is gone on with.
+    """Write made.json and index.npy of a new `folder`, or check those of a folder that is continued.
 
-    Removes the files of rows among `parts` whose source has changed. Raises UserError for a folder of something else.
+    Removes the files among `parts` whose source has changed. Raises UserError if the folder holds other data.
     """
     old = {}
     with writing(folder):
@@ -68,7 +68,7 @@ def begin(folder, made, table, parts):
             if old.get("files", {}).get(path.name) != made["files"][path.name]:
                 path.unlink(missing_ok=True)
         write_json(folder / MADE, made)
-        with atomic_write(folder / "index.npy") as file:  # from now on the folder is known as packed, if not to its end
+        with atomic_write(folder / "index.npy") as file:  # now the folder counts as packed, though incomplete
             np.save(file, table)
 
 
@@ -76,7 +76,7 @@ def pack_kind(folder, read, entries, source, rows=None, threads=1, stamps=None):
     """Write or complete one kind of data in `folder`.
 
     read(i): array or tensor of entry i, all alike; entries: [(number, name, label, size in bytes), ...] by number;
-    source: what names the data; rows: entries a file; stamps: of each entry what changes with its file.
+    source: identifies the data; rows: entries per file; stamps: for each entry, a value that changes with its file.
     """
     numbers, names, labels, sizes = zip(*entries, strict=True)
     rows, first = rows or max(ROWS, math.ceil(len(entries) / FILES)), np.asarray(read(0))

@@ -14,12 +14,12 @@ from PIL import Image, UnidentifiedImageError
 from runtime.errors import UserError, first_line
 from runtime.images import IMAGE_ERRORS, IMAGE_FORMATS
 
-FORMATS = (*IMAGE_FORMATS, "GIF", "WEBP", "BMP", "TIFF", "PPM")  # none that Pillow hands to another program
+FORMATS = (*IMAGE_FORMATS, "GIF", "WEBP", "BMP", "TIFF", "PPM")  # Pillow decodes these without another program
 DAMAGE = (*IMAGE_ERRORS, EOFError, LookupError, TypeError, OverflowError, MemoryError, struct.error, zlib.error)
 
 
 def read_rgb(data, name, background=None):
-    """Bytes of a picture -> RGB. Raises UserError, which calls it `name`, for what is none."""
+    """Bytes of a picture -> RGB. Raises UserError, with `name`, if they are no picture."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.mode in ("I", "F"):
@@ -70,8 +70,8 @@ def center_crop(image, side):
 def center_crop_wide(image, width, height):
     """The largest centre part of width : height, resized with LANCZOS, between black bars that make it square.
 
-    The published tool counts the rows to keep at the final size and so stretches pictures; this does not. Like it, it
-    takes no picture that would have to be enlarged.
+    The published tool counts the rows to keep at the final size and so stretches pictures; this does not. Both refuse
+    pictures that would have to be enlarged.
     """
     if image.width < width or image.height < height:
         raise ValueError(f"it is {image.width}x{image.height}, smaller than {width}x{height}")

@@ -1,10 +1,10 @@
 """Read pictures from class folders, tars and zips, in place.
 
 A tar counts as a folder of its name without ".tar": ImageNet's train archive, a tar of one tar per class, reads like
-its unpacked folders. Pictures are ordered by their relative paths as strings. Labels are those of a dataset.json at
-the top, {"labels": [[path, label], ...]} or null; without one, the place of the top-level folder among their sorted
-names, or in the file `order`. One folder alone means no labels. Names that lead out of the source are refused. Links in
-archives, hidden files and everything that is no regular file are skipped.
+its unpacked folders. Pictures are sorted by their relative paths as strings. Labels come from a dataset.json at the
+top, {"labels": [[path, label], ...]} or null; without one, a label is the place of the top-level folder in the sorted
+folder names or in the file `order`. A single folder means no labels. Paths that lead out of the source are refused.
+Links in archives, hidden files and special files are skipped.
 """
 import os
 import stat
@@ -29,8 +29,8 @@ LISTING = "dataset.json"
 class Piece(NamedTuple):
     """Where a file's bytes are: in `path` as a whole, or as a member of the tar or an entry of the zip there."""
     path: str
-    start: int = 0             # in a tar: of its bytes
-    stored: int | None = None  # in a tar: how many
+    start: int = 0             # in a tar: first byte
+    stored: int | None = None  # in a tar: number of bytes
     entry: tuple = ()          # in a zip: what read_entry takes
 
 
@@ -42,7 +42,7 @@ class Source(NamedTuple):
 
 
 def read(piece, name, largest=LARGEST):
-    """The bytes of a piece, called `name` in errors. Raises UserError for what is damaged or larger than `largest`."""
+    """The bytes of a piece; errors call it `name`. Raises UserError if it is damaged or larger than `largest`."""
     try:
         with open(piece.path, "rb") as file:
             size = os.fstat(file.fileno()).st_size if piece.stored is None else piece.stored
@@ -84,7 +84,7 @@ def in_folder(folder, prefix=""):
                 yield from in_folder(entry.path, f"{name}/")
             elif entry.is_file() and name.endswith(".tar"):
                 yield from in_tar(entry.path, name.removesuffix(".tar"), nested=False)
-            elif entry.is_file() or not os.path.exists(entry.path):  # a link to nothing is named when it is read
+            elif entry.is_file() or not os.path.exists(entry.path):  # reading a broken link raises UserError
                 yield name, Piece(entry.path)
 
 
@@ -108,7 +108,7 @@ def members(file, path, prefix, base, nested):
             else:
                 raise UserError(f"{path} holds a tar, {member.name}, and lies in a folder or tar itself; give it as "
                                 "--source.")
-        file.seek(tar.offset)  # where tarfile stopped, which takes a damaged header for the end
+        file.seek(tar.offset)  # tarfile takes a damaged header for the end
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"{prefix or 'it'} is damaged or cut short at byte {base + tar.offset}")
 
@@ -135,8 +135,8 @@ def member_name(name, path, prefix=""):
 def open_source(path, max_images=None, order=None):
     """The first `max_images` pictures of a source, or all. Raises UserError for what cannot be read or labelled.
 
-    order: a file of the names of all class folders in the order of their labels, one a line. The classes of a
-    dataset.json may be named in a classes.json beside the source.
+    order: a file with the names of all class folders in label order, one per line. A classes.json beside the source may
+    name the classes of a dataset.json.
     """
     found = find(path)
     listing = found.pop(LISTING, None)
@@ -158,7 +158,7 @@ def open_source(path, max_images=None, order=None):
 
 
 def class_folders(names, path, order):
-    """The top-level folders in the order of their labels, or None where there are not several."""
+    """The top-level folders in the order of their labels, or None if there are fewer than two."""
     folders = sorted({name.partition("/")[0] for name in names if "/" in name})
     loose = next((name for name in names if "/" not in name), None)
     if loose and folders:

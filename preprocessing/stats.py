@@ -1,13 +1,13 @@
-"""Scale and shift of a data set's latents to DATA/latents.json, which training reads and checkpoints keep.
+"""Write the scale and shift of a data set's latents to DATA/latents.json; training reads it, checkpoints keep it.
 
     python preprocessing/dataset_tools.py stats --data=DATA                               # mean and std of each channel
-    python preprocessing/dataset_tools.py stats --data=DATA --vae=FOLDER                  # of the VAE's config
-    python preprocessing/dataset_tools.py stats --data=DATA --latents-stats=latents_stats.pt    # of a file
+    python preprocessing/dataset_tools.py stats --data=DATA --vae=FOLDER                  # from the VAE's config
+    python preprocessing/dataset_tools.py stats --data=DATA --latents-stats=latents_stats.pt    # from a file
 
-`encode` has written that file already, with the numbers of the VAE's config. The first form computes mean and std over
-all latents of DATA/vae-sd or, of captioned images, DATA/train, for z = (latent - mean) / std x multiplier: those of
-samples of the posterior, whose variance is that of its means plus its mean variance. A run that has begun with other
-numbers is not gone on with.
+`encode` has already written that file with the numbers from the VAE's config. The first form computes mean and std over
+all latents in DATA/vae-sd (captioned images: DATA/train) for z = (latent - mean) / std x multiplier. They describe
+samples of the posterior: variance = variance of the means + mean of the variances. A run that was begun with other
+numbers cannot be continued.
 """
 import logging
 from pathlib import Path
@@ -55,7 +55,7 @@ def halves(array, name, is_std):
 
 
 def sums(moments, i):
-    """float64 (2, C): means over the pixels of latent i, of a sample and of its square."""
+    """float64 (2, C): mean of a sample and of its square over the pixels of latent i."""
     mean, variance = (part.astype(np.float64) for part in moments(i))
     return np.stack([mean.mean(axis=(1, 2)), (mean ** 2 + variance).mean(axis=(1, 2))])
 

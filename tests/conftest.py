@@ -52,8 +52,8 @@ def write_tiny_data(folder, count=64, resolution=64, factor=4):
 def write_tiny_captions(folder, counts=(3, 5, 1, 2) * 4, resolution=64, factor=4, shape=(6, 16), texts=True):
     """U-ViT's layout, train/ and val/ alike: image i in colour i % 4, with counts[i] captions that say so.
 
-    The first token of caption k is k all along, the others have every fourth number set from the colour's on. The
-    moments follow the colour.
+    All numbers of the first token of caption k are k; in the other tokens every fourth number is raised, starting at
+    the colour's index. The moments follow the colour.
     """
     rng = np.random.default_rng(0)
     side = resolution // factor
@@ -132,7 +132,7 @@ def clip_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    from tests.worlds import make_world  # which imports this file
+    from tests.worlds import make_world  # it imports this file
     return make_world(tmp_path_factory.getbasetemp())
 
 
@@ -194,7 +194,7 @@ class Started:
         os.kill(self.pid, number)
 
     def kill(self):
-        """kill -9 of the script; its loader processes notice by themselves."""
+        """kill -9 the script; its loader processes notice by themselves."""
         self.send(signal.SIGKILL)
         return self.wait()
 
@@ -230,7 +230,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def freeze():
-    """Garbage collections, one for each phase of a run, leave alone what is imported: a second each otherwise."""
+    """Keep imported objects out of garbage collection: a run collects once per phase, else a second each."""
     gc.collect()
     gc.freeze()
 
@@ -251,7 +251,7 @@ def script(name, *arguments, processes=1, check=True, env=None, before=None):
 
 
 def forget_accelerator():
-    """accelerate's state, of the call before."""
+    """Reset accelerate's state from the last call."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
 
@@ -270,7 +270,7 @@ def call_main(monkeypatch, module, *arguments, device="cpu"):
 
 @pytest.fixture
 def refused(monkeypatch):
-    """A function: call_main ends with a UserError that has these words."""
+    """A function: asserts that call_main ends with a UserError that contains these words."""
     def check(words, module, *arguments):
         with pytest.raises(UserError, match=words):
             call_main(monkeypatch, module, *arguments)

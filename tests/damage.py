@@ -1,4 +1,4 @@
-"""Ways to damage what a script reads: each returns, or is, a function of the folder that holds it."""
+"""Ways to damage a script's input: each returns, or is, a function of the folder that holds the input."""
 import json
 import os
 import re
@@ -115,7 +115,7 @@ def png(width, height, name):
 
 
 class Planted:
-    """Leaves a folder behind when it is unpickled without care."""
+    """Leaves a folder behind when it is unpickled unsafely."""
 
     def __reduce__(self):
         return os.mkdir, ("planted-by-a-checkpoint",)
@@ -148,7 +148,7 @@ def dangling(name):
 
 
 def blank(name, what, member=None):
-    """Replace the first `what` of a file by a space, or that of a member of a zip, which is then written anew."""
+    """Replace the first `what` in a file, or in a member of a zip (which is rewritten), by a space."""
     def damage(w):
         if member is None:
             return change_bytes(name, lambda data: data.replace(what, b" ", 1))(w)
@@ -182,7 +182,7 @@ def zipped(change=None, method=zipfile.ZIP_STORED):
 
 
 def one_bit_of_a_zip(w):
-    """A bit of a latent's number, which stays finite."""
+    """Flip one bit of a latent's number; it stays finite."""
     content = (w / LATENT).read_bytes()
     changed = bytes([*content[:200], content[200] ^ 1, *content[201:]])
     damaged(w, [zipped(), change_bytes("data/vae-sd.zip", lambda data: data.replace(content, changed))])

@@ -34,7 +34,7 @@ for package in ("data_io", "encoders", "models", "runtime", "sampling", "trainin
     for module in pkgutil.iter_modules([str(Path(__file__).resolve().parents[1] / package)]):
         importlib.import_module(f"{package}.{module.name}")
 
-with contextlib.suppress(ImportError):  # tests that need none can run without it
+with contextlib.suppress(ImportError):  # most tests run without it
     from diffusers import AutoencoderDC, AutoencoderKL  # noqa: F401
 
 
@@ -56,7 +56,7 @@ def run(request):
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except Exception:  # noqa: BLE001 - shown and turned into an exit status, as the interpreter does
+    except Exception:  # noqa: BLE001 - print it and return an exit status, as Python does
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -76,7 +76,7 @@ def wait(pid, timeout):
 def main():
     torch.set_num_threads(1)
     versions.commit()
-    gc.freeze()  # a child's collections then leave alone what all children share
+    gc.freeze()  # children then do not collect shared objects
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # pytest's own business
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:

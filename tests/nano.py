@@ -20,7 +20,7 @@ TEACHERS["dinov2-vit-n"] = TEACHERS["dinov2-vit-s"]._replace(timm_name="vit_nano
 
 @register_model
 def vit_nano_patch14_dinov2(pretrained=False, num_classes=0, embed_dim=48, **_):
-    """Every part of timm's DINOv2 models, small; its weights are nowhere to be fetched."""
+    """Every part of timm's DINOv2 models, small; no hub has its weights."""
     if pretrained:
         raise RuntimeError("there are no published weights")
     return VisionTransformer(img_size=112, patch_size=14, embed_dim=embed_dim, depth=12, num_heads=2, init_values=1e-5,
@@ -33,5 +33,5 @@ def teacher_state():
 
 
 def take_any_scorer():
-    """For a script's process: EfficientNet-Lite0's weights may be any file's, as they are random in tests."""
+    """For a script's process: accept any file as EfficientNet-Lite0's weights; in tests they are random."""
     features.EFFICIENTNET_SHA256 = ""

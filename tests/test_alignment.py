@@ -31,7 +31,7 @@ def tokens(seed, n=3, t=4, width=5):
 
 
 def test_relational_loss():
-    """Of any widths; a target that is the student's tokens, scaled and turned, costs nothing."""
+    """Widths may differ; the loss is 0 if the target is the student's tokens, scaled and rotated."""
     ours, theirs = tokens(0), tokens(1, width=7)
     squares = [(cosine(a[i], a[j]) - cosine(b[i], b[j])) ** 2
                for a, b in zip(ours, theirs, strict=True) for i in range(4) for j in range(4)]
@@ -45,7 +45,7 @@ def test_relational_loss():
 
 
 def test_dispersive_loss():
-    """All pairs of images, each with itself too; its gradient drives them apart."""
+    """Uses all pairs of images, each with itself too; its gradient drives images apart."""
     z = 2 * tokens(0)
     pairs = [math.exp(-float(((a - b) ** 2).sum()) / a.numel()) for a in z for b in z]
     assert float(dispersive_loss(z)) == pytest.approx(math.log(sum(pairs) / 9), rel=1e-5)
@@ -97,7 +97,7 @@ def small(projector, kernel=3, z_dims=(48,)):
 @pytest.mark.parametrize("projector, kernel, renamed", [("mlp", 3, True), ("linear", 3, True), ("conv", 3, False),
                                                         ("conv", 1, True)])
 def test_checkpoints_know_their_projectors(tmp_path, projector, kernel, renamed):
-    """From the weights alone; under iREPA's names, too."""
+    """The weights alone suffice, also under iREPA's names."""
     model = small(projector, kernel, (48, 16))
     weights = {name.replace("projectors.0.", "projectors.0.projection_layer.").replace(
         "projectors.1.", "projectors.1.projection_layer.") if renamed else name: value
@@ -112,7 +112,7 @@ def test_checkpoints_know_their_projectors(tmp_path, projector, kernel, renamed)
 
 
 def test_all_losses_of_a_batch():
-    """Each takes its part of student and teachers: the projectors of teachers come first, that of latents last."""
+    """Each loss takes its part of student and teachers; teachers' projectors come first, the latents' last."""
     x, h = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 6)
     projected = [torch.randn(2, 16, width) for width in (5, 7, 16)]
     targets = [torch.randn(2, 16, width) for width in (5, 7)]
@@ -136,7 +136,7 @@ def test_all_losses_of_a_batch():
 # ---- as flags ----
 
 def test_without_a_teacher(monkeypatch, tiny_data, tmp_path):
-    """No picture is read and no teacher made; the trigger compares these losses; they end with Phase I."""
+    """A run reads no picture and makes no teacher; the trigger compares these losses; they end with Phase I."""
     monkeypatch.setattr(dataset, "decode_image", None)
     monkeypatch.setattr(teachers, "load_vit", None)
     call_main(monkeypatch, train, *train_arguments(
@@ -168,7 +168,7 @@ def test_irepa_and_relations(monkeypatch, tiny_data, teacher_file, tmp_path):
 
 @pytest.mark.parametrize("cache", [False, True])
 def test_who_is_resampled(monkeypatch, tiny_data, teacher_file, tmp_path, cache):
-    """The student has 8 x 8 tokens, the teacher 4 x 4: the student's come to these, or the teacher's to those."""
+    """The student has 8 x 8 tokens, the teacher 4 x 4: either side is resampled to the other's grid."""
     seen, plain = {}, SILoss.__call__
 
     def watched(self, model, x, y, target, *more):

@@ -1,4 +1,4 @@
-"""Any value in any place of a checkpoint, any content of any data file: it works or is one sentence. Seeded choice."""
+"""Any value in a checkpoint, any content of a data file: scripts work or print one sentence. Seeded choice."""
 import copy
 import json
 import random
@@ -77,7 +77,7 @@ def changed(value, rng):
 
 @pytest.mark.parametrize("name, calls", [(CKPT, 30), (RUN, 20)])
 def test_any_value_in_a_checkpoint(monkeypatch, world, tmp_path, name, calls):
-    """Sampled from, and continued from."""
+    """Sampling from it and continuing from it."""
     w, rng = shutil.copytree(world, tmp_path / "w"), random.Random(name)
     intact = load_tensors(w / name)
     for k in range(calls):
@@ -114,7 +114,7 @@ def listing(path, rng):
 
 @pytest.mark.parametrize("name", [IMAGE, LATENT, LABELS, LATENT_LABELS, "data/classes.json"])
 def test_any_content_of_a_data_file(monkeypatch, world, tmp_path, name):
-    """Opened and read whole, every fourth time by a training with the teacher."""
+    """Open and read all data; every fourth time by training with the teacher."""
     w, rng = shutil.copytree(world, tmp_path / "w"), random.Random(name)
     for k in range(12):
         shutil.rmtree(w / "data")

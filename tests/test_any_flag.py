@@ -1,4 +1,4 @@
-"""Any text for any flag of a script works or is one sentence; the choice of texts is seeded."""
+"""Any text for any flag: the script works or prints one sentence. The choice of texts is seeded."""
 import os
 import random
 import re

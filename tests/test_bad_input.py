@@ -1,9 +1,9 @@
-"""What a user can get wrong, over all scripts: one sentence, an exit status, and every file as it was.
+"""User mistakes, for all scripts: one sentence, an exit status, and no file changed.
 
 CASES[script] has rows (what is damaged first, arguments, words of the sentence). Damage is a function of the folder, a
 list of them, or None. {w} in arguments is the folder: a copy of one with a data set, a finished run of one step, a
-checkpoint, samples and references. A kind of fault has one row for each place that reads such input, not for each
-script. What a file's content can do beyond that is in test_hostile_files.py.
+checkpoint, samples and references. Each kind of fault has one row per place that reads such input, not per
+script. test_hostile_files.py has harmful file contents.
 """
 import contextlib
 import io
@@ -76,7 +76,7 @@ TEXT = (train_t2i, generate_t2i, caption_retrieval, coco)
 
 
 def cache_without_arrays(w):
-    """A teacher cache that says that it is complete."""
+    """A teacher cache that is marked complete but has no arrays."""
     more = [argument.replace("{w}", str(w)) for argument in TEACHER_CACHE]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
         call_main(patch, train, *train_arguments(w / "data", w / "out", *more, "--max-train-steps", 1))
@@ -152,7 +152,7 @@ CASES = {
          [*NO_TEACHER, "--data-dir", "{w}/f8", "--exp-name", "f8", "--sampling-steps", 1, "--vae", VAE],
          "makes 4 channels at 1/4 .*latents have 4 channels of 8"),
         (None, [*SCORING, "--eval-ref", "/no/ref.npz", "--max-train-steps", 2], "/no/ref.npz does not exist"),
-        # going on with a run
+        # resuming a run
         (cut(RUN), NO_TEACHER, "has no checkpoint that can be read"),
         (put(RUN, {"model": {}, "ema": {}, "args": {}, "steps": 1}), NO_TEACHER, "has no 'opt'"),
         (shape_of_another_model, NO_TEACHER, "checkpoint of another model: x_embedder.proj.bias"),

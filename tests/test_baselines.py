@@ -15,7 +15,7 @@ VAE = ROOT / "assets/vae-emoji"
 
 
 def test_rows_are_what_they_are_called(monkeypatch, tmp_path, capsys):
-    """Of samples that are the eight held-out images themselves."""
+    """The samples are the eight held-out images themselves."""
     monkeypatch.setattr(features, "EFFICIENTNET_SHA256", "")
     monkeypatch.setattr(scores, "frechet_distance", lambda mu, _, mu2, __: (mu - mu2).square().sum().item())  # sooner
     save_efficientnet(tmp_path / "scorer.pth")
@@ -33,7 +33,7 @@ def test_rows_are_what_they_are_called(monkeypatch, tmp_path, capsys):
     assert table[0] == "n = 8 images a set, 8 of each reference"
     assert [line.split("  ")[0] for line in table[2:6]] == list(of_held_out)
 
-    # Training images that are scored are not the reference.
+    # Scored training images are not in the reference.
     args = Namespace(samples=None, data=tmp_path, vae=VAE, seed=0, reference_images=None)
     references, sets = baselines.image_sets(args, 8, torch.device("cpu"))
     training, scored = references["training"].files, sets["training through the VAE"].images.files

@@ -56,7 +56,7 @@ def sample(network, n=2, mode="ode", steps=12, kind="none", interval=3, order=2,
 @pytest.mark.parametrize("kind", ["taylor", "delta"])
 @pytest.mark.parametrize("mode, heun", [("ode", False), ("ode", True), ("sde", False), ("dpm", False)])
 def test_interval_1_is_no_cache(network, kind, mode, heun):
-    """Bit for bit; with an interval of 3 something else comes out, near it."""
+    """Equal bit for bit; an interval of 3 gives a different, close result."""
     plain, _ = sample(network, mode=mode, heun=heun, low=0.2, high=0.7)
     assert torch.equal(sample(network, mode=mode, heun=heun, low=0.2, high=0.7, kind=kind, interval=1)[0], plain)
     near, _ = sample(network, mode=mode, heun=heun, low=0.2, high=0.7, kind=kind)
@@ -65,7 +65,7 @@ def test_interval_1_is_no_cache(network, kind, mode, heun):
 
 @pytest.mark.parametrize("order", range(5))
 def test_a_polynomial_is_predicted_exactly(order):
-    """Of a degree up to the order, through times at any distances; of order 0 the newest value comes again."""
+    """Exact up to degree = order, at any spacing of times; order 0 repeats the newest value."""
     times, t = [0.6, 0.66, 0.75, 0.8, 0.9][:order + 1], 0.57
     weights = taylor_weights(t, times)
     for degree in range(order + 1):
@@ -95,7 +95,7 @@ def test_a_network_that_moves_in_a_line_is_predicted_exactly(network, monkeypatc
 
 @pytest.mark.parametrize("kind", ["taylor", "delta"])
 def test_batches_do_not_mix(network, kind):
-    """An image of a batch of 3 is that of a batch of 1, guidance coming and going; the state is freed."""
+    """An image is the same in batches of 3 and 1, with guidance switching on and off; the state is freed."""
     whole, _ = sample(network, 3, kind=kind, low=0.2, high=0.7)
     alone, _ = sample(network, 1, kind=kind, low=0.2, high=0.7)
     torch.testing.assert_close(whole[:1], alone, rtol=1e-5, atol=1e-5)
@@ -104,7 +104,7 @@ def test_batches_do_not_mix(network, kind):
 
 
 def test_what_is_computed(network):
-    """The first calls, every third and the last one, in full; calls that begin guidance, too. Delta: a quarter more."""
+    """Full calls: the first ones, every third, the last, and where guidance begins. Delta: a quarter more."""
     blocks = len(getattr(network, "blocks", None) or network.joint_blocks)
     full = [*range(FIRST), 5, 8, 11]
     _, state = sample(network, kind="taylor", steps=12, high=0.0)
@@ -118,7 +118,7 @@ def test_what_is_computed(network):
 
 
 def test_by_the_command_line(monkeypatch, ckpt, tmp_path, capsys):
-    """A place in settings.json, which a restart keeps; other caches are other settings."""
+    """settings.json records the cache; a restart keeps it; another cache counts as other settings."""
     call_main(monkeypatch, generate, *arguments(ckpt, tmp_path / "plain", "--num-steps", 12))
     cost = {}
     for kind in ("taylor", "delta"):
@@ -141,7 +141,7 @@ def test_by_the_command_line(monkeypatch, ckpt, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_processes_and_compiled_blocks(monkeypatch, ckpt, tmp_path):
-    """Two processes make the same pictures as one, and so do compiled blocks, up to rounding."""
+    """Two processes, and compiled blocks, make the same pictures as one process, up to rounding."""
     given = ["--num-steps", 6, "--cache", "taylor", "--mode", "sde"]
     script("generate.py", *arguments(ckpt, tmp_path / "two", *given), processes=2)
     call_main(monkeypatch, generate, *arguments(ckpt, tmp_path / "one", *given))
@@ -155,7 +155,7 @@ def test_processes_and_compiled_blocks(monkeypatch, ckpt, tmp_path):
 
 
 def test_operations_of_a_call():
-    """Twice the weights of the linear layers, by token and for the condition once, and those of attention."""
+    """2 x weights of the linear layers, per token (condition: once), plus attention's products."""
     network = SiT_models["SiT-T/2"](input_size=16, num_classes=4, z_dims=())
     tokens, width, depth = 64, 160, 5
     blocks = depth * (2 * tokens * 12 * width ** 2 + 4 * tokens ** 2 * width + 2 * 6 * width ** 2)
@@ -165,7 +165,7 @@ def test_operations_of_a_call():
 
 @pytest.mark.slow
 def test_the_comparison_of_samplers(monkeypatch, ckpt, tmp_path, tiny_data):
-    """A row a setting, with distance and scores; the same command makes none again."""
+    """One row per setting, with distance and scores; the same command repeats none."""
     monkeypatch.setattr(pareto, "EXACT", {"num_steps": 6})
     rows = {"ode 6": {"num_steps": 6}, "ode 6, taylor 2": {"num_steps": 6, "cache": "taylor", "cache_interval": 2},
             "sde 3": {"mode": "sde", "num_steps": 3}}

@@ -74,7 +74,7 @@ def top1(result, name="samples"):
 
 
 def test_right_wrong_and_some(made, monkeypatch, capsys):
-    """Pictures 0 and N - 1 are equal: either is right for both captions. A folder has the captions' numbers."""
+    """Pictures 0 and N - 1 are equal: either is right for both captions. File names give the caption numbers."""
     result = run(made, monkeypatch, made / "val", made / "right.npz", "--vae", ROOT / "assets/vae-emoji")
     assert (result["n"], result["candidates"], top1(result)) == (N, N - 1, 1.0)
     assert result["retrieval"]["samples"]["top-5"]["chance"] == 5 / (N - 1)
@@ -86,7 +86,7 @@ def test_right_wrong_and_some(made, monkeypatch, capsys):
 
 
 def test_pictures_are_paired_by_their_numbers(made, monkeypatch):
-    """A split may lack numbers, and needs captions in words for --clip alone."""
+    """A split may have gaps in its numbers; only --clip needs captions in words."""
     folder = made / "gaps"
     folder.mkdir()
     numbers = [i for i in range(1, N) if i % 3]

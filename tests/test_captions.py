@@ -1,4 +1,4 @@
-"""U-ViT's layout: what is read, which caption a visit shows, one sentence for each damage; captions in grids."""
+"""U-ViT's layout: files read, the caption of each visit, one sentence per kind of damage; captions in grids."""
 import shutil
 import time
 
@@ -54,7 +54,7 @@ def shown(dataset, batches, workers=0):
 
 
 def test_caption_is_a_function_of_seed_epoch_and_image(tiny_captions):
-    """Whatever the start, the batch size, the processes and the workers; all captions of an image come up."""
+    """Start, batch size, processes and workers change nothing; all captions of an image are shown."""
     dataset = CaptionedImages(tiny_captions, "train", 64, seed=3, images=False)
     whole = shown(dataset, StepBatches(16, 8, 3, 0, 80))
     by_epoch = [dict(whole[16 * epoch:16 * epoch + 16]) for epoch in range(40)]
@@ -116,7 +116,7 @@ def test_small_pictures_are_shown_larger():
 
 
 def test_wrapping_keeps_to_width_and_lines():
-    """One as long as a page, too: in no time."""
+    """Also quick for a caption as long as a page."""
     for text, width, lines in (("flag: Japan", 20, ["flag: Japan"]), ("x" * 25, 10, ["x" * 10, "x" * 10, "x" * 5]),
                                ("one two three four five six seven eight", 8, ["one two", "three", "four", "five..."]),
                                ("", 10, [])):

@@ -1,4 +1,4 @@
-"""CIFAR-10 from its three sources: the same bytes, restarts, and one sentence for what cannot be used."""
+"""CIFAR-10 from its three sources: the same bytes, restarts, one sentence for an unusable source."""
 import hashlib
 import json
 import pickle
@@ -56,7 +56,7 @@ def write_package(folder, files, monkeypatch):
 
 
 def test_three_sources_give_the_same_bytes(photographs, monkeypatch, tmp_path):
-    """And what is read back are the photographs, in order, with their labels; a complete folder needs no source."""
+    """The photographs read back in order, with their labels; a complete folder needs no source."""
     images, labels = photographs
     write_package(tmp_path, package_files(*photographs), monkeypatch)
     files = binary_files(*photographs)
@@ -195,7 +195,7 @@ def test_reference_statistics(photographs, monkeypatch, tmp_path):
 
 
 def test_the_demo(monkeypatch, tmp_path):
-    """By the committed network, a row for each class: ships are bluer than frogs."""
+    """The committed network draws a row per class: ships are bluer than frogs."""
     call_main(monkeypatch, demo, "ship", "frog", "--images", 4, "--out", tmp_path / "demo.png")
     pixels = np.asarray(Image.open(tmp_path / "demo.png")).astype(float)
     ship, frog = (pixels[start:start + 64] for start in (0, (len(pixels) + GAP) // 2))

@@ -35,7 +35,7 @@ def captions_of(i):
 
 
 def write_source(folder):
-    """Nine pictures of several kinds and their captions, in no order; one without caption, one caption too many."""
+    """Nine unordered pictures of several kinds with captions; one has no caption, one caption has no picture."""
     (folder / "photos/more").mkdir(parents=True)
     names = {i: f"{'more/' if i > 4 else ''}picture{i}.png" for i in CAPTIONS}
     kinds = {4: "L", 5: "P", 6: "CMYK", 7: "RGBA"}
@@ -148,7 +148,7 @@ def slowly():
 
 
 def test_killed_and_started_again(source, made, clip_folder, tmp_path, monkeypatch):
-    """Whenever it is killed, the same command completes; what was whole is not made again."""
+    """After a kill at any time the same command completes; whole files are not made again."""
     process = SERVER.start("preprocessing/coco.py", *arguments(source, tmp_path, clip_folder),
                            before="tests.test_coco.slowly")
     wait_for(lambda: (tmp_path / "train/2_0.npy").exists())
@@ -167,7 +167,7 @@ def test_killed_and_started_again(source, made, clip_folder, tmp_path, monkeypat
 
 
 def test_two_processes_make_what_one_makes(source, made, clip_folder, tmp_path):
-    """And COCO's own folders, both splits, give the same."""
+    """COCO's own folders, with both splits, give the same files, too."""
     root = tmp_path / "coco"
     for split in ("train", "val"):
         shutil.copytree(source / "photos", root / f"{split}2014")
@@ -188,7 +188,7 @@ def test_what_is_transparent_is_white(tmp_path):
 
 
 def test_an_unreadable_picture(refused, source, made, clip_folder, tmp_path, monkeypatch, capsys):
-    """All else is made before it is named; once it is replaced, the same command completes."""
+    """Everything else is written first, then the picture is named; with a good one the same command completes."""
     copy = tmp_path / "source"
     shutil.copytree(source, copy)
     whole = (copy / "photos/picture1.png").read_bytes()
@@ -240,7 +240,7 @@ def test_captions_that_are_no_text(source, tmp_path, caption, words):
 
 
 def test_long_captions_are_counted(source, made, clip_folder, tmp_path, capsys, monkeypatch):
-    """And cut: one of 10,000 words as one of 77 tokens, in no time."""
+    """And cut: 10,000 words to 77 tokens, quickly."""
     copy = shutil.copytree(source, tmp_path / "source")
     captions_json(copy, lambda content: content["annotations"][1].update(caption="heart " * 10_000))
     (tmp_path / "dest").mkdir()

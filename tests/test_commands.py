@@ -1,4 +1,4 @@
-"""Every command of README and docs is one that its script takes: parsed by the script's own parser, files there."""
+"""Every command in README and docs works: the script's own parser accepts it and its files exist."""
 import ast
 import importlib
 import inspect

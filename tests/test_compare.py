@@ -1,4 +1,4 @@
-"""compare.py: runs in words, samples and scores made once, tables and figures of runs over seeds and sweeps."""
+"""compare.py: names of runs, samples and scores made once, tables and figures over seeds and sweeps."""
 import itertools
 import json
 import os
@@ -129,7 +129,7 @@ def test_runs_over_seeds(called, runs, tmp_path):
 
 
 def test_sweeps(called, tmp_path, monkeypatch):
-    """Over guidance and steps: a row each, panels with the same axes, ticks where something was run."""
+    """Sweep guidance and steps: one row each, panels with equal axes, ticks at the values that were run."""
     closed = []
     monkeypatch.setattr("matplotlib.pyplot.close", closed.append)
     head, _, *rows = called(["b"], "--cfg", 1, 1.5, "--steps", 1, 2, "--format", "svg")

@@ -1,4 +1,4 @@
-"""--config: flags from a file are those typed; typed ones win; what cannot be used is one sentence."""
+"""--config: a file's flags act like typed ones; typed flags win; bad files give one sentence."""
 import json
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ def put(tmp_path):
 
 
 def test_flags_of_a_file_are_those_typed(monkeypatch, put):
-    """Of every kind: numbers, a number that YAML calls text, lists, pairs, switches, a preset, required ones."""
+    """All kinds: numbers, a number that YAML reads as text, lists, pairs, switches, a preset, required flags."""
     flags = {"exp-name": "x", "model": "SiT-B/2", "batch_size": 32, "learning-rate": "1e-3", "qk_norm": True,
              "hflip": True, "trigger_timesteps": [0.1, 0.5], "attn-layers": [[2, 7], [3, 9]], "fused-attn": False,
              "preset": "sit-b-2-repa", "num_classes": None}
@@ -64,7 +64,7 @@ def test_underscores_are_hyphens(monkeypatch):
 
 
 def test_args_of_a_run_are_a_file(monkeypatch, tiny_data, tmp_path):
-    """The same run under another name, whatever its args.json holds beside flags."""
+    """It starts the same run under another name, whatever args.json holds besides flags."""
     call_main(monkeypatch, train, *train_arguments(tiny_data, tmp_path, "--enc-type", "none", "--max-train-steps", 2,
                                                    "--early-stop-fraction", 0.5))
     first = json.loads((tmp_path / "run/args.json").read_text())
@@ -91,7 +91,7 @@ def test_what_cannot_be_used(monkeypatch, put, found, words):
 
 
 def test_no_such_file_and_no_name(monkeypatch, tmp_path):
-    for path in (tmp_path, "/dev/zero"):  # the second has no end
+    for path in (tmp_path, "/dev/zero"):  # the second never ends
         with pytest.raises(UserError, match=f"--config {path} is no file of flags; give one in YAML or JSON"):
             parsed(monkeypatch, train, *NAMED, "--config", path)
     with pytest.raises(UserError, match="--config .*none.yaml cannot be read .No such file"):

@@ -1,4 +1,4 @@
-"""The ImageNet layout: what is read, in which order, and one sentence with the file's name for each damage."""
+"""The ImageNet layout: files read, their order, and one sentence with the file's name for each kind of damage."""
 import itertools
 import shutil
 import threading
@@ -17,7 +17,7 @@ from tests.test_storage import packed_into
 
 
 def test_images_are_read_only_where_they_are_needed(data, monkeypatch):
-    """Not in Phase II, and without a teacher there need be none; labels may be null in one of the folders."""
+    """Phase II and runs without a teacher need no images; labels may be null in one of the folders."""
     dataset = LatentImages(data, 64, CLASSES)
     dataset.images = False
     monkeypatch.setattr("dataset.decode_image", lambda *_: pytest.fail("an image was decoded"))
@@ -39,7 +39,7 @@ def test_latents_of_no_shape():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_moments_of_the_other_layout(data, tmp_path, packed):
-    """A negative std is a log variance, and where no log variance is negative they are stds."""
+    """A negative std must be a log variance; if no log variance is negative, they must be stds."""
     data = packed_into(data, tmp_path / "packed") if packed else data
     last = data / "vae-sd" / ("00000.npy" if packed else "00000/img-mean-std-00000007.npy")
     moments = np.load(last)
@@ -111,7 +111,7 @@ def test_each_micro_batch_comes_with_its_noise():
 
 
 def test_work_ahead_is_done_while_the_caller_is_busy_and_ends_with_it():
-    """A couple of results ahead; however the caller leaves, no thread stays and nothing more is begun."""
+    """A few results are ready ahead; however the caller leaves, threads end and no new work starts."""
     begun, threads = [], threading.active_count()
 
     def work(item):

@@ -31,7 +31,7 @@ def slow_groups(size=4, seconds=0.005):
 
 
 def one_step():
-    """Stands still when one more file is made, so that five kills find the work undone on a machine of any speed."""
+    """Pause after each new file, so that five kills find work left on a machine of any speed."""
     slow_groups()
     fsync, dest, most = os.fsync, Path(os.environ["HASTE_TEST_DEST"]), int(os.environ["HASTE_TEST_MOST"])
     command = os.getpid()
@@ -49,7 +49,7 @@ def slow_writes():
 
 
 def even_shares():
-    """Fails unless this process is given half of the twelve batches."""
+    """Fail unless this process gets half of the twelve batches."""
     encode_groups = encode.encode_groups
 
     def checked(vae, groups, *more):
@@ -61,7 +61,7 @@ def even_shares():
 
 
 def progress_of(dest):
-    """Files that have their names; for a zip, its parts."""
+    """Number of finished files; for a zip, of its parts."""
     work = dest.with_name(dest.name + ".parts") if dest.suffix == ".zip" else dest
     return len([path for path in work.rglob("*.???") if not path.name.startswith(".")])
 
@@ -111,7 +111,7 @@ def test_kill_9_and_the_same_command(source, made, tmp_path, kind):
 
 def ctrl_c_as_in_a_terminal():
     slow_writes()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the fork server has turned off
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
 
 
 @pytest.mark.parametrize("kill, number", [(os.kill, signal.SIGKILL), (os.killpg, signal.SIGINT)])
@@ -131,7 +131,7 @@ def test_workers_end_with_their_parent(source, tmp_path, kill, number):
 
 
 def group_is_alive(group):
-    """Whether a process of the group runs; one that ended and was not waited for does not."""
+    """Whether a process of the group runs; zombies do not count."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, pgrp = path.read_text().rpartition(")")[2].split()[:3]

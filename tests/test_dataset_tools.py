@@ -1,4 +1,4 @@
-"""convert and encode by their command lines: what is written, what is skipped, what is refused."""
+"""convert and encode by their command lines: files written, skipped and refused."""
 import functools
 import json
 import os
@@ -38,7 +38,7 @@ def content():
             for i in range(EACH)}
 
 
-@pytest.fixture(scope="session")  # of test_dataset_stops.py too
+@pytest.fixture(scope="session")  # test_dataset_stops.py uses it, too
 def source(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("imagenet"), content())
 
@@ -190,7 +190,7 @@ def test_other_flags(source, tmp_path, tool):
 # ---- pictures that cannot be used ----
 
 def test_odd_pictures(tool, tmp_path, monkeypatch, capsys):
-    """Each is handled or named; the others keep their numbers, and latents pair with them by number."""
+    """Each is handled or named; the others keep their numbers, which pair them with their latents."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000_000)
     expected = odd_pictures()
     pictures = {f"odd/{name}": data for name, (data, _) in expected.items()} | {"plain/a.png": picture(0)}
@@ -225,7 +225,7 @@ def test_encoding_what_cannot_be_used(refused, made, tmp_path, tool):
 
 
 def test_a_repaired_picture(refused, source, made, tmp_path, tool):
-    """convert adds it to a complete folder, encode its latent alone; a zip of latents is not taken for whole."""
+    """convert adds it to a complete folder, encode adds only its latent; a zip of latents counts as incomplete."""
     folder, data = tmp_path / "s", tmp_path / "data"
     shutil.copytree(source, folder)
     (folder / "n01/03.png").write_bytes(b"")
@@ -247,7 +247,7 @@ def test_a_repaired_picture(refused, source, made, tmp_path, tool):
 
 
 def test_a_replaced_picture(refused, source, tmp_path, tool):
-    """Neither command keeps what was made of a picture that was replaced since; both say which file to delete."""
+    """Neither command keeps a file made from a picture replaced since; both say which file to delete."""
     folder, data = tmp_path / "s", tmp_path / "data"
     shutil.copytree(source, folder)
     commands = {image_name(3): converting(folder, data / "images", "--num-workers=1"),
@@ -270,7 +270,7 @@ def test_a_replaced_picture(refused, source, tmp_path, tool):
 # ---- what is there ----
 
 def test_a_worker_that_is_killed(tool, refused, source, tmp_path, monkeypatch):
-    """As for lack of memory: a sentence, and the same command goes on."""
+    """As when memory runs out: one sentence; the same command continues."""
     picture = convert.convert_picture
     monkeypatch.setattr(convert, "convert_picture", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     refused("A worker process has ended .*the same command goes on, with fewer --num-w", dataset_tools,
@@ -280,7 +280,7 @@ def test_a_worker_that_is_killed(tool, refused, source, tmp_path, monkeypatch):
 
 
 def test_what_is_there_is_not_made_again(tool, source, made, tmp_path, monkeypatch, capsys):
-    """A complete folder is completed where a file is missing, a complete zip is left alone."""
+    """A folder gets its missing files; a complete zip is left alone."""
     for kind in ("images", "vae-sd"):
         shutil.copytree(made / kind, tmp_path / kind)
     for kind, name, command in (("images", image_name(9), converting(source, tmp_path / "images", "--num-workers=1")),
@@ -290,7 +290,7 @@ def test_what_is_there_is_not_made_again(tool, source, made, tmp_path, monkeypat
         tool(*command)
         assert files(tmp_path / kind) == files(made / kind)
         assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
-    monkeypatch.setattr(encode, "VAE", None)  # is not needed where nothing is missing
+    monkeypatch.setattr(encode, "VAE", None)  # not needed if no file is missing
     tool(*encoding(made / "images", tmp_path / "vae-sd"))
     note, pictures = read_json(tmp_path / "vae-sd/made.json"), open_source(made / "images")
     note["pictures"] = digest([pictures.names, pictures.labels, destinations.origin(made / "images")])
@@ -305,7 +305,7 @@ def test_what_is_there_is_not_made_again(tool, source, made, tmp_path, monkeypat
 
 @pytest.mark.parametrize("kind", ["", ".zip"])
 def test_other_settings(refused, source, made, tmp_path, tool, kind):
-    """Nothing is mixed: not two crops, not two VAEs, not latents of pictures that were made anew."""
+    """Never mix two crops, two VAEs, or latents with pictures made anew."""
     for name in ("images", "vae-sd"):
         (shutil.copy if kind else shutil.copytree)(made / f"{name}{kind}", tmp_path / f"{name}{kind}")
     images, latents = tmp_path / f"images{kind}", tmp_path / f"vae-sd{kind}"
@@ -321,7 +321,7 @@ def test_other_settings(refused, source, made, tmp_path, tool, kind):
 
 
 def test_what_is_not_ours(refused, source, tmp_path):
-    """Nothing that was there is overwritten; test_bad_input.py has a folder, and output that would become input."""
+    """Existing files are never overwritten; test_bad_input.py covers a folder, and output inside the input."""
     write_zip(tmp_path / "full.zip", {"a": b""})
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "folder.zip").mkdir()

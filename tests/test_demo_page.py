@@ -1,4 +1,4 @@
-"""The page of examples/demo.py, over HTTP: what its form asks for is what is sampled, and nothing ends the server."""
+"""The page of examples/demo.py over HTTP: it samples what the form asks for; no request ends the server."""
 import io
 import threading
 import urllib.error
@@ -51,7 +51,7 @@ def test_the_form_asks_for_a_grid(demo):
     status, picture = get(demo, "/grid.png?class=%3Cb%3E&class=ship&images=3&seed=5&cfg=4.0")
     assert status == 200 and np.asarray(Image.open(io.BytesIO(picture))).tolist() == np.full((4, 6, 3), 4).tolist()
     assert demo.asked == (["<b>", "ship"], {"images": 3, "seed": 5, "cfg": 4.0})
-    demo.names = []  # a network of texts
+    demo.names = []  # a text network
     get(demo, "/grid.png?class=a+red%0D%0Abus%0A")
     assert demo.asked == (["a red", "bus"], {"images": 8, "seed": 0, "cfg": 2.0})
     assert b'<textarea name="class" rows="4" cols="40">a red\nbus</textarea>' in get(demo, "/?class=a+red%0Abus")[1]

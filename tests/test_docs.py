@@ -1,4 +1,4 @@
-"""README and docs: flags as the parsers have them, links that lead somewhere, a README that stays short."""
+"""README and docs: flags match the parsers, links lead somewhere, the README stays short."""
 import importlib.util
 import re
 import subprocess
@@ -54,4 +54,4 @@ def test_scripts_named_in_the_pages_exist():
         for block in re.findall(r"```[^\n]*\n(.*?)```", page.read_text(), flags=re.DOTALL):
             for name in re.findall(r"(?<![\w/.])([a-z_0-9]+(?:/[a-z_0-9]+)*\.(?:py|sh))\b", block):
                 assert (ROOT / name).exists(), f"{page.name} names {name}"
-    assert importlib.util.find_spec("sampling.pipeline")  # what README's `from pipeline import` leads to
+    assert importlib.util.find_spec("sampling.pipeline")  # the target of README's `from pipeline import`

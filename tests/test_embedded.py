@@ -57,7 +57,7 @@ def test_latents_of_another_vae(tmp_path):
 
 
 def test_names_and_captions():
-    """Files by code points, written in four ways; the name and other words for it, no codes, nothing twice."""
+    """Code points in file names, written in four ways; captions are the name and synonyms, no codes, no repeats."""
     names = {"a9", "1f600", "2764", "1f3f3-fe0f-200d-1f308"}
     for unified, expected in (("1F600", "1f600"), ("00A9-FE0F", "a9"), ("2764-FE0F", "2764"),
                               ("1F3F3-FE0F-200D-1F308", "1f3f3-fe0f-200d-1f308"), ("1F4A9", None)):
@@ -114,7 +114,7 @@ def fake_onnx(state):
 
 
 def test_teacher_out_of_the_graph():
-    """Every weight comes back under timm's name, transposed where it was."""
+    """Every weight comes back under timm's name, transposed back where needed."""
     torch.manual_seed(0)
     vit = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_committed_vae():
 
 
 def test_normalised_latents_decode_to_the_same():
-    """Folding the statistics into the convolutions changes latents exactly as said, and pictures not at all."""
+    """Folding the statistics into the convolutions normalises latents exactly and leaves pictures unchanged."""
     from diffusers import AutoencoderKL
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,

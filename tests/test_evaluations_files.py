@@ -77,7 +77,7 @@ def adm(made):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without the eigenvalues, which take seconds."""
+    """Skip the eigenvalues, which take seconds."""
     monkeypatch.setattr(scores, "frechet_distance", lambda *statistics: 1.5)
 
 
@@ -94,7 +94,7 @@ def paths(made, *names):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz_folder_and_array_are_the_same_images(tmp_path, save):
-    """And their digests follow the pixels."""
+    """Their digests depend on the pixels."""
     images, other, digests = random_images(11, 2), random_images(11, 2), set()
     other[1, 0, 0, 0] ^= 1
     for name, content in (("a", images), ("b", other)):
@@ -162,7 +162,7 @@ def test_bad_folders(tmp_path):
     (folder / "9.png").unlink()
     os.mkfifo(folder / "8.png")
     (folder / "9.png").symlink_to("/dev/zero")
-    assert open_images(folder).n == 2  # regular files only: others are never opened
+    assert open_images(folder).n == 2  # regular files only
     for path in (folder / "8.png", "/dev/zero"):
         with pytest.raises(UserError, match="is no regular file; give an npz file or a folder"):
             open_images(path)
@@ -240,7 +240,7 @@ def test_few_images_against_statistics_alone(monkeypatch, made, inception, quick
     call_main(monkeypatch, evaluator, *paths(made, "statistics.npz", "sample.npz"), "--num-samples", 3, "--metrics",
               "is, fid,sfid,pr,")
     assert capsys.readouterr().out.splitlines()[1:] == ["FID: 1.5000", "sFID: n/a", "Precision: n/a", "Recall: n/a"]
-    monkeypatch.setattr(scores, "rank", lambda: 1)  # of several processes only the first has the statistics
+    monkeypatch.setattr(scores, "rank", lambda: 1)  # only the first process has the statistics
     assert load_set(made / "statistics.npz", inception, ("fid", "pr")) is None
 
 
@@ -275,7 +275,7 @@ def test_bad_statistics(lite0, tmp_path, change, words):
 
 
 def test_covariances_of_few_images_in_float32(lite0, tmp_path):
-    """Of rank 8, rounded to float32: some eigenvalues are negative, and it is read."""
+    """Rank 8, rounded to float32: some eigenvalues are negative; it is read all the same."""
     rows = np.random.default_rng(0).normal(3, 5, (9, 1280)).astype(np.float32)
     sigma = np.cov(rows.T).astype(np.float32)
     np.savez(tmp_path / "few.npz", mu=rows.mean(0), sigma=sigma, **LITE0_KEYS)
@@ -311,7 +311,7 @@ def test_wrong_weights(made, tmp_path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_imports_nothing_slow(name):
-    """--help of every script answers at once: what takes seconds to import comes after the flags."""
+    """--help of every script answers at once: slow imports come after the flags."""
     command = [sys.executable, "-X", "importtime", f"evaluations/{name}.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("usage:")

@@ -97,7 +97,7 @@ def test_inception_score_equals_tensorflow(golden, inception):
 
 
 def test_inception_score_splits_at_5000():
-    """By the formula on rows 0 to 4,999 and on the three after them, which count as much."""
+    """The formula on rows 0 to 4,999 and on the three after them; both splits count equally."""
     generator = np.random.default_rng(8)
     pool, classifier = generator.normal(size=(5003, 6)), generator.normal(size=(9, 6))
     p = scipy.special.softmax(pool @ classifier.T, axis=1)
@@ -226,7 +226,7 @@ def test_efficientnet_is_fed_as_it_was_trained(tmp_path):
 
 
 def test_scoring_leaves_the_random_stream_and_settings_alone(tmp_path):
-    """Inside it runs in full float32, whatever a training loop has set."""
+    """Scoring runs in full float32, whatever a training loop has set."""
     save_efficientnet(tmp_path / "w.pth")
     tune(1, tf32=True)
     before, inside = torch.get_rng_state(), []
@@ -239,7 +239,7 @@ def test_scoring_leaves_the_random_stream_and_settings_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), before) and torch.backends.cudnn.allow_tf32
     assert torch.backends.cuda.matmul.allow_tf32
     tune(1, tf32=False)
-    assert torch.get_float32_matmul_precision() == "highest"  # which PyTorch refuses to say of flags that differ
+    assert torch.get_float32_matmul_precision() == "highest"  # PyTorch raises if the flags disagree
 
 
 def test_downloads_are_checked(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""export.py and pipeline.py: all forms of a checkpoint hold the same bits, and Python samples what scripts sample."""
+"""export.py and pipeline.py: all forms of a checkpoint hold the same bits; Python and scripts sample alike."""
 import argparse
 import itertools
 import json
@@ -30,7 +30,7 @@ FORMS = ["e.safetensors", "folder", "back.pt"]
 
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory):
-    """A checkpoint with a Namespace, as published, and what export.py makes of it, each out of the one before."""
+    """A checkpoint with a Namespace, as published, and its exports, each made from the one before."""
     folder = tmp_path_factory.mktemp("export")
     paths = [make_checkpoint(folder / "0000005.pt"), *(folder / name for name in FORMS)]
     with pytest.MonkeyPatch.context() as patch:
@@ -61,7 +61,7 @@ def test_every_form_has_the_same_bits(forms):
 
 
 def test_a_release(monkeypatch, tmp_path):
-    """Half the size, to half precision the same weights, and no word of where it was trained."""
+    """Half the size, the same weights in half precision, no trace of where it was trained."""
     path = make_checkpoint(tmp_path / "0000005.pt")
     state = load_tensors(path)
     vars(state["args"]).update(data_dir="/mnt/mine", output_dir="exps")

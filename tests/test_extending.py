@@ -80,7 +80,7 @@ def build(folder):
 
 
 def in_the_copy():
-    """Called by a script's process before it starts: from here on the project is the copy."""
+    """A script's process calls this before it starts: then it imports the project from the copy."""
     ours = [name for name, module in sys.modules.items() if name != "__main__" and ".venv" not in str(module)
             and (getattr(module, "__file__", None) or "").startswith(str(ROOT))]
     for name in ours:
@@ -98,8 +98,8 @@ def in_the_copy_with_its_curves():
 
 
 def test_all_recipes(tmp_path):
-    """The loss has its flag and column and is in the sum; the trigger compares its gradient; curves and report draw it,
-    and know by the table where alignment ends. The data are of a layout of four methods."""
+    """The loss has its flag and column and is in the sum; the trigger compares its gradient; curves and report draw it
+    and read from the table where alignment ends. The data layout has four methods."""
     env = {"HASTE_TEST_COPY": str(build(tmp_path)), "HASTE_TEST_RUN": str(tmp_path / "run")}
     with torch.random.fork_rng():
         torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "teacher.pt")

@@ -1,4 +1,4 @@
-"""Processes that are signalled or killed, and several of them as one, by command lines."""
+"""Signals, kills and runs on several processes, all through the command line."""
 import itertools
 import os
 import random
@@ -44,7 +44,7 @@ def wait_for(condition, seconds=60):
 
 
 def wait_for_rows(out, count, seconds=60):
-    """Of metrics.csv."""
+    """Wait until metrics.csv has `count` rows."""
     wait_for(lambda: (out / "run/metrics.csv").is_file() and len(metrics(out)) >= count, seconds)
 
 
@@ -57,13 +57,13 @@ def is_writing(out):
 
 
 def slow_disk():
-    """Writes take long enough to be killed in the middle of."""
+    """Make writes slow enough to be killed half-way."""
     fsync = os.fsync
     os.fsync = lambda number: time.sleep(0.03) or fsync(number)
 
 
 def slow_steps():
-    """Time to send a signal within a step."""
+    """Make steps slow enough for a signal to arrive within one."""
     step = training.update_ema
     training.update_ema = lambda *arguments: time.sleep(0.2) or step(*arguments)
 
@@ -103,7 +103,7 @@ def test_kill_9_loses_nothing_but_time(tiny_data, teacher_file, tmp_path):
 
 
 def test_a_signal_saves_and_exits_with_its_code(tiny_data, tmp_path):
-    """At the end of the step; the same command continues to the same weights. Loader processes outlive the signal."""
+    """It saves after the step; the same command continues to the same weights. Loader processes outlive the signal."""
     process = SERVER.start("train.py", *long_run(tiny_data, tmp_path / "a", "--num-workers", 1),
                            before="tests.test_faults.slow_steps")
     wait_for_rows(tmp_path / "a", 3)
@@ -118,18 +118,18 @@ def test_a_signal_saves_and_exits_with_its_code(tiny_data, tmp_path):
 
 
 def test_a_stuck_loader_process_ends_with_the_run(tiny_data, tmp_path):
-    """One that reads ahead and gets no answer, and that ignores SIGTERM as all of them do."""
+    """One that hangs while reading ahead and, like all of them, ignores SIGTERM."""
     process = SERVER.start("train.py", *long_run(tiny_data, tmp_path, "--num-workers", 1),
                            before="tests.test_faults.stuck_reader")
     wait_for_rows(tmp_path, 2)
     process.send(signal.SIGTERM)
     assert process.wait(timeout=20) == EXIT_CODE, process.stderr
-    with pytest.raises(ProcessLookupError):  # of its group, which its loader processes belong to
+    with pytest.raises(ProcessLookupError):  # the group includes its loader processes
         os.killpg(process.pid, 0)
 
 
 def stuck_reader():
-    """The loader process stops in its fifth batch, which the steps before do not need."""
+    """The loader process hangs in its fifth batch; the first steps do not need it."""
     slow_steps()
     main, calls, moments = os.getpid(), itertools.count(), dataset.LatentImages.moments
     dataset.LatentImages.moments = lambda self, *arguments: time.sleep(
@@ -137,7 +137,7 @@ def stuck_reader():
 
 
 def test_a_second_signal_exits_at_once(tiny_data, tmp_path):
-    """While the first one's checkpoint is being written; a repetition within a second is still the first."""
+    """Even while the first one's checkpoint is written; a repeat within a second counts as the first."""
     arguments = long_run(tiny_data, tmp_path)
     script("train.py", *arguments, "--max-train-steps", 2)
     before = checkpoint(tmp_path, 2)
@@ -156,13 +156,13 @@ def test_a_second_signal_exits_at_once(tiny_data, tmp_path):
 
 
 def hanging_disk():
-    """From the second checkpoint on, writes never end; small files are written as ever."""
+    """From the second checkpoint on, writes hang; small files are written as usual."""
     fsync = os.fsync
     os.fsync = lambda number: time.sleep(60) if os.fstat(number).st_size > 100_000 else fsync(number)
 
 
 def test_one_signal_stops_two_processes_at_one_step(tiny_data, tmp_path):
-    """Only one of them is told. --checkpoint-minutes is agreed on in the same way."""
+    """Only one of them gets the signal. --checkpoint-minutes is agreed on in the same way."""
     processes = SERVER.start_all("train.py", *long_run(tiny_data, tmp_path, "--checkpoint-minutes", 0.3 / 60),
                                  processes=2, before="tests.test_faults.slow_steps")
     wait_for(lambda: newest(tmp_path) > 2)
@@ -173,7 +173,7 @@ def test_one_signal_stops_two_processes_at_one_step(tiny_data, tmp_path):
 
 
 def test_a_signal_that_comes_again_while_the_run_ends(tiny_data, tmp_path):
-    """Within the second in which it is the same request, but after the last step: the exit code stays."""
+    """A repeat within a second counts as the first signal: after the last step, too, the exit code stays."""
     process = SERVER.start("train.py", *long_run(tiny_data, tmp_path), before="tests.test_faults.slow_end")
     wait_for_rows(tmp_path, 3)
     process.send(signal.SIGTERM)
@@ -184,20 +184,20 @@ def test_a_signal_that_comes_again_while_the_run_ends(tiny_data, tmp_path):
 
 
 def slow_end():
-    """As if a tracker had much to send."""
+    """Make the end slow, as if a tracker had much to send."""
     end_processes = training.end_processes
     training.end_processes = lambda: time.sleep(2) or end_processes()
 
 
 def test_a_signal_before_the_first_step(tiny_data, tmp_path):
-    """At once and with the same exit code, whatever takes so long; what is there stays as it is."""
+    """It exits at once with the same exit code, whatever it was doing; existing files stay unchanged."""
     process = SERVER.start("train.py", *long_run(tiny_data, tmp_path), before="tests.test_faults.slow_start")
     wait_for(lambda: (tmp_path / "run/.lock").is_file())
     time.sleep(0.2)
     process.send(signal.SIGUSR1)
     assert process.wait(timeout=2) == EXIT_CODE, process.stderr
     assert process.stderr.count(STOPPED_EARLY) == 1
-    assert (tmp_path / "run/log.txt").read_text().endswith(f"{STOPPED_EARLY}\n")  # by which a launcher's job knows
+    assert (tmp_path / "run/log.txt").read_text().endswith(f"{STOPPED_EARLY}\n")  # a launcher's job looks for this line
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "log.txt"]
 
 
@@ -212,7 +212,7 @@ def ctrl_c():
 
 
 def test_ctrl_c_saves_and_the_second_ends(tiny_data, tmp_path):
-    """As SIGTERM does; where a shell has SIGINT ignored, as for its background jobs, it stays ignored."""
+    """Like SIGTERM; if a shell ignores SIGINT, as for background jobs, it stays ignored."""
     for before, code in (("ctrl_c", EXIT_CODE), ("slow_steps", 0)):
         out = tmp_path / before
         process = SERVER.start("train.py", *long_run(tiny_data, out, "--max-train-steps", 8, "--num-workers", 1),
@@ -226,7 +226,7 @@ def test_ctrl_c_saves_and_the_second_ends(tiny_data, tmp_path):
 
 
 def test_two_runs_of_one_name(tiny_data, tmp_path):
-    """The second is refused in one sentence and changes nothing; the lock goes with its process, however that ends."""
+    """The second is refused in one sentence and changes nothing; the lock ends with its process, even if killed."""
     arguments = long_run(tiny_data, tmp_path)
     process = SERVER.start("train.py", *arguments, "--num-workers", 1, before="tests.test_faults.slow_steps")
     wait_for_rows(tmp_path, 2)
@@ -240,7 +240,7 @@ def test_two_runs_of_one_name(tiny_data, tmp_path):
 
 
 def test_output_that_cannot_be_written_ends_no_run(tiny_data, tmp_path):
-    """Neither a full disk nor a closed pipe behind the terminal's lines and the bar."""
+    """A full disk or closed pipe behind the terminal output and the bar does not end the run."""
     script("train.py", *train_arguments(tiny_data, tmp_path, *NO_TEACHER), before="tests.test_faults.broken_output")
     assert len(metrics(tmp_path)) == 6 and "done: 6 steps" in (tmp_path / "run/log.txt").read_text()
 
@@ -263,7 +263,7 @@ def broken_output():
 
 
 def test_the_rest_ends_soon_when_the_first_cannot_start(tiny_data, tmp_path):
-    """Its port is another program's: rank 0 says so at once, rank 1 does not wait for two hours."""
+    """Another program has the port: rank 0 says so at once, rank 1 does not wait for two hours."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         processes = [SERVER.start("train.py", *long_run(tiny_data, tmp_path), rank=rank, processes=2,
                                   port=taken.getsockname()[1], before="tests.test_faults.short_start")
@@ -302,7 +302,7 @@ def test_one_of_two_processes_is_killed(tiny_data, tmp_path):
 
 
 def test_one_of_two_processes_has_a_full_disk(tiny_data, tmp_path):
-    """It says so in a sentence, the other one at most that it was left alone."""
+    """It says so in a sentence; the other one says at most that its peer is gone."""
     done = script("train.py", *long_run(tiny_data, tmp_path, "--checkpointing-steps", 2), processes=2, check=False,
                   before="tests.test_faults.full_disk_of_the_first")
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -316,7 +316,7 @@ def full_disk_of_the_first():
 
 
 def test_one_of_two_processes_has_a_bug(tiny_data, tmp_path):
-    """Under the real torchrun, which makes them one run. A bug is its traceback, not a sentence."""
+    """Under the real torchrun. A bug gives its traceback, not a sentence."""
     (tmp_path / "start.py").write_text("import tests.test_faults as t; t.bug_of_the_first(); import train; "
                                        "from runtime.errors import run_script; run_script(train.main)")
     done = subprocess.run([sys.executable, *TORCHRUN, tmp_path / "start.py", *map(str, long_run(tiny_data, tmp_path))],
@@ -330,7 +330,7 @@ def test_one_of_two_processes_has_a_bug(tiny_data, tmp_path):
 
 
 def bug_of_the_first():
-    """In its third step."""
+    """Rank 0 fails in its third step."""
     update, calls = training.update_ema, itertools.count(1)
 
     def bug(*arguments):
@@ -343,7 +343,7 @@ def bug_of_the_first():
 
 
 def test_processes_that_see_different_checkpoints(tiny_data, tmp_path):
-    """One of two does not see the newest, as on a file system that is late: never two steps in one run."""
+    """One of two misses the newest, as on a slow file system: both must resume from one step."""
     arguments = ["--checkpointing-steps", 2, "--max-train-steps"]
     script("train.py", *long_run(tiny_data, tmp_path / "0", *arguments, 4), processes=2)
     shutil.copytree(tmp_path / "0", tmp_path / "1")
@@ -378,7 +378,7 @@ def test_under_the_launcher(tiny_data, tmp_path):
 
 
 def test_pictures_after_kills_and_for_any_number_of_processes(tmp_path):
-    """1 and 3 processes; killed again and again, torn and lost files, and the same pictures in the end."""
+    """1 and 3 processes, repeated kills, torn and lost files: the pictures are the same in the end."""
     ckpt = make_checkpoint(tmp_path / "0000005.pt")
     for count in (1, 3):  # two are in test_generate.py
         script("generate.py", *generate_arguments(ckpt, tmp_path / str(count)), processes=count)
@@ -388,7 +388,7 @@ def test_pictures_after_kills_and_for_any_number_of_processes(tmp_path):
     for life in range(4):
         process = SERVER.start("generate.py", *generate_arguments(ckpt, out, "--per-proc-batch-size", 4),
                                before="tests.test_faults.slow_disk")
-        more = min(len(made) + 1, len(whole))  # a quick machine may have made them all
+        more = min(len(made) + 1, len(whole))  # a fast machine may have made them all
         wait_for(lambda more=more: len(set(out.rglob("*.png"))) >= more, seconds=20)
         process.kill()
         made = set(out.rglob("*.png"))
@@ -418,13 +418,13 @@ def fsdp_on_a_cpu():
 @pytest.mark.parametrize("compiled", [[], pytest.param(["--compile"], marks=pytest.mark.slow)],
                          ids=["eager", "compiled"])
 def test_fsdp_trains_and_checkpoints_to_the_same_file(tiny_data, teacher_file, tmp_path, compiled):
-    """The losses of one process; 6 = 3 + 3 steps; and one process continues from the file of two."""
+    """Same losses as one process; 6 = 3 + 3 steps; one process continues from the file of two."""
     more = ["--enc-weights", teacher_file, "--early-stop-point", 4, "--checkpointing-steps", 3, *compiled]
     arguments = train_arguments(tiny_data, tmp_path / "fsdp", *more)
     script("train.py", *train_arguments(tiny_data, tmp_path / "plain", *more))
     for stop in (3, 6):
         script("train.py", *arguments, "--max-train-steps", stop, processes=2, before="tests.test_faults.fsdp_on_a_cpu",
-               env={"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"})  # which accelerate launch sets if not told otherwise
+               env={"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"})  # accelerate launch's default
     for a, b in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "fsdp"), strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
         assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
@@ -471,11 +471,11 @@ CHECKPOINTING = {"FSDP_ACTIVATION_CHECKPOINTING": "true", "FSDP_AUTO_WRAP_POLICY
 @pytest.mark.parametrize("name, ways", [("train.py", [{}, CHECKPOINTING]), ("train_t2i.py", [{}])],
                          ids=["SiT", "MMDiT"])
 def test_steps_under_fsdp_are_those_of_ddp(tiny_data, tiny_captions, teacher_file, tmp_path, name, ways):
-    """In bfloat16, clipped: both sum float32 gradients of the same forward passes. From the third step on all weights
-    have some.
+    """In bfloat16, clipped: both sum float32 gradients of the same forward passes. From the third step on, all weights
+    have gradients.
 
-    SiT's are equal. In MMDiT two streams of a block share the condition, whose gradients FSDP adds up block by block,
-    in bfloat16.
+    SiT's weights are equal. In MMDiT two streams of a block share the condition; FSDP adds its gradients block by
+    block, in bfloat16.
     """
     terms, moments = (1e-5, 1e-4) if name == "train.py" else (1e-3, 5e-2)
     arguments = ["--enc-weights", teacher_file, "--max-train-steps", 3, "--max-grad-norm", 0.1, "--mixed-precision",

@@ -1,4 +1,4 @@
-"""--init-from and --freeze: a run begins with the weights of another, and leaves a part of them as they are."""
+"""--init-from and --freeze: a run starts from another run's weights and keeps some of them fixed."""
 import argparse
 import shutil
 
@@ -15,7 +15,7 @@ from training.fine_tune import init_from
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A checkpoint of random weights, those of the EMA and the trained ones, as the published code saves it."""
+    """A checkpoint with random EMA weights and trained weights, in the published form."""
     torch.manual_seed(1)
     net, other = (SiT_models["SiT-N/2"](input_size=16, num_classes=CLASSES, z_dims=(48,)) for _ in range(2))
     path = tmp_path_factory.mktemp("trained") / "0000005.pt"
@@ -23,7 +23,7 @@ def trained(tmp_path_factory):
 
 
 def started(path, run, source="ema", **kwargs):
-    """(A network that has begun from `path`, how it was before)."""
+    """(A network initialised from `path`, its weights before)."""
     network = SiT_models["SiT-N/2"](**{"input_size": 16, "num_classes": CLASSES, "z_dims": (48,), **kwargs})
     before = {name: value.clone() for name, value in network.state_dict().items()}
     init_from(network, argparse.Namespace(init_from=path, init_weights=source, path_type="linear"), run)
@@ -31,7 +31,7 @@ def started(path, run, source="ema", **kwargs):
 
 
 def test_parts_of_another_shape_are_made_anew(trained, tmp_path, caplog):
-    """Each is said; all other weights are the checkpoint's, EMA or not."""
+    """The log names each; all other weights come from the checkpoint, EMA or not."""
     caplog.set_level("INFO", "haste")
     saved = load_tensors(trained)
     for source in ("ema", "model"):
@@ -52,7 +52,7 @@ def test_parts_of_another_shape_are_made_anew(trained, tmp_path, caplog):
 
 
 def test_a_run_begins_with_these_weights(run, trained, tmp_path):
-    """At step 0, weights and average alike; a restart needs the file no more."""
+    """At step 0, in weights and average alike; a restart no longer needs the file."""
     data = write_tiny_data(tmp_path / "data", count=8)
     shutil.copy(trained, tmp_path / "5.pt")
     arguments = [*NO_TEACHER, "--init-from", tmp_path / "5.pt", "--ema-decay", 0.5, "--learning-rate", 0,
@@ -67,7 +67,7 @@ def test_a_run_begins_with_these_weights(run, trained, tmp_path):
 
 
 def test_frozen_parts_stay(run, trained, teacher_file, tmp_path):
-    """In both phases, in weights and average, bit for bit; all else is trained."""
+    """In both phases, weights and average stay bit for bit; everything else is trained."""
     patterns = ("blocks.[0-1]", "x_embedder", "projectors.0.4.*")
     run(tmp_path, "--enc-weights", teacher_file, "--init-from", trained, "--early-stop-point", 2,
         "--max-train-steps", 3, "--ema-decay", 0.5, "--freeze", *patterns)

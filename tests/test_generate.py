@@ -25,7 +25,7 @@ NAME = "SiT-T-2-0000005-size-64-vae-vae-emoji-cfg-2.0-seed-0-{mode}-high-0.9"
 
 
 def save_random(path, network, args, spread=0.05, model=None):
-    """A random network, not the zero one that it is at its start; `model`: its weights that are no average."""
+    """Save a random network instead of the zero initialisation; `model`: its trained (not averaged) weights."""
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(spread * torch.randn_like(parameter))
@@ -58,7 +58,7 @@ def pictures(out):
 
 @pytest.mark.parametrize("mode", ["ode", "sde"])
 def test_same_pictures_for_any_processes_and_batch(ckpt, tmp_path, mode):
-    """Equal for 1 and 2 processes; for batch 1 and 4 up to one level, where float32 sums round differently."""
+    """Equal for 1 and 2 processes; for batch 1 and 4 up to one grey level: float32 sums round differently."""
     script("generate.py", *arguments(ckpt, tmp_path / "a", "--mode", mode))
     script("generate.py", *arguments(ckpt, tmp_path / "b", "--mode", mode), processes=2)
     script("generate.py", *arguments(ckpt, tmp_path / "c", "--mode", mode, "--per-proc-batch-size", 1))
@@ -72,7 +72,7 @@ def test_same_pictures_for_any_processes_and_batch(ckpt, tmp_path, mode):
 
 
 def test_restart_makes_only_what_is_missing(monkeypatch, ckpt, tmp_path):
-    """Paths are compared by where they lead, and flags that change no image may differ."""
+    """Paths are compared after resolving them; flags that change no image may differ."""
     call_main(monkeypatch, generate, *arguments(ckpt, tmp_path))
     before, folder = pictures(tmp_path), tmp_path / NAME.format(mode="ode")
     (folder / "000002.png").unlink()
@@ -100,7 +100,7 @@ def copy_checkpoint(ckpt, path, change):
 
 
 def test_other_weights_under_the_same_paths_are_other_settings(monkeypatch, ckpt, tmp_path):
-    """Retrained networks and VAEs; a checkpoint that has moved is the same one."""
+    """Retrained networks and VAEs are refused; a moved checkpoint is the same one."""
     own, vae = tmp_path / "0000005.pt", tmp_path / "vae-emoji"
     shutil.copy(ckpt, own)
     shutil.copytree(ROOT / "assets/vae-emoji", vae)
@@ -149,7 +149,7 @@ def test_weights_that_are_no_average(monkeypatch, ckpt, tmp_path):
 
 
 def test_weights_of_repas_first_release(monkeypatch, ckpt, tmp_path):
-    """Its second half of the blocks had a list of their own. --legacy is taken, as there."""
+    """There the second half of the blocks had its own list. --legacy is accepted, as in REPA."""
     def rename(state):
         for number in (2, 3, 4):
             state["ema"] = {name.replace(f"blocks.{number}.", f"decoder_blocks.{number - 2}."): value
@@ -216,7 +216,7 @@ def test_a_new_sampler_is_a_function_and_a_row(monkeypatch, ckpt, tmp_path):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_compiled_networks_make_the_same_pictures(monkeypatch, ckpt, tmp_path, precision):
-    """Up to rounding. Graphs as PyTorch runs them, without the minute that making C++ takes."""
+    """Equal up to rounding. Graphs run in PyTorch, which saves the minute that C++ compilation takes."""
     eager = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", eager)
     monkeypatch.setattr(sampling.images, "check_compiler", lambda device: None)
@@ -247,7 +247,7 @@ def test_latents_are_decoded_in_chunks():
 
 @pytest.mark.parametrize("labels", ["balanced", "random"])
 def test_class_names_stand_in_the_grid(monkeypatch, ckpt, tmp_path, labels):
-    """Of a file of weights alone. Under each image its own class; a column per class shows whole rows only."""
+    """From a file of weights alone. Each image has its class below; a column per class shows whole rows only."""
     torch.save(load_checkpoint(ckpt, mmap=False)["ema"], tmp_path / "bare.pt")
     names, seen, grid = ["ant", "bee", "cow", "dog"], [], sampling.images.image_grid
     (tmp_path / "classes.json").write_text(json.dumps(names))

@@ -63,7 +63,7 @@ def pictures(out, name="MMDiT-T"):
 
 
 def expected(ckpt, tokens, empty, i):
-    """Image number `i` of seed 0, of a batch of its own."""
+    """Image number `i` of seed 0, in a batch of one."""
     model = MMDiT_models["MMDiT-T"](input_size=16, context_dim=16, z_dims=(384,)).eval()
     model.load_state_dict(load_checkpoint(ckpt)["ema"])
     rng = np.random.default_rng((0, i))
@@ -89,7 +89,7 @@ def test_file_i_is_caption_i_of_val(monkeypatch, ckpt, data, tmp_path):
 
 
 def test_two_processes_and_a_restart(monkeypatch, ckpt, data, tmp_path, capsys):
-    """The same pictures, and only the missing ones are made again; fewer than asked for is said."""
+    """Same pictures; a restart makes only missing ones; the log says if there are fewer than asked for."""
     def again(*more):
         call_main(monkeypatch, generate_t2i, *arguments(ckpt, tmp_path / "a", "--data-dir", data, *more))
 
@@ -127,7 +127,7 @@ class LengthEncoder:
 
 
 def test_own_texts(monkeypatch, ckpt, tmp_path, capsys):
-    """Folders are named by the texts or by their file, so that no two sets of texts mix."""
+    """Folder names depend on the texts or their file, so sets of texts never mix."""
     monkeypatch.setattr(generate_t2i, "TextEncoder", LengthEncoder)
 
     def sample(*more):
@@ -160,7 +160,7 @@ def test_own_texts(monkeypatch, ckpt, tmp_path, capsys):
 
 
 def test_lines_of_a_prompts_file(tmp_path):
-    """As editors have them: other separators of Unicode are no ends, and its mark at the beginning is no text."""
+    """As in editors: other Unicode separators do not end lines, and a byte-order mark is not text."""
     (tmp_path / "texts").write_bytes("\ufeffa red\u2028bus\r\n\r\ntwo\x0bcats\n".encode())
     args = argparse.Namespace(prompt=[], prompts=tmp_path / "texts")
     assert generate_t2i.read_prompts(args) == (["a red bus", "two cats"], "texts")
@@ -169,7 +169,7 @@ def test_lines_of_a_prompts_file(tmp_path):
 
 
 def test_changed_captions_are_other_settings(monkeypatch, ckpt, data, tmp_path):
-    """Of words and of tokens, whatever the path says."""
+    """Changed words or tokens count, even under the same path."""
     for name in ("empty_context.npy", "val/captions.json"):
         copy = tmp_path / name.replace("/", "-")
         shutil.copytree(data, copy / "data")

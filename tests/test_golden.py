@@ -99,7 +99,7 @@ def test_losses(name):
 
 
 def test_gradients():
-    """Of SiT alone: the golden file of MMDiT has none."""
+    """SiT only: the golden file of MMDiT has no gradients."""
     file, model = golden("sit_linear"), golden_sit()
     x, y, t, noise = sit_inputs()
     losses = SILoss()(model, x, y, golden_teacher(), t, noise)
@@ -148,7 +148,7 @@ def save_samples(path):
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    """Made by a process in which MKL runs the same code on every CPU: else float32's tanh differs in its last bit."""
+    """From a process in which MKL runs the same code on every CPU: else float32's tanh differs in its last bit."""
     path = tmp_path_factory.mktemp("golden") / "samples.npz"
     code = f"from tests.test_golden import save_samples; save_samples({str(path)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env={**os.environ, "MKL_CBWR": "COMPATIBLE"})
@@ -166,7 +166,7 @@ def test_published_state_dict(name):
     with torch.device("meta"):
         model = {**SiT_models, **MMDiT_models}[name]()
     ours = {key: list(value.shape) for key, value in model.state_dict().items()}
-    assert list(ours.items()) == list(published.items())  # in order: a published `opt` is matched by it
+    assert list(ours.items()) == list(published.items())  # in order: a published `opt` relies on it
     count = {"SiT-B/2": 137_845_008, "SiT-L/2": 465_955_600, "SiT-XL/2": 683_242_512, "MMDiT": 512_612_112}
     if name in count:
         assert sum(value.numel() for value in model.state_dict().values()) == count[name]

@@ -1,8 +1,7 @@
 """The CUDA path: golden numbers, tiles, skipped steps, whole runs, several processes. Skipped without a GPU.
 
 HASTE_TEST_DEVICE=cpu runs the same tests on a CPU, without what only a GPU has: TF32, fp16 training, NCCL. On a GPU two
-processes that have to agree do so to a tolerance, as kernels may add in any order; where bits are compared, the kernels
-are asked for the deterministic order.
+processes agree to a tolerance, as kernels may add in any order; tests that compare bits request deterministic kernels.
 """
 import contextlib
 import os
@@ -44,7 +43,7 @@ if DEVICE == "cuda" and not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms need it, before CUDA starts
 ON_GPU = DEVICE == "cuda"
 
-# Precision of products -> bound on ||ours - golden|| / ||golden||; of float32 every number is compared.
+# Precision of products -> bound on ||ours - golden|| / ||golden||; float32 compares every number.
 PRECISIONS = {"float32": 1e-4, "tf32": 3e-3, "bf16": 3e-2, "fp16": 5e-3}
 GPU_ONLY = pytest.mark.skipif(not ON_GPU, reason="only a GPU has it")
 EACH_PRECISION = pytest.mark.parametrize(
@@ -56,7 +55,7 @@ EACH_TRAINED = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def settings():
-    """What runs in this process set is set back, and what was compiled for other tests is forgotten."""
+    """Restore settings that runs change in this process, and drop graphs compiled for other tests."""
     flags = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [flag.allow_tf32 for flag in flags]
     torch._dynamo.reset()
@@ -135,7 +134,7 @@ def test_losses_and_gradients(name, precision):
 
 @EACH_PRECISION
 def test_teacher(precision):
-    """With weights cast once, as in training."""
+    """Weights are cast once, as in training."""
     file, vit = golden("teacher_dinov2"), small_vit()
     with torch.no_grad():
         for name, parameter in vit.named_parameters():
@@ -162,7 +161,7 @@ def test_samplers(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width", [32, 64, 72], ids=lambda width: f"head {width}")
 def test_fused_attention(width, dtype):
-    """Of heads as wide as SiT-T's, B's and XL's: value and gradients, against the map in float64."""
+    """Heads as wide as in SiT-T, B and XL: value and gradients against the map in float64."""
     torch.manual_seed(0)
     plain = [torch.randn(2, 16, 256, width, device=DEVICE).to(dtype).double().requires_grad_() for _ in range(3)]
     fused = [x.detach().to(dtype).requires_grad_() for x in plain]
@@ -193,7 +192,7 @@ def maps():
 @pytest.mark.parametrize("precision", [pytest.param("tf32", marks=GPU_ONLY), "float32"])
 @pytest.mark.parametrize("power", [12, 16, 18, 20, 22, 23, 24, 25])
 def test_attention_loss_in_tiles(monkeypatch, maps, power, precision):
-    """At every size that is measured, and less than a map's rows: value and gradients, against float64."""
+    """At every benchmarked tile size, and below one map's rows: value and gradients against float64."""
     (q, k, teacher_q, teacher_k), expected, q_gradient, k_gradient = maps
     monkeypatch.setattr(loss, "tile_size", lambda device: 2 ** power)
     student = [x.clone().requires_grad_() for x in (q, k)]
@@ -206,7 +205,7 @@ def test_attention_loss_in_tiles(monkeypatch, maps, power, precision):
 
 
 def test_scores_have_full_float32(tmp_path):
-    """Features are the CPU's, whatever training has set."""
+    """Features equal the CPU's, whatever training has set."""
     torch.manual_seed(0)
     torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "scorer.pth")
     images = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
@@ -217,7 +216,7 @@ def test_scores_have_full_float32(tmp_path):
         with torch.autocast(device, torch.bfloat16):
             found.append(extractor(images)[0])
     assert found[1].device.type == DEVICE and found[1].dtype == torch.float32
-    assert error(found[1], found[0]) < 2e-4  # TF32 makes 1e-3 and more of it
+    assert error(found[1], found[0]) < 2e-4  # TF32 gives 1e-3 and more
 
 
 @pytest.fixture
@@ -261,14 +260,14 @@ def run_arguments(data, teacher_file, out, *more):
 
 @pytest.fixture(scope="module")
 def expected(tiny_data, teacher_file, tmp_path_factory):
-    """metrics.csv of the run in float32 by a process on the CPU."""
+    """metrics.csv of the float32 run of one CPU process."""
     out = tmp_path_factory.mktemp("expected")
     script("train.py", *run_arguments(tiny_data, teacher_file, out))
     return metrics(out)
 
 
 def assert_expected(rows, expected, bound=TRAINED["no"]):
-    """The same losses, up to where fp16's scaler has skipped a step; no number that is not finite; both phases."""
+    """Same losses until fp16's scaler skips a step; all numbers finite; both phases."""
     assert [row["step"] for row in rows] == [str(step + 1) for step in range(STEPS)]
     assert [bool(row["attention"]) for row in rows] == [True] * SWITCH + [False] * (STEPS - SWITCH)
     kept = [row["skipped"] == "0" for row in rows]
@@ -300,7 +299,7 @@ def test_options_of_a_run(monkeypatch, tiny_data, teacher_file, tmp_path, expect
 
 @EACH_TRAINED
 def test_a_gradient_that_is_not_finite_changes_nothing(monkeypatch, tiny_data, tmp_path, precision):
-    """Neither weights nor moments nor the count of steps, and the run goes on; fp16's scale is halved."""
+    """Weights, moments and step count stay, and the run continues; fp16's scale is halved."""
     mean_flat, calls, broken = loss.mean_flat, [], 5
 
     def break_one(x):
@@ -330,7 +329,7 @@ def test_a_resumed_run_is_the_whole_one(monkeypatch, tiny_data, teacher_file, tm
     more = ["--batch-size", 16, "--enc-weights", teacher_file, "--log-every", 5, "--early-stop-point", 5,
             "--mixed-precision", precision, "--max-train-steps"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of kernels that have no such order
+        warnings.simplefilter("ignore")  # about kernels without a deterministic order
         run(monkeypatch, *train_arguments(tiny_data, tmp_path / "whole", *more, 9))
         for stop in (4, 7, 9):
             run(monkeypatch, *train_arguments(tiny_data, tmp_path / "parts", *more, stop))
@@ -344,7 +343,7 @@ def test_a_resumed_run_is_the_whole_one(monkeypatch, tiny_data, teacher_file, tm
 
 
 def test_previews_and_scores(monkeypatch, data, teacher_file, tmp_path):
-    """In bf16, with TF32 allowed: pictures of the right size, a score in each row that is due one."""
+    """In bf16 with TF32: pictures have the right size, and each row that is due a score has one."""
     pytest.importorskip("diffusers")
     monkeypatch.setattr(features, "EFFICIENTNET_SHA256", "")
     torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "scorer.pth")
@@ -365,7 +364,7 @@ def test_previews_and_scores(monkeypatch, data, teacher_file, tmp_path):
 # ---- processes ----
 
 class Fresh:
-    """A script in an interpreter of its own, as conftest's Started: a process that has started CUDA cannot fork."""
+    """Like conftest's Started, but in a new interpreter: a process that has started CUDA cannot fork."""
 
     def __init__(self, name, *arguments, env=None, before=None):
         self.folder = Path(tempfile.mkdtemp(dir=SERVER.folder))
@@ -394,7 +393,7 @@ def start(*arguments, **more):
 
 
 def run_group(*arguments, processes, before=None, env=None):
-    """All processes of a group of train.py, as a launcher starts them; on one GPU, where there is only one."""
+    """Start all processes of train.py as a launcher does; with a single GPU they share it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -406,13 +405,13 @@ def run_group(*arguments, processes, before=None, env=None):
 
 
 def use_gloo():
-    """For a script's process: two of NCCL's cannot share a GPU."""
+    """For a script's process: two NCCL processes cannot share a GPU."""
     initialise = dist.init_process_group
     dist.init_process_group = lambda *_, backend=None, **more: initialise(backend="gloo", **more)
 
 
 def test_a_signal_saves_and_the_run_goes_on(monkeypatch, tiny_data, teacher_file, tmp_path):
-    """SIGTERM while steps are made; the same command continues to the weights of a run that got none."""
+    """SIGTERM during steps; the same command continues to the weights of an uninterrupted run."""
     arguments = ["--enc-weights", teacher_file, "--early-stop-point", 2, "--num-workers", 1,
                  "--checkpointing-steps", 10_000, "--max-train-steps"]
     process = start(*train_arguments(tiny_data, tmp_path / "a", *arguments, 10_000))
@@ -429,7 +428,7 @@ def test_a_signal_saves_and_the_run_goes_on(monkeypatch, tiny_data, teacher_file
 
 
 def test_one_process_of_a_group(tiny_data, teacher_file, tmp_path, expected):
-    """As a launcher starts it for one GPU, by NCCL there: DDP, built anew at the switch."""
+    """As a launcher starts it for one GPU (with NCCL): DDP, rebuilt at the switch."""
     run_group(*run_arguments(tiny_data, teacher_file, tmp_path), processes=1)
     assert all(assert_expected(metrics(tmp_path), expected))
 

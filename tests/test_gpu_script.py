@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh: part A as a whole on a CPU; sections that fail or take too long; what becomes of its output."""
+"""benchmarks/gpu.sh: all of part A on a CPU; sections that fail or take too long; the summary of its output."""
 import json
 import os
 import shlex
@@ -13,7 +13,7 @@ from tests.conftest import CPU, ROOT
 
 
 def gpu_sh(out, *arguments, python=sys.executable, **env):
-    """(finished process with stdout and stderr as one text, the summary that it has written)."""
+    """(finished process with stdout and stderr as one text, its summary)."""
     done = subprocess.run(["bash", str(ROOT / "benchmarks/gpu.sh"), *arguments], check=False, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True, timeout=570, cwd=out,
                           env={**os.environ, **CPU, "PYTHON": str(python), "OUT": str(out), **env})
@@ -43,7 +43,7 @@ def out(tmp_path):
 
 @pytest.fixture
 def python(tmp_path):
-    """For gpu.sh in place of Python: what BREAK names fails or, with SLEEP, takes a minute; others do nothing."""
+    """A fake Python for gpu.sh: calls that contain BREAK fail or, with SLEEP, take a minute; others do nothing."""
     path = tmp_path / "bin/python"
     path.parent.mkdir()
     path.write_text(f"""#!/usr/bin/env bash
@@ -78,7 +78,7 @@ def test_no_section_takes_more_than_the_time_there_is(out, python):
 
 
 def test_what_is_not_installed_is_said(tmp_path, out, python):
-    """A package, data, a GPU."""
+    """A missing package, missing data, no GPU."""
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['diffusers'] = None")
     done, found = gpu_sh(out, "C", "--dry", python=python, BREAK="nothing", PYTHONPATH=str(tmp_path))
     assert done.returncode == 0 and [section["status"] for section in found["sections"]] == ["PASS", "SKIP", "SKIP"]
@@ -91,7 +91,7 @@ def test_what_is_not_installed_is_said(tmp_path, out, python):
 
 
 def test_what_a_gpu_is_asked_for_is_what_scripts_take(monkeypatch, tmp_path, out, python):
-    """The command lines of all parts without --dry, which no run on a CPU tries."""
+    """Parse the command lines of all parts without --dry; no run on a CPU tries them."""
     for part in "ABC":
         done, _ = gpu_sh(out, part, python=python, BREAK="nothing", GPU="1", LOG=str(tmp_path / "log"),
                          DATA=str(tmp_path))
@@ -106,7 +106,7 @@ def test_what_a_gpu_is_asked_for_is_what_scripts_take(monkeypatch, tmp_path, out
             module.parse_args()
     assert {name for [name] in asked["gpu.py"]} == set(gpu.COMMANDS)
     [arguments] = asked["study.py"]
-    assert 6 < float(arguments[arguments.index("--minutes") + 1]) <= 7  # of C's eight, one is left for the table
+    assert 6 < float(arguments[arguments.index("--minutes") + 1]) <= 7  # of part C's eight, one is left for the table
 
 
 def test_a_section_that_was_cut_is_no_success():

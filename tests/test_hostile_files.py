@@ -40,13 +40,13 @@ def files(tmp_path_factory):
 
 
 def test_a_namespace_in_a_checkpoint_is_read(files):
-    """As the published code writes it; no other class is."""
+    """As in published checkpoints; every other class is refused."""
     assert isinstance(load_tensors(files / "0000005.pt")["args"], argparse.Namespace)
     assert load_checkpoint(files / "0000005.pt")["args"]["num_classes"] == CLASSES
 
 
 def test_statistics_that_unpack_to_too_much_or_are_damaged(monkeypatch, files, tmp_path):
-    """An npz of zeros is a thousandth of what it unpacks to: refused by the size it claims."""
+    """An npz of zeros unpacks to a thousand times its size: it is refused by the size it claims."""
     damaged = tmp_path / "statistics.npz"
     damaged.write_bytes((files / "statistics.npz").read_bytes())
     blank("statistics.npz", b"}", "mu.npy")(tmp_path)
@@ -58,7 +58,7 @@ def test_statistics_that_unpack_to_too_much_or_are_damaged(monkeypatch, files, t
 
 
 def test_images_that_unpack_to_too_much(monkeypatch, files):
-    """A thousand black images fit into a file of nothing: the bound is on a batch, before memory is taken."""
+    """A thousand black images fit into a tiny file: the batch size is checked before allocating memory."""
     images = open_images(files / "samples.npz")
     size = 3 * 24 * 24
     monkeypatch.setattr(evaluations.images, "LARGEST", 2 * size)
@@ -71,7 +71,7 @@ def test_images_that_unpack_to_too_much(monkeypatch, files):
 
 
 def test_formats_that_pillow_hands_to_other_programs(monkeypatch, tmp_path):
-    """An EPS that is called .png would reach Ghostscript, here one that leaves a file behind."""
+    """An EPS named .png would reach Ghostscript; the fake one here leaves a file behind."""
     picture, ran = tmp_path / "img00000003.png", tmp_path / "gs-was-run"
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/gs").write_text(f"#!/bin/sh\ntouch {ran}\n")
@@ -114,7 +114,7 @@ def test_a_listing_that_unpacks_to_too_much(monkeypatch, tiny_data, tmp_path):
 
 
 def test_pipes_and_devices_are_passed_over(data, tiny_captions, tmp_path):
-    """They would block their reader, or feed it for ever; links to files are files."""
+    """They would block their reader or never end; links to files count as files."""
     images, latent = data / "images/00000", data / "vae-sd/00000/img-mean-std-00000003.npy"
     latent.rename(tmp_path / "moved.npy")
     latent.symlink_to(tmp_path / "moved.npy")
@@ -161,7 +161,7 @@ def test_nothing_read_is_executed():
             assert name not in ("eval", "exec", "compile", "pickle.load", "pickle.loads", "torch.hub.load",
                                 "os.system"), where
             assert not name.endswith((".extractall", ".extract")), where
-            if name.endswith("import_module"):  # encoders' own modules, loaded when first used
+            if name.endswith("import_module"):  # modules of encoders, loaded at first use
                 assert path == ROOT / "encoders/__init__.py", where
             if name == "Image.open":
                 assert keywords.get("formats") in ("IMAGE_FORMATS", "FORMATS"), where  # FORMATS: of preprocessing

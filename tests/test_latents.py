@@ -91,7 +91,7 @@ def test_a_vae_from_pictures_to_samples(refused, monkeypatch, tmp_path, name):
     free, typed = ([path.read_bytes() for path in sorted((tmp_path / kind).glob("*/*.png"))]
                    for kind in ("free", "typed"))
     assert len(set(free)) == 3 and free == typed
-    call_main(monkeypatch, generate, *sampled, "--sample-dir", tmp_path / "typed")  # the same settings: nothing to do
+    call_main(monkeypatch, generate, *sampled, "--sample-dir", tmp_path / "typed")  # same settings: nothing to do
     images = load_pipeline(ckpt, weights="model")([0, 1, 2], num_steps=2)
     assert all(np.array_equal(image, np.load(next((tmp_path / "free").glob("*.npz")))["arr_0"][i])
                for i, image in enumerate(images))
@@ -103,7 +103,7 @@ def test_a_vae_from_pictures_to_samples(refused, monkeypatch, tmp_path, name):
 
 
 def test_what_lies_between_vae_and_network():
-    """Both directions by the formula, for numbers and for one per channel; in diffusers' configs too."""
+    """Both directions match the formula, with one number or one per channel, also from diffusers' configs."""
     moments, noise, mean, std = torch.rand(2, 6, 4, 4), torch.randn(2, 3, 4, 4), (0.5, -1.0, 2.0), (1.0, 3.0, 0.5)
     for scale, shift, a, b in ((2.0, 0.3, 2.0, 0.3),
                                (*from_statistics(mean, std), *(torch.tensor(x).view(3, 1, 1) for x in ([
@@ -119,7 +119,7 @@ def test_what_lies_between_vae_and_network():
 
 
 def test_statistics_from_files(monkeypatch, tmp_path):
-    """safetensors, npz and LightningDiT's .pt say the same; of captioned and of packed data they are computed, too."""
+    """safetensors, npz and LightningDiT's .pt agree; `stats` also takes captioned and packed data."""
     mean, std = np.arange(4, dtype=np.float32).reshape(1, 4, 1, 1), np.full((1, 4, 1, 1), 2, np.float32)
     np.savez(tmp_path / "a.npz", mean=mean, std=std)
     safetensors.numpy.save_file({"mean": mean, "std": std}, tmp_path / "b.safetensors")
@@ -163,7 +163,7 @@ def test_a_vae_without_spread(tmp_path):
 
 
 def test_which_vae_decodes():
-    """As published, ema for Stable Diffusion's latents and for older checkpoints; else the one of the training."""
+    """ema, as published, for Stable Diffusion's latents and older checkpoints; else the VAE of the training."""
     latents = SD_SCALE.plain()
     for args, expected in (({}, "ema"), ({"vae": "some/folder"}, "ema"), ({"vae": "none"}, "none"),
                            ({"vae": "stabilityai/sd-vae-ft-mse", "latents": latents}, "ema"),

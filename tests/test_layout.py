@@ -1,4 +1,4 @@
-"""The house: which files lie where, which way imports run, how long files are, what --help waits for."""
+"""Code layout: where files lie, which way imports run, file lengths, what --help imports."""
 import ast
 import json
 import resource
@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-# A file imports files of its own floor or of those after it.
+# A file imports only from its own row or from the rows after it.
 FLOORS = [("train", "train_t2i", "generate", "generate_t2i", "export", "pipeline", "benchmarks",
            "docs"), ("examples",), ("training",),
           ("sampling", "evaluations", "preprocessing"), ("encoders",),
@@ -21,7 +21,7 @@ LONGEST = 350
 
 
 def imported(path):
-    """Rooms of this project that a file imports, anywhere in it."""
+    """Packages of this project that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         names = [node.module] if isinstance(node, ast.ImportFrom) else \
             [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -41,7 +41,7 @@ def test_imports_run_downward_and_files_are_short(path):
 
 
 def test_the_readers_of_upward_imports_see_one(tmp_path):
-    """The check can fail: a file of runtime/ that imports training is seen."""
+    """The check can fail: it finds a file of runtime/ that imports training."""
     (tmp_path / "x.py").write_text("def f():\n    from training.trainer import Trainer\n")
     assert [FLOOR[name] < FLOOR["runtime"] for name in imported(tmp_path / "x.py")] == [True]
 
@@ -59,7 +59,7 @@ print(json.dumps({path: parser.format_help() for path, parser in parsers.items()
 
 @pytest.fixture(scope="module")
 def whole_pages():
-    """{path of a script: its page of --help} of a process in which torch is imported."""
+    """{path of a script: its --help page}, from a process that has imported torch."""
     return json.loads(subprocess.run([sys.executable, "-c", WHOLE_PAGES], cwd=ROOT, capture_output=True, text=True,
                                      check=True).stdout)
 
@@ -69,7 +69,7 @@ def whole_pages():
                                   "preprocessing/dataset_tools.py", "examples/cifar10/prepare.py",
                                   "benchmarks/study.py"])
 def test_help_is_quick_and_whole(name, whole_pages):
-    """Seconds of its process alone, so that a busy machine changes nothing."""
+    """Measures CPU seconds, so that a busy machine changes nothing."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, ROOT / name, "--help"], capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -34,7 +34,7 @@ def plain_attention_loss(student, teacher, heads):
 
 
 def test_attention_loss_is_the_written_out_formula():
-    """Any head width on either side; only the heads that both sides have, or num_heads of them."""
+    """Any head width on either side; it uses the heads that both sides have, or num_heads of them."""
     student, teacher = qk(0, h=4), qk(1, h=3, d=7)
     for heads in (1, 2, 3):
         torch.testing.assert_close(attention_loss([student], [teacher], heads),
@@ -70,7 +70,7 @@ def exact(student, teacher, heads):
 @pytest.mark.parametrize("tile", [1, 40, 3 * 36 * 36, 2 ** 20])
 @pytest.mark.parametrize("shape", [(2, 3, 36, 5), (1, 2, 64, 16), (3, 1, 9, 8)])
 def test_tiles_give_autograds_value_and_gradients(monkeypatch, tile, shape):
-    """However many rows or maps a tile holds, of any T, H and d, with no map beyond a tile in memory."""
+    """For any tile size, T, H and d; memory holds no more than one tile of the maps."""
     monkeypatch.setattr("loss.tile_size", lambda device: tile)
     n, h, t, d = shape
     teacher, tiled = qk(1, n, h + 1, t, d + 3), qk(0, n, h, t, d)
@@ -87,7 +87,7 @@ def test_tiles_give_autograds_value_and_gradients(monkeypatch, tile, shape):
 
 @pytest.mark.slow
 def test_compiled_tiles_give_the_same(monkeypatch):
-    """Whole maps in a tile, the last with fewer of them, and rows of one map; one graph for each shape of a tile."""
+    """Tiles of whole maps (fewer in the last) and of rows of one map; one graph per tile shape."""
     graphs, loss_fn = [], SILoss()
 
     def backend(graph, inputs):
@@ -110,7 +110,7 @@ def test_compiled_tiles_give_the_same(monkeypatch):
 
 
 class TF32(TorchDispatchMode):
-    """Products of what is rounded to the 10 bits of mantissa that TF32 keeps."""
+    """Round the inputs of products to TF32's 10 mantissa bits."""
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         if function in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
@@ -131,7 +131,7 @@ def test_the_loss_of_16_bits_is_exact_in_tf32(dtype):
     with TF32():
         assert torch.equal(attention_loss([student], [teacher]), expected)
         wide = attention_loss([qk(0, size=2.0)], [qk(1, d=7)])
-    assert not torch.equal(wide, attention_loss([qk(0, size=2.0)], [qk(1, d=7)]))  # the rounding is there
+    assert not torch.equal(wide, attention_loss([qk(0, size=2.0)], [qk(1, d=7)]))  # rounding has an effect
 
 
 def test_attention_loss_in_half_precision_and_under_autocast():
@@ -154,7 +154,7 @@ def test_attention_loss_of_saturated_rows_is_finite():
 
 
 def test_resampling_q_and_k_resamples_the_logits():
-    """Explicitly: logits bilinear over keys (2-D map), then over queries."""
+    """Compare with explicit resampling: logits bilinear over keys (2-D map), then over queries."""
     teacher = qk(5, n=1, h=2, t=36, d=4)
     logits = teacher.logits()  # (1, 2, 36, 36)
     keys = F.interpolate(logits.reshape(-1, 1, 6, 6), size=(4, 4), mode="bilinear").reshape(1, 2, 36, 16)
@@ -162,7 +162,7 @@ def test_resampling_q_and_k_resamples_the_logits():
     both = both.reshape(1, 2, 16, 16).transpose(2, 3)
     torch.testing.assert_close(resample_qk(teacher, 16).logits(), both)
     coarse, fine = qk(0, n=1, h=2), QK(*(x.requires_grad_() for x in teacher[:2]))
-    loss = attention_loss([fine], [coarse])  # the student's maps come to the teacher's grid
+    loss = attention_loss([fine], [coarse])  # the student's maps are resampled to the teacher's grid
     torch.testing.assert_close(loss, -(coarse.logits().softmax(-1) * both.log_softmax(-1)).sum(-1).mean())
     loss.backward()
     assert fine.q.grad.abs().amin() > 0

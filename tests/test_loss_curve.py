@@ -1,6 +1,6 @@
-"""A stored curve of 50 steps through the early stop: every way to compute a step gives it to 1e-6, on a CPU in float32.
+"""A stored loss curve, 50 steps through the early stop: every way to compute a step gives it to 1e-6 (CPU, float32).
 
-After a change of the noise or of the data order it is stored anew: what `curve` gives without `more`, in 9 digits.
+After a change of noise or data order, store it anew: the result of `curve` without `more`, in 9 digits.
 """
 import argparse
 import copy
@@ -25,7 +25,7 @@ STEPS, STOP = 50, 25
 
 
 def curve(monkeypatch, data, teacher_file, out, *more, steps=STEPS, processes=1):
-    """The loss of each step; none has been rounded into metrics.csv yet."""
+    """The loss of each step, before rounding for metrics.csv."""
     arguments = train_arguments(data, out, "--enc-weights", teacher_file, "--early-stop-point", STOP,
                                 "--max-train-steps", steps, "--learning-rate", 1e-4, "--log-every", STEPS + 1, *more)
     if processes > 1:
@@ -56,7 +56,7 @@ def test_curve_of_several_processes(monkeypatch, tiny_data, teacher_file, tmp_pa
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_curve_of_the_published_step(tiny_data, teacher_file, golden, plain):
-    """The benchmark's restatement gives the same numbers; its teacher's attention is plain on a CPU."""
+    """The benchmark's copy of the published step gives the same numbers; its teacher has plain attention on a CPU."""
     config = SIT_CONFIGS["SiT-N/2"]
     data = LatentImages(tiny_data, 64, CLASSES)
     set_seed(0)

@@ -69,7 +69,7 @@ def test_taps_and_plain_attention_leave_v_alone(qk_norm):
 
 
 def nano_models():
-    """(model, y) of both kinds, two blocks of which one is tapped, with no zeros in the weights."""
+    """(model, y) of both kinds: two blocks, one of them tapped; no weights are zero."""
     torch.manual_seed(0)
     sizes = {"input_size": 8, "depth": 2, "encoder_depth": 1, "attn_layers": (1,), "z_dims": (8,), "projector_dim": 16}
     models = ((SiT(hidden_size=48, num_heads=4, num_classes=3, **sizes), torch.tensor([0, 3])),
@@ -83,7 +83,7 @@ def nano_models():
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["SiT", "MMDiT"])
 def test_tokens_lie_row_by_row(kind):
-    """From the first block to the last: all elementwise work and each norm is slower over transposed tokens."""
+    """In every block: elementwise work and norms are slower on transposed tokens."""
     model, y = nano_models()[kind]
     seen = []
     for block in model.blocks if kind == 0 else model.joint_blocks:
@@ -93,7 +93,7 @@ def test_tokens_lie_row_by_row(kind):
 
 
 def outputs_and_gradients(model, y):
-    """Everything that a training step of either phase asks of the model."""
+    """All outputs and gradients that a training step of either phase uses."""
     x, t = torch.linspace(-2, 2, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8), torch.tensor([0.2, 0.7])
     found = []
     for taps in (True, False):
@@ -107,7 +107,7 @@ def outputs_and_gradients(model, y):
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["SiT", "MMDiT"])
 def test_gradient_checkpointing_changes_nothing(kind):
-    """But that each block runs a second time in the backward pass, taps included."""
+    """Except that each block, taps included, runs again in the backward pass."""
     model, y = nano_models()[kind]
     plain = outputs_and_gradients(model, y)
     calls = []
@@ -125,7 +125,7 @@ def test_gradient_checkpointing_changes_nothing(kind):
 def test_compiled_blocks_share_graphs_and_give_the_same(kind, monkeypatch):
     """One graph for tapped and one for other blocks (MMDiT's last has one more); Phase II compiles nothing.
 
-    Without the minute that making C++ takes: test_loss_curve.py does that.
+    Skips the C++ compilation, which takes a minute: test_loss_curve.py covers it.
     """
     model, y = nano_models()[kind]
     eager = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
@@ -166,7 +166,7 @@ def text_inputs(length=5):
 
 
 def plain_mmdit(w, x, t, y, depth=3):
-    """v of small_mmdit by its weights {name: tensor}, one image, one stream and one head at a time."""
+    """v of small_mmdit from its weights {name: tensor}, one image, one stream and one head at a time."""
     def linear(name, a):
         return a @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
@@ -233,13 +233,13 @@ def test_text_never_enters_the_aligned_attention():
             assert qk.q.shape == qk.k.shape == (2, 3, 16, 32)
             torch.testing.assert_close(qk.logits().softmax(-1).sum(-1), torch.ones(2, 3, 16))
         taps.append(alignment)
-    assert torch.equal(taps[0].attention[0].logits(), taps[1].attention[0].logits())  # no text has come in yet
+    assert torch.equal(taps[0].attention[0].logits(), taps[1].attention[0].logits())  # text has not entered yet
     assert not torch.allclose(taps[0].attention[2].logits(), taps[1].attention[2].logits(), atol=1e-4)
 
 
 @pytest.mark.parametrize("zero_init, qk_norm", [(False, False), (True, False), (False, True)])
 def test_every_parameter_of_mmdit_gets_a_gradient(zero_init, qk_norm):
-    """With PyTorch's init at once; --zero-init is v = 0 at the start, whatever the input."""
+    """PyTorch's init gives gradients at once; --zero-init gives v = 0 at the start for any input."""
     model = small_mmdit(zero_init=zero_init, qk_norm=qk_norm)
     if zero_init:
         assert not model(*text_inputs()).any()

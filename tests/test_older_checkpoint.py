@@ -23,7 +23,7 @@ def test_it_continues(monkeypatch, tmp_path):
 
 
 def test_its_samples_are_the_same(monkeypatch, tmp_path):
-    """Those of its own generate.py, byte for byte; another CPU may round a value the other way."""
+    """Equal byte for byte to its own generate.py's; another CPU may round a value the other way."""
     call_main(monkeypatch, generate, "--ckpt", CHECKPOINT, "--vae", ROOT / "assets/vae-emoji", "--num-fid-samples", 2,
               "--num-steps", 4, "--mode", "sde", "--cfg-scale", 2, "--labels", "balanced", "--sample-dir", tmp_path)
     [path] = tmp_path.glob("*.npz")

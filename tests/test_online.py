@@ -1,4 +1,4 @@
-"""--encode-online: images that the step encodes give the run of cached latents, and may be mirrored and cut."""
+"""--encode-online: encoding images in the step equals cached latents; images may be mirrored and cropped."""
 import shutil
 
 import pytest
@@ -39,7 +39,7 @@ def losses(out):
 
 
 def test_the_run_is_that_of_cached_latents(monkeypatch, vae, pictures, teacher_file, tmp_path):
-    """In both phases, with the numbers that the data note; what looks into a run encodes by itself, too."""
+    """In both phases, with the scale noted in the data; the tools that inspect a run encode images, too."""
     shutil.copytree(pictures / "images", tmp_path / "cached/images")
     call_main(monkeypatch, dataset_tools, "encode", "--source", pictures / "images", "--dest",
               tmp_path / "cached/vae-sd", "--model-url", vae)
@@ -55,7 +55,7 @@ def test_the_run_is_that_of_cached_latents(monkeypatch, vae, pictures, teacher_f
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
     a, b = (checkpoint(tmp_path / run, 4) for run in "ab")
     ours, theirs = (torch.cat([value.flatten() for value in state["model"].values()]) for state in (a, b))
-    assert (ours - theirs).norm() < 1e-4 * ours.norm()  # AdamW moves a weight whose gradient is rounding as far as any
+    assert (ours - theirs).norm() < 1e-4 * ours.norm()  # AdamW moves a weight as far for a rounding-error gradient
     assert a["args"]["latents"] == b["args"]["latents"] and len(b["args"]["latents"]["scale"]) == 4
     assert (tmp_path / "b/run/previews/0000004.png").is_file()
     assert look_inside(tmp_path / "b/run/checkpoints/0000004.pt", 2, 0.5)["cosine"] is not None
@@ -65,7 +65,7 @@ def test_the_run_is_that_of_cached_latents(monkeypatch, vae, pictures, teacher_f
 
 
 def test_a_restart_and_two_processes(monkeypatch, vae, pictures, teacher_file, tmp_path):
-    """With mirrored and cut images: 4 steps are 2 + 2 bit for bit; two processes have the same losses."""
+    """With mirrored and cropped images: 4 steps are 2 + 2 bit for bit; two processes have the same losses."""
     more = ("--enc-weights", teacher_file, "--vae", vae, "--encode-online", "--hflip", "--random-crop", "--resolution",
             24)
     call_main(monkeypatch, train, *arguments(pictures, tmp_path / "whole", *more))
@@ -77,7 +77,7 @@ def test_a_restart_and_two_processes(monkeypatch, vae, pictures, teacher_file, t
 
 
 def test_images_as_an_epoch_sees_them(vae, pictures, tmp_path):
-    """Mirrored and cut by (seed, epoch, position); folder and packed rows alike."""
+    """(seed, epoch, position) sets mirroring and cropping; folder and packed rows agree."""
     network = VAE(str(vae))
     whole = LatentImages.picture
     data = EncodedImages(pictures, 24, CLASSES, seed=3, hflip=True, vae=network, crop=True)

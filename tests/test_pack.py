@@ -1,4 +1,4 @@
-"""pack: the same bytes whenever it was killed, what it refuses, and a run that goes on from folder to packed data."""
+"""pack: kills change no byte, refusals, and a run that moves from folder to packed data."""
 import json
 import random
 import shutil
@@ -23,7 +23,7 @@ KILLS = 5
 
 
 def slow_rows():
-    """Called by the script before it starts: an entry takes long enough to be killed in."""
+    """The script calls this before it starts: each entry is slow enough to be killed in."""
     for name in ("image", "moments"):
         read = getattr(LatentImages, name)
         setattr(LatentImages, name, lambda *args, read=read, **more: time.sleep(0.004) or read(*args, **more))
@@ -41,7 +41,7 @@ def packed(source, tmp_path_factory):
 
 
 def test_rows_are_plain_arrays(source, packed):
-    """Read by nothing but NumPy: the entries in the order of their numbers, at most --rows a file."""
+    """NumPy alone reads them: entries in the order of their numbers, at most --rows per file."""
     files = sorted(path for path in (packed / "vae-sd").glob("*.npy") if path.name != "index.npy")
     parts = [np.load(path, mmap_mode="r", allow_pickle=False) for path in files]
     assert [len(part) for part in parts] == [3] * 13 + [1] and parts[0].dtype == np.float32
@@ -69,16 +69,16 @@ def test_killed_at_any_moment(source, packed, tmp_path):
         kills += 1
         killed_inside += bool(list(dest.rglob(".*.tmp")))
         assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
-    assert killed_inside >= KILLS // 2  # files half-written, under names of no meaning
+    assert killed_inside >= KILLS // 2  # half-written files with temporary names
     assert SERVER.start("preprocessing/dataset_tools.py", *arguments).wait() == 0
     assert contents(dest) == contents(packed)
     stamps = {path: path.stat().st_mtime_ns for path in dest.rglob("*.npy")}
-    packed_into(source, dest, "--rows", 3)  # is done: nothing is written again
+    packed_into(source, dest, "--rows", 3)  # done: nothing is written again
     assert contents(dest) == contents(packed) and all(path.stat().st_mtime_ns == old for path, old in stamps.items())
 
 
 def test_images_come_later(source, packed, tmp_path):
-    """--latents-only first, the images by the whole command: all in all the same."""
+    """--latents-only first, then the whole command adds the images: the same files."""
     put_there = tmp_path / "dest/vae-sd/.made.json.99.tmp"  # by a process killed in its first moment
     put_there.parent.mkdir(parents=True)
     put_there.touch()
@@ -96,7 +96,7 @@ def test_files_of_a_large_set_stay_few(source, tmp_path, monkeypatch):
 
 
 def test_a_bad_entry_ends_it_without_harm(source, packed, tmp_path):
-    """By its name; what is whole stays, nothing is half there, and a better file is all that the same command needs."""
+    """It is named; whole files stay, no partial file is left; with a good file the same command completes."""
     copy = shutil.copytree(source, tmp_path / "copy")
     path = copy / "images/00000/img00000020.png"
     whole = path.read_bytes()
@@ -114,7 +114,7 @@ def test_a_bad_entry_ends_it_without_harm(source, packed, tmp_path):
 
 @pytest.mark.parametrize("form", ["folder", "zip"])
 def test_entries_replaced_after_they_were_packed(source, packed, tmp_path, form):
-    """Their files of rows are made again, no others: of another size, and of the same."""
+    """Only their rows files are made again, for replacements of another and of equal size."""
     copy, dest = shutil.copytree(source, tmp_path / "copy"), shutil.copytree(packed, tmp_path / "dest")
     data = copy
     if form == "zip":
@@ -154,7 +154,7 @@ def test_no_room(source, tmp_path, monkeypatch):
 
 
 def test_a_run_goes_on_from_the_folder_to_packed_data(monkeypatch, source, packed, teacher_file, tmp_path):
-    """And mirrored: bit for bit what it would have been in the folder, across the early stop."""
+    """Also mirrored: bit for bit the run on the folder, across the early stop."""
     more = ["--enc-weights", teacher_file, "--early-stop-point", 4, "--hflip", "--num-workers", 2]
     for part, data, steps in (("whole", source, 6), ("parts", source, 3), ("parts", packed, 6)):
         call_main(monkeypatch, train, *train_arguments(data, tmp_path / part, *more, "--max-train-steps", steps))

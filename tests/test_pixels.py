@@ -1,4 +1,4 @@
-"""--vae none: pixels as latents, through the data set, training, sampling and what looks into a run."""
+"""--vae none: pixels as latents, in the data set, training, sampling and the tools that inspect a run."""
 import shutil
 import sys
 
@@ -99,7 +99,7 @@ def test_mirrored(pictures):
 
 def test_a_run_on_pixels(monkeypatch, pictures, teacher_file, tmp_path):
     """Six steps are two and two and two, across the early stop, with previews and samples, all without diffusers; the
-    network is trained on scaled pixels, step by step the images of the data order."""
+    network trains on scaled pixels, in the data order."""
     monkeypatch.setitem(sys.modules, "diffusers", None)  # an import raises
     monkeypatch.setattr("training.previews.PREVIEW_STEPS", 2)
     see, seen = Teacher.__call__, set()
@@ -156,7 +156,7 @@ def test_what_does_not_go_together(refused, monkeypatch, tiny_data, pictures, tm
             ckpt, "--vae", "ema", "--sample-dir", tmp_path)
     refused("was trained on the latents of a VAE .*, which --vae none cannot decode; give a VAE", generate, "--ckpt",
             latents, "--vae", "none", "--sample-dir", tmp_path)
-    published = make_checkpoint(tmp_path / "0000005.pt")  # which does not say
+    published = make_checkpoint(tmp_path / "0000005.pt")  # it does not say
     refused("--vae none is for pixels, 3 channels of 64 .*, but the latents have 4 channels", generate, "--ckpt",
             published, "--vae", "none", "--sample-dir", tmp_path)
     with pytest.raises(UserError, match="leave --vae out"):

@@ -1,4 +1,4 @@
-"""--preset: every row is a command line that the script takes, typed flags win over it, and the list is shown."""
+"""--preset: every row is a valid command line, typed flags override it, and the list is shown."""
 import re
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def parsed(monkeypatch, name, *more):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_what_its_flags_typed_are(monkeypatch, name):
-    """And so each is an argument that there is, of its type and among its choices."""
+    """So each argument exists and has a valid type and choice."""
     flags = [word for key, value in PRESETS[name][1].items()
              for word in (f"--{key.replace('_', '-')}", *[value] * (value is not True))]
     preset, typed = (vars(parsed(monkeypatch, name, *more)) for more in (["--preset", name], flags))

@@ -34,7 +34,7 @@ def plain_cknna(a, b, k):
 
 @pytest.mark.parametrize("k", [1, 5, 39])
 def test_cknna_is_its_formula(monkeypatch, k):
-    """Of 40 points in two spaces that share a part of their structure."""
+    """For 40 points in two spaces that share a part of their structure."""
     monkeypatch.setattr(metrics, "ROWS", 16)  # parts of 16, 16 and 8 rows
     generator = torch.Generator().manual_seed(0)
     shared, more, mix, other = (torch.randn(size, dtype=torch.float64, generator=generator)
@@ -46,7 +46,7 @@ def test_cknna_is_its_formula(monkeypatch, k):
 
 
 def test_probe_is_the_minimum(monkeypatch):
-    """Of the formula in probe.py: its gradient is zero at the weights found, and the problem is convex."""
+    """The gradient of the formula in probe.py is zero at the fitted weights, and the problem is convex."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (90,), generator=generator)
     x = torch.randn(90, 5, dtype=torch.float64, generator=generator) * torch.tensor([1, 10, 0.1, 1, 1]) + 2
@@ -90,7 +90,7 @@ def test_a_fifth_is_held_out(tiny_data):
 
 
 def test_classes(monkeypatch, tiny_data, teacher_file, tmp_path, capsys):
-    """Pooled tokens know the colour, and at t = 1, noise alone, they do not. Batches and processes change nothing."""
+    """Pooled tokens reveal the colour, but not at t = 1 (pure noise). Batches and processes change nothing."""
     ckpt, out = make_checkpoint(tmp_path / "0000005.pt", "SiT-N/2"), tmp_path / "probe.json"
     arguments = [ckpt, "--data", tiny_data, "--val-data", write_tiny_data(tmp_path / "val", 24), "--enc-type",
                  "dinov2-vit-n", "--enc-weights", teacher_file, "--k", 5, "--t", "0.1,1", "--blocks", "2,3",

@@ -1,4 +1,4 @@
-"""evaluations/report.py and curves.py: what they show of a run, what is missing, and the page in a browser."""
+"""evaluations/report.py and curves.py: what they show, what they report missing, and the page in a browser."""
 import base64
 import html
 import io
@@ -64,7 +64,7 @@ def data_of(page):
 def test_page_holds_the_runs(folders, page):
     data = data_of(page)
     assert set(data) == {"title", "labels", "losses", "weights", "titles", "runs", "samples"}
-    assert data["weights"] == ["proj_coeff", "attn_coeff"]  # those that a run has
+    assert data["weights"] == ["proj_coeff", "attn_coeff"]  # only those that a run has
     haste, plain = data["runs"]
     assert (haste["name"], plain["name"]) == ("haste", "plain") and plain["settings"]["logging_dir"] == "</script><b>"
     table = read_table(folders[0])
@@ -81,7 +81,7 @@ def test_page_holds_the_runs(folders, page):
     assert sample["caption"] == "haste, step 400, 50 Euler steps, guidance 3"
     assert data["title"] == "aligned with dinov2-vit-n vs. no alignment"
     assert data["labels"] == ["aligned with dinov2-vit-n", "no alignment"]
-    for run in data["runs"]:  # the one without a teacher is compared with that of the other
+    for run in data["runs"]:  # the run without a teacher uses the other's
         assert len(run["inside"]["images"]) == 2 and run["inside"]["step"] == 6
         assert [(pair["student"], pair["teacher"]) for pair in run["inside"]["pairs"]] == [(0, 7), (1, 9)]
     assert -1 <= haste["inside"]["cosine"] <= 1 and "cosine" not in plain["inside"]
@@ -96,14 +96,14 @@ def test_page_needs_nothing_beside_it(page):
 
 
 @pytest.mark.parametrize("aligned, plain, settings, stop", [
-    ([50, 100], [150], {"early_stop_point": 120}, 120),  # lies in the row
-    ([50, 100], [150], {"early_stop_point": 400}, 100),  # does not: the rows say it
+    ([50, 100], [150], {"early_stop_point": 120}, 120),  # within the row
+    ([50, 100], [150], {"early_stop_point": 400}, 100),  # outside it: the rows decide
     ([50, 100], [150], {}, 100),
     ([50, 100], [150], {"early_stop_point": 120, "trigger_threshold": -0.05}, 100),
     ([50, 100], [150], {"early_stop_point": 120, "trigger_threshold": -0.3}, 120),
     ([50, 100], [], {"early_stop_point": 120}, None),
     ([], [50], {"early_stop_point": 0}, None),
-    ([], [50], {"early_stop_point": 20}, 20),  # a row is as its last step
+    ([], [50], {"early_stop_point": 20}, 20),  # a row counts as its last step
     ([], [50], {"early_stop_point": 20, "enc_type": "none"}, None)])
 def test_stop_is_where_the_losses_of_alignment_end(aligned, plain, settings, stop):
     table = {"feature": (aligned, aligned), "denoise": (aligned + plain,) * 2, "cosine": ([50, 100], [0.1, -0.2])}
@@ -154,7 +154,7 @@ def test_few_previews_evenly_and_small_pictures(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("side", [4, 2])
 def test_mean_map_is_the_softmax_written_out(monkeypatch, side):
-    """Of 4 x 4 tokens and two of three heads; a large map is averaged over squares of tokens."""
+    """4 x 4 tokens, two of three heads; a large map is averaged over squares of tokens."""
     monkeypatch.setattr("evaluations.student.MAP_SIDE", side)
     qk = QK(*torch.randn(2, 1, 3, 16, 8, generator=torch.Generator().manual_seed(0)))
     full = (qk.q[0, :2] @ qk.k[0, :2].transpose(1, 2) / 8 ** 0.5).exp()

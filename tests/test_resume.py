@@ -1,4 +1,4 @@
-"""A run may stop anywhere, by itself or by force: the same command continues it, and nothing but time is lost."""
+"""A run may stop or be killed anywhere: the same command continues it, and only time is lost."""
 import errno
 import os
 import resource
@@ -87,7 +87,7 @@ def test_twelve_steps_are_five_and_four_and_three(run, teacher_file, tmp_path, n
     for stop in stops:
         run(tmp_path / "parts", *more, stop)
         assert int(metrics(tmp_path / "parts")[-1]["step"]) == stop
-    run(tmp_path / "parts", *more, stops[-1])  # is done: nothing changes
+    run(tmp_path / "parts", *more, stops[-1])  # done: nothing changes
     assert_same_run(tmp_path / "whole", tmp_path / "parts", stops[-1])
     assert "feature" in metrics(tmp_path / "whole")[0] and metrics(tmp_path / "whole")[-1]["feature"] == ""
 
@@ -161,7 +161,7 @@ def break_loss(monkeypatch, *steps, term="denoise"):
 
 
 def test_a_skipped_step_changes_no_weight(run, monkeypatch, tmp_path):
-    """Allowed, it is logged and counted, the weights are those of the step before, and the run goes on."""
+    """If allowed, it is logged and counted, the weights stay unchanged, and the run continues."""
     break_loss(monkeypatch, 2, 3)
     run(tmp_path, *NO_TEACHER, "--max-skipped-steps", 2, "--log-every", 4, "--checkpointing-steps", 1)
     states = {step: checkpoint(tmp_path, step) for step in range(1, 7)}
@@ -174,7 +174,7 @@ def test_a_skipped_step_changes_no_weight(run, monkeypatch, tmp_path):
 
 
 def test_the_cause_is_named(run, data, teacher_file, tmp_path):
-    """Huge latents and a teacher with NaN in its weights, not the learning rate."""
+    """For huge latents and for NaN in the teacher's weights; the learning rate is not blamed."""
     weights = torch.load(teacher_file, weights_only=True)
     torch.save({**weights, "norm.bias": weights["norm.bias"] * float("nan")}, tmp_path / "nan.pth")
     with pytest.raises(UserError, match="feature is not finite at step 1 .* The teacher's output is not finite: get"):
@@ -197,7 +197,7 @@ def test_too_many_skipped_steps_stop_the_run(run, monkeypatch, teacher_file, tmp
 
 
 def test_scaler_skips_are_counted(run, monkeypatch, scaled, tmp_path):
-    """Gradients that overflow are normal with fp16's scaler, by default; the scale is halved by each."""
+    """By default, overflowing gradients are normal with fp16's scaler; each halves the scale."""
     mean_flat, calls = loss.mean_flat, []
 
     def overflow(x):
@@ -214,14 +214,14 @@ def test_scaler_skips_are_counted(run, monkeypatch, scaled, tmp_path):
 
 
 def test_a_scaler_lets_no_loss_pass_that_is_not_finite(run, monkeypatch, scaled, tmp_path):
-    """No scale mends that."""
+    """No loss scale can fix that."""
     break_loss(monkeypatch, 1)
     with pytest.raises(UserError, match="denoise is not finite at step 1"):
         run(tmp_path, *NO_TEACHER, "--max-train-steps", 3)
 
 
 def test_weights_that_are_not_finite_are_never_saved(run, tmp_path):
-    """Finite gradients times an absurd learning rate."""
+    """Here from finite gradients times an absurd learning rate."""
     with pytest.raises(UserError, match="of model is not finite at step 1, which is not saved"):
         run(tmp_path, *NO_TEACHER, "--learning-rate", "1e39", "--checkpointing-steps", 1)
     assert not saved_steps(tmp_path / "run/checkpoints")
@@ -236,7 +236,7 @@ def test_newest_and_milestones_are_kept(run, tmp_path):
 
 
 def test_what_goes_back_is_not_deleted(tmp_path):
-    """After --resume-step the checkpoints ahead, of the branch that was left, are neither counted nor deleted."""
+    """After --resume-step, later checkpoints of the abandoned branch are neither counted nor deleted."""
     for step in (1, 2, 3, 7, 8):
         (tmp_path / f"{step:07d}.pt").touch()
     prune_checkpoints(tmp_path, 3, keep=1)
@@ -246,7 +246,7 @@ def test_what_goes_back_is_not_deleted(tmp_path):
 
 
 def test_a_checkpoint_after_some_minutes(run, tmp_path):
-    """By the clock alone, at whatever step that is."""
+    """The clock alone decides, at any step."""
     run(tmp_path, *NO_TEACHER, "--checkpoint-minutes", 1e-6)
     assert steps_saved(tmp_path) == [1, 2, 3, 4, 5, 6]
 
@@ -260,7 +260,7 @@ def test_going_back_makes_the_same_run_again(run, six):
 
 
 def test_rows_are_of_the_steps_that_the_run_has_followed(run, monkeypatch, six):
-    """Step 6, back to 2 with another rate, stopped before the next checkpoint: it goes on from 6, as its rows do."""
+    """Step 6, back to 2 with another rate, stopped before the next checkpoint: run and rows continue from 6."""
     rows = without_time(metrics(six))
     with monkeypatch.context() as patch, pytest.raises(UserError, match="stop"):
         break_loss(patch, 2)
@@ -273,7 +273,7 @@ def test_rows_are_of_the_steps_that_the_run_has_followed(run, monkeypatch, six):
 
 
 def test_what_a_kill_left_beside_the_checkpoints_to_keep_is_pruned(run, six):
-    """By the next start, though it has no step left to make."""
+    """The next start prunes it, even with no step left to make."""
     run(six, *PLAIN, "--keep-checkpoints", 1)
     assert steps_saved(six) == [6]
 
@@ -302,7 +302,7 @@ def test_a_number_that_only_looks_like_one_is_no_step(tmp_path):
 # ---- the log and the folder ----
 
 def test_a_refused_start_leaves_nothing_new_and_a_finished_log_as_it_is(run, six, tmp_path):
-    """In an unfinished run's log the last line says it, so that no job starts it again and again."""
+    """The last line of an unfinished run's log reports it, so that no job restarts the run for ever."""
     lost = [*PLAIN, "--max-train-steps", 7, "--data-dir", tmp_path / "lost"]
     with pytest.raises(UserError, match="lost/vae-sd"):
         run(six, *lost, "--exp-name", "new")
@@ -328,7 +328,7 @@ def test_the_log_says_why_a_run_ends(run, monkeypatch, tmp_path):
 
 
 def test_a_finished_run_in_phase_one_has_nothing_to_do(run, monkeypatch, teacher_file, tmp_path):
-    """As one of REPA's presets, whose alignment never ends."""
+    """As in REPA's presets, where alignment never ends."""
     arguments = ["--enc-weights", teacher_file, "--max-train-steps", 1]
     run(tmp_path, *arguments)
     before = (tmp_path / "run/checkpoints/0000001.pt").read_bytes()
@@ -346,7 +346,7 @@ def test_a_run_stays_inside_the_output_folder(run, tmp_path, name):
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "one bit", "code"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(run, six, damage):
-    """It is none of those to keep."""
+    """The damaged one does not count among those to keep."""
     path, whole = six / "run/checkpoints/0000005.pt", checkpoint(six, 6)
     (six / "run/checkpoints/0000006.pt").rename(path)
     data = bytearray(path.read_bytes())
@@ -364,7 +364,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(run, si
 
 
 def test_phase_two_goes_on_without_images(run, tiny_data, teacher_file, tmp_path):
-    """As long as its checkpoint is there: if Phase I has to be gone back to, images are read."""
+    """While its checkpoint exists; going back to Phase I needs images."""
     data = shutil.copytree(tiny_data, tmp_path / "data")
     arguments = ["--enc-weights", teacher_file, "--early-stop-point", 2, "--checkpointing-steps", 1,
                  "--max-train-steps"]
@@ -392,7 +392,7 @@ def test_a_disk_that_fails_for_a_while_makes_no_checkpoint_a_damaged_one(monkeyp
 
 
 def test_what_metrics_keep_for_the_first_row_after_a_restart(tmp_path):
-    """The seconds of the steps that no row has yet, and how many were skipped in a row."""
+    """Seconds of the steps not yet in a row, and the number of consecutive skipped steps."""
     broken = {"loss": torch.tensor(float("nan")), "denoise": torch.tensor(float("nan")), "grad_norm": torch.tensor(1.0)}
     first = Metrics(tmp_path / "metrics.csv", Accelerator(cpu=True), 0, {}, max_skipped=2)
     for _ in range(2):
@@ -417,7 +417,7 @@ def test_no_checkpoint_left(tmp_path):
 
 
 def test_full_disk_leaves_the_checkpoint_before(run, tiny_data, six):
-    """The write fails half way, for real: the limit on file sizes. One sentence; then, with room, the run goes on."""
+    """A file size limit makes the write really fail half-way: one sentence; with room, the run continues."""
     folder, arguments = six / "run/checkpoints", [*PLAIN, "--max-train-steps", 8]
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     done = script("train.py", *train_arguments(tiny_data, six, *arguments), check=False,
@@ -432,7 +432,7 @@ def test_full_disk_leaves_the_checkpoint_before(run, tiny_data, six):
 
 
 def test_full_disk_at_any_place(tmp_path):
-    """torch.save answers a failed write with an error about positions; the sentence is the same."""
+    """torch.save reports a failed write as an error about positions; the user sees the same sentence."""
     weights = {str(i): torch.full((1 + 1000 * i,), 1.0) for i in range(20)}
     save_checkpoint(tmp_path, 1, {"model": weights, "ema": weights})
     size, limits = (tmp_path / "0000001.pt").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,4 +1,4 @@
-"""What runtime/ sets at the start of a run, what it says when memory runs out, and the clipped step."""
+"""runtime/: settings at the start of a run, messages when memory runs out, and the clipped step."""
 import copy
 import errno
 import importlib.machinery
@@ -49,7 +49,7 @@ WITHOUT_OPTIONAL = f"""if True:
 
 
 def test_a_run_needs_no_optional_package(tiny_data, tmp_path):
-    """In a fresh interpreter, in which they can neither be imported nor asked for their versions."""
+    """In a fresh interpreter where neither they nor their versions can be loaded."""
     arguments = tiny_run("SiT-S/8", tiny_data, tmp_path, *NO_TEACHER, "--max-train-steps", 1)
     done = subprocess.run([sys.executable, "-c", WITHOUT_OPTIONAL, *arguments], check=False, capture_output=True,
                           text=True, cwd=ROOT, timeout=300, env={**os.environ, **CPU})
@@ -66,7 +66,7 @@ def test_a_tracker_that_is_not_installed(run, monkeypatch, tmp_path):
 
 
 class FakeWandb(types.ModuleType):
-    """As much of wandb as a run uses."""
+    """The part of wandb that a run uses."""
     errors, config = types.SimpleNamespace(Error=KeyError), types.SimpleNamespace(update=lambda *_, **__: None)
 
     def init(self, **settings):
@@ -79,7 +79,7 @@ STARTS, LOGGED = [], []
 
 
 def test_wandb_goes_on_with_one_run(run, monkeypatch, tmp_path):
-    """Also to an earlier step, which its own step may not be: "step" is a value like others."""
+    """Also back to an earlier step; wandb's own step cannot go back, so "step" is logged as a value."""
     fake = FakeWandb("wandb")
     fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -120,7 +120,7 @@ def test_too_many_open_files(tmp_path):
 # ---- what the launcher says ----
 
 def launched(monkeypatch, data, out, *flags, **environment):
-    """(flags, accelerator, lines of the log) of a run with these flags and variables, as far as its data."""
+    """(flags, accelerator, lines of the log) of a run with these flags and variables, up to opening its data."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -166,7 +166,7 @@ def test_what_the_launcher_may_not_say(monkeypatch, tiny_data, tmp_path, variabl
 @pytest.mark.parametrize("cores, processes, typed, used", [
     (3, 1, [], 3), (64, 1, [], MOST_WORKERS), (16, 8, [], 2), (2, 8, [], 1), (64, 1, ["--num-workers", 1], 1)])
 def test_workers_follow_the_cores(monkeypatch, tiny_data, tmp_path, cores, processes, typed, used):
-    """The same cores are of all processes that a launcher starts on this machine."""
+    """All processes that a launcher starts on this machine share its cores."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     args, _, _ = launched(monkeypatch, tiny_data, tmp_path, *typed, LOCAL_WORLD_SIZE=str(processes))
     assert args.num_workers == used
@@ -183,7 +183,7 @@ def test_ddp_keeps_gradients_once_and_compiled_blocks_whole(monkeypatch, tiny_da
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["SiT", "MMDiT"])
 def test_what_users_set_of_fsdp(kind):
-    """Units are blocks unless other classes are named; what would change numbers or checkpoints is replaced."""
+    """Units are blocks unless the user names classes; settings that change numbers or checkpoints are replaced."""
     model = nano_models()[kind][0]
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=False, activation_checkpointing=True,
                                             auto_wrap_policy="size_based_wrap", min_num_params=10)
@@ -206,13 +206,13 @@ def test_what_users_set_of_fsdp(kind):
 
 # ---- out of memory ----
 
-XL = 4 * 684_000_000  # bytes of SiT-XL/2's weights and its projector's
-XL_IMAGE = 0.38 * GIB  # what an image keeps between forward and backward pass
+XL = 4 * 684_000_000  # bytes of the weights of SiT-XL/2 and its projector
+XL_IMAGE = 0.38 * GIB  # bytes kept per image between forward and backward pass
 H100 = int(79.1 * GIB)
 
 
 def test_the_published_batch_on_one_gpu():
-    """It ends in the first forward pass, full; what is then said to fit does, by what an image really needs."""
+    """Memory runs out in the first forward pass; the batch size then suggested fits, given an image's real needs."""
     assert 5 * XL + 256 * XL_IMAGE > H100
     found, held, each = images_that_fit(256, XL, peak=H100, capacity=H100)
     assert found == 128 and 5 * XL + found * XL_IMAGE < H100
@@ -232,7 +232,7 @@ def test_the_sentence_names_what_is_left_to_do():
 
 
 def limit_memory():
-    """For a script's process: 200 MiB more than it has, so that a step's activations do not fit."""
+    """For a script's process: allow 200 MiB more than now, so that a step's activations do not fit."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (200 << 20),) * 2)
 

@@ -1,4 +1,4 @@
-"""Samplers on data whose velocity is known, and guidance that acts inside its interval only."""
+"""Samplers on data with known velocity; guidance acts only inside its interval."""
 import pytest
 import torch
 
@@ -44,7 +44,7 @@ def test_gaussian_data(sampler, path_type):
 
 
 def exact(z):
-    """Where the probability flow takes noise z: along the quantiles."""
+    """The end point of the probability flow from noise z: the same quantile."""
     return MEAN + STD * z
 
 
@@ -58,7 +58,7 @@ def test_dpm_needs_fewer_steps_than_euler(path_type):
 
 
 def test_dpm_is_diffusers():
-    """DPMSolverMultistepScheduler on the same times, which begin a little below 1 there."""
+    """Equals DPMSolverMultistepScheduler on its times, which begin a little below 1."""
     from diffusers import DPMSolverMultistepScheduler
     scheduler = DPMSolverMultistepScheduler(
         algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", prediction_type="flow_prediction",
@@ -76,7 +76,7 @@ def test_dpm_is_diffusers():
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
 def test_dopri5_keeps_its_tolerance(path_type):
-    """Each image in its own steps: one alone, and one beside others that need more of them, come out the same."""
+    """Each image has its own steps: it is the same alone and in a batch with images that need more steps."""
     z, calls = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), []
 
     def velocity(x, t):
@@ -97,7 +97,7 @@ def test_dopri5_keeps_its_tolerance(path_type):
 
 
 def test_time_grids():
-    """The published times, exactly; shift as of SD3's; quadratic has most steps near the data."""
+    """The published times exactly; shift as in SD3; quadratic has most steps near the data."""
     assert step_times(51) == torch.linspace(1, 0, 51, dtype=torch.float64).tolist()
     assert step_times(250, 0.04) == torch.linspace(1, 0.04, 250, dtype=torch.float64).tolist()
     assert step_times(5, 0.0, "shift", 3.0) == pytest.approx([1, 0.9, 0.75, 0.5, 0])

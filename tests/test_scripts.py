@@ -1,4 +1,4 @@
-"""What holds for every script: exit status and streams, outputs that are inputs, full disks, Ctrl-C, other users."""
+"""For every script: exit status and streams, outputs that are inputs, full disks, Ctrl-C, other users."""
 import contextlib
 import json
 import os
@@ -64,7 +64,7 @@ def test_a_log_on_a_full_disk(tiny_data, tmp_path):
 
 
 def test_no_room_for_the_teacher_cache(world, tmp_path):
-    """Found when the files are made: a mapped file that finds no room later on ends the process without a word."""
+    """Found when the files are made: later, a full disk under a mapped file would kill the process silently."""
     done = script("train.py", *train_arguments(world / "data", tmp_path, "--enc-weights", world / "teacher.pth",
                                                "--teacher-cache", tmp_path / "cache"), check=False,
                   before="tests.test_resume.limit_file_size", env={"HASTE_TEST_LARGEST_FILE": "40000"})
@@ -75,8 +75,8 @@ def test_no_room_for_the_teacher_cache(world, tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("name, module", [("train.py", train), ("train_t2i.py", train_t2i), ("generate.py", generate)])
 def test_without_permission(request, name, module):
-    """As a user who may not look into the folder."""
-    w = request.getfixturevalue("text_world" if module in TEXT else "world")  # which only its owner may open
+    """As a user without permission to read the folder."""
+    w = request.getfixturevalue("text_world" if module in TEXT else "world")  # only its owner may open it
     with tempfile.TemporaryDirectory() as own:
         os.chmod(own, 0o777)
         where = ["--output-dir", own] if "train" in name else ["--sample-dir", own]
@@ -108,13 +108,13 @@ def test_an_output_is_no_input(tmp_path, monkeypatch, out, suffixes, words):
 
 
 def fill_the_streams():
-    """For the script that follows: nothing can be written to stdout and stderr."""
+    """For a script's process: writes to stdout and stderr fail."""
     for number in (1, 2):
         os.dup2(os.open("/dev/full", os.O_WRONLY), number)
 
 
 def test_prints_and_bars_may_fail(world, tmp_path):
-    """Scores and steps are there although nothing could be printed."""
+    """Scores and steps are saved although printing fails."""
     full = "tests.test_scripts.fill_the_streams"
     script("train.py", *train_arguments(world / "data", tmp_path, *NO_TEACHER, "--max-train-steps", 2), before=full)
     assert [row["step"] for row in metrics(tmp_path)] == ["1", "2"]
@@ -133,7 +133,7 @@ def test_results_are_written_before_they_are_printed(tmp_path):
     ("python {here} | head -1", "", True), ("python {here} 2>&1 | head -1", "", True),
     ("python {here} >&- 2>&-", "", True), ("python {here} ctrl-c", "stopped; the same", False)])
 def test_closed_pipes_and_ctrl_c(tmp_path, command, words, there):
-    """By a shell. Neither has a traceback; Ctrl-C has one line."""
+    """In a shell. Neither prints a traceback; Ctrl-C prints one line."""
     (tmp_path / "here.py").write_text(f"""import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from runtime.errors import run_script

@@ -1,4 +1,4 @@
-"""Pictures in folders, tars and zips: which are found, in which order and with which labels; reading and cropping."""
+"""Pictures in folders, tars and zips: finding, order, labels, reading and cropping."""
 import io
 import json
 import os
@@ -88,19 +88,19 @@ def test_one_set_of_pictures_in_every_form(tmp_path, kind):
     source = open_source(path)
     assert source.names == ORDER and source.labels == LABELS
     assert [read(piece, "x") for piece in source.pieces] == [content[name] for name in ORDER]
-    few = open_source(path, 2)  # labels are those of the whole
+    few = open_source(path, 2)  # labels come from the whole source
     assert few == (ORDER[:2], source.pieces[:2], LABELS[:2], ["a", "a-b", "b"])
 
 
 def test_labels(tmp_path):
-    """Of dataset.json where there is one, else of the folders; none without several folders."""
+    """From dataset.json if it exists, else from the folders; none for a single folder."""
     labels = [[name, 7] for name in ORDER[1:]] + [[f"./{ORDER[0]}", 3]]
     content = {**tree(), "dataset.json": json.dumps({"labels": labels}).encode()}
     for name, write in (("s", write_folder), ("s.zip", write_zip), ("s.tar", write_tar)):
         assert open_source(write(tmp_path / name, content)).labels == [3, 7, 7, 7, 7]
     for labels in ('{"labels": null}', "{}"):
         (tmp_path / "s/dataset.json").write_text(labels)
-        assert open_source(tmp_path / "s").labels is None  # and not those of the folders
+        assert open_source(tmp_path / "s").labels is None  # not the folders' labels
     assert open_source(write_folder(tmp_path / "one", {"a/1.png": b"", "a/2.png": b""})).labels is None
     assert open_source(write_folder(tmp_path / "flat", {"1.png": b"", "2.png": b""})).labels is None
     with pytest.raises(UserError, match="pictures beside its folders, such as 2.png"):
@@ -126,7 +126,7 @@ def test_what_is_passed_over(tmp_path):
     write_folder(tmp_path / "s", content)
     os.symlink(tmp_path / "s/a", tmp_path / "s/b")
     os.symlink("/nowhere", tmp_path / "s/c.png")
-    for name in ("pipe.png", "pipe.tar", "dataset.json"):  # to open one waits for a writer that never comes
+    for name in ("pipe.png", "pipe.tar", "dataset.json"):  # opening one would wait for a writer for ever
         os.mkfifo(tmp_path / "s" / name)
     os.symlink("/dev/zero", tmp_path / "s/zero.png")
     os.symlink(tmp_path / "s/pipe.png", tmp_path / "s/linked.png")
@@ -164,7 +164,7 @@ def test_a_listing_that_does_not_fit(tmp_path, listing):
 
 
 def test_archives_that_are_cut_or_damaged(tmp_path):
-    """Never a shorter list: tarfile itself takes a damaged header in the middle for the end."""
+    """Damage never shortens the list: tarfile itself takes a damaged header in the middle for the end."""
     whole = write_tar(None, class_tars(tree()))
     path = tmp_path / "s.tar"
     path.write_bytes(whole)
@@ -195,7 +195,7 @@ def test_archives_that_are_cut_or_damaged(tmp_path):
 
 
 def test_bombs(tmp_path, monkeypatch):
-    """Nothing is unpacked beyond what was announced, and nothing is announced beyond LARGEST."""
+    """Unpacking stops at the announced size; announcing more than LARGEST is refused."""
     monkeypatch.setattr(sources, "LARGEST", 1 << 20)
     path = write_zip(tmp_path / "s.zip", {"1.png": bytes(1 << 21)}, zipfile.ZIP_DEFLATED)
     piece = find(path)["1.png"]
@@ -203,12 +203,12 @@ def test_bombs(tmp_path, monkeypatch):
         read(piece, "1", sources.LARGEST)
     tracemalloc.start()
     with pytest.raises(UserError, match="wrong checksum"):
-        read(piece._replace(entry=(*piece.entry[:-1], 1000)), "1")  # a directory that lies
+        read(piece._replace(entry=(*piece.entry[:-1], 1000)), "1")  # the zip's directory lies
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
     big = tmp_path / "big.png"
     with open(big, "wb") as file:
-        file.truncate(1 << 40)  # of holes
+        file.truncate(1 << 40)  # sparse
     with pytest.raises(UserError, match="big has more than 256 MiB"):
         read(sources.Piece(str(big)), "big")
 
@@ -231,7 +231,7 @@ def noise(rng, width, height):
 
 
 def test_a_png_holds_pixels_alone():
-    """No colour profile, which is another colour space's after conversion, and no transparent colour."""
+    """No colour profile (wrong after conversion to RGB) and no transparent colour."""
     picture = noise(np.random.default_rng(0), 8, 8)
     picture.info |= {"icc_profile": bytes(200), "transparency": (1, 2, 3)}
     written = Image.open(io.BytesIO(pixels.png_bytes(picture)))

@@ -16,7 +16,7 @@ from tests.test_models import nano_models
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_what_is_freed_goes_back_to_the_machine():
-    """Pieces small enough to lie in the C library's heap, under one that stays in use: no free() shrinks that heap."""
+    """The pieces lie in the C library's heap, below one that stays in use: no free() shrinks that heap."""
     give_back_memory()
     before = status("RssAnon")
     pieces = [torch.ones(12_000) for _ in range(2_000)]  # 96 MB
@@ -32,7 +32,7 @@ def test_what_is_freed_goes_back_to_the_machine():
 def test_a_step_finds_the_memory_of_the_one_before():
     """In a process of its own, as the setting is for good: page faults of 160 MB asked for again, in pieces of 20 MB.
 
-    By malloc itself: whether a step's tensors lie at the end of the heap, where freed memory is given back, is chance.
+    Calls malloc itself: only memory at the end of the heap is given back, and a step's tensors lie there by chance.
     """
     code = """if True:
         import ctypes, resource
@@ -83,7 +83,7 @@ def test_cast_weights_give_what_autocast_gives(kind):
 
 
 def test_processes_share_the_cores(monkeypatch):
-    """Those of this machine, unless the user says how many threads."""
+    """They divide this machine's cores, unless the user sets the number of threads."""
     asked = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", asked.append)

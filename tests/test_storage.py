@@ -29,7 +29,7 @@ KINDS = {"images": ".png", "vae-sd": ".npy", "vae-sd-hflip": ".npy"}
 
 
 def write_zips(source, dest, method=zipfile.ZIP_STORED, extra=b""):
-    """A zip of each kind that `source` has, its members in no order."""
+    """Write a zip of each kind in `source`, members unordered."""
     dest.mkdir(parents=True, exist_ok=True)
     for kind in KINDS:
         if (source / kind).is_dir():
@@ -42,7 +42,7 @@ def write_zips(source, dest, method=zipfile.ZIP_STORED, extra=b""):
 
 
 def write_mirrored(folder):
-    """vae-sd-hflip: what the VAE would have made of the mirrored images; here all numbers are one higher."""
+    """Write vae-sd-hflip, the latents of the mirrored images; here just all numbers plus one."""
     for path in (folder / "vae-sd").rglob("*.npy"):
         to = folder / "vae-sd-hflip" / path.relative_to(folder / "vae-sd")
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def forms(tmp_path_factory):
     write_mirrored(folder)
     mixed = packed_into(folder, world / "mixed", "--latents-only")
     shutil.copy(write_zips(folder, world / "zip") / "images.zip", mixed)
-    extra = b"\x99\x99\xff\0" + bytes(255)  # a field of no meaning, longer than the reader expects
+    extra = b"\x99\x99\xff\0" + bytes(255)  # an unused field, longer than the reader expects
     return {"folder": folder, "zip": world / "zip", "mixed": mixed,
             "deflated": write_zips(folder, world / "deflated", zipfile.ZIP_DEFLATED),
             "extra": write_zips(folder, world / "extra", extra=extra),
@@ -81,7 +81,7 @@ def forms(tmp_path_factory):
 
 @pytest.mark.parametrize("form", ["folder", "zip", "deflated", "extra", "packed", "packed zip", "mixed"])
 def test_every_form_is_the_same_data_set(forms, form):
-    """Against the files themselves, paired and labelled by a loop over dataset.json."""
+    """Compared with the files themselves, paired and labelled by a loop over dataset.json."""
     data, folder = LatentImages(forms[form], 64, CLASSES), forms["folder"]
     entries = sorted(json.loads((folder / "images/dataset.json").read_text())["labels"])
     assert len(data) == len(entries) == 24 and data.decodes == (not form.startswith("packed"))
@@ -99,7 +99,7 @@ def test_every_form_is_the_same_data_set(forms, form):
     assert np.array_equal(data.pictures.stamps()[:, 0], plain.pictures.stamps()[:, 0])  # sizes
     without = LatentImages(forms[form], 64, CLASSES, images=False)
     assert without.fingerprint() == plain.fingerprint() and "image" not in without[3] and not without.decodes
-    pickled = pickle.loads(pickle.dumps(data))  # as for a loader process that is not forked
+    pickled = pickle.loads(pickle.dumps(data))  # as for a spawned loader process
     assert_same_batches([pickled.batch([1, 30])], [data.batch([1, 30])])
     for owner in (data, data.latents, data.pictures, data.latents.index, data.pictures.index):
         for value in owner if isinstance(owner, tuple) else vars(owner).values():  # no tables of Python objects
@@ -126,7 +126,7 @@ def assert_same_batches(ours, theirs):
 
 @pytest.mark.parametrize("form", ["folder", "zip", "packed"])
 def test_workers_and_forms_change_nothing(forms, form):
-    """By processes, by threads or by neither, with mirroring: the batches of the folder read one by one."""
+    """Processes, threads or neither, with mirroring: the same batches as reading the folder one by one."""
     expected = batches_of(LatentImages(forms["folder"], 64, CLASSES, hflip=True), 0)
     assert [len(batch["y"]) for batch in expected] == [8] * 9
     assert {int(p) for b in expected[:3] for p in b["position"]} == {*range(24)}
@@ -142,7 +142,7 @@ def test_workers_and_forms_change_nothing(forms, form):
 
 
 def test_mirrored_latents_come_with_mirrored_images(forms):
-    """Which of the two is shown depends on seed, epoch and image; half of the samples are either."""
+    """Seed, epoch and image decide which of the two is shown; each is half of the samples."""
     plain, data = (LatentImages(forms["folder"], 64, CLASSES, seed=5, hflip=hflip) for hflip in (False, True))
     shown = []
     for sample_id in range(24 * 20):
@@ -161,7 +161,7 @@ def test_mirrored_latents_come_with_mirrored_images(forms):
 
 
 def test_threads_that_fail(data):
-    """An error comes out at the batch it belongs to."""
+    """An error is raised at its own batch."""
     dataset = LatentImages(data, 64, CLASSES, images=False)
     path = data / "vae-sd/00000/img-mean-std-00000003.npy"
     np.save(path, np.load(path) * np.nan)
@@ -172,7 +172,7 @@ def test_threads_that_fail(data):
 # ---- pictures and names ----
 
 def test_decoders_agree(tmp_path, monkeypatch, tiny_data):
-    """What imagecodecs gives is what Pillow gives; a plain PNG does not go to Pillow, pictures of other kinds do."""
+    """imagecodecs and Pillow agree; plain PNGs skip Pillow, other pictures use it."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8))
     kinds = {"rgb": image, "grey": image.convert("L"), "palette": image.convert("P")}
@@ -204,7 +204,7 @@ def test_numbers_of_names():
 
 @pytest.fixture
 def indexed(monkeypatch):
-    """Data sets of any size are indexed, however new they are. Returns the kinds listed so far."""
+    """Cache the index of data sets of any size and age. Returns the kinds listed so far."""
     made, cached_index = [], index_module.cached_index
     monkeypatch.setattr(index_module, "CACHED_FROM", 1)
     monkeypatch.setattr(index_module, "SETTLED", -1e9)
@@ -248,7 +248,7 @@ def relabelled(folder):
     path.write_text(path.read_text().replace("2]", "1]"))
 
 
-def cut_in_place(folder):  # which changes no folder
+def cut_in_place(folder):  # changes no folder
     os.truncate(folder / "vae-sd/00000/img-mean-std-00000003.npy", 4000)
 
 
@@ -258,7 +258,7 @@ def cut_in_place(folder):  # which changes no folder
     (removed_image, "images has no .png file of index 00000002"),
     (relabelled, "has label 1 in images/dataset.json and 2 in")])
 def test_any_change_is_seen(data, indexed, change, words):
-    """Whatever was known of the data before; what is written over in place, when it is read."""
+    """Even with a cached index; a file overwritten in place is noticed when it is read."""
     assert len(LatentImages(data, 64, CLASSES)) == 8
     change(data)
     if words:
@@ -295,7 +295,7 @@ def test_a_damaged_index_is_made_again(data, indexed):
 
 
 def test_a_folder_that_takes_no_files(data, indexed, caplog):
-    """As on a read-only disk: the data are listed at each start, and the log says why."""
+    """As on a read-only disk: each start lists the data, and the log says why."""
     for kind in ("images", "vae-sd"):
         (data / f".index-{kind}/in the way").mkdir(parents=True)
     with caplog.at_level(logging.INFO, logger="haste"):
@@ -306,7 +306,7 @@ def test_a_folder_that_takes_no_files(data, indexed, caplog):
 
 @pytest.mark.parametrize("form", ["zip", "packed"])
 def test_too_many_open_files(forms, form):
-    """Not told as damage: nothing is to be made again."""
+    """Not reported as damage: the user need not make the data again."""
     dataset, limits = LatentImages(forms[form], 64, CLASSES), resource.getrlimit(resource.RLIMIT_NOFILE)
     dataset.latents = type(dataset.latents)(dataset.latents.path, dataset.latents.index)  # with no file open
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
@@ -325,7 +325,7 @@ def test_small_and_new_data_are_not_indexed(data, monkeypatch):
 
 
 def test_synthetic_data(tmp_path, monkeypatch):
-    """The benchmarks' data: three forms of one set, which the published loader's restatement reads as ours does."""
+    """The benchmarks' data: three forms of one set; the copy of the published loader reads it as ours does."""
     call_main(monkeypatch, synthetic, tmp_path, "--n", 12, "--resolution", 32, "--distinct", 5)
     published = Published(tmp_path / "folder")
     for form in synthetic.FORMS:

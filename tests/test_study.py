@@ -1,4 +1,4 @@
-"""benchmarks/study.py: what is compared with what, what runs when, and what a run leaves behind."""
+"""benchmarks/study.py: comparisons, the order of runs, and the files that a run leaves."""
 import itertools
 import json
 from argparse import Namespace
@@ -18,7 +18,7 @@ def result(points):
 
 
 def test_differences_are_of_the_same_seed():
-    """Not of the same place in a list: a seed that one of the two lacks takes no part."""
+    """They pair runs by seed, not by list position; a seed that one of the two lacks is left out."""
     found = {"vanilla": {0: result({"4": 10.0}), 2: result({"4": 30.0})},
              study.NO_STOP: {seed: result({"4": value}) for seed, value in ((0, 9.0), (1, 20.0), (2, 27.0))}}
     assert study_report.difference(found, study.NO_STOP, "vanilla", FD, 4) == [-1.0, -3.0]
@@ -40,7 +40,7 @@ def test_steps_to_reach_a_score():
 
 @pytest.fixture
 def begun(monkeypatch):
-    """The runs in the order of their start; each leaves what a run leaves."""
+    """The runs in the order of their start; each leaves a real run's files."""
     runs = []
 
     def train(args, seed, name):
@@ -60,7 +60,7 @@ def test_runs_of_other_settings_are_refused(monkeypatch, begun, tmp_path):
     with pytest.raises(UserError, match="holds no study; leave --report out"):
         call_main(monkeypatch, study, "--out", tmp_path, "--report")
     call_main(monkeypatch, study, "--out", tmp_path, *SHORT)
-    call_main(monkeypatch, study, "--out", tmp_path, "--report")  # takes the settings of what is there
+    call_main(monkeypatch, study, "--out", tmp_path, "--report")  # takes the settings of the existing runs
     for more, message in (
             (["--samples", 50], "holds runs with --samples 2000, not 50; use another --out"),
             (["--data", "emoji"], "holds runs with --data cifar10, not emoji"),
@@ -84,7 +84,7 @@ def test_what_has_a_result_is_not_run_again(monkeypatch, begun, tmp_path):
 
 
 def test_no_run_without_its_phase_one_or_without_time(monkeypatch, begun, tmp_path):
-    """A result alone, of another machine, is no checkpoint to go on from."""
+    """A result from another machine gives no checkpoint to continue from."""
     (tmp_path / "results").mkdir()
     study.result_of(Namespace(results=tmp_path / "results"), 0, study.NO_STOP).write_text("{}")
     arguments = ("--out", tmp_path, *SHORT, "--seeds", 0)
@@ -99,7 +99,7 @@ def test_no_run_without_its_phase_one_or_without_time(monkeypatch, begun, tmp_pa
 
 
 def test_a_result_has_the_whole_run(monkeypatch, tmp_path):
-    """Also what lies before the stop, from the run without one; of its checkpoints only the last stays."""
+    """It includes the steps before the stop, from the run without one; only the last checkpoint stays."""
     args = Namespace(out=tmp_path, results=tmp_path, data_dir=tmp_path, data="emoji", steps=8, every=2)
     monkeypatch.setattr(study, "held_out_losses", lambda args, paths: {
         int(path.stem): [int(path.stem) / 2, 1.0] for path in paths})

@@ -63,7 +63,7 @@ def test_taps_are_attention_written_by_hand(registers):
 
 
 def test_a_teacher_on_a_finer_grid():
-    """input_size gives 8 x 8 tokens, resampled to the student's 4 x 4: means of 2 x 2 for features, q and k alike."""
+    """input_size gives 8 x 8 tokens, resampled to the student's 4 x 4: 2 x 2 means for features, q and k."""
     images, (coarse, fine) = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), (
         Teacher(small_vit(), grid, (2,)) for grid in (4, 8))
     teacher = Teacher(small_vit(), 4, (2,), input_size=112, resample="teacher")
@@ -104,7 +104,7 @@ def test_a_compiled_teacher_gives_the_same(monkeypatch, around):
     names = list(compiled.vit.state_dict())
     compiled.compile()
     assert list(compiled.vit.state_dict()) == names == list(small_vit(**sizes).state_dict())
-    for seed in range(2):  # what is taken is of the newest pass
+    for seed in range(2):  # taps come from the newest pass
         images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
         expected, found = eager(images), compiled(images)
         near = {"atol": 1e-5, "rtol": 1e-5} if around == "no" else {"atol": 0.03, "rtol": 0.03}
@@ -147,7 +147,7 @@ def test_precision_of_the_teacher_alone():
 
 
 def test_a_teacher_that_is_not_dinov2(monkeypatch, tmp_path):
-    """A row of another patch, mean, std and resize is all that it takes; a row that timm contradicts is refused."""
+    """A row with another patch, mean, std and resize is enough; a row that timm contradicts is refused."""
     row = TeacherRow("vit_tiny_patch16_224", 192, 16, (0.5, 0.4, 0.3), (0.5, 0.6, 0.7), 1, "bilinear")
     monkeypatch.setitem(TEACHERS, "tiny", row)
     torch.save(timm.create_model(row.timm_name, num_classes=0).state_dict(), tmp_path / "tiny.pth")
@@ -158,7 +158,7 @@ def test_a_teacher_that_is_not_dinov2(monkeypatch, tmp_path):
     out = teacher(images)
     torch.testing.assert_close(out.features[0], teacher.vit.forward_features(x)[:, 1:])
     assert out.features[0].shape == (2, 16, 192) and out.attention[3].q.shape == (2, 3, 16, 64)
-    monkeypatch.setitem(TEACHERS, "tiny", row._replace(mean=(0.5, 0.5, 0.5)))  # which a cache must notice
+    monkeypatch.setitem(TEACHERS, "tiny", row._replace(mean=(0.5, 0.5, 0.5)))  # a cache must notice
     assert Teacher(load_vit("tiny", tmp_path / "tiny.pth"), 4, (3,)).key() != teacher.key()
     monkeypatch.setitem(TEACHERS, "tiny", row._replace(patch=14))
     with pytest.raises(ValueError, match="vit_tiny_patch16_224 has .* not as in"):
@@ -166,7 +166,7 @@ def test_a_teacher_that_is_not_dinov2(monkeypatch, tmp_path):
 
 
 def test_a_cache_that_another_run_is_making_is_waited_for(tiny_data, tmp_path):
-    """Not deleted under its hands, nor made twice."""
+    """It is neither deleted while in use nor made twice."""
     dataset, accelerator = LatentImages(tiny_data, 64, CLASSES), Accelerator(cpu=True)
     calls, vits = [], [small_vit(), small_vit()]
 
@@ -206,7 +206,7 @@ def test_a_replaced_picture_is_seen(data, tmp_path):
 
 
 def test_a_stopped_cache_goes_on(monkeypatch, caplog, tiny_data, tmp_path):
-    """To the same bytes, without what was there; its log counts images. Rows are of the student's grid."""
+    """It ends with the same bytes and computes only missing rows (student's grid); its log counts images."""
     dataset, accelerator = LatentImages(tiny_data, 64, CLASSES), Accelerator(cpu=True)
     calls, stop_at = [], []
 
@@ -254,7 +254,7 @@ def test_two_processes_make_the_same_cache(tiny_data, teacher_file, tmp_path):
 
 
 def test_cache_gives_what_the_teacher_gives(tiny_data, tmp_path):
-    """Computed once for each output and kind of weights, and no larger than asked for."""
+    """Each output is computed once per set of weights; the cache holds only requested outputs."""
     dataset, accelerator, calls = LatentImages(tiny_data, 64, CLASSES), Accelerator(cpu=True), []
 
     def cache(blocks, folder=tmp_path / "one", scale=1):

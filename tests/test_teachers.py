@@ -1,4 +1,4 @@
-"""The table of teachers: each at its real width, taps after rotation, and weights in the files that users have."""
+"""The table of teachers: each at its real width, taps after rotation, and all common weight files."""
 import pickle
 import warnings
 import zipfile
@@ -27,7 +27,7 @@ def shallow(monkeypatch, depth=2):
     *(name for name in TEACHERS if name != "dinov2-vit-n"), "timm:vit_tiny_patch16_224",
     "timm:vit_small_patch16_rope_224"])
 def test_every_teacher_at_its_width(monkeypatch, name, tmp_path):
-    """A block of it: features of the table's width, and q and k those that its own attention compares."""
+    """One block each: features have the table's width; q and k are those that its own attention compares."""
     shallow(monkeypatch, depth=1)
     row = teacher_row(name)
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def test_every_teacher_at_its_width(monkeypatch, name, tmp_path):
 
 
 def test_rotation_depends_on_the_position(monkeypatch, tmp_path):
-    """Of equal patches: equal q before it, other q after it, and products of q and k that tell distances only."""
+    """For equal patches: q is equal before rotation, not after; q k products depend on distances only."""
     shallow(monkeypatch)
     torch.save(timm.create_model("vit_small_patch16_dinov3", num_classes=0).state_dict(), tmp_path / "vit.pth")
     teacher = Teacher(load_vit("dinov3-vit-s16", tmp_path / "vit.pth"), 4, (0,))
@@ -94,7 +94,7 @@ def test_weights_of_transformers(monkeypatch, tmp_path, registers):
 
 
 def test_weights_of_moco(monkeypatch, tmp_path):
-    """In MoCo v3's wrapping, with the layers that the file of L misnames; S has 12 heads. From REPA's place, too."""
+    """MoCo v3's prefix, the layers that the file of L misnames; S has 12 heads. Also from REPA's default folder."""
     shallow(monkeypatch, depth=15)
     torch.manual_seed(0)
     vit = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12).eval()
@@ -133,7 +133,7 @@ def test_weights_of_the_authors(monkeypatch, tmp_path, name, wrap):
 
 
 def test_names(monkeypatch, capsys):
-    assert len(set(TEACHERS) - {"dinov2-vit-n"}) == 27  # n is the tests' own
+    assert len(set(TEACHERS) - {"dinov2-vit-n"}) == 27  # the tests add n
     for name, row in TEACHERS.items():
         if name.startswith("dinov2") and name != "dinov2-vit-n":
             config = timm.get_pretrained_cfg(row.timm_name)
@@ -150,7 +150,7 @@ def test_names(monkeypatch, capsys):
 
 
 def test_the_input_follows_the_tokens(monkeypatch):
-    """At 512 px, of all teachers; without weights."""
+    """For all teachers at 512 px, without weights."""
     shallow(monkeypatch, depth=1)
     for name, row in TEACHERS.items():
         with torch.device("meta"):
@@ -159,7 +159,7 @@ def test_the_input_follows_the_tokens(monkeypatch):
 
 
 class Clip(torch.nn.Module):
-    """OpenAI's names: the visual part under visual., in float16, and some of the text's beside it."""
+    """OpenAI's names: the visual part under visual., in float16, and some of the text part."""
 
     def __init__(self, width, depth, patch):
         super().__init__()
@@ -187,11 +187,11 @@ class Clip(torch.nn.Module):
 
 
 def test_openais_archive(monkeypatch, tmp_path):
-    """Its tensors under their names, and no class or code of it; the file of another CLIP is named."""
+    """Its tensors load by name, its classes and code do not; the file of another CLIP is named."""
     shallow(monkeypatch, depth=1)
     torch.manual_seed(0)
     clip = Clip(768, 1, 16)
-    with warnings.catch_warnings(action="ignore"):  # that TorchScript is old
+    with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
         torch.jit.save(torch.jit.trace(clip, torch.zeros(1)), tmp_path / "ViT-B-16.pt")
     monkeypatch.setattr(torch.jit, "load", None)
     found, state = load_tensors(tmp_path / "ViT-B-16.pt"), clip.state_dict()
@@ -202,7 +202,7 @@ def test_openais_archive(monkeypatch, tmp_path):
     assert isinstance(vit.norm, torch.nn.Identity) and vit.blocks[0].attn.num_heads == 12
     with pytest.raises(UserError, match="does not hold the weights of clip-vit-L .*, but those of clip-vit-B; give"):
         load_vit("clip-vit-L", tmp_path / "ViT-B-16.pt")
-    with torch.device("meta"), pytest.raises(ValueError, match="another size"):  # which timm would resample
+    with torch.device("meta"), pytest.raises(ValueError, match="another size"):  # timm would resample
         load_state(vit, Clip(768, 1, 32).state_dict())
 
 
@@ -222,7 +222,7 @@ def test_an_archive_with_code_in_its_data(tmp_path):
 
 
 def test_perception_encoders_own_positions(monkeypatch, tmp_path):
-    """The table bilinearly without antialiasing, rotations by patches on any grid: not as timm has it."""
+    """Unlike timm: the table is resampled bilinearly without antialiasing; rotations count patches on any grid."""
     shallow(monkeypatch, depth=1)
     state = timm.create_model("vit_pe_core_base_patch16_224", num_classes=0).state_dict()
     torch.save(state, tmp_path / "pe.pth")
@@ -237,7 +237,7 @@ def test_perception_encoders_own_positions(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in TEACHERS if name.startswith("siglip2")])
 def test_siglip_has_the_approximate_gelu(name):
-    """As in its training; timm has the exact one for two of the sizes."""
+    """As in its training; timm uses the exact one for two of the sizes."""
     row = TEACHERS[name]
     with torch.device("meta"):
         vit = timm.create_model(row.timm_name.split(".")[0], num_classes=0, depth=1, **dict(row.options))

@@ -52,7 +52,7 @@ def count_teacher(monkeypatch):
 
 
 def test_the_teacher_is_cast_once(run, monkeypatch, teacher_file, tmp_path):
-    """Its weights, to the precision of the run or to its own, for each step as for its cache."""
+    """Its weights are cast to the run's precision or its own, for training steps and the cache alike."""
     seen, call = [], encoders.Teacher.__call__
     monkeypatch.setattr(encoders.Teacher, "__call__", lambda self, images: (
         seen.append(self.vit.blocks[0].mlp.fc1.weight.dtype) or call(self, images)))
@@ -66,7 +66,7 @@ def test_the_teacher_is_cast_once(run, monkeypatch, teacher_file, tmp_path):
 
 
 def test_both_phases(run, monkeypatch, teacher_file, tmp_path):
-    """The teacher is called exactly early-stop-point times; loss terms and images are there before and gone after."""
+    """The teacher is called exactly early-stop-point times; loss terms and images are used before, not after."""
     calls, teachers, freed = count_teacher(monkeypatch), [], []
     load_vit, update_ema = encoders.teachers.load_vit, training.update_ema
 
@@ -95,7 +95,7 @@ def test_both_phases(run, monkeypatch, teacher_file, tmp_path):
     assert after["steps"] == 6 and after["args"]["model"] == "SiT-N/2" and set(after) >= {"model", "ema", "opt", "args"}
     settings = json.loads((tmp_path / "run/args.json").read_text())
     assert settings["early_stop_point"] == 4 and settings["environment"]["torch"] == str(torch.__version__)
-    assert "environment" not in after["args"]  # a run goes on anywhere
+    assert "environment" not in after["args"]  # a run may continue on any machine
     assert "alignment is switched off" in (tmp_path / "run/log.txt").read_text()
 
 
@@ -123,9 +123,9 @@ PREVIEWS = [*NO_TEACHER, "--max-train-steps", 2, "--sampling-steps", 1, "--vae",
 
 @pytest.mark.parametrize("decay, more, scale", [(1.0, (), 4.0), (0.0, ("--cfg-prob", 0), 1.0)])
 def test_previews_are_of_the_ema_with_fixed_noise(run, monkeypatch, tmp_path, decay, more, scale):
-    """An EMA that stays at its start (v = 0) gives the same picture twice, one that follows the model does not.
+    """An EMA that stays at its start (v = 0) gives the same picture twice; an EMA that follows the model does not.
 
-    The first is said to be young. Guidance is by what was trained only.
+    The log calls the first EMA young. Guidance uses trained conditions only.
     """
     scales, plain = [], previews.guided
     monkeypatch.setattr(previews, "PREVIEW_STEPS", 4)
@@ -148,7 +148,7 @@ def test_a_warm_average_is_not_young(run, monkeypatch, tmp_path):
 
 
 def test_classes_and_resolution_are_the_datas(run, monkeypatch, tiny_data, tmp_path):
-    """Where no flag says them; more classes than the data have are allowed, another resolution is not."""
+    """Without flags; more classes than in the data are allowed, another resolution is not."""
     arguments = train_arguments(tiny_data, tmp_path, *NO_TEACHER, "--max-train-steps", 1)
     call_main(monkeypatch, train, *without(arguments, "--num-classes", "--resolution"))
     settings, log = json.loads((tmp_path / "run/args.json").read_text()), (tmp_path / "run/log.txt").read_text()
@@ -162,7 +162,7 @@ def test_classes_and_resolution_are_the_datas(run, monkeypatch, tiny_data, tmp_p
 
 
 def test_the_resolution_without_images(tmp_path, tiny_data, tiny_captions):
-    """By the latents, if they are Stable Diffusion's; 256 where nothing tells."""
+    """From the latents, if they are Stable Diffusion's; else 256."""
     assert find_resolution(None, tiny_captions, "train") == find_resolution(None, tiny_data) == 64
     (tmp_path / "vae-sd").mkdir()
     assert find_resolution(None, tmp_path) == 256
@@ -181,7 +181,7 @@ def test_the_resolution_without_images(tmp_path, tiny_data, tiny_captions):
     (("--preset", "sit-b-2-repa"), "attention x 0 (by --preset sit-b-2-repa), to the end (by --preset sit-b-2-repa)"),
     (NO_TEACHER, " no alignment")])
 def test_a_run_says_what_it_aligns(run, teacher_file, tmp_path, more, said):
-    """With which weights, until when, by whose default; and when HASTE never stops."""
+    """The log states the weights, the end, whose default it is, and whether HASTE never stops."""
     run(tmp_path, "--enc-weights", teacher_file, *more)
     log = (tmp_path / "run/log.txt").read_text()
     assert said in log
@@ -263,7 +263,7 @@ FLAGS = [("--path-type", "cosine"), ("--weighting", "lognormal"), ("--attn-heads
 
 
 def test_every_flag_of_the_step_changes_the_weights(run, teacher_file, tmp_path):
-    """And nothing but these does: the same command twice gives the same."""
+    """Only these do: the same command twice gives the same weights."""
     def weights(*flags):
         run(tmp_path, "--enc-weights", teacher_file, "--max-train-steps", 2, *flags)
         state = checkpoint(tmp_path, 2)
@@ -276,7 +276,7 @@ def test_every_flag_of_the_step_changes_the_weights(run, teacher_file, tmp_path)
 
 
 def test_a_published_checkpoint_is_continued(run, teacher_file, tmp_path):
-    """Its optimizer was not fused, its args are a Namespace and say nothing of the data."""
+    """Its optimizer was not fused; its args are a Namespace without data settings."""
     more = ["--enc-weights", teacher_file, "--early-stop-point", 3, "--max-train-steps"]
     run(tmp_path, *more, 2)
     state = checkpoint(tmp_path, 2)
@@ -293,7 +293,7 @@ def test_a_published_checkpoint_is_continued(run, teacher_file, tmp_path):
 
 
 def test_other_latents_under_the_same_names_are_other_data(run, data, tmp_path):
-    """As another VAE makes them."""
+    """As from another VAE."""
     run(tmp_path, *NO_TEACHER, "--max-train-steps", 1, data=data)
     for path in (data / "vae-sd").rglob("*.npy"):
         np.save(path, 3 * np.load(path))
@@ -337,7 +337,7 @@ def scoring(reference, scorer, *more):
 
 
 def test_scores_while_training(run, data, scorer, tmp_path):
-    """Every --eval-steps steps a row has the scores, and the weights are those of the run without, bit for bit."""
+    """Every --eval-steps steps a row has the scores; the weights equal a run without scores, bit for bit."""
     arguments = [*NO_TEACHER, "--log-every", 3, "--max-train-steps", 5, "--learning-rate", 1e-2]
     run(tmp_path / "plain", *arguments, data=data)
     run(tmp_path / "scored", *arguments, *scoring(data / "images", scorer), data=data)
@@ -350,7 +350,7 @@ def test_scores_while_training(run, data, scorer, tmp_path):
         ("2", True, True), ("3", False, False), ("4", True, True), ("5", False, False)]
     assert float(rows[0]["FD-EffLite0"]) > 0 and rows[0]["FD-EffLite0"] != rows[2]["FD-EffLite0"]
     assert all(row["loss"] for row in rows) and "FD-EffLite0" not in metrics(tmp_path / "plain")[0]
-    # A run that goes on without scores keeps the columns it has; its first row is about the steps 4 to 6, as ever.
+    # A run that continues without scores keeps its columns; its first row still covers steps 4 to 6.
     run(tmp_path / "scored", *arguments, "--max-train-steps", 6, data=data)
     again = [row["FD-EffLite0"] for row in metrics(tmp_path / "scored")]
     assert again == [*(row["FD-EffLite0"] for row in rows[:3]), ""]
@@ -392,7 +392,7 @@ def test_scores_are_those_of_the_samples(monkeypatch, data, scorer):
 
 
 def test_scores_by_coco_s_protocol(run, monkeypatch, data, tmp_path):
-    """--eval-preset pytorch-fid takes that preset's statistics and feeds samples as they were fed; adm refuses."""
+    """--eval-preset pytorch-fid takes that preset's statistics and preprocesses samples alike; adm refuses them."""
     torch.save(Inception().state_dict(), tmp_path / "inception.pth")
     monkeypatch.setattr(features, "INCEPTION_SHA256", "")
     monkeypatch.setattr(scores, "frechet_distance", lambda *statistics: 1.5)  # seconds at 2,048 numbers
@@ -409,7 +409,7 @@ def test_scores_by_coco_s_protocol(run, monkeypatch, data, tmp_path):
 
 
 def test_two_processes_from_text_are_one_run(tiny_captions, teacher_file, data, scorer, tmp_path):
-    """By the command line: losses, and scores of five samples, of which each process makes and measures its part."""
+    """By the command line: losses, and scores of five samples; each process makes and measures its part."""
     more = ["--enc-weights", teacher_file, "--early-stop-point", 2, "--max-train-steps", 3,
             *scoring(data / "images", scorer, "--eval-steps", 3, "--eval-samples", 5)]
     for processes in (1, 2):

