@@ -100,7 +100,7 @@ class LatentDataset(Dataset):
 
         The teacher cache compares them: reading all images at each start takes too long. Copies with `cp -p` keep them.
         """
-        return []
+        raise UserError("--teacher-cache needs image_stamps() of this data layout; see docs/extending.md.")
 
 
 class LatentImages(LatentDataset):

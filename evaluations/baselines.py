@@ -54,7 +54,7 @@ def image_sets(args, n, device):
 
 def evaluate(args):
     """Scores of each set against each reference, for the JSON file."""
-    from evaluations.extract import join_processes
+    from evaluations.extract import join_processes, rank
     from evaluations.features import load_extractor
     from evaluations.images import open_images
     from evaluations.scores import check_pair, load_set, score
@@ -65,6 +65,8 @@ def evaluate(args):
     references, sets = (
         {name: load_set(images, extractor, METRICS, batch_size=BATCH_SIZE) for name, images in each.items()}
         for each in image_sets(args, open_images(args.samples).n, device))
+    if rank():  # the first process has the features of all
+        return None
     scores = {name: {split: score(found, reference, METRICS) for split, reference in references.items()}
               for name, found in sets.items()}
     counts = {name: found.n for name, found in {**references, **sets}.items()}

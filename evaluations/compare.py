@@ -13,8 +13,9 @@ import functools
 import logging
 import subprocess
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
 import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
@@ -35,6 +36,13 @@ ROOT = Path(__file__).resolve().parents[1]
 logger = logging.getLogger(__name__)
 
 
+def row_name(text):
+    """A `type` for add_argument: a name that tables and figures can show as it is."""
+    if not text.strip() or not text.isprintable() or {*text} & {*"|$\\"}:
+        raise ArgumentTypeError(f"{text!r} is no name for a row; take letters, digits and spaces.")
+    return text
+
+
 def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -44,8 +52,8 @@ def parse_args():
     add("--out", type=Path, default=Path("comparison"), metavar="DIR", help="folder of tables and figures (default "
         "comparison)")
     add("--format", choices=FORMATS, default="pdf", help="of the figure of scores (default pdf)")
-    add("--names", nargs="+", metavar="NAME", help="of the rows, such as SiT HASTE: one for each run, equal ones for "
-        "seeds of one row (default: by the settings in which the runs differ)")
+    add("--names", nargs="+", type=row_name, metavar="NAME", help="of the rows, such as SiT HASTE: one for each "
+        "run, equal ones for seeds of one row (default: by the settings in which the runs differ)")
     add("--step", type=whole(1), metavar="N", help="checkpoint of all runs (default: the newest that all of them have)")
 
     add = parser.add_argument_group("samples").add_argument
@@ -104,10 +112,11 @@ def sampled(args, run, name, settings, step, cfg, steps):
     if missing := {"model", "resolution"} - settings.keys():
         raise UserError(f"{run}/args.json has no {min(missing)}; give the folder of a run of train.py.")
     flags = {flag: getattr(args, flag) for flag in (*SAMPLING, *HANDED_ON) if flag != "path_type"}
-    balanced = "balanced-" * (args.labels == "balanced")
+    has_classes = "num_classes" in settings
+    balanced = "balanced-" * (has_classes and args.labels == "balanced")
     flags |= {"ckpt": str(run / f"checkpoints/{step:07d}.pt"), "vae": args.vae or settings.get("vae") or "ema",
               "cfg_scale": cfg, "num_steps": steps, "prefix": f"{name}-{steps}-steps-{balanced}"}
-    flags |= {"labels": args.labels} if "num_classes" in settings else {"data_dir": settings["data_dir"]}
+    flags |= {"labels": args.labels} if has_classes else {"data_dir": settings["data_dir"]}
     return folder_name(Namespace(**flags, resolution=settings["resolution"]), settings["model"]), flags
 
 
@@ -151,7 +160,6 @@ def is_there(folder, flags):
 
 def scores_of(folder, args, metrics, open_once):
     """{score: value} of samples: read from the file beside them, else computed by open_once() and written there."""
-    from evaluations.scores import check_pair
     from runtime.files import is_file, read_json, write_json
     path, npz = (folder.with_name(folder.name + ending) for ending in ("-scores.json", ".npz"))
     result = read_json(path) if is_file(path) and path.stat().st_mtime >= npz.stat().st_mtime else {}
@@ -159,7 +167,6 @@ def scores_of(folder, args, metrics, open_once):
              "any_weights": args.any_weights, "reference": str(args.reference)}
     names = score_names(args.features, metrics)
     if not (asked.items() <= result.items() and set(names) <= set(result["scores"])):
-        check_pair(args.reference, npz, metrics)
         result = open_once()(npz)
         write_json(path, result, indent=2)
     return {name: result["scores"][name] for name in names if result["scores"][name] is not None}
@@ -240,6 +247,7 @@ def draw_samples(path, folders):
 def main():
     args = parse_args()
     from evaluations.runs import read_settings
+    from evaluations.scores import check_pair
     from runtime.files import atomic_write, check_writable
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_writable(args.out)
@@ -249,25 +257,30 @@ def main():
     together = named(args.names, args.runs) if args.names else groups(settings, names)
     values = {"cfg": args.cfg_scale, "steps": args.num_steps}
     swept = [name for name in SWEPT if len(set(values[name])) > 1]
+    planned = {(label, cfg, steps): [(label if args.names else names[i],
+                                      *sampled(args, args.runs[i], names[i], settings[i], step, cfg, steps))
+                                     for i in places]
+               for steps in sorted(set(args.num_steps)) for cfg in sorted(set(args.cfg_scale))
+               for label, places in together.items()}
+    for run, one in zip(args.runs, settings, strict=True):
+        check_pair(args.reference, SimpleNamespace(name=f"the samples of {run}", n=args.num_fid_samples,
+                                                   size=(one["resolution"],) * 2, batches=None), metrics)
     points, folders = {}, {}
-    for steps in sorted(set(args.num_steps)):
-        for cfg in sorted(set(args.cfg_scale)):
-            for label, places in together.items():
-                found = points[label, cfg, steps] = []
-                for i in places:
-                    folder, flags = sampled(args, args.runs[i], names[i], settings[i], step, cfg, steps)
-                    if not is_there(folder, flags):
-                        open_once()  # first: else unusable weights or references fail after hours
-                        make_samples(folder, flags, args.processes)
-                    found.append(scores_of(folder, args, metrics, open_once))
-                    folders.setdefault(names[i], folder)
+    for place, samples in planned.items():
+        points[place] = []
+        for name, folder, flags in samples:
+            if not is_there(folder, flags):
+                open_once()  # first: else unusable weights or references fail after hours
+                make_samples(folder, flags, args.processes)
+            points[place].append(scores_of(folder, args, metrics, open_once))
+            folders.setdefault(name, folder)
     scores = [score for score in score_names(args.features, metrics)
               if all(score in one for found in points.values() for one in found)]
     header, rows = tabled(points, scores, swept)
     fixed = {"steps": f", {args.num_steps[0]} steps", "cfg": f", guidance {args.cfg_scale[0]:g}"}
     note = (f"Step {step:,}; {args.num_fid_samples:,} samples, {args.mode}"
             + "".join(text for name, text in fixed.items() if name not in swept)
-            + ", as many of each class" * (args.labels == "balanced")
+            + ", as many of each class" * (args.labels == "balanced" and all("num_classes" in one for one in settings))
             + f"; against {args.reference}. Several seeds: mean (lowest to highest).")
     for name, text in (("table.md", f"{note}\n\n{markdown(header, rows)}\n"),
                        ("table.tex", f"% {note}\n{latex(header, rows, header.index('seeds'))}\n")):

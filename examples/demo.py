@@ -29,10 +29,11 @@ class Demo:
         self.name = Path(ckpt).stem
         self.pipe = load_pipeline(ckpt, vae=vae, **({"text_encoder": text_encoder} if text_encoder else {}))
         self.lock = threading.Lock()  # one grid at a time
+        self.cfg = 1.0 if self.pipe.args.get("cfg_prob") == 0 else 2.0
         self.names = [] if self.pipe.encode else \
             self.pipe.args["class_names"] or [str(i) for i in range(self.pipe.network.num_classes)]
 
-    def grid(self, asked, images=8, seed=0, cfg=2.0):
+    def grid(self, asked, images, seed, cfg):
         """uint8 (H, W, 3): a row of `images` pictures for each name or text in `asked`."""
         import torch
         from torchvision.transforms.functional import pil_to_tensor
@@ -57,19 +58,25 @@ def main():
     add("--images", type=whole(1, 100), default=8, help="a class (default 8)")
     add("--seed", type=whole(0), default=0)
     add("--out", type=Path, default=Path("demo.png"), help="default demo.png")
-    add("--page", action="store_true", help="serve a page on this machine until Ctrl-C, instead of writing --out")
+    add("--page", action="store_true", help="serve a page on this machine until Ctrl-C; --out is not written, the rest "
+        "stands in its form")
     add("--port", type=whole(1, 65535), default=8000, help="of the page (default 8000)")
     args = parser.parse_args()
     if args.page:
         from examples.demo_page import server
-        with server(Demo(args.ckpt, args.vae, args.text_encoder), args.port) as http:
+        demo = Demo(args.ckpt, args.vae, args.text_encoder)
+        first = {"asked": args.classes, "images": min(args.images, 16), "seed": args.seed, "cfg": demo.cfg}
+        with server(demo, args.port, **first) as http:
             print(f"http://127.0.0.1:{args.port} (Ctrl-C ends it)", flush=True)
-            return http.serve_forever()
+            try:
+                return http.serve_forever()
+            finally:
+                demo.lock.acquire()  # a thread inside torch would abort the interpreter's end
     prepare_output(args.out, (".png",))
     from runtime.images import write_png
     demo = Demo(args.ckpt, args.vae, args.text_encoder)
     asked, started = args.classes or demo.names, time.perf_counter()
-    write_png(args.out, demo.grid(asked, args.images, args.seed))
+    write_png(args.out, demo.grid(asked, args.images, args.seed, demo.cfg))
     print(f"{args.out}: {args.images * len(asked)} images of {', '.join(asked)} in "
           f"{time.perf_counter() - started:.0f} s")
 

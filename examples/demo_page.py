@@ -1,17 +1,19 @@
 """A browser page to sample from a network: a form and the resulting grid. See demo.py."""
 import argparse
+import base64
+import contextlib
 import html
 import io
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, urlencode, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from PIL import Image
 
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 from runtime.flags import number, whole
 
 MOST_ROWS = 16
-FIELDS = {"images": (whole(1, 16), 8), "seed": (whole(0), 0), "cfg": (number(1, 10), 2.0)}  # range, default
+FIELDS = {"images": whole(1, 16), "seed": whole(0), "cfg": number(1, 10)}  # of the form, and their ranges
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>HASTE: samples</title>
 <style>body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 1rem auto; padding: 0 1rem }}
@@ -30,67 +32,73 @@ input, button {{ font: inherit }} input[type=number] {{ width: 4.5rem }} img {{ 
 """
 
 
-def read_query(query):
-    """What the form of the page sends -> (texts, {name of FIELDS: value}). Raises UserError."""
-    fields = parse_qs(query)
-    asked = [text.strip() for one in fields.get("class", []) for text in one.splitlines() if text.strip()]
-    try:
-        return asked[:MOST_ROWS], {name: parse(fields[name][-1]) if name in fields else default
-                                   for name, (parse, default) in FIELDS.items()}
-    except argparse.ArgumentTypeError as error:  # from a typed address: the form itself checks its numbers
-        raise UserError(f"A number cannot be used: {error}") from error
-
-
 class Handler(BaseHTTPRequestHandler):
-    """/ is the page, /grid.png the grid for its form. serve() sets `demo`."""
+    """One page: the form and, once it was sent, its samples. server() sets `demo` and `first`, the form's start."""
 
-    demo = None
+    demo = first = None
 
     def do_GET(self):
-        place, asked, values, status = urlsplit(self.path), [], {name: row[1] for name, row in FIELDS.items()}, 200
+        values, error, picture, status = dict(self.first), "", "", 200
         try:
-            asked, values = read_query(place.query)
-            if place.path == "/grid.png":
-                file = io.BytesIO()
-                Image.fromarray(self.demo.grid(asked, **values)).save(file, "PNG")
-                return self.answer(200, "image/png", file.getvalue())
-            error = "" if place.path == "/" else f"There is no {place.path} here."
-            status = 404 if error else 200
-        except UserError as problem:
+            place = urlsplit(self.path)
+            if place.path != "/":
+                error, status = f"There is no {place.path} here.", 404
+            elif place.query:
+                read_query(place.query, values)
+                picture = self.samples(values)
+        except (UserError, ValueError) as problem:
             error, status = str(problem), 400
-        return self.answer(status, "text/html; charset=utf-8", self.page(asked, values, error).encode())
+        except (RuntimeError, MemoryError) as problem:  # of the network: the page says it, and the server goes on
+            error, status = f"{type(problem).__name__}: {first_line(problem)}", 500
+        data = self.page(values, error, picture).encode()
+        with contextlib.suppress(ConnectionError):  # the browser has gone on
+            self.send_response(status)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
 
-    def page(self, asked, values, error):
-        asked = asked or self.demo.names[:1]
+    def samples(self, values):
+        """The grid as an <img> that holds its PNG."""
+        file = io.BytesIO()
+        Image.fromarray(self.demo.grid(**values)).save(file, "PNG")
+        return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" alt="samples">'
+
+    def page(self, values, error, picture):
         if self.demo.names:
             legend, choices = "classes", "".join(
                 f'<label><input type="checkbox" name="class" value="{html.escape(name)}"'
-                f'{" checked" * (name in asked)}> {html.escape(name)}</label>' for name in self.demo.names)
+                f'{" checked" * (name in values["asked"])}> {html.escape(name)}</label>' for name in self.demo.names)
         else:
-            text = html.escape("\n".join(asked))
+            text = html.escape("\n".join(values["asked"]))
             legend, choices = "texts, a line each", f'<textarea name="class" rows="4" cols="40">{text}</textarea>'
-        query = html.escape(urlencode({"class": asked, **values}, doseq=True))
-        picture = f'<img src="/grid.png?{query}" alt="samples">' if asked and not error else ""
         return PAGE.format(name=html.escape(self.demo.name), legend=legend, choices=choices, picture=picture,
-                           error=html.escape(error), **values)
-
-    def answer(self, status, kind, data):
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+                           error=html.escape(error), **{name: values[name] for name in FIELDS})
 
     def log_message(self, *args):
         """Say nothing: the page shows what goes wrong."""
 
 
-def server(demo, port):
-    """The HTTP server of the page, for this machine alone. Raises UserError if the port is taken.
+def read_query(query, values):
+    """Put what the form has sent into `values`, arguments of demo.grid. Raises UserError."""
+    fields = parse_qs(query)
+    values["asked"] = [text.strip() for one in fields.get("class", []) for text in one.splitlines() if text.strip()]
+    if len(values["asked"]) > MOST_ROWS:
+        raise UserError(f"{len(values['asked'])} rows are too many; ask for {MOST_ROWS} at most.")
+    for name in FIELDS.keys() & fields.keys():
+        try:
+            values[name] = FIELDS[name](fields[name][-1])
+        except argparse.ArgumentTypeError as error:  # typed into the address: the form checks its numbers
+            raise UserError(f"{name}: {error}") from error
 
-    `demo` has a `name`, `names` of classes ([] for texts) and grid(texts, images, seed, cfg) -> uint8 (H, W, 3).
+
+def server(demo, port, **first):
+    """The HTTP server of the page, for this machine alone. Raises UserError where the port is taken.
+
+    `demo` has a `name`, `names` of classes ([] for texts) and grid(asked, images, seed, cfg) -> uint8 (H, W, 3).
+    `first` has these arguments as the form shows them at the start.
     """
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (Handler,), {"demo": demo}))
+        return ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (Handler,), {"demo": demo, "first": first}))
     except OSError as error:
         raise UserError(f"--port {port} cannot be used ({error.strerror}); give another one.") from error

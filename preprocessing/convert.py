@@ -144,7 +144,7 @@ def run(args):
     source = open_source(args.source, args.max_images, args.class_order)
     transform, side = make_transform(args.transform, args.resolution, source)
     if args.resolution and not args.transform:
-        print("Pictures are stretched to squares; --transform=center-crop-dhariwal would cut them.")
+        print("Pictures that are not square are stretched; --transform=center-crop-dhariwal cuts them to squares.")
     destination = destinations.open_destination(args.dest, ".png", args.source)
     made = destination.begin({"command": "convert", "resolution": args.resolution, "transform": args.transform,
                               "pictures": digest([source.names, source.labels])}, {"source": args.source})

@@ -43,7 +43,7 @@ def forgive_prints():
             stream.flush()
             raw = io.BufferedWriter(Forgiving(number, "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", "\n",
-                                                stream.line_buffering, stream.write_through))
+                                                stream.line_buffering or stream.write_through, stream.write_through))
 
 
 def check_arguments():

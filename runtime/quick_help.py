@@ -5,9 +5,12 @@ empty stand-ins: the tables that flags are made from (models, losses, samplers) 
 """
 import importlib.abc
 import importlib.machinery
+import itertools
 import sys
 import types
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"accelerate", "diffusers", "matplotlib", "safetensors", "scipy", "timm", "torch", "torchvision",
          "transformers", "wandb"}
 
@@ -19,7 +22,11 @@ class Nothing:
         pass
 
     def __call__(self, *args, **kwargs):
-        return self
+        """A decorator leaves its function as it is."""
+        return args[0] if len(args) == 1 and isinstance(args[0], types.FunctionType) else self
+
+    def __bool__(self):
+        return False
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -56,5 +63,6 @@ class EmptyModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-if {"-h", "--help"} & {*sys.argv[1:]}:
+flags = {*itertools.takewhile(lambda word: word != "--", sys.argv[1:])}
+if flags & {"-h", "--help"} and ROOT in Path(sys.argv[0]).resolve().parents:  # not in a user's own script
     sys.meta_path.insert(0, EmptyModules())

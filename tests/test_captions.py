@@ -1,4 +1,5 @@
 """U-ViT's layout: files read, the caption of each visit, one sentence per kind of damage; captions in grids."""
+import os
 import shutil
 import time
 
@@ -10,7 +11,8 @@ from torch.utils.data import DataLoader
 
 from data_io.latent_scale import SD_SCALE
 from data_io.loader import StepBatches
-from dataset import CaptionedImages
+from dataset import CaptionedImages, LatentDataset
+from runtime.errors import UserError
 from runtime.images import GAP, MAX_LINES, image_grid, wrap
 from tests.conftest import write_tiny_captions
 
@@ -44,6 +46,18 @@ def test_moments_of_the_file_are_mean_and_log_variance(captions):
     np.testing.assert_allclose(read[4, 0, :3], [np.exp(-15), 1, np.exp(10)], rtol=1e-6)
     latents = SD_SCALE.latents(read[None], torch.full((1, 4, 16, 16), 2.0))[0]
     np.testing.assert_allclose(latents, (moments[:4] + 2 * std) * 0.18215, rtol=1e-5)
+
+
+def test_a_replaced_picture_changes_the_stamps(captions):
+    """Of equal size: the teacher cache then computes it again."""
+    dataset, path = CaptionedImages(captions, "train", 64), captions / "train/2.png"
+    before = dataset.image_stamps()
+    assert dataset.image_stamps() == before and len(before) == len(dataset)
+    os.utime(path, ns=(0, 0))
+    changed = [i for i, (old, new) in enumerate(zip(before, dataset.image_stamps(), strict=True)) if old != new]
+    assert changed == [2]
+    with pytest.raises(UserError, match="--teacher-cache needs image_stamps"):  # of a layout that has none
+        LatentDataset.image_stamps(dataset)
 
 
 def shown(dataset, batches, workers=0):

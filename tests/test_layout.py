@@ -64,10 +64,11 @@ def whole_pages():
                                      check=True).stdout)
 
 
-@pytest.mark.parametrize("name", ["train.py", "train_t2i.py", "generate.py", "generate_t2i.py", "export.py",
-                                  "evaluations/evaluator.py", "evaluations/report.py", "evaluations/compare.py",
-                                  "preprocessing/dataset_tools.py", "examples/cifar10/prepare.py",
-                                  "benchmarks/study.py"])
+SCRIPTS = ["evaluations/evaluator.py", "evaluations/report.py",
+           *(str(path.relative_to(ROOT)) for path in SOURCES if "import runtime.quick_help" in path.read_text())]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_help_is_quick_and_whole(name, whole_pages):
     """Measures CPU seconds, so that a busy machine changes nothing."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -81,3 +82,10 @@ def test_without_help_nothing_is_left_out():
     done = subprocess.run([sys.executable, "-c", "import runtime.quick_help, torch; print(torch.ones(2).sum().item())"],
                           cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "2.0\n"
+
+
+def test_a_wrong_flag_beside_help():
+    """The stand-ins must not pass for a process group, or for what a decorator returns."""
+    done = subprocess.run([sys.executable, "generate.py", "--num-steps", "x", "--help"], cwd=ROOT, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 1 and done.stderr == "error: --num-steps/--steps: 'x' is no whole number.\n"

@@ -127,8 +127,9 @@ def load_optimizer(optimizer, saved, path):
         same = [group["params"] for group in saved["param_groups"]] == [group["params"] for group in groups]
         shapes = {i: {name: value.shape if is_dense(value) else None for name, value in entry.items()}
                   for i, entry in saved["state"].items()}
-    except (AttributeError, KeyError, RuntimeError, TypeError):  # not an optimizer's state
-        same, shapes = False, {}
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # not an optimizer's state
+        raise UserError(f"{path} has a 'opt' that no train.py wrote; give a whole checkpoint, or delete this one to "
+                        "go on from the one before.") from error
     if not same or any(entry != expected.get(i) for i, entry in shapes.items()):
         raise UserError(f"{path} has the optimizer's state of another model or optimizer; give the --model and options "
                         "it was trained with.")
