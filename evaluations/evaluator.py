@@ -46,6 +46,7 @@ def open_scorer(args, metrics):
     device = join_processes(args.device)
     extractor = extractor_from(args, device)
     reference = load_set(args.reference, extractor, metrics, is_reference=True, batch_size=args.batch_size)
+    torch.cuda.empty_cache()  # compare.py samples on the same GPU in the meantime
     warned = set()
 
     def scored(source):
