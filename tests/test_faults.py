@@ -24,7 +24,18 @@ from models.checkpoint import saved_steps
 from models.layers import TimestepEmbedder
 from runtime import progress, setup
 from runtime.errors import PEER_ENDED
-from tests.conftest import CPU, NO_TEACHER, ROOT, SERVER, checkpoint, metrics, script, tiny_run, train_arguments
+from tests.conftest import (
+    CLASSES,
+    CPU,
+    NO_TEACHER,
+    ROOT,
+    SERVER,
+    checkpoint,
+    metrics,
+    script,
+    tiny_run,
+    train_arguments,
+)
 from tests.test_generate import arguments as generate_arguments
 from tests.test_generate import make_checkpoint, pictures
 from tests.test_resume import assert_same_run, assert_same_state
@@ -365,8 +376,9 @@ def late_files():
 @pytest.mark.slow
 def test_under_the_launcher(tiny_data, tmp_path):
     """torchrun passes SIGTERM on to both processes, which save and stop; its own exit code is then 1."""
-    command = [sys.executable, *TORCHRUN, "train.py", *long_run(tiny_data, tmp_path, "--model", "SiT-T/2",
-                                                                "--max-train-steps", 10_000, "--num-workers", 1)]
+    command = [sys.executable, *TORCHRUN, "train.py", *tiny_run("SiT-T/2", tiny_data, tmp_path, "--num-classes",
+                                                                CLASSES, *NO_TEACHER, "--max-train-steps", 10_000,
+                                                                "--checkpointing-steps", 10_000, "--num-workers", 1)]
     process = subprocess.Popen([*map(str, command)], cwd=ROOT, env={**os.environ, **CPU}, stderr=subprocess.PIPE,
                                text=True)
     wait_for_rows(tmp_path, 3, 120)
