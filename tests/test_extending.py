@@ -61,6 +61,9 @@ class Ramps(LatentDataset):
 
     def identity(self):
         return ["ramps", self.resolution]
+
+    def image_stamps(self):  # for --teacher-cache; these images never change
+        return []
 '''
 
 
