@@ -262,9 +262,10 @@ def main():
                                      for i in places]
                for steps in sorted(set(args.num_steps)) for cfg in sorted(set(args.cfg_scale))
                for label, places in together.items()}
-    for run, one in zip(args.runs, settings, strict=True):
+    sides = {one["resolution"]: run for run, one in zip(args.runs, settings, strict=True)}
+    for side, run in sides.items():  # opening a reference may list many files: once for each size
         check_pair(args.reference, SimpleNamespace(name=f"the samples of {run}", n=args.num_fid_samples,
-                                                   size=(one["resolution"],) * 2, batches=None), metrics)
+                                                   size=(side, side), batches=None), metrics)
     points, folders = {}, {}
     for place, samples in planned.items():
         points[place] = []
