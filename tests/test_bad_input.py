@@ -10,6 +10,7 @@ import io
 import re
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from evaluations import baselines, caption_retrieval, curves, evaluator, probe, 
 from examples import train_vae
 from preprocessing import coco, convert, dataset_tools, encode, pack
 from runtime.errors import run_script
-from tests.conftest import NO_TEACHER, call_main, train_arguments, write_tiny_data
+from tests.conftest import NO_TEACHER, call_main, contents, train_arguments, write_tiny_data
 from tests.damage import (
     CKPT,
     IMAGE,
@@ -299,10 +300,6 @@ CASES = {
 }
 
 
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def outcome(monkeypatch, module, arguments):
     """(exit status, last line on stderr) of the script."""
     with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.redirect_stdout(io.StringIO()), \
@@ -328,6 +325,6 @@ def test_bad_input(monkeypatch, request, tmp_path, module, change, more, words):
     assert "\n" not in said and re.match(r"error: .{20,}\.$|\S+: error: argument", said), said
     after = contents(w)
     for path, content in before.items():
-        assert after[path].startswith(content) if path.name == "log.txt" else after[path] == content, path
-    assert not any(path.suffix in (".tmp", ".npz") for path in after.keys() - before.keys())
+        assert after[path].startswith(content) if Path(path).name == "log.txt" else after[path] == content, path
+    assert not any(Path(path).suffix in (".tmp", ".npz") for path in after.keys() - before.keys())
     assert not (tmp_path / "planted-by-a-checkpoint").exists()
