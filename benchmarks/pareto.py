@@ -111,17 +111,22 @@ def report(args, found):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     families = {}
     for name, row in rows.items():
-        family = name.rpartition(" ")[0] if "," not in name else name.rpartition(" ")[0] + " *"
-        families.setdefault(family, []).append((row["computed"], row["distance"], row[SCORES[0]]))
+        family, _, last = name.rpartition(" ")
+        distant = float("nan") if last == "seed" else row["distance"]  # another noise has another solution
+        families.setdefault(family if last[0].isdigit() else name, []).append(
+            (row["computed"], distant, row[SCORES[0]]))
     for i, (family, points) in enumerate(families.items()):
         for axis, column in zip(axes, (1, 2), strict=True):
             axis.plot([p[0] for p in points], [p[column] for p in points], marker="osD^v<>"[i % 7], label=family,
                       color=plt.get_cmap("tab20")(i % 20), linewidth=1)
     for axis, label in zip(axes, ("distance to the solution of the same noise", SCORES[0]), strict=True):
         axis.set(xscale="log", xlabel="network calls of an image, as far as computed", ylabel=label)
+        axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(),
+                       major_formatter=ScalarFormatter())
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
