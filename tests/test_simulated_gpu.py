@@ -1,7 +1,8 @@
 """The CUDA path without a GPU: training steps and samplers on PyTorch's fake tensors, on the device "cuda".
 
 Fake tensors compute nothing. They refuse to mix devices, and to hand a number to Python, for which a GPU would have to
-be waited for. The backward pass needs CUDA itself: its gradients are zeros here.
+be waited for; here they also refuse copies between devices that wait. The backward pass needs CUDA itself: its
+gradients are zeros here.
 """
 import copy
 from collections import Counter
@@ -39,13 +40,18 @@ TERMS = {"loss", "denoise", "grad_norm"}
 
 
 class OnGPU(FakeTensorMode):
-    """Fakes what happens on the device; tensors of the CPU stay real."""
+    """Fakes what happens on the device; tensors of the CPU stay real. With `never_waits` no copy may wait either."""
+
+    never_waits = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         of_gpu = torch.device(kwargs.get("device") or "cpu").type == "cuda"
         if not of_gpu and not any(isinstance(value, FakeTensor) for value in tree_leaves((args, kwargs))):
             return function(*args, **kwargs)
+        if self.never_waits and function is torch.ops.aten._to_copy.default and kwargs.get("device") is not None:
+            ends = {args[0].device.type, kwargs["device"].type}
+            assert len(ends) == 1 or kwargs.get("non_blocking"), f"a copy that waits: {args[0].device} to {kwargs}"
         args, kwargs = tree_map_only(torch.Tensor, self.from_tensor, (args, kwargs))
         return super().__torch_dispatch__(function, types, args, kwargs)
 
@@ -88,6 +94,11 @@ def test_what_is_refused(mode):
         for wait in (torch.Tensor.item, bool, float):
             with pytest.raises(DataDependentOutputException):
                 wait(a.sum())
+        mode.never_waits = True
+        for copy_to in (a.cpu, lambda: torch.zeros(3).to(GPU)):
+            with pytest.raises(AssertionError, match="a copy that waits"):
+                copy_to()
+        assert torch.zeros(3).to(GPU, non_blocking=True).device == a.to(torch.float64).device == GPU
 
 
 @pytest.fixture
@@ -160,7 +171,9 @@ def test_a_step_never_waits(trainer, mode, tiny_data, tiny_captions, teacher_fil
     for phase in (Phase(True, 1), Phase(False, 2)):
         with mode:
             batches = trainer.start_phase(phase)
+            mode.never_waits = True
             trainer.train_step(phase, batches)
+            mode.never_waits = False
     assert [set(terms) for terms in steps] == [TERMS | losses, TERMS]
     assert {value.device for terms in steps for value in terms.values()} == {GPU}
     assert {p.device for network in (trainer.model, trainer.ema) for p in network.parameters()} == {GPU}
@@ -184,9 +197,11 @@ def test_a_sampler_never_waits(mode, name, cache, options):
     vae.vae, vae.device = faked(mode, vae.vae), GPU
     streams = [np.random.default_rng(i) for i in range(2)]
     with mode:
-        vae.vae.to(GPU)
-        images = sample(network.to(GPU), vae, streams, *(y.to(GPU) for y in conditions), num_steps=5, cfg_scale=2.0,
-                        guidance_low=0.2, guidance_high=0.7, cache=cache, cost=Counter(), **options)
+        vae.vae.to(GPU), network.to(GPU)
+        conditions = [y.to(GPU) for y in conditions]
+        mode.never_waits = True
+        images = sample(network, vae, streams, *conditions, num_steps=5, cfg_scale=2.0, guidance_low=0.2,
+                        guidance_high=0.7, cache=cache, cost=Counter(), **options)
     assert images.device == GPU and images.dtype == torch.uint8
 
 
