@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from evaluations.tables import markdown as table  # noqa: F401 - for the others
-from runtime.setup import GLIBC_KEEPS, give_back_memory, keep_freed_memory
+from runtime.setup import give_back_memory, keep_freed_memory
 
 
 def machine(device="cpu"):
@@ -38,7 +38,7 @@ def alternate(variants, rounds, device="cpu", untuned=()):
         for name, work in variants.items():
             if not on_gpu and untuned and (name in untuned) != is_untuned:
                 is_untuned = name in untuned
-                keep_freed_memory(GLIBC_KEEPS if is_untuned else -1)
+                keep_freed_memory(not is_untuned)
                 work()
             synchronize(device)
             begin = time.perf_counter()

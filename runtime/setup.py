@@ -14,7 +14,6 @@ from runtime.errors import UserError, first_line
 PROCESS_GROUP_TIMEOUT = datetime.timedelta(hours=2)  # ranks also wait for previews, scores and the teacher cache
 START_SECONDS = 180  # for the processes of a run to find each other
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # --mixed-precision -> dtype; "no" has none
-GLIBC_KEEPS = 64 << 20  # bytes of freed memory that glibc keeps by default, once blocks of 32 MiB have been freed
 
 
 def connect(make):
@@ -97,14 +96,15 @@ def from_c_library(name):
     return getattr(library, name, lambda *_: None)
 
 
-def keep_freed_memory(most=-1):
-    """Let glibc keep up to `most` freed bytes (-1: all) until give_back_memory.
+def keep_freed_memory(keep=True):
+    """Let glibc keep all freed memory until give_back_memory; `keep` False: as glibc does once 32 MiB have been freed.
 
     The next step needs the same memory again, and pages that come back from the system are zeroed first.
     """
     mallopt = from_c_library("mallopt")
-    mallopt(-1, most)  # M_TRIM_THRESHOLD
-    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD at its maximum; larger blocks are mapped and go back at once
+    mallopt(-1, -1 if keep else 64 << 20)  # M_TRIM_THRESHOLD: free bytes at the end of the heap
+    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its maximum: larger blocks are mapped, and go back at once, ...
+    mallopt(-4, 0 if keep else 65_536)  # M_MMAP_MAX: ... up to so many of them
 
 
 def give_back_memory():
