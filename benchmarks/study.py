@@ -4,6 +4,7 @@
     python benchmarks/study.py --data emoji                  # about an hour on two cores
     python benchmarks/study.py --data cifar10 --model SiT-S/4 --steps 40000 --jobs 4 --mixed-precision bf16 \\
         --out exps/study-gpu                                 # on a GPU
+    python benchmarks/study.py --data cifar10 --ablation     # short runs with another part of HASTE left out or changed
     python benchmarks/study.py --data cifar10 --report       # table and picture of the existing runs
 
 Runs train.py on the data of examples/. All variants of a seed see the same data, noise and draws in the same order.
@@ -55,7 +56,15 @@ STUDIES = {
                 "reference": "ref-val.npz", "flags": ["--enc-size", 112]},  # the preset is made for speed, not scores
 }
 SAMPLER_STEPS = 25  # Euler, without guidance
-OF_ALL_RUNS = ("data", "model", "steps", "every", "samples", "mixed_precision")
+# --ablation: name -> what differs from HASTE without a stop. Blocks are 1-based.
+ABLATION = {"features only": ["--attn-coeff", 0], "attention only": ["--proj-coeff", 0],
+            "half the weights": ["--proj-coeff", 0.25, "--attn-coeff", 0.25],
+            "twice the weights": ["--proj-coeff", 1, "--attn-coeff", 1],
+            "features of student block 2": ["--encoder-depth", 2],
+            "features of student block 4": ["--encoder-depth", 4],
+            "features of teacher block 12": ["--enc-blocks", 12],
+            "features only, of teacher block 7": ["--attn-coeff", 0, "--enc-blocks", 7]}
+OF_ALL_RUNS = ("data", "model", "steps", "every", "samples", "mixed_precision", "ablation")
 HELD_OUT, TIMES = 2000, 8  # images for the held-out loss; times per image, one in each eighth of (0, 1)
 
 
@@ -67,6 +76,8 @@ def parse_args():
     add("--out", type=lambda text: Path(text).resolve(), help="folder of the runs (default exps/study-NAME)")
     add("--results", type=lambda text: Path(text).resolve(), help="folder of what the runs gave (default OUT/results)")
     add("--model", choices=SIT_CONFIGS, help="default: the preset's")
+    add("--ablation", action="store_true", help="vanilla, HASTE, and HASTE with one thing changed; a quarter of the "
+        "steps, four scores")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     add("--variants", nargs="+", metavar="NAME", help="only these, by their names in the table (default all)")
     add("--steps", type=whole(1), help="of each run, a multiple of 8 (default: emoji 640, cifar10 8000)")
@@ -81,18 +92,19 @@ def parse_args():
     study = STUDIES[args.data]
     args.preset = PRESETS[study["preset"]][1]
     args.data_dir = args.data_dir or ROOT / study["folder"]
-    args.out = args.out or ROOT / f"exps/study-{args.data}"
+    args.out = args.out or ROOT / f"exps/study-{args.data}{'-ablation' * args.ablation}"
     args.results = args.results or args.out / "results"
     args.model = args.model or args.preset["model"]
-    args.steps, args.samples = args.steps or study["steps"], args.samples or study["samples"]
-    args.every = args.every or args.steps // study["scores"]
+    args.steps = args.steps or study["steps"] // (4 if args.ablation else 1)
+    args.every = args.every or args.steps // (4 if args.ablation else study["scores"])
+    args.samples = args.samples or study["samples"]
     if args.steps % 8:
         raise UserError(f"--steps {args.steps} is no multiple of 8, as stops and the trigger's start need; change it.")
     if (args.steps // 4) % args.every:
         raise UserError(f"--every {args.every} does not divide a quarter of --steps {args.steps}, where runs part; "
                         "change one of them.")
-    if unknown := set(args.variants or ()) - set(variants(args.steps)):
-        raise UserError(f"--variants {min(unknown)!r} is none of {', '.join(variants(args.steps))}.")
+    if unknown := set(args.variants or ()) - set(variants(args)):
+        raise UserError(f"--variants {min(unknown)!r} is none of {', '.join(variants(args))}.")
     return args
 
 
@@ -100,7 +112,7 @@ def check_settings(args):
     """Compare the settings that all runs share with those of the first start, which writes them to --results."""
     path, mine = args.results / "study.json", {name: getattr(args, name) for name in OF_ALL_RUNS}
     if path.is_file():
-        found = read_json(path)
+        found = {"ablation": False, **read_json(path)}  # older ones lack it
         if args.report:  # report existing runs, whatever the defaults are
             vars(args).update({name: found[name] for name in OF_ALL_RUNS})
         for name in OF_ALL_RUNS:
@@ -115,17 +127,21 @@ def check_settings(args):
 
 # ---- runs ----
 
-def variants(steps):
+def variants(args):
     """{name: (flags of train.py, steps shared with the run 'HASTE, no stop')}, in the order of the table."""
+    steps = args.steps
+    vanilla, no_stop = ["--enc-type", "none"], ["--early-stop-point", steps]
+    if args.ablation:
+        return {"vanilla": (vanilla, 0), NO_STOP: (no_stop, 0),
+                **{name: ([*no_stop, *flags], 0) for name, flags in ABLATION.items()}}
     quarter = steps // 4
     stops = {f"HASTE, stop at {i * quarter}": (["--early-stop-point", i * quarter], i * quarter) for i in (1, 2, 3)}
     # As in the paper relative to the run's length, but compared half as often and on a sixteenth of the images.
-    trigger = ["--early-stop-point", steps, "--early-stop-trigger", "gradient", "--trigger-start", steps // 8,
+    trigger = [*no_stop, "--early-stop-trigger", "gradient", "--trigger-start", steps // 8,
                "--trigger-every", max(1, steps // 20), "--trigger-samples", 128]
-    return {"vanilla": (["--enc-type", "none"], 0),
-            "REPA (features only)": (["--attn-coeff", 0, "--early-stop-point", steps], 0),
-            "attention only": (["--proj-coeff", 0, "--early-stop-point", steps], 0),
-            "HASTE, no stop": (["--early-stop-point", steps], 0), **stops, "HASTE, gradient trigger": (trigger, 0)}
+    return {"vanilla": (vanilla, 0), "REPA (features only)": ([*no_stop, *ABLATION["features only"]], 0),
+            "attention only": ([*no_stop, *ABLATION["attention only"]], 0), NO_STOP: (no_stop, 0), **stops,
+            "HASTE, gradient trigger": (trigger, 0)}
 
 
 def name_of(seed, variant):
@@ -138,7 +154,7 @@ def result_of(args, seed, variant):
 
 def order(args):
     """[(seed, variant)]: HASTE and vanilla first, then REPA, then runs that share HASTE's Phase I, then the rest."""
-    names = list(variants(args.steps))
+    names = list(variants(args))
     first = [NO_STOP, "vanilla", "REPA (features only)", *(name for name in names if "stop at" in name)]
     runs = [(seed, name) for group in (first, [name for name in names if name not in first]) for seed in args.seeds
             for name in group]
@@ -157,13 +173,13 @@ def command_of(args, seed, variant):
                "--mixed-precision", args.mixed_precision, "--eval-steps", args.every, "--eval-samples", args.samples,
                "--eval-num-steps", SAMPLER_STEPS, "--eval-metrics", *METRICS,
                "--eval-ref", args.data_dir / study["reference"], "--eval-features", FEATURES,
-               "--eval-weights", args.data_dir / "efficientnet-lite0.pth", *variants(args.steps)[variant][0]]
+               "--eval-weights", args.data_dir / "efficientnet-lite0.pth", *variants(args)[variant][0]]
     return [*map(str, command)]
 
 
 def train(args, seed, variant):
     """Start or continue one run to its end; write its result to --results."""
-    folder, (_, shared) = args.out / name_of(seed, variant), variants(args.steps)[variant]
+    folder, (_, shared) = args.out / name_of(seed, variant), variants(args)[variant]
     if shared and not any(folder.glob("checkpoints/*.pt")):  # Phase I is there already
         source = args.out / name_of(seed, NO_STOP)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -184,7 +200,7 @@ def train(args, seed, variant):
 
 def write_result(args, seed, variant):
     """Write the result of a finished run to --results, and delete the checkpoints that no other run starts from."""
-    folder, (_, shared) = args.out / name_of(seed, variant), variants(args.steps)[variant]
+    folder, (_, shared) = args.out / name_of(seed, variant), variants(args)[variant]
     from evaluations.runs import read_table  # here, so that --help does not load timm
     table = read_table(folder)
     curves = {score: dict(zip(*table[score], strict=True)) for score in SCORES if score in table}
@@ -213,7 +229,7 @@ def run_all(args):
     def take():
         """The next run that can start now: one that shares Phase I needs the run without a stop on this machine."""
         for seed, name in waiting:
-            shared = variants(args.steps)[name][1]
+            shared = variants(args)[name][1]
             has_begun = any((args.out / name_of(seed, name)).glob("checkpoints/*.pt"))
             phase_one = args.out / name_of(seed, NO_STOP) / f"checkpoints/{shared:07d}.pt"
             if shared and not (has_begun or result_of(args, seed, NO_STOP).is_file() and phase_one.is_file()):
@@ -230,7 +246,7 @@ def run_all(args):
                 run = take()
             if run is None:
                 return
-            began, steps = time.time(), args.steps - variants(args.steps)[run[1]][1]
+            began, steps = time.time(), args.steps - variants(args)[run[1]][1]
             train(args, *run)
             a_step[0] = max(a_step[0], (time.time() - began) / steps)
             print(f"  {name_of(*run)}: {time.time() - began:.0f} s", flush=True)
@@ -271,7 +287,7 @@ def held_out_losses(args, paths):
 def report(args):
     """Write and print table.md, and draw curves.png."""
     found = {name: {seed: read_json(path) for seed in args.seeds if (path := result_of(args, seed, name)).is_file()}
-             for name in variants(args.steps)}
+             for name in variants(args)}
     found = {name: results for name, results in found.items() if results}
     if not found:
         raise UserError(f"{args.results} holds no finished run; give more --minutes, or leave --report out.")

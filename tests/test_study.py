@@ -83,6 +83,17 @@ def test_what_has_a_result_is_not_run_again(monkeypatch, begun, tmp_path):
     assert begun == [(1, "vanilla"), *((seed, name) for seed in (0, 1) for name in others)]
 
 
+def test_an_ablation_has_runs_and_a_folder_of_its_own(monkeypatch, begun, tmp_path):
+    arguments = ("--out", tmp_path, "--seeds", 0, "--jobs", 1)
+    call_main(monkeypatch, study, *arguments, "--ablation")
+    assert begun == [(0, name) for name in (study.NO_STOP, "vanilla", *study.ABLATION)]
+    assert json.loads((tmp_path / "results/study.json").read_text())["steps"] == 2000
+    for more, message in ((["--steps", 2000, "--every", 500], "holds runs with --ablation True, not False"),
+                          (["--ablation", "--variants", "HASTE, stop at 500"], "is none of vanilla, HASTE, no stop")):
+        with pytest.raises(UserError, match=message):
+            call_main(monkeypatch, study, *arguments, *more)
+
+
 def test_no_run_without_its_phase_one_or_without_time(monkeypatch, begun, tmp_path):
     """A result from another machine gives no checkpoint to continue from."""
     (tmp_path / "results").mkdir()
@@ -100,7 +111,8 @@ def test_no_run_without_its_phase_one_or_without_time(monkeypatch, begun, tmp_pa
 
 def test_a_result_has_the_whole_run(monkeypatch, tmp_path):
     """It includes the steps before the stop, from the run without one; only the last checkpoint stays."""
-    args = Namespace(out=tmp_path, results=tmp_path, data_dir=tmp_path, data="emoji", steps=8, every=2)
+    args = Namespace(out=tmp_path, results=tmp_path, data_dir=tmp_path, data="emoji", steps=8, every=2,
+                     ablation=False)
     monkeypatch.setattr(study, "held_out_losses", lambda args, paths: {
         int(path.stem): [int(path.stem) / 2, 1.0] for path in paths})
     monkeypatch.setattr(study.torch, "load", lambda *args, **kwargs: {"trigger_fired": None})
@@ -121,7 +133,7 @@ def test_a_result_has_the_whole_run(monkeypatch, tmp_path):
 
 def test_all_that_a_run_reads_is_of_the_folder_that_was_named(tmp_path):
     args = Namespace(data="cifar10", data_dir=tmp_path / "data", out=tmp_path / "out", model="SiT-T/2", steps=32,
-                     every=4, samples=4, mixed_precision="no")
+                     every=4, samples=4, mixed_precision="no", ablation=False)
     given = dict(itertools.pairwise(study.command_of(args, 0, "vanilla")))
     read = ("--data-dir", "--enc-weights", "--teacher-cache", "--eval-ref", "--eval-weights")
     assert [given[flag] for flag in read] == [str(args.data_dir / path) for path in (
