@@ -55,7 +55,7 @@ from runtime.files import (
 from runtime.flags import Parser, pixels, whole
 from runtime.images import write_png
 from runtime.progress import progress
-from runtime.setup import PROCESS_GROUP_TIMEOUT, end_processes
+from runtime.setup import PROCESS_GROUP_TIMEOUT, end_processes, tune
 
 SPLITS = ("train", "val")
 
@@ -193,6 +193,8 @@ def build_split(folder, names, captions, picture, vae, encoder, args):
 def build(args, splits):
     """Write the whole layout to args.dest. splits: {name: (image names, captions, picture)}, see build_split."""
     device = PartialState().device
+    tune(PartialState().num_processes, args.allow_tf32)
+    torch.backends.cudnn.deterministic = True
     vae = VAE(args.vae, device)
     if args.resolution % vae.factor:
         raise UserError(f"--resolution {args.resolution} is no multiple of {vae.factor}, the VAE's factor; choose one.")
@@ -219,6 +221,7 @@ def add_encoder_arguments(add):
     add("--num-workers", type=whole(1), default=8, help="threads that read and write pictures (default 8)")
     add("--text-length", type=whole(1),
         help="tokens a caption is padded or cut to (default: the text encoder's maximum)")
+    add("--allow-tf32", action="store_true", help="TF32 in both encoders on Ampere and newer: faster, less exact")
 
 
 def parse_args():

@@ -141,6 +141,15 @@ def test_what_is_left_out_is_named(source, clip_folder, tmp_path, capsys, monkey
     assert len(json.loads((tmp_path / "dest/train/captions.json").read_text())) == len(KEPT) - 1
 
 
+@pytest.mark.parametrize("more, tf32", [((), False), (("--allow-tf32",), True)])
+def test_products_are_exact_unless_asked(source, made, clip_folder, tmp_path, monkeypatch, more, tf32):
+    seen = []
+    monkeypatch.setattr(coco, "tune", lambda *given: seen.append(given))
+    shutil.copytree(made, tmp_path / "dest")
+    call_main(monkeypatch, coco, *arguments(source, tmp_path / "dest", clip_folder, *more))
+    assert seen == [(1, tf32)]
+
+
 def slowly():
     """Called by the script before it starts: it takes long enough to be killed in."""
     save = coco.save_array
