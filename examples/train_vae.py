@@ -26,6 +26,7 @@ from evaluations.images import decode
 from runtime.errors import LARGEST_SEED, UserError, run_script
 from runtime.files import atomic_folder, is_file, prepare_output
 from runtime.flags import Parser, number, whole
+from runtime.setup import tune
 
 FACTOR = 4  # pixels per latent pixel and side
 
@@ -110,7 +111,7 @@ def main():
     args = parser.parse_args()
     from diffusers import AutoencoderKL  # takes seconds: import after parsing
     torch.manual_seed(args.seed)
-    torch.set_flush_denormal(True)
+    tune(1, tf32=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prepare_output(args.out, inputs=[args.data])
     images = read_images(args.data)

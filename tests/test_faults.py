@@ -290,6 +290,13 @@ def short_start():
     setup.START_SECONDS = 5
 
 
+def test_a_refused_start_leaves_no_folder(tmp_path):
+    (tmp_path / "mine").mkdir()
+    done = script("train.py", *train_arguments(tmp_path, tmp_path / "mine/exps", *NO_TEACHER), check=False)
+    assert done.returncode == 1 and f"error: {tmp_path}" in done.stderr
+    assert [*tmp_path.rglob("*")] == [tmp_path / "mine"]
+
+
 def test_a_killed_loader_process(tiny_data, tmp_path):
     done = script("train.py", *train_arguments(tiny_data, tmp_path, "--num-workers", 1, *NO_TEACHER, "--vae",
                                                "none"), check=False, before="tests.test_faults.killed_reader")

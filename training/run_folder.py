@@ -85,6 +85,7 @@ def note_end(run, error):
 @contextlib.contextmanager
 def opened(run, is_main):
     """The folder `run`, locked by the main process; its log says why a run ends."""
+    missing = [folder for folder in run.parents if not folder.exists()]
     with contextlib.ExitStack() as stack:
         if is_main:
             lock = stack.enter_context(lock_run(run))
@@ -95,4 +96,6 @@ def opened(run, is_main):
             if is_main:
                 with contextlib.suppress(OSError):
                     note_end(run, error)
+                    for folder in missing:  # the innermost first; those in use stay
+                        folder.rmdir()
             raise
