@@ -19,11 +19,12 @@ from runtime.flags import Parser
 
 
 def released(state):
-    """`state` of load_checkpoint with a float16 EMA, and without args that are absolute paths."""
+    """`state` of load_checkpoint with a float16 EMA, without projectors and without args that are absolute paths."""
     def is_path(value):
         return isinstance(value, str) and os.path.isabs(value)
 
-    return {**state, "ema": {name: value.half() for name, value in state["ema"].items()},
+    ema = {name: value.half() for name, value in state["ema"].items() if not name.startswith("projectors.")}
+    return {**state, "ema": ema,
             "args": {name: value for name, value in state["args"].items() if not is_path(value)}}
 
 
@@ -31,8 +32,8 @@ def main():
     parser = Parser(description=__doc__)
     parser.add_argument("ckpt", metavar="CKPT", help="checkpoint (.pt), .safetensors or folder of an earlier export")
     parser.add_argument("out", metavar="OUT", type=Path, help="NAME.safetensors, NAME.pt, or NAME of a folder")
-    parser.add_argument("--release", action="store_true", help="to publish: weights in float16, half the size, and a "
-                        "config without paths of this machine")
+    parser.add_argument("--release", action="store_true", help="to publish: weights in float16, half the size, "
+                        "without the projectors, which only alignment uses; a config without paths of this machine")
     parser.add_argument("--class-names", metavar="FILE", help="JSON list of the classes' names, for the config "
                         "(default: as the checkpoint has them)")
     args = parser.parse_args()
