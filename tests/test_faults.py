@@ -295,6 +295,8 @@ def test_a_refused_start_leaves_no_folder(tmp_path):
     done = script("train.py", *train_arguments(tmp_path, tmp_path / "mine/exps", *NO_TEACHER), check=False)
     assert done.returncode == 1 and f"error: {tmp_path}" in done.stderr
     assert [*tmp_path.rglob("*")] == [tmp_path / "mine"]
+    done = script("train.py", *train_arguments(tmp_path, tmp_path / ("x" * 300) / "exps", *NO_TEACHER), check=False)
+    assert done.returncode == 1 and "could not be written" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_killed_loader_process(tiny_data, tmp_path):

@@ -85,7 +85,7 @@ def note_end(run, error):
 @contextlib.contextmanager
 def opened(run, is_main):
     """The folder `run`, locked by the main process; its log says why a run ends."""
-    missing = [folder for folder in run.parents if not folder.exists()]
+    missing = [folder for folder in run.parents if not os.path.exists(folder)]  # pathlib's may raise OSError
     with contextlib.ExitStack() as stack:
         if is_main:
             lock = stack.enter_context(lock_run(run))
