@@ -38,7 +38,7 @@ from encoders.vae import VAE
 from evaluations.images import SUFFIXES, decode
 from preprocessing.convert import in_groups
 from preprocessing.destinations import MADE, NAMED, begin, check_space
-from preprocessing.encode import encoded, filled, npy_bytes
+from preprocessing.encode import encoded, filled, npy_bytes, start
 from preprocessing.pixels import center_crop, read_rgb
 from preprocessing.sources import Piece, read
 from runtime.errors import UserError, run_script
@@ -55,7 +55,7 @@ from runtime.files import (
 from runtime.flags import Parser, pixels, whole
 from runtime.images import write_png
 from runtime.progress import progress
-from runtime.setup import PROCESS_GROUP_TIMEOUT, end_processes, tune
+from runtime.setup import end_processes
 
 SPLITS = ("train", "val")
 
@@ -193,8 +193,6 @@ def build_split(folder, names, captions, picture, vae, encoder, args):
 def build(args, splits):
     """Write the whole layout to args.dest. splits: {name: (image names, captions, picture)}, see build_split."""
     device = PartialState().device
-    tune(PartialState().num_processes, args.allow_tf32)
-    torch.backends.cudnn.deterministic = True
     vae = VAE(args.vae, device)
     if args.resolution % vae.factor:
         raise UserError(f"--resolution {args.resolution} is no multiple of {vae.factor}, the VAE's factor; choose one.")
@@ -247,7 +245,7 @@ def main():
     alone = (args.images, args.captions_json, args.split)
     if bool(args.coco) == any(alone) or any(alone) != all(alone):
         raise UserError("Give --coco alone, or --images, --captions-json and --split together.")
-    PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
+    start(args.allow_tf32)
     sources = {args.split: (args.images, args.captions_json)}
     if args.coco:
         sources = {split: (args.coco / f"{split}2014", args.coco / f"annotations/captions_{split}2014.json")

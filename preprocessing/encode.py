@@ -209,11 +209,20 @@ def add_arguments(add):
         "leave them out and list them in made.json, or end with the first (default skip)")
 
 
-def run(args):
-    from accelerate import PartialState
+def start(allow_tf32):
+    """Start the processes of a script that encodes, with kernels that give the same bytes in each run.
+
+    -> accelerate's PartialState.
+    """
+    from accelerate import PartialState  # here, so that --help is fast
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
-    tune(state.num_processes, args.allow_tf32)
+    tune(state.num_processes, allow_tf32)
     torch.backends.cudnn.deterministic = True
+    return state
+
+
+def run(args):
+    start(args.allow_tf32)
     encode(args.source, args.dest, args.model_url, args.max_images, args.batch_size, args.num_workers, args.on_error,
            args.hflip)
     end_processes()

