@@ -56,7 +56,8 @@ STUDIES = {
                 "reference": "ref-val.npz", "flags": ["--enc-size", 112]},  # the preset is made for speed, not scores
 }
 SAMPLER_STEPS = 25  # Euler, without guidance
-# --ablation: name -> what differs from HASTE without a stop. Blocks are 1-based.
+# --ablation: name -> what differs from HASTE without a stop. Blocks are 1-based. Each other --enc-blocks has a teacher
+# cache of its own.
 ABLATION = {"features only": ["--attn-coeff", 0], "attention only": ["--proj-coeff", 0],
             "half the weights": ["--proj-coeff", 0.25, "--attn-coeff", 0.25],
             "twice the weights": ["--proj-coeff", 1, "--attn-coeff", 1],
@@ -90,14 +91,15 @@ def parse_args():
     add("--report", action="store_true", help="start no run")
     args = parser.parse_args()
     study = STUDIES[args.data]
+    if args.ablation:
+        study = {**study, "steps": study["steps"] // 4, "scores": 4}
     args.preset = PRESETS[study["preset"]][1]
     args.data_dir = args.data_dir or ROOT / study["folder"]
     args.out = args.out or ROOT / f"exps/study-{args.data}{'-ablation' * args.ablation}"
     args.results = args.results or args.out / "results"
     args.model = args.model or args.preset["model"]
-    args.steps = args.steps or study["steps"] // (4 if args.ablation else 1)
-    args.every = args.every or args.steps // (4 if args.ablation else study["scores"])
-    args.samples = args.samples or study["samples"]
+    args.steps, args.samples = args.steps or study["steps"], args.samples or study["samples"]
+    args.every = args.every or args.steps // study["scores"]
     if args.steps % 8:
         raise UserError(f"--steps {args.steps} is no multiple of 8, as stops and the trigger's start need; change it.")
     if (args.steps // 4) % args.every:
