@@ -65,7 +65,7 @@ ABLATION = {"features only": ["--attn-coeff", 0], "attention only": ["--proj-coe
             "features of student block 4": ["--encoder-depth", 4],
             "features of teacher block 12": ["--enc-blocks", 12],
             "features only, of teacher block 7": ["--attn-coeff", 0, "--enc-blocks", 7]}
-OF_ALL_RUNS = ("data", "model", "steps", "every", "samples", "mixed_precision", "ablation")
+OF_ALL_RUNS = ("ablation", "data", "model", "steps", "every", "samples", "mixed_precision")
 HELD_OUT, TIMES = 2000, 8  # images for the held-out loss; times per image, one in each eighth of (0, 1)
 
 
@@ -78,7 +78,7 @@ def parse_args():
     add("--results", type=lambda text: Path(text).resolve(), help="folder of what the runs gave (default OUT/results)")
     add("--model", choices=SIT_CONFIGS, help="default: the preset's")
     add("--ablation", action="store_true", help="vanilla, HASTE, and HASTE with one thing changed; a quarter of the "
-        "steps, four scores")
+        "steps, two scores")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     add("--variants", nargs="+", metavar="NAME", help="only these, by their names in the table (default all)")
     add("--steps", type=whole(1), help="of each run, a multiple of 8 (default: emoji 640, cifar10 8000)")
@@ -92,7 +92,7 @@ def parse_args():
     args = parser.parse_args()
     study = STUDIES[args.data]
     if args.ablation:
-        study = {**study, "steps": study["steps"] // 4, "scores": 4}
+        study = {**study, "steps": study["steps"] // 4, "scores": 2}
     args.preset = PRESETS[study["preset"]][1]
     args.data_dir = args.data_dir or ROOT / study["folder"]
     args.out = args.out or ROOT / f"exps/study-{args.data}{'-ablation' * args.ablation}"
@@ -102,9 +102,9 @@ def parse_args():
     args.every = args.every or args.steps // study["scores"]
     if args.steps % 8:
         raise UserError(f"--steps {args.steps} is no multiple of 8, as stops and the trigger's start need; change it.")
-    if (args.steps // 4) % args.every:
-        raise UserError(f"--every {args.every} does not divide a quarter of --steps {args.steps}, where runs part; "
-                        "change one of them.")
+    parts, of = (1, "") if args.ablation else (4, "a quarter of ")  # where the stops' runs part from the first
+    if args.steps // parts % args.every:
+        raise UserError(f"--every {args.every} does not divide {of}--steps {args.steps}; change one of them.")
     if unknown := set(args.variants or ()) - set(variants(args)):
         raise UserError(f"--variants {min(unknown)!r} is none of {', '.join(variants(args))}.")
     return args

@@ -87,8 +87,10 @@ def test_an_ablation_has_runs_and_a_folder_of_its_own(monkeypatch, begun, tmp_pa
     arguments = ("--out", tmp_path, "--seeds", 0, "--jobs", 1)
     call_main(monkeypatch, study, *arguments, "--ablation")
     assert begun == [(0, name) for name in (study.NO_STOP, "vanilla", *study.ABLATION)]
-    assert json.loads((tmp_path / "results/study.json").read_text())["steps"] == 2000
+    found = json.loads((tmp_path / "results/study.json").read_text())
+    assert (found["steps"], found["every"]) == (2000, 1000)
     for more, message in ((["--steps", 2000, "--every", 500], "holds runs with --ablation True, not False"),
+                          (["--ablation", "--every", 600], "--every 600 does not divide --steps 2000"),
                           (["--ablation", "--variants", "HASTE, stop at 500"], "is none of vanilla, HASTE, no stop")):
         with pytest.raises(UserError, match=message):
             call_main(monkeypatch, study, *arguments, *more)

@@ -253,8 +253,9 @@ def test_two_processes_make_the_same_cache(tiny_data, teacher_file, tmp_path):
         f"{name}.{end}" for name in ("features0", "block7", "block9") for end in ("npy", "complete")}
 
 
-def test_cache_gives_what_the_teacher_gives(tiny_data, tmp_path):
-    """Each output is computed once per set of weights; the cache holds only requested outputs."""
+def test_cache_gives_what_the_teacher_gives(tiny_data, tmp_path, caplog):
+    """Each output is computed once per set of weights; the cache holds only requested outputs; the log names others."""
+    caplog.set_level("INFO", "haste")
     dataset, accelerator, calls = LatentImages(tiny_data, 64, CLASSES), Accelerator(cpu=True), []
 
     def cache(blocks, folder=tmp_path / "one", scale=1):
@@ -279,7 +280,9 @@ def test_cache_gives_what_the_teacher_gives(tiny_data, tmp_path):
     assert {path.name for path in cached.folder.glob("*.complete")} == {
         f"{name}.complete" for name in ("features0", "block1", "block2", "block3")}
     assert torch.equal(cached(positions).features[0], again.features[0])
+    assert "also holds" not in caplog.text
     cache((), scale=2)
+    assert f"0.0 GB of other teachers, data or code ({cached.folder.name})" in caplog.text
     assert len(list(tmp_path.glob("one/*/features0.complete"))) == 2  # other weights, other key
     alone = cache((), tmp_path / "alone")
     assert [path.name for path in alone.folder.glob("*.npy")] == ["features0.npy"]
