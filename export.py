@@ -13,19 +13,25 @@ from pathlib import Path
 import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
 from data_io.moments import read_names
 from models.checkpoint import load_checkpoint, load_network, save_export
-from runtime.errors import run_script
+from runtime.errors import UserError, run_script
 from runtime.files import prepare_output
 from runtime.flags import Parser
 
 
 def released(state):
-    """`state` of load_checkpoint with a float16 EMA, without projectors and without args that are absolute paths."""
-    def is_path(value):
-        return isinstance(value, str) and os.path.isabs(value)
+    """`state` of load_checkpoint with a float16 EMA, without projectors and without args that hold absolute paths.
 
+    Of the VAE's path the name stays: without one, sampling would take Stable Diffusion's VAE.
+    """
+    def has_path(value):
+        parts = value if isinstance(value, list) else value.split(",") if isinstance(value, str) else ()
+        return any(isinstance(part, str) and os.path.isabs(part) for part in parts)
+
+    args = {name: value for name, value in state["args"].items() if not has_path(value)}
+    if vae := state["args"].get("vae"):
+        args["vae"] = Path(vae).name if os.path.isabs(vae) else vae
     ema = {name: value.half() for name, value in state["ema"].items() if not name.startswith("projectors.")}
-    return {**state, "ema": ema,
-            "args": {name: value for name, value in state["args"].items() if not is_path(value)}}
+    return {**state, "ema": ema, "args": args}
 
 
 def main():
@@ -41,9 +47,14 @@ def main():
     network, settings = load_network(args.ckpt)  # only what can be loaded again is worth exporting
     state = load_checkpoint(args.ckpt)
     if args.class_names:
+        if "num_classes" not in settings:
+            raise UserError(f"--class-names is for a network of classes, and {args.ckpt} was trained on texts; leave "
+                            "it out.")
         state["args"]["class_names"] = read_names(args.class_names, settings["num_classes"], exactly=True)
-    save_export(args.out, released(state) if args.release else state)
-    print(f"{args.out}: {settings.get('model', 'EMA')}, {sum(p.numel() for p in network.parameters()):,} parameters")
+    state = released(state) if args.release else state
+    save_export(args.out, state)
+    count = sum(value.numel() for name, value in network.named_parameters() if name in state["ema"])
+    print(f"{args.out}: {settings.get('model', 'EMA')}, {count:,} parameters")
 
 
 if __name__ == "__main__":

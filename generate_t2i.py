@@ -45,7 +45,9 @@ def parse_args():
     add("--num-classes", type=int, help="no effect: the published script takes it, too, and text has no classes")
     add_sampling_flags(parser)
     parser.set_defaults(mode="sde", num_steps=250, cfg_scale=2.25, context_shape=None)
-    return parser.parse_args()
+    args = parser.parse_args()
+    del args.num_classes
+    return args
 
 
 def read_prompts(args):

@@ -43,7 +43,7 @@ TIME_GRIDS = {"uniform": lambda u, shift: u, "quadratic": lambda u, shift: u ** 
 def step_times(count, last=0.0, time_grid="uniform", time_shift=3.0):
     """`count` times from 1 to `last`, evenly spaced before TIME_GRIDS maps them."""
     even = torch.linspace(1, last, count, dtype=torch.float64).tolist()
-    return [TIME_GRIDS[time_grid](u, time_shift) for u in even]
+    return [min(1.0, TIME_GRIDS[time_grid](u, time_shift)) for u in even]  # the division may round up
 
 
 @torch.no_grad()

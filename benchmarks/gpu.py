@@ -156,7 +156,7 @@ def show_tiles(args):
     torch.manual_seed(0)
     q, k, teacher_q, teacher_k = (torch.randn(n, h, t, d, device=DEVICE) for _ in range(4))
     student, teacher = QK(q.requires_grad_(), k.requires_grad_()), QK(teacher_q, teacher_k)
-    tune(1, tf32=True)
+    tune(tf32=True)
     torch._dynamo.config.recompile_limit = 1000  # else compiling stops after 8 tile shapes
 
     def whole_maps():
@@ -233,7 +233,7 @@ def show_profile(args):
     sys.argv[1:] = ["--model", model, "--resolution", str(resolution), "--variants", "ours",
                     *(["--enc-type", "dinov2-vit-s"] if args.dry else [])]
     options = step_time.parse_args()
-    tune(1, tf32=True)
+    tune(tf32=True)
     warnings.filterwarnings("ignore")
     run = step_time.Run(options, batch, precision)
     wanted = {"kernel", "gpu_memcpy", "gpu_memset"} if DEVICE == "cuda" else {"cpu_op"}

@@ -72,7 +72,7 @@ def distance(x, exact):
 @torch.no_grad()
 def run(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tune(1, tf32=True)
+    tune(tf32=True)
     network, vae, _, trained = open_network(args.ckpt, args.vae, device)
     network.to(device)
     extractor = load_extractor("efficientnet-lite0", args.weights, device)

@@ -78,7 +78,7 @@ def main():
         from benchmarks import pareto
         return pareto.run(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tune(1, tf32=True)
+    tune(tf32=True)
     print(machine(device))
     side = args.resolution // 8
     z = torch.randn(args.batch_size, 4, side, side, device=device, generator=torch.Generator(device).manual_seed(0))

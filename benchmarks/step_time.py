@@ -202,7 +202,7 @@ def measure(options, batch_size, precision):
 def main():
     options = parse_args()
     warnings.filterwarnings("ignore")
-    tune(1, tf32=True)
+    tune(tf32=True)
     print(machine("cuda" if torch.cuda.is_available() else "cpu"))
     for precision in options.mixed_precision:
         for batch_size in options.batch_size:

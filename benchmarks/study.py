@@ -93,11 +93,10 @@ def parse_args():
     study = STUDIES[args.data]
     if args.ablation:
         study = {**study, "steps": study["steps"] // 4, "scores": 2}
-    args.preset = PRESETS[study["preset"]][1]
     args.data_dir = args.data_dir or ROOT / study["folder"]
     args.out = args.out or ROOT / f"exps/study-{args.data}{'-ablation' * args.ablation}"
     args.results = args.results or args.out / "results"
-    args.model = args.model or args.preset["model"]
+    args.model = args.model or preset_of(args)["model"]
     args.steps, args.samples = args.steps or study["steps"], args.samples or study["samples"]
     args.every = args.every or args.steps // study["scores"]
     if args.steps % 8:
@@ -108,6 +107,10 @@ def parse_args():
     if unknown := set(args.variants or ()) - set(variants(args)):
         raise UserError(f"--variants {min(unknown)!r} is none of {', '.join(variants(args))}.")
     return args
+
+
+def preset_of(args):
+    return PRESETS[STUDIES[args.data]["preset"]][1]
 
 
 def check_settings(args):
@@ -293,7 +296,7 @@ def report(args):
     found = {name: results for name, results in found.items() if results}
     if not found:
         raise UserError(f"{args.results} holds no finished run; give more --minutes, or leave --report out.")
-    protocol = (f"{args.model} on {args.data}, {args.steps} steps of {args.preset['batch_size']} images, precision "
+    protocol = (f"{args.model} on {args.data}, {args.steps} steps of {preset_of(args)['batch_size']} images, precision "
                 f"{args.mixed_precision}; {args.samples} samples a score, of {SAMPLER_STEPS} Euler steps without "
                 "guidance. Mean (lowest to highest) over the seeds.")
     left_out = [f"{name} (seed {seed})" for seed, name in order(args) if seed not in found.get(name, {})]

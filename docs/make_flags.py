@@ -40,7 +40,9 @@ def row(action):
     value = "" if action.nargs == 0 else value_name(action)
     if action.choices and not action.metavar:
         value = "{" + ",".join(map(str, action.choices)) + "}"
-    text = re.sub(r",? *\(default [^():]*\)", "", (action.help or "") % vars(action))
+    text = (action.help or "") % vars(action)
+    if action.default is not None:  # it has a column
+        text = re.sub(r",? *\(default [^():]*\)", "", text)
     return f"| `{f'{flags} {value}'.strip()}` | {text} | {'required' if action.required else default} |"
 
 

@@ -77,6 +77,8 @@ class CachedTeacher:
             if size > (free := shutil.disk_usage(self.folder).free):
                 raise UserError(f"--teacher-cache needs {size / 1e9:.1f} GB in {self.folder}, which has "
                                 f"{free / 1e9:.1f} GB free; name another folder or run without it.")
+            for other in self.folder.glob("*.done.npy"):  # of a stopped run with other outputs, whose files go now
+                other.unlink()
             for name in names:
                 path = self.folder / f"{name}.npy"
                 np.lib.format.open_memmap(path, "w+", np.float16, (len(dataset), *first[name].shape[1:]))

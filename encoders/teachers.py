@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.layers import resample_abs_pos_embed
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 
 from encoders.teacher_files import load_state, patches_of
 from loss import resample_qk, resample_tokens
@@ -114,7 +116,8 @@ def teacher_row(enc_type):
         raise UserError(f"--enc-type {enc_type}: timm has no model {name}; timm.list_models('*vit*') lists them.")
     with torch.device("meta"):
         vit = timm.create_model(name, num_classes=0)
-    if not hasattr(vit, "blocks") or not hasattr(vit.blocks[0], "attn") or not hasattr(vit, "num_prefix_tokens"):
+    if not isinstance(vit, (VisionTransformer, Eva)) or getattr(vit, "rope_mixed", False) \
+            or not hasattr(getattr(vit.blocks[0], "attn", None), "q_norm"):
         raise UserError(f"--enc-type {enc_type}: {name} is no plain ViT with blocks[i].attn; give another.")
     return TeacherRow(name, vit.embed_dim, vit.patch_embed.patch_size[0], vit.pretrained_cfg["mean"],
                       vit.pretrained_cfg["std"], vit.num_prefix_tokens)
@@ -277,7 +280,9 @@ class Teacher:
     def key(self):
         """Text that changes with the weights and with everything else that changes an output."""
         images = self.row[3:5] + self.row[6:9]  # mean, std, interpolation, antialias, final_norm
-        return f"{weights_digest(self.vit)} {self.input_size} {self.num_blocks} {self.grid} {images}"
+        others = [value for value in (self.row.options, self.row.positions) if value not in ((), "timm")]
+        parts = (weights_digest(self.vit), self.input_size, self.num_blocks, self.grid, images, *others)
+        return " ".join(map(str, parts))
 
     def outputs(self, alignment):
         """This teacher's Alignment as {name: (N, ...)}: the features, and q and k stacked for each block."""

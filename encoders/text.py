@@ -26,8 +26,8 @@ class TextEncoder:
     """
 
     def __init__(self, source, device="cpu", length=None):
-        transformers = quiet_transformers()
         with loading("The text encoder", source, "a folder with config.json, model.safetensors and the tokenizer"):
+            transformers = quiet_transformers()
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
             self.is_clip = config.model_type in ("clip", "clip_text_model")
             kind = transformers.CLIPTextModel if self.is_clip else transformers.AutoModel
@@ -39,7 +39,10 @@ class TextEncoder:
         if missing:
             raise UserError(f"The weights in {source} are not those of its config.json ({missing[0]} is missing); get "
                             "them again.")
-        most = min(self.tokenizer.model_max_length, model.config.max_position_embeddings)
+        most = min(self.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 0))
+        if most < 1 or self.tokenizer.pad_token is None:
+            raise UserError(f"{source} is a {config.model_type}, neither CLIP nor like BERT: it has no table of "
+                            "positions or no padding; give another text encoder.")
         self.length = length or most
         if self.length > most:
             raise UserError(f"The text encoder {source} takes at most {most} tokens a caption, not {length}; ask for "

@@ -21,6 +21,8 @@ def loading(what, source, remedy):
     is_here = is_folder(source)
     try:
         yield
+    except ImportError as error:
+        raise UserError(f"{what} {source} needs the package {error.name}; install it.") from error
     except Exception as error:  # a damaged folder may raise anything
         where = "" if is_here else "no folder here, and not to be had from the hub: "
         raise UserError(f"{what} {source} could not be loaded ({where}{first_line(error)}); give {remedy}, or a hub "
@@ -80,8 +82,8 @@ class VAE:
     """
 
     def __init__(self, source, device="cpu", latent_scale=None):
-        from diffusers import AutoencoderDC, AutoencoderKL  # takes seconds; only previews and sampling need it
         with loading("The VAE", source, "a folder in diffusers' format"):
+            from diffusers import AutoencoderDC, AutoencoderKL  # takes seconds; only previews and sampling need it
             self.has_spread = AutoencoderKL.load_config(source).get("_class_name") != "AutoencoderDC"
             vae = (AutoencoderKL.from_pretrained(source, use_safetensors=True) if self.has_spread
                    else AutoencoderDC.from_pretrained(source, use_safetensors=True))

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
 from evaluations import EFFICIENTNET_PATH, score_names
 from evaluations.evaluator import run
-from runtime.errors import LARGEST_SEED, run_script
+from runtime.errors import LARGEST_SEED, UserError, run_script
 from runtime.flags import Parser, whole
 
 METRICS = ("fid", "kid")
@@ -41,6 +41,9 @@ def image_sets(args, n, device):
 
     held_out, training = shuffled("val")[:args.reference_images], shuffled("train")
     count = len(held_out)  # of both references
+    if n > min(count, len(training) - count):
+        raise UserError(f"{args.samples} has {n} images, more than the {count} held-out or the {len(training) - count} "
+                        "other training images that they are compared with; give fewer samples.")
     references = {"held-out": images(held_out), "training": images(training[:count])}
     latent = vae.channels, *(side // vae.factor for side in references["held-out"].size)
     noise = vae.decode(torch.from_numpy(rng.standard_normal((n, *latent), dtype=np.float32)))

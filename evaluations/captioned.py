@@ -63,10 +63,13 @@ class Clip:
     """A frozen CLIP from a folder or the hub: images and captions to vectors of one space."""
 
     def __init__(self, source, device):
-        transformers = quiet_transformers()
         with loading("The CLIP", source, "--clip a folder in transformers' format"):
+            transformers = quiet_transformers()
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            model = transformers.CLIPModel.from_pretrained(source, trust_remote_code=False, use_safetensors=True)
+            model, info = transformers.CLIPModel.from_pretrained(source, trust_remote_code=False, use_safetensors=True,
+                                                                 output_loading_info=True)
+            if info["missing_keys"]:  # transformers would only warn and draw random weights
+                raise ValueError(f"it has no {min(info['missing_keys'])}")
             self.model = model.to(device).eval().float()
         self.device = device
 

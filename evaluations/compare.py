@@ -57,7 +57,8 @@ def parse_args():
     add("--step", type=whole(1), metavar="N", help="checkpoint of all runs (default: the newest that all of them have)")
 
     add = parser.add_argument_group("samples").add_argument
-    add("--num-fid-samples", type=whole(2), default=50_000, metavar="N", help="images of each (default 50000)")
+    add("--num-fid-samples", type=whole(2), metavar="N", help="images of each (default 50000; from text 40192, and at "
+        "most one for each image of val)")
     add("--labels", choices=["random", "balanced"], default="random", help="as generate.py's (default random)")
     add("--weights", choices=["ema", "model"], default="ema", help="as generate.py's (default ema)")
     add("--vae", help="as generate.py's (default: that of the run)")
@@ -105,6 +106,14 @@ def named(names, runs):
 
 
 # ---- samples ----
+
+def number_of_samples(asked, settings):
+    """--num-fid-samples, or the default: generate_t2i.py makes at most one image for each image of val."""
+    from data_io.captions import scan_numbered
+    folders = {one["data_dir"] for one in settings if "num_classes" not in one and "data_dir" in one}
+    most = [len(set().union(*scan_numbered(Path(folder) / "val"))) for folder in folders]
+    return min([asked or (40_192 if folders else 50_000), *most])
+
 
 def sampled(args, run, name, settings, step, cfg, steps):
     """(folder of PNGs, generate.py's flags {name: value}) of one run, guidance and number of steps."""
@@ -162,7 +171,8 @@ def scores_of(folder, args, metrics, open_once):
     """{score: value} of samples: read from the file beside them, else computed by open_once() and written there."""
     from runtime.files import is_file, read_json, write_json
     path, npz = (folder.with_name(folder.name + ending) for ending in ("-scores.json", ".npz"))
-    result = read_json(path) if is_file(path) and path.stat().st_mtime >= npz.stat().st_mtime else {}
+    newest = max(source.stat().st_mtime for source in (npz, Path(args.reference)))
+    result = read_json(path) if is_file(path) and path.stat().st_mtime >= newest else {}
     asked = {"features": args.features, "preset": args.preset, "pr_dtype": args.pr_dtype,
              "any_weights": args.any_weights, "reference": str(args.reference)}
     names = score_names(args.features, metrics)
@@ -246,12 +256,14 @@ def draw_samples(path, folders):
 
 def main():
     args = parse_args()
+    from evaluations.images import open_images
     from evaluations.runs import read_settings
-    from evaluations.scores import check_pair
+    from evaluations.scores import OF_BOTH, check_pair
     from runtime.files import atomic_write, check_writable
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_writable(args.out)
     settings, names = [read_settings(run) for run in args.runs], called(args.runs)
+    args.num_fid_samples = number_of_samples(args.num_fid_samples, settings)
     step, metrics = common_step(args.runs, args.step), chosen_metrics(args)
     open_once = functools.cache(lambda: open_scorer(args, metrics))
     together = named(args.names, args.runs) if args.names else groups(settings, names)
@@ -266,6 +278,9 @@ def main():
     for side, run in sides.items():  # opening a reference may list many files: once for each size
         check_pair(args.reference, SimpleNamespace(name=f"the samples of {run}", n=args.num_fid_samples,
                                                    size=(side, side), batches=None), metrics)
+    if {*metrics} <= {*OF_BOTH} and open_images(args.reference, required=False) is None:
+        raise UserError(f"{args.reference} holds statistics only, and --metrics {','.join(metrics)} needs images; "
+                        "choose other --metrics, or a reference with images.")
     points, folders = {}, {}
     for place, samples in planned.items():
         points[place] = []

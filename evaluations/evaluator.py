@@ -59,7 +59,8 @@ def open_scorer(args, metrics):
                 logger.warning("%s: %d images are fewer than the %d features; distances of sets this small are biased, "
                                "compare them at equal n only", each.name, each.n, extractor.dim)
         values = score(sample, reference, metrics, getattr(torch, args.pr_dtype), device)
-        return {"scores": values, "n": sample.n, "reference_n": reference.n, "features": args.features,
+        return {"scores": values, "n": sample.n, "reference_n": reference.n,
+                "reference_images": None if reference.pool is None else len(reference.pool), "features": args.features,
                 "preset": args.preset, "pr_dtype": args.pr_dtype, "any_weights": args.any_weights,
                 "sample": str(source), "reference": str(args.reference), "reference_made_of": reference.made_of}
 
@@ -68,8 +69,9 @@ def open_scorer(args, metrics):
 
 def lines(result):
     """The text for stdout: ADM's wording for its five numbers; the others also show n."""
-    counts = f"(n = {result['n'] or 'unknown'}, reference n = {result['reference_n'] or 'unknown'})"
     for name, value in result["scores"].items():
+        of_reference = result["reference_images" if name.startswith("KID") else "reference_n"]
+        counts = f"(n = {result['n'] or 'unknown'}, reference n = {of_reference or 'unknown'})"
         is_adm = name in ("Inception Score", "FID", "sFID", "Precision", "Recall")
         digits = "n/a" if value is None else f"{value:.3g}" if 0 < abs(value) < 0.01 else f"{value:.4f}"  # KID is small
         yield f"{name if is_adm else f'{name} {counts}'}: {digits}"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from evaluations.inception import SPATIAL_DIM
 from evaluations.metrics import Moments
 from runtime.errors import UserError
-from runtime.setup import PROCESS_GROUP_TIMEOUT, keep_freed_memory
+from runtime.setup import PROCESS_GROUP_TIMEOUT, connect, keep_freed_memory
 
 
 @dataclass
@@ -94,9 +94,10 @@ def join_processes(device=None):
         raise UserError("--device cuda was asked for, but PyTorch sees no GPU; use --device cpu.")
     if device.type == "cpu":
         keep_freed_memory()  # else each batch waits to get it back
-    if "WORLD_SIZE" in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        connect(lambda: dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                                timeout=PROCESS_GROUP_TIMEOUT))
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PROCESS_GROUP_TIMEOUT)
     return device

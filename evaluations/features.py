@@ -176,6 +176,9 @@ def dinov2_state(state, path):
     state = {key: value for key, value in state.items() if key != "mask_token"}       # torch.hub only; unused
     table = state["pos_embed"].float()                                               # (1, 1 + 37 * 37, D)
     side = round((table.shape[1] - 1) ** 0.5)
+    if side ** 2 != table.shape[1] - 1:
+        raise UserError(f"{path} has {table.shape[1]} positions, not a class token's and those of a square; give "
+                        "torch.hub's or timm's file of DINOv2 ViT-L/14 without registers.")
     if side != DINOV2_SIDE:
         grid = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
         scale = (DINOV2_SIDE + DINOV2_OFFSET) / side

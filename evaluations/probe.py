@@ -42,7 +42,7 @@ def evaluate(args):
     if max(blocks) > depth:
         raise UserError(f"--blocks names {max(blocks)}, the network has blocks 1 to {depth}; choose among these.")
     if args.enc_type not in (None, trained.get("enc_type")):  # the run's weights are for another teacher
-        trained |= {"enc_weights": None, "enc_blocks": None, "attn_teacher": None}
+        trained |= {"enc_weights": None, "enc_blocks": None, "enc_size": None, "attn_teacher": None}
     given = {name: getattr(args, name) for name in ("enc_type", "enc_weights", "enc_blocks", "resolution")}
     trained |= {name: value for name, value in given.items() if value is not None}
     data = args.data or trained.get("data_dir")

@@ -74,6 +74,7 @@ def load_set(source, extractor, metrics, is_reference=False, limit=None, batch_s
     if found and stored:
         for key in (*STATISTICS, "made_of"):
             setattr(found, key, getattr(stored, key))
+        found.n = stored.n or found.n  # of the statistics; the pool is of the images beside them
     return found
 
 

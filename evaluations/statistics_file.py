@@ -19,7 +19,6 @@ from runtime.files import ARRAY_ERRORS, atomic_write
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 LARGEST = 1 << 29     # bytes of one array: a covariance of 8,192 features in float64
-BATCH = 64            # images copied at a time
 ROUNDING = 1e-5       # of a float32 covariance, relative to its largest entry or its trace
 
 logger = logging.getLogger(__name__)
@@ -105,7 +104,7 @@ def is_made_of(path, images):
         return False
 
 
-def write_statistics(path, found, images, chosen=()):
+def write_statistics(path, found, images, chosen=(), batch_size=64):
     """Write a FeatureSet's statistics and, as arr_0, the images with the numbers `chosen`, in file order."""
     arrays = {key: getattr(found, key).numpy() for key in STATISTICS if getattr(found, key) is not None}
     with atomic_write(path, "w+b") as whole:
@@ -115,5 +114,5 @@ def write_statistics(path, found, images, chosen=()):
                 header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), *images.size, 3)}
                 np.lib.format.write_array_header_1_0(file, header)
                 wanted = np.isin(np.arange(images.n), chosen)
-                for i, batch in enumerate(images.batches(0, images.n, BATCH)):
-                    file.write(batch[wanted[i * BATCH:(i + 1) * BATCH]].tobytes())
+                for i, batch in enumerate(images.batches(0, images.n, batch_size)):
+                    file.write(batch[wanted[i * batch_size:(i + 1) * batch_size]].tobytes())

@@ -45,7 +45,7 @@ def main():
     found = extract(images.batches(start, stop, args.batch_size), stop - start, extractor, images.name, keep=False)
     if found:
         chosen = np.random.RandomState(args.seed).permutation(images.n)[:args.images]
-        write_statistics(args.out, found, images, chosen)
+        write_statistics(args.out, found, images, chosen, args.batch_size)
         logger.info("%s: statistics of %d images, %d of them stored", args.out, found.n, args.images)
     end_processes()
 

@@ -19,6 +19,7 @@ from runtime.files import prepare_output
 from runtime.flags import Parser, whole
 
 ROOT = Path(__file__).resolve().parents[1]
+CKPT, VAE = ROOT / "assets/sit-xs-cifar10.safetensors", ROOT / "assets/vae-cifar10"
 
 
 class Demo:
@@ -26,8 +27,9 @@ class Demo:
 
     def __init__(self, ckpt, vae, text_encoder):
         from sampling.pipeline import load_pipeline
-        self.name = Path(ckpt).stem
-        self.pipe = load_pipeline(ckpt, vae=vae, **({"text_encoder": text_encoder} if text_encoder else {}))
+        self.name = ckpt.stem
+        self.pipe = load_pipeline(ckpt, vae=vae or (VAE if ckpt == CKPT else None),
+                                  **({"text_encoder": text_encoder} if text_encoder else {}))
         self.lock = threading.Lock()  # one grid at a time
         self.cfg = 1.0 if self.pipe.args.get("cfg_prob") == 0 else 2.0
         self.names = [] if self.pipe.encode else \
@@ -52,8 +54,8 @@ def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("classes", nargs="*", metavar="CLASS", help="names of classes, or texts (default: all classes)")
-    add("--ckpt", default=ROOT / "assets/sit-xs-cifar10.safetensors", help="checkpoint (default: the one in assets/)")
-    add("--vae", default=ROOT / "assets/vae-cifar10", help="its VAE (default: the one in assets/)")
+    add("--ckpt", type=Path, default=CKPT, help="checkpoint (default: the one in assets/)")
+    add("--vae", help="its VAE (default: the one in assets/ for the checkpoint there, else that of the training)")
     add("--text-encoder", help="of a network of texts: hub name or folder (default: CLIP from the hub)")
     add("--images", type=whole(1, 100), default=8, help="a class (default 8)")
     add("--seed", type=whole(0), default=0)
@@ -72,6 +74,8 @@ def main():
                 return http.serve_forever()
             finally:
                 demo.lock.acquire()  # a thread inside torch would abort the interpreter's end
+    if args.out.suffix != ".png":
+        raise UserError(f"--out {args.out} does not end in .png, which the grid is; name it so.")
     prepare_output(args.out, (".png",))
     from runtime.images import write_png
     demo = Demo(args.ckpt, args.vae, args.text_encoder)

@@ -111,7 +111,7 @@ def main():
     args = parser.parse_args()
     from diffusers import AutoencoderKL  # takes seconds: import after parsing
     torch.manual_seed(args.seed)
-    tune(1, tf32=True)
+    tune(tf32=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prepare_output(args.out, inputs=[args.data])
     images = read_images(args.data)

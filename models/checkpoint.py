@@ -224,6 +224,8 @@ def load_network(path, kind=None, source="ema", **typed):
     if name not in configs:
         raise UserError(f"--model {name} is not known; use one of {', '.join(configs)}.")
     kwargs = infer_model_kwargs(weights)
+    # as a whole number of this model's patches, so that load_weights finds what is wrong with another model's weights
+    kwargs["input_size"] = configs[name]["patch_size"] * math.isqrt(weights["pos_embed"].shape[1])
     for key in ("num_classes", "qk_norm"):
         if key in kwargs and args.get(key) not in (None, kwargs[key]):
             raise UserError(f"--{key.replace('_', '-')} is {args[key]}, but the weights in {path} are of "

@@ -18,13 +18,12 @@ from PIL import features
 from data_io.loader import work_ahead
 from data_io.storage import read_member
 from dataset import digest
-from preprocessing.sources import LISTING, find, read
+from preprocessing.sources import LISTING, MADE, find, read
 from runtime.errors import UserError
 from runtime.files import atomic_write, check_output, is_file, read_json, reading, remove_temporaries, write_json
 from runtime.progress import progress
 from runtime.versions import version
 
-MADE = "made.json"
 CLASSES = "classes.json"
 NAMED = 20   # skipped pictures named on the terminal
 WRITERS = 4  # files being flushed at a time: a flush takes as long as making a picture

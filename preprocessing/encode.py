@@ -32,7 +32,7 @@ from runtime.errors import UserError
 from runtime.files import parse_array, weights_key
 from runtime.flags import whole
 from runtime.progress import progress
-from runtime.setup import PROCESS_GROUP_TIMEOUT, end_processes, tune
+from runtime.setup import PROCESS_GROUP_TIMEOUT, connect, end_processes, tune
 
 BATCH_SIZE = 64
 THREADS = 8  # that read pictures
@@ -215,8 +215,8 @@ def start(allow_tf32):
     -> accelerate's PartialState.
     """
     from accelerate import PartialState  # here, so that --help is fast
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT)
-    tune(state.num_processes, allow_tf32)
+    state = connect(lambda: PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT))
+    tune(allow_tf32)
     torch.backends.cudnn.deterministic = True
     return state
 

@@ -20,10 +20,10 @@ from data_io.index import ZIP_ERRORS, first_twice
 from data_io.moments import read_class_names
 from data_io.storage import LARGEST, LARGEST_LISTING, read_entry
 from runtime.errors import UserError, first_line
-from runtime.files import check_inside, read_json, reading
+from runtime.files import check_inside, is_file, read_json, reading
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-LISTING = "dataset.json"
+LISTING, MADE = "dataset.json", "made.json"  # what a finished folder of ours has, and one that was begun
 
 
 class Piece(NamedTuple):
@@ -143,6 +143,8 @@ def open_source(path, max_images=None, order=None):
     names = sorted(found)
     if not names:
         raise UserError(f"{path} holds no pictures ({', '.join(SUFFIXES)}); give another --source.")
+    if listing is None and is_file(Path(path) / MADE):
+        raise UserError(f"{path} has a {MADE} but no {LISTING}: it is not finished; let the command that makes it end.")
     if listing is None:
         classes = class_folders(names, path, order)
         numbers = {name: i for i, name in enumerate(classes or ())}

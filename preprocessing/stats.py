@@ -33,20 +33,27 @@ logger = logging.getLogger("haste")
 def open_moments(data):
     """(moments(i) -> float32 (2 C, h, w), mean and variance; their number) of a data set in either layout."""
     if not form_of(data, "vae-sd")[1].exists() and (data / "train").is_dir():
-        paths = [data / "train" / f"{i}.npy" for i in scan_numbered(data / "train")[1]]
+        paths = [data / "train" / f"{i}.npy" for i in sorted(scan_numbered(data / "train")[1])]
 
         def captioned(i):
             mean, logvar = halves(load_array(paths[i]), paths[i], is_std=False)
             return mean, np.exp(np.clip(logvar, -30, 20))
 
-        return captioned, len(paths)
+        return captioned, some(len(paths), data)
     files = open_files(data, "vae-sd", ".npy", labels=False)
 
     def labelled(i):
         mean, std = halves(files.array(i), files.name(i), is_std=True)
         return mean, std ** 2
 
-    return labelled, len(files.index.numbers)
+    return labelled, some(len(files.index.numbers), data)
+
+
+def some(count, data):
+    """`count`, not 0."""
+    if not count:
+        raise UserError(f"{data} holds no latents; give the folder that has vae-sd or, for captioned images, train.")
+    return count
 
 
 def halves(array, name, is_std):
@@ -64,8 +71,6 @@ def channel_statistics(data, threads=THREADS, most=None):
     """(mean, std) of each channel, lists, over the first `most` latents. Raises UserError where a std is 0."""
     moments, count = open_moments(data)
     count = min(count, most or count)
-    if not count:
-        raise UserError(f"{data} holds no latents; give the folder that has vae-sd or, for captioned images, train.")
     total = 0
     with progress(count, "stats", "latent") as bar:
         for each in work_ahead(lambda i: sums(moments, i), range(count), threads):

@@ -8,7 +8,7 @@ import sys
 import traceback
 
 LARGEST_SEED, MOST_CLASSES = 2 ** 32 - 1, 10 ** 6  # NumPy's limit; more classes than this are a typing error
-PEER_ENDED = "error: another process of this run has ended; its message says why."
+PEER_ENDED = "error: the connection to another process of this run broke; if that process has ended, it says why"
 
 
 class UserError(Exception):
@@ -76,7 +76,9 @@ def run_script(main, continues=False):
     except Exception as error:
         if not process_group():
             raise
-        message = PEER_ENDED if is_broken_connection(error) else traceback.format_exc()
+        first, *more = str(error).strip().splitlines() or [type(error).__name__]
+        message = (f"{PEER_ENDED} ({'; '.join([first, *more[-1:]])})" if is_broken_connection(error)
+                   else traceback.format_exc())
     finally:
         end_workers()
     if message:
@@ -95,7 +97,8 @@ def process_group():
 
 def is_broken_connection(error):
     """Whether a collective failed. NCCL and the store raise DistError; gloo a RuntimeError that names its own file."""
-    return isinstance(error, process_group().DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    import torch.distributed as dist  # here: loaded already, while --help must not load it
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def end_workers():

@@ -109,12 +109,15 @@ class Parser(argparse.ArgumentParser):
         path = finder.parse_known_args(args)[0].config if self.takes_file else None
         if path is None:
             return {}
-        flags = {name.lstrip("-").replace("-", "_"): action for action in self._actions if action.dest not in
-                 ("help", "config") for name in (action.dest, *action.option_strings) if not name.startswith("--no-")}
         typed, given, found = {word.partition("=")[0] for word in args}, read_flags(path), {}
+        of_a_run = any(mark in given for mark in OF_A_RUN)  # it holds facts too, whose names may be aliases here
+        flags = {name.lstrip("-").replace("-", "_"): action
+                 for action in self._actions if action.dest not in ("help", "config")
+                 for name in (action.dest, *(() if of_a_run else action.option_strings))
+                 if not name.startswith("--no-")}
         for key, value in given.items():
             name = str(key).replace("-", "_")
-            if name not in flags and any(mark in given for mark in OF_A_RUN):
+            if name not in flags and of_a_run:
                 continue
             if name not in flags:
                 nearest, = difflib.get_close_matches(name, flags, 1, 0)

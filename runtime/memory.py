@@ -58,6 +58,18 @@ def advice(images, accumulation, checkpointing, precision, weights, peak, capaci
 
 
 @contextlib.contextmanager
+def explained_sampling(images):
+    """The same for sampling `images` at a time."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"Out of memory with {images} images at a time; give a smaller "
+                        "--per-proc-batch-size.") from error
+
+
+@contextlib.contextmanager
 def explained(args, accelerator, model):
     """Turn an out-of-memory error inside into a UserError that says what to change. `model` is not sharded yet."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from runtime.errors import UserError, first_line
+from runtime.errors import UserError, first_line, is_broken_connection
 
 PROCESS_GROUP_TIMEOUT = datetime.timedelta(hours=2)  # ranks also wait for previews, scores and the teacher cache
 START_SECONDS = 180  # for the processes of a run to find each other
@@ -27,6 +27,9 @@ def connect(make):
         raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set; start by "
                         "torchrun or accelerate launch, set all of them, or unset WORLD_SIZE for one process.")
 
+    if torch.cuda.device_count() == 1 and "LOCAL_RANK" in os.environ:  # of each process, as by srun --gpus-per-task=1
+        os.environ["LOCAL_RANK"] = "0"  # accelerate takes it for the number of the GPU
+
     def sentence(reason):
         return ("The processes of this run could not connect at MASTER_ADDR:MASTER_PORT = "
                 f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({reason}); see that all are "
@@ -42,22 +45,29 @@ def connect(make):
         timer.start()
     try:
         return make()
-    except dist.DistError as error:
-        raise UserError(sentence(first_line(error))) from error
+    except RuntimeError as error:
+        if is_broken_connection(error):
+            raise UserError(sentence(first_line(error))) from error
+        raise
     finally:
         timer.cancel()
 
 
-def tune(processes, tf32):
-    """Tune one of `processes` processes: TF32 on GPUs if asked for, no denormals, its share of the cores.
+def share_of_cores():
+    """This process's share of the cores it may run on: a launcher lets all processes of a machine use the same ones."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def tune(tf32):
+    """Tune this process: TF32 on GPUs if asked for, no denormals, no more threads than its share of the cores.
 
     Without a GPU also keep freed memory. OMP_NUM_THREADS, which torchrun sets to 1, wins over the share.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.set_flush_denormal(True)  # some CPUs are slow with denormals
     if "OMP_NUM_THREADS" not in os.environ:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-        torch.set_num_threads(max(1, torch.get_num_threads() // here))
+        torch.set_num_threads(min(torch.get_num_threads(), share_of_cores()))
     if not torch.cuda.is_available():
         keep_freed_memory()
 
@@ -113,8 +123,10 @@ def give_back_memory():
 
 
 def to_device(tensor, device):
-    """Copy a CPU tensor to `device` without waiting. A copy to a GPU is asynchronous from pinned memory only."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """Copy a tensor to `device` without waiting. A copy from CPU to GPU is asynchronous from pinned memory only."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def end_processes():

@@ -1,6 +1,7 @@
 """The flags of generate.py and generate_t2i.py in groups, each with its range beside it."""
 import argparse
 
+from runtime.errors import LARGEST_SEED
 from runtime.flags import number, pixels, whole
 from samplers import SAMPLERS, TIME_GRIDS
 from sampling.cache import CACHES
@@ -60,8 +61,8 @@ def add_sampler_flags(parser, **swept):
         "%(default)s)")
     add("--guidance-low", type=number(0, 1), default=0.0, help="guide where t is at least this (default 0)")
     add("--guidance-high", type=number(0, 1), default=1.0, help="guide where t is at most this (default 1)")
-    add("--seed", "--global-seed", dest="global_seed", type=whole(0), default=0, help="image i is made from (seed, i) "
-        "(default 0)")
+    add("--seed", "--global-seed", dest="global_seed", type=whole(0, LARGEST_SEED), default=0,
+        help="image i is made from (seed, i) (default 0)")
 
     add = parser.add_argument_group("cache between steps").add_argument
     add("--cache", choices=CACHES, default="none", help="skip work at most steps; taylor: predict attention and MLP, "

@@ -14,12 +14,13 @@ from tqdm import tqdm
 from data_io.latent_scale import PIXELS, SD_SCALE, read_statistics, scale_of
 from encoders.vae import VAES, open_vae
 from models.checkpoint import load_network, weights_digest
+from runtime import memory
 from runtime.errors import UserError
 from runtime.files import atomic_write, is_file, read_json, remove_temporaries, write_json
 from runtime.images import IMAGE_ERRORS, image_grid, open_image, write_png
 from runtime.setup import AUTOCAST, PROCESS_GROUP_TIMEOUT, cast_weights, check_compiler, connect, to_device, tune
-from samplers import SAMPLERS, guided
-from sampling.cache import blocks_of, flops_of_call, sample_latents
+from samplers import SAMPLERS, TIME_GRIDS, guided
+from sampling.cache import CACHES, blocks_of, flops_of_call, sample_latents
 
 CFG_SCALE = 1.5  # the published default
 GRID_IMAGES = 72
@@ -49,6 +50,13 @@ def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale
     if mode not in SAMPLERS:
         raise UserError(f"mode {mode!r} is not known; use {' or '.join(map(repr, SAMPLERS))}.")
     check_modes(mode, heun, cache)
+    for name, value, known in (("cache", cache, CACHES), ("time_grid", time_grid, TIME_GRIDS)):
+        if value not in known:
+            raise UserError(f"{name} {value!r} is not known; use {' or '.join(map(repr, known))}.")
+    for name, value, low in (("num_steps", num_steps, 1), ("cache_interval", cache_interval, 1),
+                             ("cache_order", cache_order, 0)):
+        if type(value) is not int or value < low:
+            raise UserError(f"{name} is {value!r}; give a whole number from {low} on.")
     for name, value in (("num_steps", num_steps), ("cfg_scale", cfg_scale)):
         if not 1 <= value < math.inf:
             raise UserError(f"{name} is {value}; give a number from 1 on.")
@@ -57,9 +65,17 @@ def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale
     velocity = guided(network, y, y_null, cfg_scale, guidance_low, guidance_high)
     latents, state = sample_latents(network, velocity, normals(network.latent_shape, np.float32), mode, num_steps,
                                     cache, cache_interval, cache_order, cache_boundary, **options)
+    check_finite(latents)
     if cost is not None:
         cost.update(calls=state.rows, computed=state.computed / len(blocks_of(network)))
     return vae.decode(latents)
+
+
+def check_finite(latents):
+    """Raise UserError for latents that are not finite: they would become black images."""
+    if not latents.isfinite().all():
+        raise UserError("The sampler's latents are not finite: the weights are damaged or diverged, or fp16 is too "
+                        "narrow for them; try --mixed-precision no, or another checkpoint.")
 
 
 def check_modes(mode, heun, cache):
@@ -80,6 +96,8 @@ def open_network(path, vae, device, kind=None, source="ema", latents_stats=None,
     """
     network, args = load_network(path, kind, source, **typed)
     name = choose_vae(vae, args, path)
+    if name == PIXELS and latents_stats:
+        raise UserError(f"--latents-stats is for a VAE's latents, and {path} was trained on pixels; leave it out.")
     scale = read_statistics(latents_stats) if latents_stats else scale_of(args)
     scale.check(network.in_channels, latents_stats or path)
     vae = open_vae(name, device, scale)
@@ -119,7 +137,7 @@ def start(args):
     check_modes(args.mode, args.heun, args.cache)
     state = connect(lambda: PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT))
     torch.set_grad_enabled(False)
-    tune(state.num_processes, args.tf32)
+    tune(args.tf32)
     if args.mixed_precision == "fp16" and state.device.type == "cpu":
         raise UserError("--mixed-precision fp16 needs a GPU; use bf16 or no.")
     if args.compile:
@@ -250,7 +268,9 @@ def make_images(args, state, network, vae, paths, condition):
             conditions = [condition(i, rng) for i, rng in zip(filled, streams, strict=True)]
             y, y_null = (to_device(torch.stack(c), state.device) for c in zip(*conditions, strict=True))
             flops = flops or flops_of_call(network, y)
-            images = sample(network, vae, streams, y, y_null, cost=cost, **options).permute(0, 2, 3, 1).cpu().numpy()
+            with memory.explained_sampling(size):
+                images = sample(network, vae, streams, y, y_null, cost=cost, **options)
+            images = images.permute(0, 2, 3, 1).cpu().numpy()
             for task in written:  # the batch before was written meanwhile; raise its errors
                 task.result()
             written = [writers.submit(write_png, paths[i], images[row]) for row, i in enumerate(batch)]

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from encoders.text import CLIP, TextEncoder
-from runtime.errors import UserError
+from runtime.errors import LARGEST_SEED, UserError
 from sampling.images import CFG_SCALE, check_guidance, open_network, sample
 
 
@@ -34,8 +34,10 @@ class Pipeline:
         """
         if isinstance(conditions, (str, int)):
             raise UserError(f"{conditions!r} is one condition; give a list, such as [{conditions!r}].")
-        if type(seed) is not int or seed < 0 or type(batch_size) is not int or batch_size < 1:
-            raise UserError(f"seed is {seed!r}, batch_size {batch_size!r}; give whole numbers from 0 and from 1 on.")
+        if type(seed) is not int or not 0 <= seed <= LARGEST_SEED or type(batch_size) is not int or batch_size < 1:
+            # NumPy would give larger seeds the noise of smaller ones
+            raise UserError(f"seed is {seed!r}, batch_size {batch_size!r}; give whole numbers, from 0 to "
+                            f"{LARGEST_SEED} and from 1 on.")
         check_guidance(self.path, sampling.get("cfg_scale", CFG_SCALE), self.args)
         pictures = []
         for start in range(0, len(conditions), batch_size):

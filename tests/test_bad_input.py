@@ -26,6 +26,7 @@ from evaluations import baselines, caption_retrieval, curves, evaluator, probe, 
 from examples import train_vae
 from preprocessing import coco, convert, dataset_tools, encode, pack
 from runtime.errors import run_script
+from runtime.files import load_tensors
 from tests.conftest import NO_TEACHER, call_main, contents, train_arguments, write_tiny_data
 from tests.damage import (
     CKPT,
@@ -82,6 +83,12 @@ def cache_without_arrays(w):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
         call_main(patch, train, *train_arguments(w / "data", w / "out", *more, "--max-train-steps", 1))
     next((w / "cache").glob("*/features0.npy")).unlink()
+
+
+def nan_weight(w):
+    state = load_tensors(w / CKPT)
+    state["ema"]["final_layer.linear.bias"].fill_(torch.nan)
+    torch.save(state, w / CKPT)
 
 
 CASES = {
@@ -142,6 +149,7 @@ CASES = {
         (None, ["--preset", "sit-s-2-haste"], "--preset sit-s-2-haste is not known; `--preset list` shows"),
         # what else training reads
         (None, ["--enc-type", "dinov2-vit-s", "--exp-name", "new"], "could not be fetched from the hub"),
+        (None, ["--enc-type", "timm:beit_base_patch16_224"], "is no plain ViT"),
         (None, [*WITH_TEACHER, "--enc-weights", "/no/file.pth"], "/no/file.pth does not exist"),
         (put("teacher.pth", Planted()), WITH_TEACHER, "holds code, which is not run"),
         (cut("teacher.pth"), WITH_TEACHER, "teacher.pth is damaged"),
@@ -182,6 +190,8 @@ CASES = {
         (None, ["--guidance-low", 0.9, "--guidance-high", 0.1], "lies above --guidance-high 0.1"),
         (None, ["--mode", "sde", "--heun"], "--heun:? is for --mode ode"),
         (None, ["--projector-embed-dims", "768"], "has projectors to 384"),
+        (None, ["--seed", 2 ** 32], "is 4294967296; it must be from 0 to 4294967295"),
+        (nan_weight, ["--sample-dir", "{w}/new"], "The sampler's latents are not finite"),
         (None, ["--vae", "/no/vae"], "The VAE /no/vae could not be loaded"),
         ([copy(VAE, "vae"), cut("vae/diffusion_pytorch_model.safetensors")], ["--vae", "{w}/vae"],
          "vae could not be loaded"),
@@ -259,6 +269,7 @@ CASES = {
     encode: [
         (put("odd/1.png", Image.new("RGB", (30, 30))), ["--source", "{w}/odd"],
          "have 30 pixels a side, no multiple of 4"),
+        ([remove(LABELS), put("data/images/made.json", {})], [], "images has a made.json but no dataset.json"),
     ],
     pack: [
         (remove("data"), [], "vae-sd/dataset.json does not exist"),

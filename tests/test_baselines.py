@@ -8,6 +8,7 @@ import torch
 
 from evaluations import baselines, features, scores
 from evaluations.images import FolderImages, decode
+from runtime.errors import UserError
 from tests.conftest import ROOT, call_main, write_tiny_data
 from tests.test_evaluations_metrics import save_efficientnet
 
@@ -38,3 +39,5 @@ def test_rows_are_what_they_are_called(monkeypatch, tmp_path, capsys):
     references, sets = baselines.image_sets(args, 8, torch.device("cpu"))
     training, scored = references["training"].files, sets["training through the VAE"].images.files
     assert len(training) == len(scored) == 8 and len({*training, *scored}) == 16
+    with pytest.raises(UserError, match="has 17 images, more than the 8 held-out or the 16 other training images"):
+        baselines.image_sets(args, 17, torch.device("cpu"))

@@ -1,11 +1,13 @@
 """Caption retrieval: known answers on constructed sets, chance for shuffles, CLIP score, bad input."""
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from evaluations import caption_retrieval, captioned
 from evaluations.captioned import Clip
@@ -99,6 +101,16 @@ def test_pictures_are_paired_by_their_numbers(made, monkeypatch):
         assert (result["n"], result["candidates"], top1(result)) == (n, len(numbers), 1.0)
     with pytest.raises(UserError, match="captions.json does not exist"):
         run(made, monkeypatch, folder, made / "some", "--clip", "/nowhere")
+
+
+def test_a_clip_without_images(clip_folder, tmp_path):
+    """transformers would draw random weights for what is missing."""
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="could not be loaded .it has no visual_projection.weight"):
+        Clip(folder, "cpu")
 
 
 def test_clip_score(made, clip_folder, monkeypatch):

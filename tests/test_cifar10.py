@@ -157,6 +157,8 @@ def test_latents_are_the_vaes(photographs, monkeypatch, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(VAE, "encode", lambda *_: pytest.fail("made again"))
     prepare.build_latents(tmp_path, str(ROOT / "assets/vae-cifar10"))
+    with pytest.raises(UserError, match="holds latents of another VAE than .*vae-emoji"):
+        prepare.build_latents(tmp_path, str(ROOT / "assets/vae-emoji"))
 
 
 def test_reference_statistics(photographs, monkeypatch, tmp_path):

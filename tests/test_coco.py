@@ -147,7 +147,7 @@ def test_products_are_exact_unless_asked(source, made, clip_folder, tmp_path, mo
     monkeypatch.setattr(encode, "tune", lambda *given: seen.append(given))
     shutil.copytree(made, tmp_path / "dest")
     call_main(monkeypatch, coco, *arguments(source, tmp_path / "dest", clip_folder, *more))
-    assert seen == [(1, tf32)]
+    assert seen == [(tf32,)]
 
 
 def slowly():
@@ -309,6 +309,14 @@ def test_sentence_encoder(bert_folder):
     assert (states != 0).any(-1).sum(1).tolist() == [4, 6]  # start and end beside the words
     torch.testing.assert_close(TextEncoder(bert_folder)(["red heart"])[:, :9], states[:1])
     assert TextEncoder(bert_folder).length == 40
+
+
+def test_an_encoder_of_another_kind(bert_folder):
+    import transformers
+    config = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=50)
+    transformers.AutoModel.from_config(config).save_pretrained(bert_folder)
+    with pytest.raises(UserError, match="is a t5, neither CLIP nor like BERT"):
+        TextEncoder(bert_folder)
 
 
 def test_weights_that_do_not_fit(bert_folder, clip_folder):

@@ -70,6 +70,13 @@ def test_a_table_for_latex():
                      r"a\_b \& 50 \% & 1.5 \\", r"\bottomrule", r"\end{tabular}"]
 
 
+def test_text_has_at_most_an_image_for_each_of_val(tiny_captions):
+    text = {"data_dir": tiny_captions}
+    assert compare.number_of_samples(None, [{"num_classes": 4}]) == 50_000
+    assert compare.number_of_samples(None, [text, {"num_classes": 4}]) == len([*(tiny_captions / "val").glob("*.png")])
+    assert compare.number_of_samples(2, [text]) == 2
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_data, tmp_path_factory):
     """Two seeds with one learning rate, one run with another; two checkpoints of the last."""
@@ -122,6 +129,9 @@ def test_runs_over_seeds(called, runs, tmp_path):
     os.utime(runs / "b/checkpoints/0000002.pt")  # a newer checkpoint is looked at again
     called(["a0", "b"], "--steps", 2)
     assert called.made == 4
+    os.utime(runs / "reference.npz")  # and so is another reference
+    called(["a0", "b"], "--steps", 2)
+    assert before[path := next(iter(before))] < path.stat().st_mtime_ns
     _, _, *rows = called(["a0", "b"], "--steps", 2, "--names", "SiT", "HASTE")
     assert [row.split(" | ")[:2] for row in rows] == [["| SiT", "1"], ["| HASTE", "1"]] and called.made == 4
     with pytest.raises(UserError, match="holds images of other settings .time_grid"):

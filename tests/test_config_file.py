@@ -44,6 +44,13 @@ def test_flags_of_a_file_are_those_typed(monkeypatch, put):
         monkeypatch, generate, "--ckpt", "a.pt", "--cfg-scale", 2, "--global-seed", 3)
 
 
+def test_facts_of_a_run_are_no_flags(monkeypatch, put):
+    """settings.json of samples and args.json of a run hold facts too; some have the names of aliases here."""
+    path = put({"ckpt": "a.pt", "num_steps": 2, "steps": 400_000, "class_names": ["a", "b"], "network_sha256": "0"})
+    found = parsed(monkeypatch, generate, "--config", path)
+    assert found == parsed(monkeypatch, generate, "--ckpt", "a.pt", "--num-steps", 2)
+
+
 def test_typed_flags_win(monkeypatch, put):
     path = put({"exp_name": "x", "seed": 1, "hflip": True, "batch_size": 8, "early_stop_fraction": 0.5})
     args = parsed(monkeypatch, train, f"--config={path}", "--seed", 2, "--no-hflip", "--early-stop-point", 7)

@@ -17,6 +17,7 @@ from evaluations import evaluator, scores, stats
 from evaluations.features import Extractor, load_extractor
 from evaluations.images import open_images
 from evaluations.scores import load_set, score
+from evaluations.statistics_file import write_statistics
 from runtime.errors import UserError
 from runtime.files import sha256_of
 from tests.conftest import ROOT, call_main, script
@@ -244,11 +245,16 @@ def test_few_images_against_statistics_alone(monkeypatch, made, inception, quick
     assert load_set(made / "statistics.npz", inception, ("fid", "pr")) is None
 
 
-def test_other_features_keep_their_own_names(monkeypatch, made, quick, capsys):
+def test_other_features_keep_their_own_names(monkeypatch, made, lite0, quick, capsys):
     argv = [*paths(made, "reference.npz", "sample.npz"), *LITE0]
     call_main(monkeypatch, evaluator, *argv)                                                # fid,kid is the default
     assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == [
         "FD-EffLite0 (n = 7, reference n = 9)", "KID-EffLite0 (n = 7, reference n = 9)"]
+    write_statistics(made / "some-kept.npz", load_set(made / "reference.npz", lite0, ("fid",)),
+                     open_images(made / "reference.npz"), range(5))
+    call_main(monkeypatch, evaluator, made / "some-kept.npz", *argv[1:])  # each score counts the images it compares
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "FD-EffLite0 (n = 7, reference n = 9)", "KID-EffLite0 (n = 7, reference n = 5)"]
     monkeypatch.setattr(scores, "precision_recall", lambda x, y, dtype: (torch.finfo(dtype).bits, 0.5))
     for flag, bits in (([], 16), (["--pr-dtype", "float32"], 32)):
         call_main(monkeypatch, evaluator, *argv, "--metrics", "pr", *flag)

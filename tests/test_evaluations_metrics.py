@@ -228,7 +228,7 @@ def test_efficientnet_is_fed_as_it_was_trained(tmp_path):
 def test_scoring_leaves_the_random_stream_and_settings_alone(tmp_path):
     """Scoring runs in full float32, whatever a training loop has set."""
     save_efficientnet(tmp_path / "w.pth")
-    tune(1, tf32=True)
+    tune(tf32=True)
     before, inside = torch.get_rng_state(), []
     extractor = load_extractor("efficientnet-lite0", tmp_path / "w.pth", verify=False)
     extractor.network.conv_stem.register_forward_hook(lambda *_: inside.append(
@@ -238,7 +238,7 @@ def test_scoring_leaves_the_random_stream_and_settings_alone(tmp_path):
     assert pool.dtype == torch.float32 and not pool.requires_grad and inside == [(False, False, False)]
     assert torch.equal(torch.get_rng_state(), before) and torch.backends.cudnn.allow_tf32
     assert torch.backends.cuda.matmul.allow_tf32
-    tune(1, tf32=False)
+    tune(tf32=False)
     assert torch.get_float32_matmul_precision() == "highest"  # PyTorch raises if the flags disagree
 
 

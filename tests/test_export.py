@@ -64,7 +64,8 @@ def test_a_release(monkeypatch, tmp_path):
     """Half the size, the same weights in half precision, no projectors, no trace of where it was trained."""
     path = make_checkpoint(tmp_path / "0000005.pt")
     state = load_tensors(path)
-    vars(state["args"]).update(data_dir="/mnt/mine", output_dir="exps")
+    vars(state["args"]).update(data_dir="/mnt/mine", output_dir="exps", vae="/mnt/mine/vae",
+                               enc_weights="w,/mnt/mine/w")
     torch.save(state, path)
     for out, more in (("whole.safetensors", []), ("half.safetensors", ["--release"])):
         call_main(monkeypatch, export, path, tmp_path / out, *more)
@@ -72,7 +73,8 @@ def test_a_release(monkeypatch, tmp_path):
     assert half.stat().st_size < 0.51 * whole.stat().st_size
     assert b"/mnt/mine" in whole.read_bytes() and b"/mnt/mine" not in half.read_bytes()
     (exact, args), (rounded, released) = load_network(whole), load_network(half)
-    assert released == {name: value for name, value in args.items() if name != "data_dir"}
+    assert released == {name: value for name, value in args.items() if name not in ("data_dir", "enc_weights")} | {
+        "vae": "vae"}  # without its name, Stable Diffusion's would be taken
     assert exact.z_dims and rounded.z_dims == ()
     exact.projectors = torch.nn.ModuleList()
     for ours, theirs in zip(exact.parameters(), rounded.parameters(), strict=True):
@@ -89,6 +91,8 @@ def test_python_samples_what_the_script_samples(monkeypatch, forms, tmp_path, fo
 
 
 def test_text_from_python(monkeypatch, text, clip_folder, tmp_path):
+    with pytest.raises(UserError, match="--class-names is for a network of classes"):
+        call_main(monkeypatch, export, text, tmp_path / "text.safetensors", "--class-names", "names.json")
     call_main(monkeypatch, export, text, tmp_path / "text.safetensors")
     prompts = ["a bus", "two long cats"]
     call_main(monkeypatch, generate_t2i, "--ckpt", tmp_path / "text.safetensors", "--sample-dir", tmp_path, *FLAGS,

@@ -212,7 +212,7 @@ def test_scores_have_full_float32(tmp_path):
     found = []
     for device in ("cpu", DEVICE):
         extractor = load_extractor("efficientnet-lite0", tmp_path / "scorer.pth", device, "adm", verify=False)
-        tune(1, tf32=True)
+        tune(tf32=True)
         with torch.autocast(device, torch.bfloat16):
             found.append(extractor(images)[0])
     assert found[1].device.type == DEVICE and found[1].dtype == torch.float32
@@ -436,12 +436,12 @@ def test_one_process_of_a_group(tiny_data, teacher_file, tmp_path, expected):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_two_processes_on_one_gpu(tiny_data, teacher_file, tmp_path, expected, precision):
     run_group(*run_arguments(tiny_data, teacher_file, tmp_path, "--mixed-precision", precision), processes=2,
-              before="tests.test_gpu.use_gloo" if ON_GPU else None, env={"ACCELERATE_BYPASS_DEVICE_MAP": "true"})
+              before="tests.test_gpu.use_gloo" if ON_GPU else None)
     assert all(assert_expected(metrics(tmp_path), expected, TRAINED[precision]))
     assert "2 process(es)" in (tmp_path / "run/log.txt").read_text()
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@EACH_TRAINED
 def test_fsdp_2(tiny_data, teacher_file, tmp_path, expected, precision):
     """By one NCCL process as accelerate's launcher sets it up; by two on a CPU, where accelerate has to be told."""
     arguments = run_arguments(tiny_data, teacher_file, tmp_path, "--mixed-precision", precision,

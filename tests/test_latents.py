@@ -1,6 +1,7 @@
 """Latents of any VAE: their scale and shift from its config, the data or a file, through training and sampling."""
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -118,6 +119,12 @@ def test_what_lies_between_vae_and_network():
     assert scale_in(both | {"scaling_factor": 0.18215}) == ((0.25, 2.0), (1.0, 2.0))
 
 
+def test_a_vae_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UserError, match="The VAE vae needs the package diffusers; install it"):
+        VAE("vae")
+
+
 def test_statistics_from_files(monkeypatch, tmp_path):
     """safetensors, npz and LightningDiT's .pt agree; `stats` also takes captioned and packed data."""
     mean, std = np.arange(4, dtype=np.float32).reshape(1, 4, 1, 1), np.full((1, 4, 1, 1), 2, np.float32)
@@ -135,6 +142,9 @@ def test_statistics_from_files(monkeypatch, tmp_path):
     vae = write_vae(tmp_path / "vae", 3, 4, shift_factor=0.5)
     call_main(monkeypatch, dataset_tools, "stats", "--data", data, "--vae", vae)
     assert read_note(data)["vae"] == str(vae) and scale_of({"latents": read_note(data)}) == (0.18215, 0.5)
+    (tmp_path / "none/train").mkdir(parents=True)
+    with pytest.raises(UserError, match="none holds no latents; give the folder that has vae-sd"):
+        call_main(monkeypatch, dataset_tools, "stats", "--data", tmp_path / "none", "--vae", vae)
     texts = write_tiny_captions(tmp_path / "texts", counts=(1, 1))
     call_main(monkeypatch, dataset_tools, "stats", "--data", texts)
     moments = np.stack([np.load(texts / f"train/{i}.npy") for i in range(2)]).astype(np.float64)

@@ -1,5 +1,6 @@
 """A run may stop or be killed anywhere: the same command continues it, and only time is lost."""
 import errno
+import json
 import os
 import resource
 import shutil
@@ -255,6 +256,7 @@ def test_going_back_makes_the_same_run_again(run, six):
     first, rows = checkpoint(six, 6), without_time(metrics(six))
     run(six, *PLAIN, "--resume-step", 2)
     assert "0000002.pt" in log(six).split("continuing from ")[1]
+    assert "resume_step" not in json.loads((six / "run/args.json").read_text())  # a new run has no such checkpoint
     assert_same_state(first["model"], checkpoint(six, 6)["model"])
     assert without_time(metrics(six)) == rows
 

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 import train
-from runtime import memory, progress
+from runtime import memory, progress, setup
 from runtime.errors import UserError
 from runtime.memory import GIB, advice, images_that_fit
 from tests.conftest import CPU, NO_TEACHER, ROOT, forget_accelerator, script, tiny_run, train_arguments, without
@@ -155,12 +155,21 @@ def test_the_launcher_fills_in_what_no_flag_says(monkeypatch, tiny_data, tmp_pat
 @pytest.mark.parametrize("variable, value, message", [
     ("ACCELERATE_MIXED_PRECISION", "fp8", "is fp8, .* must be no, fp16, bf16. Change it or give --mixed-precision"),
     ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "0", "is 0, .* a whole number from 1 on"),
+    ("ACCELERATE_USE_DEEPSPEED", "true", "is not supported; choose MULTI_GPU or FSDP"),
     ("WORLD_SIZE", "2", "is 2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set")])
 def test_what_the_launcher_may_not_say(monkeypatch, tiny_data, tmp_path, variable, value, message):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=f"{variable} {message}"):
         launched(monkeypatch, tiny_data, tmp_path, **{variable: value})
+
+
+def test_a_process_that_sees_one_gpu_takes_it(monkeypatch):
+    """accelerate takes LOCAL_RANK for the GPU's number, and `srun --gpus-per-task=1` shows each process its own."""
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for gpus, expected in ((8, "3"), (0, "3"), (1, "0")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert setup.connect(lambda: os.environ["LOCAL_RANK"]) == expected
 
 
 @pytest.mark.parametrize("cores, processes, typed, used", [

@@ -101,6 +101,7 @@ def test_time_grids():
     assert step_times(51) == torch.linspace(1, 0, 51, dtype=torch.float64).tolist()
     assert step_times(250, 0.04) == torch.linspace(1, 0.04, 250, dtype=torch.float64).tolist()
     assert step_times(5, 0.0, "shift", 3.0) == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    assert all(1 - 1e-15 <= step_times(2, 0.0, "shift", i / 100)[0] <= 1 for i in range(1, 400))  # guidance compares
     assert step_times(5, 0.0, "quadratic") == [1, 0.5625, 0.25, 0.0625, 0]
     for mode in ("ode", "sde", "dpm"):
         seen = []

@@ -31,6 +31,8 @@ def test_a_continued_run_has_the_rates_of_a_whole_one(run, tmp_path):
     whole, rates = end_of("cosine", *schedule)
     (tmp_path / "cosine/run/checkpoints/0000004.pt").unlink()
     continued, again = end_of("cosine", *schedule)
+    rows = [end_of("rows", "--log-every", 3, *schedule)[1] for _ in range(2)]  # the second start has no step to do
+    assert rows[0] == rows[1] == pytest.approx([1e-3, 5e-4])
     plain, constant = end_of("plain")
     assert rates == again == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4]) and constant == [1e-3] * 4
     assert all((whole[name] == continued[name]).all() for name in whole)

@@ -5,6 +5,7 @@ be waited for; here they also refuse copies between devices that wait. The backw
 gradients are zeros here.
 """
 import copy
+from argparse import Namespace
 from collections import Counter
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -24,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import train
 import train_t2i
+from benchmarks import step_time
 from encoders.teachers import TEACHERS, Teacher
 from encoders.vae import open_vae
 from models.mmdit import MMDiT_models
@@ -68,13 +71,19 @@ def apply(module, function, recurse=True):
     return module
 
 
+def pin_memory(tensor):
+    """As on a real GPU: only a CPU tensor can be pinned."""
+    assert tensor.device.type == "cpu"
+    return tensor
+
+
 @pytest.fixture
 def mode(monkeypatch):
     """Fake tensors, on a machine that seems to have a GPU."""
     monkeypatch.setattr(torch.nn.Module, "_apply", apply)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     yield OnGPU()
     forget_accelerator()
 
@@ -183,6 +192,21 @@ def test_a_step_never_waits(trainer, mode, tiny_data, tiny_captions, teacher_fil
     assert {p.device for network in (trainer.model, trainer.ema) for p in network.parameters()} == {GPU}
 
 
+def test_a_timed_step(monkeypatch, mode):
+    """step_time.py's: its batch is on the GPU from the start."""
+    options = Namespace(model="SiT-N/2", resolution=128, enc_type="dinov2-vit-s", variants=("ours", "plain"),
+                        no_attention=False)
+    monkeypatch.setattr(Accelerator, "device", GPU)
+    monkeypatch.setattr(Accelerator, "backward", lambda *_: None)
+    with mode:
+        run = step_time.Run(options, 2, "no")
+        steps = [run.step(*key) for key in (("ours", 1), ("ours", 2), ("plain", 2))]
+        mode.never_waits = True
+        for step in steps:
+            step()
+        assert {p.device for variant in options.variants for p in run.model(variant)[0].parameters()} == {GPU}
+
+
 NETWORKS = {  # one that samples, its condition, the empty one
     "SiT": (lambda: SiT_models["SiT-N/2"](input_size=16, num_classes=4, z_dims=()), torch.tensor([0, 1]),
             torch.tensor([4, 4])),
@@ -194,8 +218,9 @@ NETWORKS = {  # one that samples, its condition, the empty one
 @pytest.mark.parametrize("name, cache, options", [
     ("SiT", "none", {"mode": "ode"}), ("SiT", "taylor", {"mode": "sde"}), ("SiT", "delta", {"heun": True}),
     ("MMDiT", "none", {"mode": "dpm"}), ("MMDiT", "taylor", {"mode": "ode"}), ("MMDiT", "delta", {"mode": "sde"})])
-def test_a_sampler_never_waits(mode, name, cache, options):
+def test_a_sampler_never_waits(monkeypatch, mode, name, cache, options):
     """From noise to pictures, with guidance on a part of the times. (dopri5 has to ask whether all images are done.)"""
+    monkeypatch.setattr("sampling.images.check_finite", lambda latents: None)  # waits once, at the end
     make, *conditions = NETWORKS[name]
     vae, network = open_vae(str(ROOT / "assets/vae-emoji")), faked(mode, make())
     move_vae(mode, vae)

@@ -52,7 +52,7 @@ def test_a_step_finds_the_memory_of_the_one_before():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
         print(faults(20_000_000), faults(50_000_000))
-        setup.tune(1, tf32=False)
+        setup.tune(tf32=False)
         print(faults(20_000_000), faults(50_000_000))"""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True,
@@ -85,17 +85,20 @@ def test_cast_weights_give_what_autocast_gives(kind):
 
 
 def test_processes_share_the_cores(monkeypatch):
-    """They divide this machine's cores, unless the user sets the number of threads."""
+    """They divide this machine's cores once, unless the user sets the number of threads. (accelerate may have done it.)
+    """
     asked = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    for environment, expected in (({}, 1), ({"LOCAL_WORLD_SIZE": "2"}, 4), ({"OMP_NUM_THREADS": "3"}, None)):
+    for environment, before, expected in (({}, 8, 8), ({"LOCAL_WORLD_SIZE": "4"}, 16, 4),
+                                          ({"LOCAL_WORLD_SIZE": "4"}, 2, 2), ({"OMP_NUM_THREADS": "3"}, 8, None)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda before=before: before)
         for name in ("LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         asked.clear()
-        tune(16, tf32=False)
+        tune(tf32=False)
         assert asked == ([] if expected is None else [expected])
 
 
@@ -104,6 +107,6 @@ def test_denormals_are_flushed():
         pytest.skip("this CPU has no such mode")
     small = torch.full((64,), 2e-38)
     assert (0.1 * small).all()
-    tune(1, tf32=False)
+    tune(tf32=False)
     assert not (0.1 * small).any()
     torch.set_flush_denormal(False)

@@ -206,12 +206,15 @@ def test_a_replaced_picture_is_seen(data, tmp_path):
 
 
 def test_a_stopped_cache_goes_on(monkeypatch, caplog, tiny_data, tmp_path):
-    """It ends with the same bytes and computes only missing rows (student's grid); its log counts images."""
+    """It ends with the same bytes and computes only missing rows (student's grid); its log counts images.
+
+    A run with fewer outputs that was stopped in between leaves no rows empty.
+    """
     dataset, accelerator = LatentImages(tiny_data, 64, CLASSES), Accelerator(cpu=True)
     calls, stop_at = [], []
 
-    def make(folder):
-        teacher = Teacher(small_vit(), 4, (1,), input_size=112, resample="teacher")
+    def make(folder, blocks=(1,)):
+        teacher = Teacher(small_vit(), 4, blocks, input_size=112, resample="teacher")
 
         def count(*_):
             calls.append(1)
@@ -237,8 +240,16 @@ def test_a_stopped_cache_goes_on(monkeypatch, caplog, tiny_data, tmp_path):
     assert len(calls) == 3 and "teacher outputs: 64 of 64 images" in caplog.text
     assert {path.name for path in parts.folder.iterdir()} == {
         f"{name}.{end}" for name in ("features0", "block1") for end in ("npy", "complete")}
+    for blocks, last in (((1,), 5), ((), 3)):
+        calls.clear()
+        stop_at[:] = [last]
+        with pytest.raises(KeyboardInterrupt):
+            make("mixed", blocks)
+    stop_at.clear()
+    mixed = make("mixed")
     for name, array in whole.arrays.items():
         assert np.array_equal(array, parts.arrays[name]) and array.any(axis=tuple(range(1, array.ndim))).all()
+        assert np.array_equal(array, mixed.arrays[name])
 
 
 def test_two_processes_make_the_same_cache(tiny_data, teacher_file, tmp_path):

@@ -186,7 +186,7 @@ def test_a_run_says_what_it_aligns(run, teacher_file, tmp_path, more, said):
     log = (tmp_path / "run/log.txt").read_text()
     assert said in log
     assert ("Alignment never stops in this run: its early-stop point 700 is not before the last step 6; "
-            "--early-stop-fraction 0.6 would stop it at step 4." in log) == (more == ())
+            "--early-stop-fraction 0.25 would stop it at step 2." in log) == (more == ())
     run(tmp_path, "--enc-weights", teacher_file, *more, "--max-train-steps", 7)
     again = (tmp_path / "run/log.txt").read_text().removeprefix(log)
     assert ('"preset": "sit-b-2-repa"' in (tmp_path / "run/args.json").read_text()) == ("preset" in said)

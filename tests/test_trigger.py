@@ -1,6 +1,7 @@
 """The gradient trigger and the decay of alignment by the command line; cosines against the written-out formula."""
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -135,7 +136,7 @@ def tie_alignment_to_denoising(monkeypatch, sign):
     monkeypatch.setattr(loss.SILoss, "__call__", tied)
 
 
-def test_conflict_ends_alignment(run, monkeypatch, teacher_file, tmp_path):
+def test_conflict_ends_alignment(run, monkeypatch, teacher_file, tiny_data, tmp_path):
     """At the first comparison; the run then equals, bit for bit, a run with that early-stop point."""
     tie_alignment_to_denoising(monkeypatch, -1)
     more = ["--enc-weights", teacher_file, "--checkpointing-steps", 3]
@@ -153,7 +154,9 @@ def test_conflict_ends_alignment(run, monkeypatch, teacher_file, tmp_path):
     assert b["trigger_fired"] is None
     # The recorded end applies to the gradient trigger only: a typed step overrides it.
     monkeypatch.setattr("encoders.teachers.load_vit", None)
-    run(tmp_path / "gradient", *more, *TRIGGER, "--max-train-steps", 7)
+    without_images = shutil.copytree(tiny_data, tmp_path / "data", ignore=lambda *_: ["images"])
+    run(tmp_path / "gradient", *more, *TRIGGER, "--max-train-steps", 7, "--data-dir", without_images, "--resolution",
+        64)
     with pytest.raises(TypeError):
         run(tmp_path / "gradient", *more, "--max-train-steps", 8)
 
@@ -221,7 +224,7 @@ def test_samples_divide_by_the_processes(tiny_data, teacher_file, tmp_path):
     done = script("train.py", *train_arguments(tiny_data, tmp_path, "--enc-weights", teacher_file, *TRIGGER,
                                                "--trigger-samples", 3), processes=2, check=False)
     assert done.returncode == 1 and not tmp_path.joinpath("run").exists()
-    assert "error: --trigger-samples 3 must divide by the number of processes = 2; change it." in done.stderr
+    assert "error: --trigger-samples 3 must be a multiple of the number of processes = 2; change it." in done.stderr
 
 
 # ---- decay ----

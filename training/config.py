@@ -1,5 +1,7 @@
 """The flags of train.py and train_t2i.py in groups, each with its range beside it, and what follows from the model."""
 import argparse
+import os
+import sys
 from pathlib import PurePath
 
 from evaluations import FEATURES, METRICS, PRESETS
@@ -224,6 +226,8 @@ def finalize_args(args, config):
         args.early_stop_point = EARLY_STOP_512 if args.resolution == 512 else config["early_stop_point"]
     args.attn_layers = parse_pairs(args.attn_layers) if args.attn_layers else [list(p) for p in config["attn_pairs"]]
     if args.enc_type == "none" or all(ALIGNMENT_LOSSES[name].teacher is None for name in loss_weights(args)):
+        if args.enc_type != "none" and os.environ.get("RANK", "0") == "0":
+            print(f"--enc-type {args.enc_type} has no effect: the weights of its losses are 0", file=sys.stderr)
         args.enc_type = "none"
         vars(args).update({row.flag: 0.0 for row in ALIGNMENT_LOSSES.values() if row.teacher})
     if args.enc_type != "none":

@@ -52,8 +52,8 @@ def describe(trainer):
         logger.info(f"images are encoded in each step by {args.vae}")
     if trainer.teacher and args.early_stop_trigger == "step" and trainer.max_steps <= args.early_stop_point < NEVER:
         logger.warning(f"Alignment never stops in this run: its early-stop point {args.early_stop_point} is not "
-                       f"before the last step {trainer.max_steps}; --early-stop-fraction 0.6 would stop it at step "
-                       f"{round(0.6 * trainer.max_steps)}.")
+                       f"before the last step {trainer.max_steps}; --early-stop-fraction 0.25 would stop it at step "
+                       f"{round(0.25 * trainer.max_steps)}.")
     due = [(trainer.step // every + 1) * every for every, part in (
         (args.sampling_steps, trainer.previews), (args.eval_steps, trainer.evaluation)) if part]
     if due and min(due) * (1 - ema_decay(args, min(due))) < 0.999:

@@ -19,12 +19,12 @@ from accelerate.utils import (
 from data_io.latent_scale import NOTE, scale_of
 from encoders.teachers import load_teachers, split_teachers, teacher_row
 from loss import SILoss, uses
-from models.checkpoint import saved_steps
+from models.checkpoint import load_checkpoint, saved_steps
 from models.mmdit import MMDIT_CONFIGS
 from models.sit import SIT_CONFIGS
 from runtime import memory
 from runtime.errors import MOST_CLASSES, UserError
-from runtime.setup import PROCESS_GROUP_TIMEOUT, connect, tune
+from runtime.setup import PROCESS_GROUP_TIMEOUT, connect, share_of_cores, tune
 from training import run_folder
 from training.config import MOST_WORKERS, aligned_pairs, loss_weights
 from training.fine_tune import check_frozen, init_from
@@ -45,6 +45,10 @@ def take_from_launcher(args):
     A given flag wins; returns a warning for each one that the launcher contradicts. Raises UserError if the launcher's
     value would be used but is not allowed. accelerate launch says "no" if nothing was set.
     """
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise UserError(f"ACCELERATE_USE_{name} is not supported; choose MULTI_GPU or FSDP with fsdp_version 2 in "
+                            "accelerate's configuration.")
     differing = []
     for name, (variable, default, allowed) in LAUNCHER.items():
         flag, given = f"--{name.replace('_', '-')}", getattr(args, name)
@@ -63,12 +67,6 @@ def take_from_launcher(args):
                            + f". Change it or give {flag}, which wins.")
         setattr(args, name, default if said is None else said)
     return differing
-
-
-def share_of_cores():
-    """This process's share of the cores it may run on: torchrun lets all processes of a machine use the same ones."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def make_accelerator(args):
@@ -104,12 +102,12 @@ def make_accelerator(args):
                                             logging_dir=str(Path(args.output_dir) / args.logging_dir))))
     split = accelerator.num_processes * args.gradient_accumulation_steps
     if args.batch_size % split:
-        raise UserError(f"--batch-size {args.batch_size} is global and must divide by processes x accumulation = "
-                        f"{split}; change one of them.")
+        raise UserError(f"--batch-size {args.batch_size} is global and must be a multiple of processes x accumulation "
+                        f"= {split}; change one of them.")
     if args.enc_precision == "fp16" and not has_gpu:
         raise UserError("--enc-precision fp16 needs a GPU; use bf16 or no.")
     if args.early_stop_trigger == "gradient" and args.trigger_samples % accelerator.num_processes:
-        raise UserError(f"--trigger-samples {args.trigger_samples} must divide by the number of processes = "
+        raise UserError(f"--trigger-samples {args.trigger_samples} must be a multiple of the number of processes = "
                         f"{accelerator.num_processes}; change it.")
     if args.num_workers is None:
         args.num_workers = min(MOST_WORKERS, share_of_cores())
@@ -119,7 +117,7 @@ def make_accelerator(args):
     logger.info("started")  # so that the last line tells how the newest start ended
     for sentence in warnings:
         logger.warning(sentence)
-    tune(accelerator.num_processes, args.allow_tf32)
+    tune(args.allow_tf32)
     return accelerator, run
 
 
@@ -132,9 +130,13 @@ def started(args):
 
 
 def needs_images(args, run):
-    """Whether alignment is still ahead, judged by the newest checkpoint's name: Phase II reads no images."""
-    newest = args.resume_step or max(saved_steps(run / "checkpoints"), default=0)
-    return args.enc_type != "none" and newest < args.early_stop_point
+    """Whether alignment is still ahead, judged by the newest checkpoint: Phase II reads no images."""
+    found, end = saved_steps(run / "checkpoints"), args.early_stop_point
+    newest = args.resume_step or max(found, default=0)
+    if newest in found and args.early_stop_trigger == "gradient":
+        with contextlib.suppress(UserError):  # the run will say what is wrong with it
+            end = load_checkpoint(found[newest], ()).get("trigger_fired") or end
+    return args.enc_type != "none" and newest < end
 
 
 def count_classes(args, dataset):

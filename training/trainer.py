@@ -70,6 +70,7 @@ class Trainer:
         self.max_steps = min(args.max_train_steps, math.ceil(args.epochs * len(dataset) / args.batch_size))
         self.settings = {**vars(args), "data": dataset.fingerprint(), "processes": accelerator.num_processes,
                          "noise_stream": NOISE_STREAM}
+        del self.settings["resume_step"]  # of this start only; a new run from args.json has no such checkpoint
         self.ema = copy.deepcopy(model).requires_grad_(False).eval().to(accelerator.device)
         model.to(accelerator.device)
         self.optimizer = torch.optim.AdamW(
@@ -102,7 +103,7 @@ class Trainer:
         self.finish()
 
     def prepare(self):
-        """Load the newest checkpoint and all that the run needs. No file of the run is changed here, only log.txt."""
+        """Load the newest checkpoint and all that the run needs. Of an earlier start's files only log.txt changes."""
         if self.args.compile:  # not the EMA: previews and scores have other shapes
             check_compiler(self.accelerator.device)
             self.model.compile()
@@ -252,7 +253,7 @@ class Trainer:
 
     def log_row(self, measures=()):
         """Write a row of metrics.csv, with what the functions `measures` return; returns its values."""
-        values = self.metrics.write(measures, learning_rate=self.optimizer.param_groups[0]["lr"])
+        values = self.metrics.write(measures, learning_rate=learning_rate(self.args, self.step - 1, self.max_steps))
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         return values
 

@@ -196,6 +196,9 @@ def build_latents(dest, source):
     for split in BATCHES:
         folder = dest / split / "vae-sd"
         if is_file(folder / "dataset.json"):
+            if read_json(folder / "made.json").get("data") != weights_key(source):
+                raise UserError(f"{folder} holds latents of another VAE than {source}; delete it or name another "
+                                "--dest.")
             continue
         vae = vae or VAE(source, "cuda" if torch.cuda.is_available() else "cpu")
         images = torch.from_numpy(read_photographs(dest, split))
