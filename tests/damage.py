@@ -11,7 +11,6 @@ from PIL import Image
 
 from runtime.files import load_tensors
 from tests.conftest import ROOT
-from tests.test_sources import bomb
 from tests.test_storage import packed_into, write_zips
 
 VAE = ROOT / "assets/vae-emoji"
@@ -109,10 +108,6 @@ def claims_too_much(w):
         file.truncate(size)
 
 
-def png(width, height, name):
-    """A PNG of a few bytes that unpacks to width x height."""
-    return put(name, bomb(width, height))
-
 
 class Planted:
     """Leaves a folder behind when it is unpickled unsafely."""
@@ -131,13 +126,6 @@ def shape_of_another_model(w):
     torch.save(state, w / RUN)
 
 
-def settings(function):
-    """Change the text of settings.json beside the samples."""
-    def damage(w):
-        path = next((w / "made").glob("SiT*/settings.json"))
-        path.write_text(function(path.read_text()))
-    return damage
-
 
 def captions_file(images=({"id": 1, "file_name": "1.png"},), annotations=({"image_id": 1, "caption": "a"},)):
     return put("captions.json", {"images": list(images), "annotations": list(annotations)})
@@ -147,11 +135,9 @@ def dangling(name):
     return lambda w: [(w / name).unlink(), (w / name).symlink_to("/no/such/file")]
 
 
-def blank(name, what, member=None):
-    """Replace the first `what` in a file, or in a member of a zip (which is rewritten), by a space."""
+def blank(name, what, member):
+    """Replace the first `what` in a member of a zip, which is rewritten, by a space."""
     def damage(w):
-        if member is None:
-            return change_bytes(name, lambda data: data.replace(what, b" ", 1))(w)
         with zipfile.ZipFile(w / name) as archive:
             content = {item: archive.read(item) for item in archive.namelist()}
         with zipfile.ZipFile(w / name, "w") as archive:
@@ -200,7 +186,3 @@ def packed(change=None):
 
 def file_for_folder(name):
     return lambda w: (w / name).write_text("no folder")
-
-
-def other_config(name, **values):
-    return change_json(f"{name}/config.json", lambda content: content.update(values))

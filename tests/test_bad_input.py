@@ -28,41 +28,8 @@ from preprocessing import coco, convert, dataset_tools, encode, pack
 from runtime.errors import run_script
 from runtime.files import load_tensors
 from tests.conftest import NO_TEACHER, call_main, contents, train_arguments, write_tiny_data
-from tests.damage import (
-    CKPT,
-    IMAGE,
-    LABELS,
-    LATENT,
-    LATENT_LABELS,
-    RUN,
-    VAE,
-    Planted,
-    blank,
-    captions_file,
-    change_state,
-    claims_too_much,
-    copy,
-    cut,
-    damaged,
-    dangling,
-    file_for_folder,
-    flat_latents,
-    label,
-    mirrored_of_another_size,
-    no_labels,
-    one_bit_of_a_zip,
-    other_config,
-    packed,
-    png,
-    put,
-    remove,
-    resize_latents,
-    settings,
-    shape_of_another_model,
-    with_nan,
-    zip_field,
-    zipped,
-)
+from tests.damage import *  # the words of the table below
+from tests.test_sources import bomb
 from tests.test_storage import packed_into, write_mirrored
 from tests.worlds import base
 
@@ -101,7 +68,7 @@ CASES = {
         (copy(IMAGE, "data/images/cat.png"), [], "cat.png has no index in its name"),
         (cut(IMAGE), WITH_TEACHER, "img00000003.png is no readable image"),
         (put(IMAGE, Image.new("RGBA", (64, 64))), WITH_TEACHER, "RGBA of 64x64"),
-        (png(60_000, 60_000, IMAGE), WITH_TEACHER, "img00000003.png is no readable image .*decompression bomb"),
+        (put(IMAGE, bomb()), WITH_TEACHER, "img00000003.png is no readable image .*decompression bomb"),
         (cut(LATENT), [], "img-mean-std-00000003.npy has 4160 bytes, the first latent 8320"),
         (claims_too_much, WITH_TEACHER, "img-mean-std-00000003.npy is no readable .npy"),
         (put(LATENT, np.array([{"a": 1}] * 500)), WITH_TEACHER, "img-mean-std-00000003.npy (is no|has)"),
@@ -195,7 +162,8 @@ CASES = {
         (None, ["--vae", "/no/vae"], "The VAE /no/vae could not be loaded"),
         ([copy(VAE, "vae"), cut("vae/diffusion_pytorch_model.safetensors")], ["--vae", "{w}/vae"],
          "vae could not be loaded"),
-        (settings(lambda text: "{"), [], "settings.json cannot be read as JSON"),
+        (lambda w: next((w / "made").glob("SiT*/settings.json")).write_text("{"), [],
+         "settings.json cannot be read as JSON"),
     ],
     evaluator: [
         (None, ["--json", "{w}/samples.npz"], "samples.npz itself, which is read here"),
@@ -306,7 +274,8 @@ CASES = {
         (captions_file([{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], []), [],
          "2 images under 1 different ids"),
         (captions_file([{"id": 1, "file_name": "a.png"}]), [], "No image of the captions file lies in"),
-        (other_config("clip", model_type="x", auto_map={"AutoConfig": "x.X"}), [], "could not be loaded"),
+        (change_json("clip/config.json", lambda config: config.update(model_type="x", auto_map={"AutoConfig": "x.X"})),
+         [], "could not be loaded"),
     ],
 }
 

@@ -1,5 +1,4 @@
 """Files made to do harm: they claim too much, hold code, or are damaged anywhere. Nothing read is executed."""
-import argparse
 import ast
 import contextlib
 import os
@@ -20,7 +19,7 @@ from evaluations.images import decode, open_images
 from models.checkpoint import load_checkpoint
 from preprocessing import coco
 from runtime.errors import UserError
-from runtime.files import load_array, load_tensors, read_json
+from runtime.files import load_array, load_tensors
 from runtime.images import decode_image
 from sampling.images import is_finished
 from tests.conftest import CLASSES, ROOT
@@ -37,12 +36,6 @@ def files(tmp_path_factory):
     np.savez(folder / "samples.npz", arr_0=np.zeros((7, 24, 24, 3), np.uint8))
     np.savez(folder / "statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     return folder
-
-
-def test_a_namespace_in_a_checkpoint_is_read(files):
-    """As in published checkpoints; every other class is refused."""
-    assert isinstance(load_tensors(files / "0000005.pt")["args"], argparse.Namespace)
-    assert load_checkpoint(files / "0000005.pt")["args"]["num_classes"] == CLASSES
 
 
 def test_statistics_that_unpack_to_too_much_or_are_damaged(monkeypatch, files, tmp_path):
@@ -91,11 +84,6 @@ def test_numbers_that_pytorch_does_not_know(tmp_path, kind):
     np.save(tmp_path / "0_0.npy", np.zeros((6, 16), kind))
     with pytest.raises(UserError, match="0_0.npy is no readable .npy file .numbers of type .*; save them as float32"):
         load_array(tmp_path / "0_0.npy")
-
-
-def test_a_mark_of_byte_order_before_json(tmp_path):
-    (tmp_path / "captions.json").write_bytes(b'\xef\xbb\xbf{"0": ["a"]}')
-    assert read_json(tmp_path / "captions.json") == {"0": ["a"]}
 
 
 def test_weights_that_unpack_to_too_much(tmp_path):

@@ -38,6 +38,7 @@ def test_the_papers_runs(monkeypatch):
     """Table 16 and appendix A, from the preset, the model's row and the defaults together."""
     for name, model, depth, stop in (("sit-xl-2-haste", "SiT-XL/2", 8, 250_000),
                                      ("sit-l-2-haste", "SiT-L/2", 8, 250_000),
+                                     ("sit-xl-2-haste-512", "SiT-XL/2", 8, 300_000),
                                      ("sit-b-2-haste", "SiT-B/2", 5, 100_000), ("mmdit-haste", "MMDiT", 8, 200_000),
                                      ("sit-b-2-repa", "SiT-B/2", 5, NEVER)):
         args = parsed(monkeypatch, name, "--preset", name)

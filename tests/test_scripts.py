@@ -107,21 +107,6 @@ def test_an_output_is_no_input(tmp_path, monkeypatch, out, suffixes, words):
         check_output(out, suffixes, ["a.npz", tmp_path / "folder", None, "a/hub-name"])
 
 
-def fill_the_streams():
-    """For a script's process: writes to stdout and stderr fail."""
-    for number in (1, 2):
-        os.dup2(os.open("/dev/full", os.O_WRONLY), number)
-
-
-def test_prints_and_bars_may_fail(world, tmp_path):
-    """Scores and steps are saved although printing fails."""
-    full = "tests.test_scripts.fill_the_streams"
-    script("train.py", *train_arguments(world / "data", tmp_path, *NO_TEACHER, "--max-train-steps", 2), before=full)
-    assert [row["step"] for row in metrics(tmp_path)] == ["1", "2"]
-    script("evaluations/curves.py", tmp_path / "run", before=full)
-    assert (tmp_path / "run/curves.png").exists()
-
-
 def test_results_are_written_before_they_are_printed(tmp_path):
     args = Namespace(json=tmp_path / "out.json")
     with pytest.raises(ZeroDivisionError):

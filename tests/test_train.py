@@ -20,7 +20,7 @@ from evaluations import features, scores
 from evaluations.during_training import Evaluation
 from evaluations.inception import Inception
 from evaluations.scores import load_set, score
-from models.sit import SIT_CONFIGS, SiT_models
+from models.sit import SiT_models
 from runtime.errors import UserError
 from sampling.cache import sample_latents
 from tests.conftest import (
@@ -38,7 +38,6 @@ from tests.conftest import (
 )
 from training import previews
 from training import trainer as training
-from training.config import add_training_flags, finalize_args
 from training.data_size import find_resolution
 from training.step import ema_decay
 
@@ -215,17 +214,6 @@ def test_losses_without_weight_are_left_out(run, monkeypatch, teacher_file, tmp_
     assert any(name.startswith("projectors") for name in checkpoint(tmp_path, 1)["model"]) == there[0]
 
 
-def test_cache_replaces_the_teacher(run, monkeypatch, teacher_file, tmp_path):
-    """With --teacher-cache each image is seen by the teacher once; losses agree to float16's rounding."""
-    more = ("--enc-weights", teacher_file, "--early-stop-point", 4)
-    run(tmp_path / "plain", *more)
-    calls = count_teacher(monkeypatch)
-    run(tmp_path / "cached", *more, "--teacher-cache", tmp_path / "cache")
-    assert sum(calls) == 64 + 1  # one more to learn the shapes
-    for plain, cached in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "cached"), strict=True):
-        assert float(cached["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-3)
-
-
 def test_condition_drop(run, tmp_path):
     """--cfg-prob 1 trains the null row of the label table alone, 0 never touches it."""
     for probability in (0, 1):
@@ -308,18 +296,6 @@ def test_another_run_is_refused_before_its_first_checkpoint(run, tmp_path):
     with pytest.raises(UserError, match="args.json belongs to another run: model was SiT-N/2"):
         run(tmp_path, *NO_TEACHER, "--model", "SiT-S/8")
     assert (tmp_path / "run/metrics.csv").read_bytes() == before
-
-
-def test_defaults_follow_the_model_and_resolution():
-    for model, resolution, depth, early_stop in (("SiT-XL/2", 256, 8, 250_000), ("SiT-XL/2", 512, 8, 300_000),
-                                                 ("SiT-B/2", 256, 5, 100_000)):
-        parser = argparse.ArgumentParser()
-        add_training_flags(parser)
-        args = parser.parse_args(["--exp-name", "x", "--resolution", str(resolution)])
-        args.data_dir = "none"
-        finalize_args(args, SIT_CONFIGS[model])
-        assert (args.encoder_depth, args.early_stop_point) == (depth, early_stop)
-        assert args.attn_layers == [list(pair) for pair in SIT_CONFIGS[model]["attn_pairs"]]
 
 
 @pytest.fixture

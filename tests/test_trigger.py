@@ -14,16 +14,7 @@ from data_io.loader import step_noise
 from encoders.teachers import Teacher, load_vit
 from models.mmdit import MMDiT_models
 from models.sit import SiT_models
-from tests.conftest import (
-    CLASSES,
-    call_main,
-    checkpoint,
-    metrics,
-    script,
-    tiny_run,
-    train_arguments,
-    write_tiny_captions,
-)
+from tests.conftest import CLASSES, call_main, checkpoint, metrics, script, tiny_run, train_arguments
 from tests.test_resume import assert_same_state, log, scaled  # noqa: F401 - a fixture
 from training import trainer as training
 from training.early_stop import align_decay
@@ -39,10 +30,6 @@ def cosines(row):
 
 
 # ---- the cosines ----
-
-def unit(x):
-    return x / (x * x).sum(-1, keepdim=True).sqrt()
-
 
 def written_out(model, block, items, y_null, teacher, pairs, coefficients, samples=12, cfg_prob=0.5):
     """Mean and single cosines, all samples in one batch: step 0's images and draws, t fixed, float64 products."""
@@ -60,15 +47,9 @@ def written_out(model, block, items, y_null, teacher, pairs, coefficients, sampl
     for t in TIMES:
         v, student = model((1 - t) * x + t * eps, torch.full((samples,), t), y, return_alignment=True)
         denoise = ((v - (eps - x)) ** 2).mean()
-        feature = -(unit(student.features[0]) * unit(target.features[0])).sum(-1).mean()
-        entropies = []
-        for s, e in pairs:
-            q, k, p, r = *student.attention[s][:2], *target.attention[e][:2]
-            heads = min(q.shape[1], p.shape[1])
-            ours, theirs = ((a[:, :heads] @ b[:, :heads].transpose(-1, -2) / a.shape[-1] ** 0.5).softmax(-1)
-                            for a, b in ((q, k), (p, r)))
-            entropies.append(-(theirs * ours.log()).sum(-1).mean())
-        attention = sum(entropies) / len(entropies)
+        feature = loss.feature_loss(student.features[0], target.features[0])
+        attention = loss.attention_loss([student.attention[s] for s, _ in pairs],
+                                        [target.attention[e] for _, e in pairs])
         a, b = (torch.cat([torch.zeros(p.numel()).double() if g is None else g.flatten().double() for p, g in zip(
             block.parameters(), torch.autograd.grad(term, block.parameters(), retain_graph=True,
                                                     allow_unused=True), strict=True)])
@@ -99,15 +80,14 @@ def test_cosines_are_the_written_out_ones(run, tiny_data, teacher_file, tmp_path
     assert f"step 3: gradients of alignment and denoising by block 2, cosine {expected[0]:.3f}"[:-1] in log(tmp_path)
 
 
-def test_cosines_of_an_mmdit(monkeypatch, teacher_file, tmp_path):
+def test_cosines_of_an_mmdit(monkeypatch, teacher_file, tiny_captions, tmp_path):
     """For both streams of the joint block, with epoch 0's captions."""
-    data = write_tiny_captions(tmp_path / "data", (3, 5, 1, 2) * 3)
     call_main(monkeypatch, train_t2i, *tiny_run(
-        "MMDiT-T", data, tmp_path, "--enc-weights", teacher_file, *TRIGGER, *NEVER, "--cfg-prob", 0.5,
+        "MMDiT-T", tiny_captions, tmp_path, "--enc-weights", teacher_file, *TRIGGER, *NEVER, "--cfg-prob", 0.5,
         "--max-train-steps", 3, "--batch-size", 4))
     model = MMDiT_models["MMDiT-T"](input_size=16, context_dim=16, z_dims=(48,))
     model.load_state_dict(checkpoint(tmp_path, 3)["model"])
-    items = dataset.CaptionedImages(data, "train", 64)
+    items = dataset.CaptionedImages(tiny_captions, "train", 64)
     expected = written_out(model, model.joint_blocks[2], items, items.empty_context,
                            Teacher(load_vit("dinov2-vit-n", teacher_file), 8, [7, 9], 10), ((1, 7), (2, 9)), (0.5, 0.5))
     assert cosines(metrics(tmp_path)[-1]) == pytest.approx(expected, abs=1e-5)
