@@ -40,14 +40,15 @@ def sample_t(u, weighting="uniform", path_type="linear", shift=1.0):
 
 
 def resample_tokens(tokens, count):
-    """Bilinear resampling on the square 2-D map: (N, T, C) -> (N, count, C)."""
-    if tokens.shape[1] == count:
+    """Bilinear resampling on the square 2-D map: (..., T, C) -> (..., count, C)."""
+    if (had := tokens.shape[-2]) == count:
         return tokens
-    side, new = math.isqrt(tokens.shape[1]), math.isqrt(count)
-    if side * side != tokens.shape[1] or new * new != count:
-        raise ValueError(f"cannot resample {tokens.shape[1]} tokens to {count}: both must fill a square")
-    grid = tokens.transpose(1, 2).unflatten(2, (side, side))
-    return F.interpolate(grid, size=(new, new), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+    side, new = math.isqrt(had), math.isqrt(count)
+    if side * side != had or new * new != count:
+        raise ValueError(f"cannot resample {had} tokens to {count}: both must fill a square")
+    grid = tokens.flatten(0, -3).transpose(1, 2).unflatten(2, (side, side))
+    grid = F.interpolate(grid, size=(new, new), mode="bilinear", align_corners=False)
+    return grid.flatten(2).transpose(1, 2).unflatten(0, tokens.shape[:-2])
 
 
 def feature_loss(projected, target):
@@ -103,11 +104,7 @@ def resample_qk(qk, count):
     Bilinear resampling is linear, and the logits are linear in q and in k: resampling q and k needs no T x T map. The
     softmax comes afterwards, so rows sum to 1; rows of resampled maps would not.
     """
-    def resample(heads):
-        n, h, t, d = heads.shape
-        return resample_tokens(heads.reshape(n * h, t, d), count).reshape(n, h, count, d)
-
-    return qk if qk.q.shape[2] == count else QK(resample(qk.q), resample(qk.k), qk.scale)
+    return QK(resample_tokens(qk.q, count), resample_tokens(qk.k, count), qk.scale)
 
 
 def tile_size(device):

@@ -8,8 +8,9 @@ Diffusers' hooks do not fit: they count calls, not times; they wrap the forward 
 these blocks is not one; they cannot handle batches that are doubled for guidance at some calls only.
 """
 import contextlib
+import itertools
+import math
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,17 +24,10 @@ SKIPPED = 0.75  # of the blocks, by Delta: 21 of XL's 28, as published
 def taylor_weights(t, times):
     """Weights w with f(t) = sum_j w_j f(times[j]), exact where f is a polynomial of a degree below len(times).
 
-    TaylorSeer's finite differences, F_0 = f and F_{i+1} = (F_i - F_i of the time before) / distance, but in Newton's
-    form: the distance spans all i + 2 times, and the factor is prod_j<i (t - times[j]), not the paper's
-    (t - times[0])^i / i!. Equal up to first order, exact above, and as close to the full network (docs/sampling.md).
+    This is Lagrange's form. TaylorSeer's finite differences, with factors (t - times[0])^i / i!, give the same up to
+    first order; these are exact above, and as close to the full network (docs/sampling.md).
     """
-    differences, weights, product = np.eye(len(times)), np.eye(len(times))[0], 1.0
-    for i in range(1, len(times)):
-        distances = np.subtract(times[:-i], times[i:])
-        differences = (differences[:-1] - differences[1:]) / distances[:, None]
-        product *= t - times[i - 1]
-        weights = weights + product * differences[0]
-    return weights.tolist()
+    return [math.prod((t - other) / (own - other) for other in times if other != own) for own in times]
 
 
 class Cache:
@@ -67,11 +61,7 @@ class Cache:
     def decide(self, rows):
         """Decide whether this call of `rows` rows runs in full; if not, it uses the nodes in `self.usable`."""
         self.rows += rows
-        self.usable = []
-        for node in self.nodes:  # the newest first
-            if node["rows"] < rows:
-                break
-            self.usable.append(node)
+        self.usable = [*itertools.takewhile(lambda node: node["rows"] >= rows, self.nodes)]  # the newest first
         self.is_full = (self.call < FIRST or self.call == self.calls - 1 or not self.usable
                         or self.call - self.newest >= self.interval)
         if self.is_full:
