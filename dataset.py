@@ -29,7 +29,7 @@ from data_io.loader import CAPTION, FLIP
 from data_io.moments import check_is_logvar, check_moments, check_shape, digest, has_negative_std, read_class_names
 from data_io.storage import Packed, form_of, open_files
 from runtime.errors import UserError
-from runtime.files import load_array, read_bytes, reading
+from runtime.files import is_file, load_array, read_bytes, read_json, reading
 from runtime.images import decode_image
 
 
@@ -95,6 +95,10 @@ class LatentDataset(Dataset):
         moments = [self.moments(i).flatten().tolist() for i in (0, len(self) // 2, len(self) - 1)]
         return digest([*self.identity(), moments])
 
+    def conditions_key(self):
+        """Text that changes with the conditions where identity() does not cover them."""
+        return ""
+
     def image_stamps(self):
         """Values that change when an image is replaced by one of equal size: modification times, checksums in a zip.
 
@@ -131,6 +135,7 @@ class LatentImages(LatentDataset):
             if not form_of(data_dir, "vae-sd-hflip")[1].exists():
                 raise UserError(f"--hflip needs latents of the mirrored images, and {data_dir} has no vae-sd-hflip; "
                                 "make them with preprocessing/dataset_tools.py encode --hflip.")
+            check_mirrored(Path(data_dir))
             self.mirrored = open_files(data_dir, "vae-sd-hflip", ".npy", labels=False)
             self.check_paired(self.mirrored, ".npy")
             if (shape := self.shape_of(self.mirrored)) != self.moments_shape:
@@ -208,6 +213,15 @@ class LatentImages(LatentDataset):
 
     def image_stamps(self):
         return self.pictures.stamps().tolist()
+
+
+def check_mirrored(data_dir):
+    """Raise UserError if encode's notes in folders say that vae-sd-hflip was not mirrored, or made by another VAE."""
+    plain, mirrored = (read_json(path) if is_file(path) else {} for path in (
+        data_dir / "vae-sd/made.json", data_dir / "vae-sd-hflip/made.json"))
+    if mirrored.get("hflip") is False or plain.get("vae") and plain["vae"] != mirrored.get("vae", plain["vae"]):
+        raise UserError(f"{data_dir}/vae-sd-hflip was not made with --hflip, or by another VAE than vae-sd; make it "
+                        "again with preprocessing/dataset_tools.py encode --hflip.")
 
 
 def same_labels(data_dir, latents, images):
@@ -322,6 +336,10 @@ class CaptionedImages(LatentDataset):
 
     def identity(self):
         return self.indices, self.counts, self.context_shape
+
+    def conditions_key(self):
+        some = [self.condition(i) for i in (0, len(self) // 2, len(self) - 1)]
+        return digest([tokens.flatten().tolist() for tokens in (self.empty_context, *some)])
 
     def image_stamps(self):
         with reading(self.folder):

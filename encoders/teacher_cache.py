@@ -43,15 +43,15 @@ class CachedTeacher:
                 if missing := self._missing(names):  # else another run has just finished
                     self._build(missing, teacher, dataset, accelerator, batch_size)
         try:
-            self.arrays = self._open(names, "r")
+            self.arrays = self._open(names)
             if any(len(array) != len(dataset) for array in self.arrays.values()):
                 raise ValueError(f"it is not of {len(dataset)} images")
         except ARRAY_ERRORS as error:
             raise UserError(f"The teacher cache {self.folder} is damaged ({first_line(error)}); delete it, and it is "
                             "computed again.") from error
 
-    def _open(self, names, mode):
-        return {name: np.load(self.folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False) for name in names}
+    def _open(self, names):
+        return {name: np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
 
     def _missing(self, names):
         """The `names` whose outputs are incomplete; the same on all processes."""
@@ -87,7 +87,8 @@ class CachedTeacher:
             with atomic_write(record) as file:
                 np.save(file, np.zeros(count, np.uint8))
         accelerator.wait_for_everyone()
-        arrays = self._open(names, "r+")
+        arrays = self._open(names)
+        files = {name: open(self.folder / f"{name}.npy", "r+b") for name in names}  # noqa: SIM115 - open to the end
         done = np.load(record, mmap_mode="r+", allow_pickle=False)
         todo = np.flatnonzero(done == 0)[accelerator.process_index::accelerator.num_processes].tolist()
         accelerator.wait_for_everyone()  # all have read it
@@ -98,14 +99,18 @@ class CachedTeacher:
             with accelerator.autocast():
                 images = torch.stack([dataset.image(i) for i in range(rows.start, rows.stop)])
                 outputs = teacher.outputs(teacher(images))
-            for name in names:
-                arrays[name][rows] = outputs[name].half().cpu().numpy()
-                if not np.isfinite(arrays[name][rows]).all():
+            for name, array in arrays.items():
+                values = np.ascontiguousarray(outputs[name].half().cpu().numpy())
+                if not np.isfinite(values).all():
                     raise UserError(f"The teacher's {name} does not fit float16; run without --teacher-cache.")
+                # Not through a mapping: over NFS that writes whole pages, with old rows of other machines in them.
+                files[name].seek(array.offset + rows.start * values[0].nbytes)
+                files[name].write(values)
             written.append(batch)
             if batch == todo[-1] or time.monotonic() - flushed > FLUSH_SECONDS:
-                for array in arrays.values():
-                    array.flush()
+                for file in files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
                 done[written] = 1  # only now, so that the record is true after a crash of the machine
                 done.flush()
                 written, flushed = [], time.monotonic()

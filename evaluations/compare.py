@@ -110,8 +110,8 @@ def named(names, runs):
 def number_of_samples(asked, settings):
     """--num-fid-samples, or the default: generate_t2i.py makes at most one image for each image of val."""
     from data_io.captions import scan_numbered
-    folders = {one["data_dir"] for one in settings if "num_classes" not in one and "data_dir" in one}
-    most = [len(set().union(*scan_numbered(Path(folder) / "val"))) for folder in folders]
+    folders = {Path(one["data_dir"]) / "val" for one in settings if "num_classes" not in one and "data_dir" in one}
+    most = [len(set().union(*scan_numbered(folder))) for folder in folders if folder.is_dir()]
     return min([asked or (40_192 if folders else 50_000), *most])
 
 
@@ -161,23 +161,29 @@ def is_there(folder, flags):
     if not (is_file(npz) and is_file(folder / "settings.json")) or npz.stat().st_mtime < ckpt.stat().st_mtime:
         return False
     made = read_json(folder / "settings.json")
-    return all(made[name] == value for name, value in flags.items() if name in made and name not in ("ckpt", "vae")) \
+    return all(made[name] == value for name, value in flags.items() if name in made) \
         and open_images(npz).n == flags["num_fid_samples"]
 
 
 # ---- scores ----
 
+def stamp_of(reference):
+    """A value that changes with the files of a reference: of each, or of all in a folder, size and newest time."""
+    found = [path.stat() for path in (reference.rglob("*") if reference.is_dir() else [reference])]
+    return [len(found), sum(each.st_size for each in found), max(each.st_mtime_ns for each in found)]
+
+
 def scores_of(folder, args, metrics, open_once):
     """{score: value} of samples: read from the file beside them, else computed by open_once() and written there."""
     from runtime.files import is_file, read_json, write_json
     path, npz = (folder.with_name(folder.name + ending) for ending in ("-scores.json", ".npz"))
-    newest = max(source.stat().st_mtime for source in (npz, Path(args.reference)))
-    result = read_json(path) if is_file(path) and path.stat().st_mtime >= newest else {}
-    asked = {"features": args.features, "preset": args.preset, "pr_dtype": args.pr_dtype,
+    result = read_json(path) if is_file(path) and path.stat().st_mtime >= npz.stat().st_mtime else {}
+    asked = {"reference_stamp": stamp_of(Path(args.reference)),
+             "features": args.features, "preset": args.preset, "pr_dtype": args.pr_dtype,
              "any_weights": args.any_weights, "reference": str(args.reference)}
     names = score_names(args.features, metrics)
     if not (asked.items() <= result.items() and set(names) <= set(result["scores"])):
-        result = open_once()(npz)
+        result = open_once()(npz) | asked
         write_json(path, result, indent=2)
     return {name: result["scores"][name] for name in names if result["scores"][name] is not None}
 

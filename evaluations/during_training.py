@@ -68,4 +68,6 @@ class Evaluation:
             with self.accelerator.autocast():
                 latents, _ = sample_latents(ema, guided(ema, y, self.y_null.expand_as(y)), noise, "ode",
                                             self.num_steps, *self.cache)
+            if not latents.isfinite().all():
+                logger.warning("Some samples are not finite; the scores count them as black images.")
             yield self.vae.decode(latents).permute(0, 2, 3, 1).cpu()

@@ -30,17 +30,17 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from data_io.captions import clean
+from data_io.captions import clean, scan_numbered
 from data_io.latent_scale import check_note, write_note
 from dataset import digest
 from encoders.text import TextEncoder
 from encoders.vae import VAE
 from evaluations.images import SUFFIXES, decode
 from preprocessing.convert import in_groups
-from preprocessing.destinations import MADE, NAMED, begin, check_space
+from preprocessing.destinations import NAMED, begin, check_older, check_settings, check_space
 from preprocessing.encode import encoded, filled, npy_bytes, start
 from preprocessing.pixels import center_crop, read_rgb
-from preprocessing.sources import Piece, read
+from preprocessing.sources import MADE, Piece, Source, read
 from runtime.errors import UserError, run_script
 from runtime.files import (
     atomic_write,
@@ -171,6 +171,13 @@ def build_split(folder, names, captions, picture, vae, encoder, args):
     if state.is_main_process:
         settings = {"resolution": args.resolution, "length": encoder.length, "vae": weights_key(args.vae),
                     "text_encoder": weights_key(args.text_encoder), "images and captions": digest([names, captions])}
+        if not (folder / MADE).is_file() and folder.is_dir() and any(scan_numbered(folder)):
+            raise UserError(f"{folder} holds files that were not made by this tool; name another --dest, or remove "
+                            "them.")
+        for other in (folder.with_name(split) for split in SPLITS):  # one empty caption serves both
+            if (other / MADE).is_file():
+                of_text = {key: settings[key] for key in ("text_encoder", "length")}
+                check_settings(other, read_json(other / MADE), of_text)
         begin(folder / MADE, settings)
         remove_temporaries(folder)
     state.wait_for_everyone()
@@ -254,6 +261,10 @@ def main():
     for split, (images, path) in sources.items():
         check_output(args.dest / split, (), [images, path])
         names, captions = zip(*with_both(images, read_captions(path)), strict=True)
+        made = {f"{i}.png": Piece(str(file)) for i in range(len(names))
+                if (file := args.dest / split / f"{i}.png").exists()}
+        check_older(made, [f"{i}.png" for i in range(len(names))],
+                    Source(names, [Piece(str(images / name)) for name in names], None, None))
         splits[split] = names, captions, (
             lambda i, images=images, names=names: centre_square(images / names[i], args.resolution))
     build(args, splits)

@@ -63,7 +63,8 @@ def begin(folder, made, table, parts):
             check_settings(folder, {**old, "files": made["files"]}, made)
         if (old.get("files") or made["files"]) == made["files"] and (folder / "index.npy").is_file():
             return  # an older note has no "files"
-        (folder / "dataset.json").unlink(missing_ok=True)
+        for name in ("dataset.json", "index.npy"):  # a stop before the new ones must not leave the old ones
+            (folder / name).unlink(missing_ok=True)
         for path in parts:
             if old.get("files", {}).get(path.name) != made["files"][path.name]:
                 path.unlink(missing_ok=True)

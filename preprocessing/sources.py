@@ -143,9 +143,8 @@ def open_source(path, max_images=None, order=None):
     names = sorted(found)
     if not names:
         raise UserError(f"{path} holds no pictures ({', '.join(SUFFIXES)}); give another --source.")
-    if listing is None and is_file(Path(path) / MADE):
-        raise UserError(f"{path} has a {MADE} but no {LISTING}: it is not finished; let the command that makes it end.")
     if listing is None:
+        check_finished(Path(path))
         classes = class_folders(names, path, order)
         numbers = {name: i for i, name in enumerate(classes or ())}
         labels = classes and {name: numbers[name.partition("/")[0]] for name in names}
@@ -157,6 +156,13 @@ def open_source(path, max_images=None, order=None):
         classes = labels and read_class_names(Path(path).parent, np.array([*labels.values()]))
     names = names[:max_images]
     return Source(names, [found[name] for name in names], labels and [labels[name] for name in names], classes)
+
+
+def check_finished(folder):
+    """Raise UserError for a folder that `convert` or `encode` has begun and not finished."""
+    note = read_json(folder / MADE) if is_file(folder / MADE) and not is_file(folder / LISTING) else {}
+    if note.get("command") in ("convert", "encode"):
+        raise UserError(f"{folder} has a {MADE} but no {LISTING}: it is not finished; let {note['command']} end first.")
 
 
 def class_folders(names, path, order):

@@ -12,6 +12,8 @@ from runtime.errors import UserError, first_line
 LARGEST = 1 << 20  # bytes of a file of flags
 # Keys that only files of a run have (args.json, settings.json). In these files, keys that are no flags are ignored.
 OF_A_RUN = ("environment", "network_sha256")
+FACTS = ("data", "processes")  # of a run, under names that are flags of other scripts
+OF_TRAINING = ("time_shift", "vae", "mixed_precision")  # mean something else to scripts that do not train
 
 
 class Switch(argparse.BooleanOptionalAction):
@@ -117,7 +119,9 @@ class Parser(argparse.ArgumentParser):
                  if not name.startswith("--no-")}
         for key, value in given.items():
             name = str(key).replace("-", "_")
-            if name not in flags and of_a_run:
+            if of_a_run and (name not in flags or name in FACTS):
+                continue
+            if "environment" in given and "exp_name" not in flags and name in OF_TRAINING:
                 continue
             if name not in flags:
                 nearest, = difflib.get_close_matches(name, flags, 1, 0)

@@ -237,7 +237,8 @@ CASES = {
     encode: [
         (put("odd/1.png", Image.new("RGB", (30, 30))), ["--source", "{w}/odd"],
          "have 30 pixels a side, no multiple of 4"),
-        ([remove(LABELS), put("data/images/made.json", {})], [], "images has a made.json but no dataset.json"),
+        ([remove(LABELS), put("data/images/made.json", {"command": "convert"})], [],
+         "images has a made.json but no dataset.json"),
     ],
     pack: [
         (remove("data"), [], "vae-sd/dataset.json does not exist"),

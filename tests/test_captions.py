@@ -48,6 +48,14 @@ def test_moments_of_the_file_are_mean_and_log_variance(captions):
     np.testing.assert_allclose(latents, (moments[:4] + 2 * std) * 0.18215, rtol=1e-5)
 
 
+def test_other_tokens_are_other_data(captions):
+    """Of the same counts and shapes, as another text encoder gives: a run is not continued with them."""
+    before = CaptionedImages(captions, "train", 64)
+    np.save(captions / "empty_context.npy", np.ones((6, 16), np.float32))
+    after = CaptionedImages(captions, "train", 64)
+    assert before.fingerprint() == after.fingerprint() and before.conditions_key() != after.conditions_key()
+
+
 def test_a_replaced_picture_changes_the_stamps(captions):
     """Of equal size: the teacher cache then computes it again."""
     dataset, path = CaptionedImages(captions, "train", 64), captions / "train/2.png"

@@ -1,5 +1,6 @@
 """Captioned images to the text-to-image layout: what is written, restarts, processes, bad input; the text encoder."""
 import json
+import os
 import shutil
 import time
 
@@ -111,6 +112,23 @@ def test_pictures_come_back_as_they_were_cropped(made):
         assert moments.dtype == np.float32 and moments.shape == (8, 8, 8)
         expected = torch.cat([posterior.mean, 2 * posterior.std.log()], dim=1)[0]
         np.testing.assert_allclose(moments, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_not_taken_over(source, made, clip_folder, tmp_path, monkeypatch):
+    """Files of another tool, another encoder for the other split, a picture that is newer than what was made of it."""
+    def refused(words, dest, *more):
+        with pytest.raises(UserError, match=words):
+            call_main(monkeypatch, coco, *arguments(source, dest, clip_folder, *more))
+
+    (tmp_path / "foreign/train").mkdir(parents=True)
+    shutil.copy(made / "train/0.png", tmp_path / "foreign/train/0.png")
+    refused("train holds files that were not made by this tool", tmp_path / "foreign")
+    dest = shutil.copytree(made, tmp_path / "made")
+    refused(r"train was begun with other settings \(length\)", dest, "--split", "val", "--text-length", 20)
+    newer = shutil.copytree(source, tmp_path / "source")
+    os.utime(newer / "photos/picture0.png", (2e9, 2e9))
+    with pytest.raises(UserError, match="1 pictures are newer than the files that were made of them"):
+        call_main(monkeypatch, coco, *arguments(newer, dest, clip_folder))
 
 
 def test_every_caption_of_every_image(made, clip_folder):

@@ -75,6 +75,7 @@ def test_text_has_at_most_an_image_for_each_of_val(tiny_captions):
     assert compare.number_of_samples(None, [{"num_classes": 4}]) == 50_000
     assert compare.number_of_samples(None, [text, {"num_classes": 4}]) == len([*(tiny_captions / "val").glob("*.png")])
     assert compare.number_of_samples(2, [text]) == 2
+    assert compare.number_of_samples(7, [{"data_dir": "/elsewhere"}]) == 7  # with samples from another machine
 
 
 @pytest.fixture(scope="module")

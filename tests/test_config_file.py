@@ -49,6 +49,13 @@ def test_facts_of_a_run_are_no_flags(monkeypatch, put):
     path = put({"ckpt": "a.pt", "num_steps": 2, "steps": 400_000, "class_names": ["a", "b"], "network_sha256": "0"})
     found = parsed(monkeypatch, generate, "--config", path)
     assert found == parsed(monkeypatch, generate, "--ckpt", "a.pt", "--num-steps", 2)
+    run = {"environment": {}, "data": "hash", "processes": 8, "time_shift": 1.0, "vae": "mse",
+           "mixed_precision": "fp16", "path_type": "cosine"}
+    assert parsed(monkeypatch, generate, "--ckpt", "a.pt", "--config", put(run)) == parsed(
+        monkeypatch, generate, "--ckpt", "a.pt", "--path-type", "cosine")
+    parser = Parser()
+    parser.add_argument("--processes", type=whole(1), default=1)
+    assert parser.parse_args(["--config", str(put(run))]).processes == 1
 
 
 def test_typed_flags_win(monkeypatch, put):

@@ -16,6 +16,7 @@ from encoders.vae import VAE
 from preprocessing import convert, dataset_tools, destinations, encode
 from preprocessing.destinations import image_name, latent_name
 from preprocessing.sources import open_source
+from runtime.errors import UserError
 from runtime.files import read_json
 from tests.conftest import ROOT, call_main, contents
 from tests.test_sources import adm_crop, odd_pictures, saved, write_folder, write_zip
@@ -169,6 +170,10 @@ def test_mirrored_pictures_have_latents_of_their_own(refused, made, tmp_path, to
         assert (expected - data.moments(i).flip(-1)).abs().max() > 1e-3  # and not the latent mirrored
     refused(r"begun with other settings \(hflip\)", dataset_tools,
             *encoding(made / "images", tmp_path / "vae-sd-hflip"))
+    shutil.rmtree(tmp_path / "vae-sd-hflip")
+    (tmp_path / "vae-sd-hflip").symlink_to(made / "vae-sd")  # of the same shape, and not mirrored
+    with pytest.raises(UserError, match="vae-sd-hflip was not made with --hflip"):
+        LatentImages(tmp_path, SIDE, CLASSES, hflip=True)
 
 
 def test_other_flags(source, tmp_path, tool):

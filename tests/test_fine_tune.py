@@ -26,7 +26,7 @@ def started(path, run, source="ema", **kwargs):
     """(A network initialised from `path`, its weights before)."""
     network = SiT_models["SiT-N/2"](**{"input_size": 16, "num_classes": CLASSES, "z_dims": (48,), **kwargs})
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    init_from(network, argparse.Namespace(init_from=path, init_weights=source, path_type="linear"), run)
+    init_from(network, argparse.Namespace(init_from=path, init_weights=source, path_type="linear", freeze=None), run)
     return network.state_dict(), before
 
 
@@ -49,6 +49,11 @@ def test_parts_of_another_shape_are_made_anew(trained, tmp_path, caplog):
         assert words in caplog.text and caplog.text.count("anew") == 1
         for name, value in now.items():
             assert torch.equal(value, before[name] if name.startswith(begin) else saved["ema"][name]), name
+
+
+def test_no_random_labels_are_kept(run, trained, tmp_path):
+    with pytest.raises(UserError, match="--freeze names the label table, which is made anew"):
+        run(tmp_path, *NO_TEACHER, "--init-from", trained, "--num-classes", 9, "--freeze", "y_embedder")
 
 
 def test_a_run_begins_with_these_weights(run, trained, tmp_path):

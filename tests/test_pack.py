@@ -147,6 +147,17 @@ def test_a_folder_of_an_older_pack_is_kept(source, packed, tmp_path):
         packed_into(copy, dest, "--rows", 3)
 
 
+def test_stopped_between_its_lists(source, packed, tmp_path, monkeypatch):
+    """After a picture was replaced: the same command goes on."""
+    dest, copy = shutil.copytree(packed, tmp_path / "dest"), shutil.copytree(source, tmp_path / "copy")
+    Image.new("RGB", (64, 64), "red").save(copy / "images/00000/img00000020.png")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(np, "save", lambda *_: 1 / 0)
+        packed_into(copy, dest, "--rows", 3)
+    packed_into(copy, dest, "--rows", 3)
+    assert (LatentImages(dest, 64, CLASSES).image(20)[1:] == 0).all()
+
+
 def test_no_room(source, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("", (), {"free": 10 ** 5}))
     with pytest.raises(UserError, match="327.7 KB are needed in .*vae-sd, which has 100.0 KB free; make room, or name"):

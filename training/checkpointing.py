@@ -14,10 +14,11 @@ from runtime.files import atomic_write, writing
 
 logger = logging.getLogger("haste")
 
-# These settings must be equal on resume; all others may change, which is logged. `data` is the data's fingerprint.
+# These settings must be equal on resume; all others may change, which is logged. `data` is the data's fingerprint,
+# `conditions` a hash of some captions' tokens.
 MUST_MATCH_ON_RESUME = ("model", "num_classes", "resolution", "qk_norm", "path_type", "prediction", "weighting",
                         "time_shift", "enc_type", "projector", "projector_kernel", "encoder_depth", "attn_layers",
-                        "attn_teacher", "latents", "data")
+                        "attn_teacher", "latents", "data", "conditions")
 
 
 def save_checkpoint(folder, step, state):

@@ -16,7 +16,8 @@ def side_of(folder, suffixes):
     """Side of the first image, latent or packed file below `folder`, in its own pixels; None if none can be read."""
     for path, _, files in os.walk(folder, followlinks=True):
         for name in files:
-            if not name.endswith(suffixes) or name.startswith(".") or name == "index.npy":
+            if not name.endswith(suffixes) or name.startswith(".") or name == "index.npy" or \
+                    (name.endswith(".npy") and "_" in name):  # a caption
                 continue
             try:
                 if name.endswith(".png"):
@@ -45,7 +46,8 @@ def find_resolution(given, data_dir, folder="images", crop=False):
     if given and pictures and given != pictures:
         raise UserError(f"--resolution is {given}, but the images in {data} have {pictures} pixels a side; leave the "
                         "flag out, or prepare the data anew at this resolution.")
-    latents, note = side_of(data / "vae-sd", (".npy",)), read_note(data) or {}
+    latents = side_of(data / ("vae-sd" if folder == "images" else folder), (".npy",))
+    note = read_note(data) or {}
     return given or pictures or (latents * (note.get("factor") or SD_FACTOR) if latents else RESOLUTION)
 
 

@@ -34,6 +34,9 @@ def init_from(model, args, run):
     differing = sorted(name for name in {*ours, *theirs} if shapes[0].get(name) != shapes[1].get(name))
     anew = {part[0]: (part[1], name) for name in reversed(differing) if (part := part_of(name))}
     for begin, (words, name) in sorted(anew.items()):
+        if begin.startswith("y_embedder") and begin in frozen_parameters(model, args.freeze):
+            raise UserError(f"--freeze names {words}, which is made anew, as {path} has other classes; it would stay "
+                            "random. Leave that pattern out.")
         logger.info(f"--init-from: {words} is made anew, {name} being {shapes[0].get(name, 'missing')} in {path} and "
                     f"{shapes[1].get(name, 'missing')} here")
         theirs = {name: value for name, value in theirs.items() if not is_below(name, begin)}

@@ -44,5 +44,7 @@ class Previews:
         velocity = guided(ema, self.y, self.y_null, self.cfg_scale)
         with self.accelerator.autocast():
             latents = SAMPLERS["ode"](velocity, self.noise.to(self.accelerator.device), PREVIEW_STEPS)
+        if not latents.isfinite().all():
+            logger.warning(f"Some previews of step {step} are not finite, which makes them black.")
         self.save(f"{step:07d}", latents, step)
 

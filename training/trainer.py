@@ -68,8 +68,8 @@ class Trainer:
         self.weights, self.y_null = loss_weights(args), y_null.to(accelerator.device)
         self.latent_scale = scale_of(vars(args))
         self.max_steps = min(args.max_train_steps, math.ceil(args.epochs * len(dataset) / args.batch_size))
-        self.settings = {**vars(args), "data": dataset.fingerprint(), "processes": accelerator.num_processes,
-                         "noise_stream": NOISE_STREAM}
+        self.settings = {**vars(args), "data": dataset.fingerprint(), "conditions": dataset.conditions_key(),
+                         "processes": accelerator.num_processes, "noise_stream": NOISE_STREAM}
         del self.settings["resume_step"]  # of this start only; a new run from args.json has no such checkpoint
         self.ema = copy.deepcopy(model).requires_grad_(False).eval().to(accelerator.device)
         model.to(accelerator.device)
