@@ -171,7 +171,12 @@ def test_what_cannot_be_loaded(forms, tmp_path, file, words):
     ([1], {"seed": -1}, "seed is -1"), ([1], {"batch_size": 0}, "batch_size 0"),
     ([1], {"cfg_scale": float("nan")}, "cfg_scale is nan"), ([1], {"cfg_scale": 0.5}, "cfg_scale is 0.5"),
     ("cat", {}, r"is one condition; give a list, such as \["),
-    ([1], {"mode": "SDE"}, "mode 'SDE' is not known; use 'ode' or 'sde'")])
+    ([1], {"mode": "SDE"}, "mode 'SDE' is not known; use 'ode' or 'sde'"),
+    ([1], {"cache": "tayler"}, "cache 'tayler' is not known; use 'none' or 'taylor'"),
+    ([1], {"time_grid": "x"}, "time_grid 'x' is not known; use 'uniform'"),
+    ([1], {"cache_order": -1}, "cache_order is -1; give a whole number from 0 on"),
+    ([1], {"num_steps": 2.5}, "num_steps is 2.5; give a whole number from 1 on"),
+    ([1], {"seed": 2 ** 32}, "seed is 4294967296, batch_size 32; give whole numbers, from 0 to 4294967295")])
 def test_what_cannot_be_sampled(forms, conditions, more, words):
     with pytest.raises(UserError, match=words):
         load_pipeline(forms[1], vae=VAE)(conditions, **{**SAMPLING, **more})

@@ -154,6 +154,8 @@ def test_what_does_not_go_together(refused, monkeypatch, tiny_data, pictures, tm
     latents = tmp_path / "latents/run/checkpoints/0000001.pt"
     refused("was trained on pixels .--vae none., which --vae ema cannot decode; leave --vae out", generate, "--ckpt",
             ckpt, "--vae", "ema", "--sample-dir", tmp_path)
+    refused("--latents-stats is for a VAE's latents, and .* was trained on pixels", generate, "--ckpt", ckpt,
+            "--latents-stats", tmp_path / "any.npz", "--sample-dir", tmp_path)
     refused("was trained on the latents of a VAE .*, which --vae none cannot decode; give a VAE", generate, "--ckpt",
             latents, "--vae", "none", "--sample-dir", tmp_path)
     published = make_checkpoint(tmp_path / "0000005.pt")  # it does not say

@@ -257,6 +257,14 @@ def test_a_run_that_is_out_of_memory(tiny_data, tmp_path):
         assert name in last
 
 
+def test_samples_that_are_out_of_memory():
+    with pytest.raises(UserError, match="Out of memory with 64 images at a time; give a smaller"), \
+            memory.explained_sampling(64):
+        raise torch.OutOfMemoryError
+    with pytest.raises(RuntimeError, match="another"), memory.explained_sampling(64):
+        raise RuntimeError("another")
+
+
 # ---- clipping ----
 
 @pytest.mark.parametrize("most", [1e-3, 0.05, 1e9, 0], ids=["strongly", "slightly", "not", "to nothing"])

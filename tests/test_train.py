@@ -178,10 +178,12 @@ def test_the_resolution_without_images(tmp_path, tiny_data, tiny_captions):
      "attention x 0 (by --attn-coeff), until step 3 (by --early-stop-point)"),
     (("--early-stop-fraction", 0.5), "until step 3 (by --early-stop-fraction)"),
     (("--preset", "sit-b-2-repa"), "attention x 0 (by --preset sit-b-2-repa), to the end (by --preset sit-b-2-repa)"),
+    (("--proj-coeff", 0, "--attn-coeff", 0), " no alignment"),
     (NO_TEACHER, " no alignment")])
-def test_a_run_says_what_it_aligns(run, teacher_file, tmp_path, more, said):
+def test_a_run_says_what_it_aligns(run, teacher_file, tmp_path, capsys, more, said):
     """The log states the weights, the end, whose default it is, and whether HASTE never stops."""
     run(tmp_path, "--enc-weights", teacher_file, *more)
+    assert ("--enc-type dinov2-vit-n has no effect" in capsys.readouterr().err) == ("--proj-coeff" in more)
     log = (tmp_path / "run/log.txt").read_text()
     assert said in log
     assert ("Alignment never stops in this run: its early-stop point 700 is not before the last step 6; "
