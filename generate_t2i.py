@@ -12,13 +12,11 @@ Defaults are the paper's protocol on COCO: SDE, 250 steps, guidance 2.25, one im
 """
 import hashlib
 import json
-from pathlib import Path
 
 import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
 
 import torch
 
-from data_io.captions import HALF
 from dataset import CaptionedImages
 from encoders.text import CLIP, TextEncoder
 from models.checkpoint import weights_digest
@@ -29,6 +27,7 @@ from runtime.flags import Parser, whole
 from runtime.setup import end_processes
 from sampling.config import add_sampling_flags
 from sampling.images import MOST_IMAGES, open_checkpoint, sample_folder, sample_images, start
+from sampling.prompts import read_prompts
 
 
 def parse_args():
@@ -48,27 +47,6 @@ def parse_args():
     args = parser.parse_args()
     del args.num_classes
     return args
-
-
-def read_prompts(args):
-    """(texts of --prompt and --prompts, name of the set): the file's name or, with --prompt, a hash of the texts."""
-    if args.prompts is None:
-        lines = []
-    else:
-        try:  # lines end at \n or \r\n, as in an editor; splitlines() splits at eight more characters
-            lines = Path(args.prompts).read_bytes().decode("utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {args.prompts} cannot be read ({error}); give a text file, a line per "
-                            "image.") from error
-    prompts = [" ".join(text.split()) for text in [*args.prompt, *(line for line in lines if line.strip())]]
-    for text in prompts:
-        if HALF.search(text):
-            raise UserError(f"--prompt {text!r} is not text in UTF-8; type it again.")
-    if args.prompts and not prompts:
-        raise UserError(f"--prompts {args.prompts} holds no text; give a line per image.")
-    if args.prompts and not args.prompt:
-        return prompts, Path(args.prompts).stem
-    return prompts, f"prompts-{hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:8]}"
 
 
 def own_texts(args, texts, state):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from models.layers import QK, patchify
+from models.layers import QK, Alignment, patchify
 
 
 def interpolant(t, path_type="linear"):
@@ -25,7 +25,7 @@ def shift_time(t, shift):
 
 
 def sample_t(u, weighting="uniform", path_type="linear", shift=1.0):
-    """Map u (N,), uniform in (0, 1), to training times t (N,) in (0, 1), which shift_time then moves.
+    """Map u (N,), uniform in [0, 1), to training times t (N,) in [0, 1], which shift_time then moves.
 
     lognormal: with n = Phi^-1(u) a standard normal and s = exp(n) = sigma / alpha, t = s / (1 + s) on the linear path
     and 2 / pi atan(s) on the cosine path.
@@ -92,10 +92,11 @@ def dispersive_loss(tokens):
     distance, as in its release: 0 if all images are equal, lower the further they are apart. Pairs are formed within
     one micro-batch of one process, so the value depends on how a batch is split.
     """
-    z = tokens.flatten(1).float()
-    nearness = -F.pdist(z).square() / z.shape[1]  # each pair once; i = j, with distance 0, is added below
-    every = torch.cat([nearness, nearness, nearness.new_zeros(len(z))])
-    return every.logsumexp(dim=0) - 2 * math.log(len(z))
+    z = tokens.flatten(1).double()  # products would cancel in float32, more so in TF32 or under autocast
+    z = z - z.mean(dim=0)
+    gram = z @ z.mT  # not F.pdist: on a GPU its gradient takes N copies of z
+    distances = (gram.diagonal()[:, None] + gram.diagonal() - 2 * gram).clamp(min=0)
+    return ((-distances / z.shape[1]).logsumexp(dim=(0, 1)) - 2 * math.log(len(z))).float()
 
 
 def resample_qk(qk, count):
@@ -276,8 +277,8 @@ class SILoss:
         """Latents x (N, C, R, R), condition y -> dict(denoise (N,), and a scalar per name of `terms`), float32.
 
         `teacher` is an Alignment of the same images (empty if no loss needs a teacher), or None in Phase II: then the
-        model returns no alignment, and only `denoise` is computed. A loss whose taps are empty is 0. `t` (N,) and
-        `noise`, shaped like x, are drawn if not given.
+        model returns no alignment, and only `denoise` is computed. A loss whose taps are empty in the student is 0.
+        `t` (N,) and `noise`, shaped like x, are drawn if not given.
         """
         if t is None:
             t = sample_t(torch.rand(len(x), device=x.device), self.weighting, self.path_type)
@@ -290,9 +291,9 @@ class SILoss:
         v, student = model(x_t, t, y, return_alignment=True)
         losses = {"denoise": mean_flat((v.float() - target) ** 2)}
         if self.spatial_norm is not None:
-            teacher = teacher._replace(features=[spatial_normalize(z, self.spatial_norm) for z in teacher.features])
+            teacher = Alignment([spatial_normalize(z, self.spatial_norm) for z in teacher.features], teacher.attention)
         if any(ALIGNMENT_LOSSES[name].student == "latents" for name in self.terms):
-            teacher = teacher._replace(tokens=patchify(x, student.tokens.shape[1]))
+            teacher = Alignment(teacher.features, teacher.attention, patchify(x, student.tokens.shape[1]))
         empty = {"features": not student.features, "attention": not self.attn_pairs}
         for name in self.terms:
             row = ALIGNMENT_LOSSES[name]

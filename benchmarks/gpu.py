@@ -71,7 +71,9 @@ def ms(seconds, digits=3):
 def show_machine(args):
     rows = [["machine", machine(DEVICE).partition("; ")[2]], ["system", platform.platform()],
             ["python", platform.python_version()], ["CPU cores", len(os.sched_getaffinity(0))],
-            ["threads", torch.get_num_threads()]]
+            ["threads", torch.get_num_threads()],
+            ["/dev/shm, GiB free", f"{shutil.disk_usage('/dev/shm').free / 2 ** 30:.1f}"],
+            *[[name, os.environ[name]] for name in sorted(os.environ) if name.startswith(("TORCH_", "NVIDIA_TF32"))]]
     if DEVICE == "cuda":
         gpu = torch.cuda.get_device_properties(0)
         driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], check=False,
@@ -152,7 +154,7 @@ def show_attention(args):
 def show_tiles(args):
     """Forward and backward, with the memory beyond the inputs; `whole maps` is the formula, by autograd."""
     n, h, t, d = (1, 2, 16, 8) if args.dry else (32, 12, 256, 72)  # the loss takes 12 of XL's heads
-    powers, rounds = ((4, 8), 1) if args.dry else ((18, 20, 21, 22, 23, 24, 25), 11)  # 2 ** power logits a tile
+    powers, rounds = ((4, 8), 1) if args.dry else ((18, 20, 22, 23, 24, 25), 11)  # 2 ** power logits a tile
     torch.manual_seed(0)
     q, k, teacher_q, teacher_k = (torch.randn(n, h, t, d, device=DEVICE) for _ in range(4))
     student, teacher = QK(q.requires_grad_(), k.requires_grad_()), QK(teacher_q, teacher_k)
@@ -176,7 +178,7 @@ def show_tiles(args):
         forms[f"tiles of 2^{power}"] = functools.partial(tiled, power, loss.attention_tile)
         forms[f"compiled tiles of 2^{power}"] = functools.partial(tiled, power, compiled)
     works = {name: functools.partial(step, form) for name, form in forms.items()}
-    rows = [[name, ms(seconds, 1), f"{added_memory(works[name], DEVICE) / 2 ** 20:.0f}"]
+    rows = [[name, ms(seconds, 2), f"{added_memory(works[name], DEVICE) / 2 ** 20:.0f}"]
             for name, seconds in alternate(works, rounds, DEVICE).items()]
     print(f"N {n}, H {h}, T {t}, d {d}\n")
     print(table(["form", "ms", "MiB"], rows))
@@ -188,7 +190,7 @@ def show_train(args):
 
     from encoders.teachers import TEACHERS
     model, resolution, batch, entries, rows_a_phase, teacher = (
-        ("SiT-T/2", 64, 2, 32, 2, "dinov2-vit-s") if args.dry else ("SiT-B/2", 256, 128, 4096, 8, "dinov2-vit-b"))
+        ("SiT-T/2", 64, 2, 32, 2, "dinov2-vit-s") if args.dry else ("SiT-B/2", 256, 128, 1024, 5, "dinov2-vit-b"))
     phase_steps, precision, found = STEPS_A_ROW * rows_a_phase, "no" if args.dry else "bf16", []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -302,7 +304,7 @@ def show_encoding(args):
 
     from benchmarks.synthetic import make_png
     from preprocessing import encode
-    resolution, count, widths = (64, 4, (32,) * 4) if args.dry else (256, 512, (128, 256, 512, 512))
+    resolution, count, widths = (64, 4, (32,) * 4) if args.dry else (256, 2048, (128, 256, 512, 512))
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=widths, layers_per_block=2, latent_channels=4,
                         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
@@ -323,7 +325,7 @@ def show_encoding(args):
                                                   f"--model-url={folder / 'vae'}", *more]))
             return run
 
-        found = alternate({"float32": command("float32"), "tf32": command("tf32", "--allow-tf32")}, 1, DEVICE)
+        found = alternate({"float32": command("float32"), "tf32": command("tf32", "--allow-tf32")}, 1)
     print(f"{resolution} px, {count} images\n")
     print(table(["products", "images/s"], [[name, f"{count / statistics.median(s):.1f}"] for name, s in found.items()]))
 

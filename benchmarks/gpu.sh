@@ -65,8 +65,8 @@ has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_s
 section() {  # name, seconds at most, arguments of Python
     local name=$1 limit=$2 left=$((budget - SECONDS)) begin=$SECONDS from status
     shift 2
-    if ((left < 1)); then
-        skip "$name" "no time is left"
+    if ((left < 1)) || { [[ ! $dry ]] && ((left < limit / 2)); }; then
+        skip "$name" "too little time is left"
         return
     fi
     printf '\n## %s\n\n$ %s\n\n' "$name" "python $*" >> "$raw"
@@ -112,17 +112,20 @@ case $part in
                 --modes sde ode --num-steps 2
         else
             xl="--model SiT-XL/2 --mixed-precision bf16"
-            section "step time, XL/2, batch 32" 210 $step $xl --batch-size 32 --rounds 5
-            section "step time, XL/2, batch 128" 60 $step $xl --batch-size 128 --rounds 3 --variants ours
+            section "step time, XL/2, batch 32" 120 $step $xl --batch-size 32 --rounds 5 \
+                --variants published ours bf16-teacher plain
+            section "step time, XL/2, batch 32, compiled" 120 $step $xl --batch-size 32 --rounds 5 \
+                --variants published compiled
+            section "step time, XL/2, batch 128" 90 $step $xl --batch-size 128 --rounds 3 --variants ours
             section profile 60 benchmarks/gpu.py profile
-            section "train.py" 150 benchmarks/gpu.py train
+            section "train.py" 210 benchmarks/gpu.py train
             section sampling 100 benchmarks/sampling.py --model SiT-XL/2 --batch-size 32 --modes sde ode --num-steps 6 \
                 --rounds 2 --variants published ours bf16
-            section "attention loss" 60 benchmarks/gpu.py tiles
-            section "step time, B/2" 90 $step --model SiT-B/2 --mixed-precision bf16 --batch-size 128 --rounds 3 \
-                --variants published ours compiled plain
+            section "attention loss" 90 benchmarks/gpu.py tiles
             section "step time, XL/2, fp16" 60 $step --model SiT-XL/2 --mixed-precision fp16 --batch-size 32 \
                 --rounds 3 --variants published ours
+            section "step time, B/2" 120 $step --model SiT-B/2 --mixed-precision bf16 --batch-size 128 --rounds 3 \
+                --variants published ours plain compiled
             section "step time, XL/2, batch 128, compiled" 120 $step $xl --batch-size 128 --rounds 3 --variants compiled
         fi
         ;;

@@ -54,7 +54,7 @@ def make(args, network, path_type, seed=0, **options):
     latents, cost, seconds = [], Counter(), 0.0
     for first in range(0, args.samples, args.batch_size):
         numbers = range(first, min(first + args.batch_size, args.samples))
-        y = torch.tensor([i % network.num_classes for i in numbers])
+        y = torch.tensor([i % network.num_classes for i in numbers], device=next(network.parameters()).device)
         streams = [np.random.default_rng((seed, i)) for i in numbers]
         begin = time.perf_counter()
         latents.append(sample(network, Latents, streams, y, torch.full_like(y, network.null_label), cost=cost,

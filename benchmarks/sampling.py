@@ -55,7 +55,8 @@ def networks(args, device):
     """{variant: model(x, t, y) -> v}."""
     def make(variant):
         torch.manual_seed(0)
-        model = SiT_models[args.model](input_size=args.resolution // 8).to(device).eval()
+        with torch.device(device):  # a CPU takes 8 seconds to draw the weights of XL
+            model = SiT_models[args.model](input_size=args.resolution // 8).to(device).eval()
         for block in model.blocks:
             torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)
         if "compiled" in variant:

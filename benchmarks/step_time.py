@@ -116,7 +116,8 @@ class Run:
         else:
             torch.manual_seed(0)
             z_dims = () if key == "plain" else (self.width,)
-            model = SiT_models[self.name](input_size=self.side, z_dims=z_dims).to(self.device)
+            with self.device:  # a CPU takes 8 seconds to draw the weights of XL
+                model = SiT_models[self.name](input_size=self.side, z_dims=z_dims).to(self.device)
             with torch.no_grad():  # move adaLN off its zeros, as after some training
                 for block in model.blocks:
                     block.adaLN_modulation[1].weight.normal_(std=0.02)

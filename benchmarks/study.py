@@ -272,9 +272,10 @@ def run_all(args):
 def held_out_losses(args, paths):
     """{step: [L_diff of the EMA in each eighth of t]} over HELD_OUT images; all checkpoints get the same draws."""
     from evaluations.student import open_dataset
-    loss_fn, losses = SILoss(attn_pairs=()), {}
+    loss_fn, losses, device = SILoss(attn_pairs=()), {}, "cuda" if torch.cuda.is_available() else "cpu"
     for path in paths:
         network, saved = load_network(path)
+        network.to(device)
         data = open_dataset(network, saved, args.data_dir / "val")
         rng, total, count = np.random.default_rng(0), torch.zeros(TIMES, dtype=torch.float64), min(len(data), HELD_OUT)
         for images in torch.arange(count).split(32):
@@ -283,8 +284,8 @@ def held_out_losses(args, paths):
             u = torch.from_numpy(rng.random((len(images), TIMES), dtype=np.float32))
             t = ((torch.arange(TIMES) + u) / TIMES).flatten()
             noise = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
-            loss = loss_fn(network, x, y.repeat_interleave(TIMES), t=t, noise=noise)["denoise"]
-            total += loss.view(-1, TIMES).sum(dim=0)
+            x, y, t, noise = (values.to(device) for values in (x, y.repeat_interleave(TIMES), t, noise))
+            total += loss_fn(network, x, y, t=t, noise=noise)["denoise"].view(-1, TIMES).sum(dim=0).cpu()
         losses[int(path.stem)] = (total / count).tolist()
     return losses
 

@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from timm.layers import resample_abs_pos_embed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
@@ -116,9 +116,11 @@ def teacher_row(enc_type):
         raise UserError(f"--enc-type {enc_type}: timm has no model {name}; timm.list_models('*vit*') lists them.")
     with torch.device("meta"):
         vit = timm.create_model(name, num_classes=0)
-    if not isinstance(vit, (VisionTransformer, Eva)) or getattr(vit, "rope_mixed", False) \
-            or not hasattr(getattr(vit.blocks[0], "attn", None), "q_norm"):
-        raise UserError(f"--enc-type {enc_type}: {name} is no plain ViT with blocks[i].attn; give another.")
+    attention = isinstance(vit, (VisionTransformer, Eva)) and getattr(vit.blocks[0], "attn", None)
+    if not hasattr(attention, "q_norm") or type(attention).__name__ == "DiffAttention" \
+            or not isinstance(vit.patch_embed, PatchEmbed) or getattr(vit, "rope_mixed", False):
+        raise UserError(f"--enc-type {enc_type}: {name} is no plain ViT (timm's VisionTransformer or Eva, with "
+                        "patches of pixels, ordinary attention and no mixed rotations); give another.")
     return TeacherRow(name, vit.embed_dim, vit.patch_embed.patch_size[0], vit.pretrained_cfg["mean"],
                       vit.pretrained_cfg["std"], vit.num_prefix_tokens)
 

@@ -65,7 +65,8 @@ def add_sampler_flags(parser, **swept):
         help="image i is made from (seed, i) (default 0)")
 
     add = parser.add_argument_group("cache between steps").add_argument
-    add("--cache", choices=CACHES, default="none", help="skip work at most steps; taylor: predict attention and MLP, "
+    add("--cache", choices=CACHES, default="none", help="skip work at most steps; taylor: predict attention and MLP "
+        "(TaylorSeer's, exact above order 1 too), "
         "delta: add what a run of blocks added before (default none)")
     add("--cache-interval", type=whole(1), default=3, help="every so many calls the network is run in full (default 3)")
     add("--cache-order", type=whole(0, 8), default=2, help="degree of taylor's polynomial (default 2)")

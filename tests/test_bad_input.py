@@ -116,7 +116,9 @@ CASES = {
         (None, ["--preset", "sit-s-2-haste"], "--preset sit-s-2-haste is not known; `--preset list` shows"),
         # what else training reads
         (None, ["--enc-type", "dinov2-vit-s", "--exp-name", "new"], "could not be fetched from the hub"),
-        (None, ["--enc-type", "timm:beit_base_patch16_224"], "is no plain ViT"),
+        *((None, ["--enc-type", f"timm:{name}"], "is no plain ViT") for name in (
+            "beit_base_patch16_224", "vit_small_r26_s32_224", "vitamin_small_224", "vit_base_patch16_rope_mixed_224",
+            "vit_dwee_patch16_reg1_gap_256")),
         (None, [*WITH_TEACHER, "--enc-weights", "/no/file.pth"], "/no/file.pth does not exist"),
         (put("teacher.pth", Planted()), WITH_TEACHER, "holds code, which is not run"),
         (cut("teacher.pth"), WITH_TEACHER, "teacher.pth is damaged"),

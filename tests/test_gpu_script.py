@@ -74,7 +74,7 @@ def test_no_section_takes_more_than_the_time_there_is(out, python):
     assert done.returncode == 1
     assert found["failed"] == ["machine"] and found["sections"][0]["said"] == "status 124, its time was up"
     assert [section["status"] for section in found["sections"]] == ["FAIL", "SKIP", "SKIP", "SKIP"]
-    assert "SKIP tests (0 s): no time is left" in done.stdout
+    assert "SKIP tests (0 s): too little time is left" in done.stdout
 
 
 def test_what_is_not_installed_is_said(tmp_path, out, python):

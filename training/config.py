@@ -58,6 +58,7 @@ def add_training_flags(parser):
         f"(default: the process's share of the cores, at most {MOST_WORKERS})")
     add("--vae", help="VAE of previews and scores: hub name or diffusers folder; none: train on pixels, without a VAE "
         "(train.py) (default: the one that made the latents, by DATA/latents.json, else stabilityai/sd-vae-ft-mse)")
+    add("--legacy", action=argparse.BooleanOptionalAction, help="no effect: REPA's script takes it")
     add("--latents-stats", metavar="FILE", help="train on (latent - mean) / std of each channel: .safetensors, .npz or "
         "LightningDiT's .pt with mean and std, or a latents.json (default: DATA/latents.json, else latent x 0.18215)")
     add("--cfg-prob", type=number(0, 1), default=0.1, help="share of conditions dropped for guidance (default 0.1)")
