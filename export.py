@@ -12,7 +12,7 @@ from pathlib import Path
 
 import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
 from data_io.moments import read_names
-from models.checkpoint import load_checkpoint, load_network, save_export
+from models.checkpoint import load_checkpoint, load_network, modern_names, save_export
 from runtime.errors import UserError, run_script
 from runtime.files import prepare_output
 from runtime.flags import Parser
@@ -53,7 +53,8 @@ def main():
         state["args"]["class_names"] = read_names(args.class_names, settings["num_classes"], exactly=True)
     state = released(state) if args.release else state
     save_export(args.out, state)
-    count = sum(value.numel() for name, value in network.named_parameters() if name in state["ema"])
+    saved = modern_names(state["ema"])
+    count = sum(value.numel() for name, value in network.named_parameters() if name in saved)
     print(f"{args.out}: {settings.get('model', 'EMA')}, {count:,} parameters")
 
 

@@ -144,7 +144,7 @@ case $part in
             study="--model SiT-S/2 --steps ${STUDY_STEPS:-2000} --jobs 4 --seeds 0 --mixed-precision bf16"
             [[ $dry ]] && study="--model SiT-T/2 --steps 8 --jobs 2 --seeds 0 --samples 4"
             minutes=$(awk "BEGIN { print ($budget - $SECONDS - 60) / 60 }")  # scoring at the end takes some
-            section study "$budget" benchmarks/study.py --data emoji --data-dir "$DATA" --out "$work/study" --minutes "$minutes" $study
+            section study "$((budget - SECONDS))" benchmarks/study.py --data emoji --data-dir "$DATA" --out "$work/study" --minutes "$minutes" $study
             [[ -f $work/study/results/curves.png ]] && cp "$work/study/results/curves.png" "${raw%.md}-study-curves.png"
         fi
         ;;

@@ -66,7 +66,8 @@ class CachedTeacher:
         record, count = self.folder / f"{'-'.join(names)}.done.npy", math.ceil(len(dataset) / batch_size)
         if accelerator.is_main_process and not (is_file(record) and load_array(record).shape == (count,)):
             self.folder.mkdir(parents=True, exist_ok=True)
-            others = {path.parent for path in self.folder.parent.glob("*/*.npy")} - {self.folder}
+            others = {path.parent for ending in ("complete", "done.npy")
+                      for path in self.folder.parent.glob(f"*/*.{ending}")} - {self.folder}
             if others:  # nobody else would notice gigabytes that no run reads any more
                 size = sum(path.stat().st_size for other in others for path in other.glob("*.npy"))
                 logger.info(f"{self.folder.parent} also holds {size / 1e9:.1f} GB of other teachers, data or code "

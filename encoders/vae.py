@@ -21,8 +21,8 @@ def loading(what, source, remedy):
     is_here = is_folder(source)
     try:
         yield
-    except ImportError as error:
-        raise UserError(f"{what} {source} needs the package {error.name}; install it.") from error
+    except ModuleNotFoundError as error:
+        raise UserError(f"{what} {source} needs another package ({first_line(error)}); install it.") from error
     except Exception as error:  # a damaged folder may raise anything
         where = "" if is_here else "no folder here, and not to be had from the hub: "
         raise UserError(f"{what} {source} could not be loaded ({where}{first_line(error)}); give {remedy}, or a hub "

@@ -169,7 +169,7 @@ def is_there(folder, flags):
 
 def stamp_of(reference):
     """A value that changes with the files of a reference: of each, or of all in a folder, size and newest time."""
-    found = [path.stat() for path in (reference.rglob("*") if reference.is_dir() else [reference])]
+    found = [path.lstat() for path in (reference.rglob("*") if reference.is_dir() else [reference.resolve()])]
     return [len(found), sum(each.st_size for each in found), max(each.st_mtime_ns for each in found)]
 
 
@@ -269,7 +269,9 @@ def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_writable(args.out)
     settings, names = [read_settings(run) for run in args.runs], called(args.runs)
-    args.num_fid_samples = number_of_samples(args.num_fid_samples, settings)
+    asked, args.num_fid_samples = args.num_fid_samples, number_of_samples(args.num_fid_samples, settings)
+    if asked and asked != args.num_fid_samples:
+        logger.info("There are %d captions: one image of each is made, not %d.", args.num_fid_samples, asked)
     step, metrics = common_step(args.runs, args.step), chosen_metrics(args)
     open_once = functools.cache(lambda: open_scorer(args, metrics))
     together = named(args.names, args.runs) if args.names else groups(settings, names)

@@ -7,7 +7,8 @@ import statistics
 SILENT = ("exp_name", "output_dir", "logging_dir", "report_to", "preset", "resume_step", "num_workers", "epochs",
           "data", "processes", "environment", "noise_stream", "log_every", "sampling_steps", "checkpointing_steps",
           "checkpoint_minutes", "keep_checkpoints", "keep_every", "compile", "fused_attn", "allow_tf32",
-          "grad_checkpointing", "teacher_cache", "class_names", "early_stop_fraction", "prediction")
+          "grad_checkpointing", "teacher_cache", "class_names", "early_stop_fraction", "prediction",
+          "conditions", "legacy")
 SILENT_BEGINNINGS = ("eval_", "wandb_")
 # Settings that do nothing without alignment, and without a teacher.
 ALIGNMENT = ("enc_", "attn_", "encoder_depth", "early_stop", "trigger_", "align_", "projector", "spatial_norm")

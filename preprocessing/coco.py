@@ -141,7 +141,7 @@ def write_pictures(folder, todo, have, picture, vae, args):
             for i, array in zip(group, moments, strict=True):
                 if isinstance(array, UserError):
                     failures.append(str(array))
-                elif f"{i}.npy" not in have:
+                elif not {f"{i}.png", f"{i}.npy"} <= have:  # a new picture's moments, too
                     save_array(folder / f"{i}.npy", array)
             bar.update(len(group))
     return failures
@@ -174,6 +174,9 @@ def build_split(folder, names, captions, picture, vae, encoder, args):
         if not (folder / MADE).is_file() and folder.is_dir() and any(scan_numbered(folder)):
             raise UserError(f"{folder} holds files that were not made by this tool; name another --dest, or remove "
                             "them.")
+        empty = folder.with_name("empty_context.npy")
+        if empty.exists() and not any((folder.with_name(split) / MADE).is_file() for split in SPLITS):
+            raise UserError(f"{empty} was not made by this tool, and would be replaced; name another --dest.")
         for other in (folder.with_name(split) for split in SPLITS):  # one empty caption serves both
             if (other / MADE).is_file():
                 of_text = {key: settings[key] for key in ("text_encoder", "length")}

@@ -160,9 +160,10 @@ def open_source(path, max_images=None, order=None):
 
 def check_finished(folder):
     """Raise UserError for a folder that `convert` or `encode` has begun and not finished."""
-    note = read_json(folder / MADE) if is_file(folder / MADE) and not is_file(folder / LISTING) else {}
-    if note.get("command") in ("convert", "encode"):
-        raise UserError(f"{folder} has a {MADE} but no {LISTING}: it is not finished; let {note['command']} end first.")
+    if is_file(folder / LISTING) or not is_file(folder / MADE):
+        return
+    if (command := read_json(folder / MADE).get("command")) in ("convert", "encode"):
+        raise UserError(f"{folder} has a {MADE} but no {LISTING}: it is not finished; let {command} end first.")
 
 
 def class_folders(names, path, order):

@@ -46,9 +46,9 @@ def connect(make):
     try:
         return make()
     except RuntimeError as error:
-        if is_broken_connection(error):
-            raise UserError(sentence(first_line(error))) from error
-        raise
+        if not is_broken_connection(error):
+            raise
+        raise UserError(sentence(first_line(error))) from error
     finally:
         timer.cancel()
 

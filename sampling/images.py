@@ -1,6 +1,7 @@
 """What generate.py and generate_t2i.py share: load the network, make each image once, write PNGs, .npz and grid."""
 import inspect
 import math
+import numbers
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -55,11 +56,10 @@ def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale
             raise UserError(f"{name} {value!r} is not known; use {' or '.join(map(repr, known))}.")
     for name, value, low in (("num_steps", num_steps, 1), ("cache_interval", cache_interval, 1),
                              ("cache_order", cache_order, 0)):
-        if type(value) is not int or value < low:
+        if not isinstance(value, numbers.Integral) or value < low:
             raise UserError(f"{name} is {value!r}; give a whole number from {low} on.")
-    for name, value in (("num_steps", num_steps), ("cfg_scale", cfg_scale)):
-        if not 1 <= value < math.inf:
-            raise UserError(f"{name} is {value}; give a number from 1 on.")
+    if not 1 <= cfg_scale < math.inf:
+        raise UserError(f"cfg_scale is {cfg_scale}; give a number from 1 on.")
     options = {"heun": heun, "path_type": path_type, "time_grid": time_grid, "time_shift": time_shift,
                "tolerance": tolerance, "noise": lambda x: normals(x.shape[1:], np.float64)}
     velocity = guided(network, y, y_null, cfg_scale, guidance_low, guidance_high)

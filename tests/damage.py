@@ -108,7 +108,6 @@ def claims_too_much(w):
         file.truncate(size)
 
 
-
 class Planted:
     """Leaves a folder behind when it is unpickled unsafely."""
 
@@ -124,7 +123,6 @@ def shape_of_another_model(w):
     state = load_tensors(w / RUN)
     state["model"]["x_embedder.proj.bias"] = torch.zeros(7)
     torch.save(state, w / RUN)
-
 
 
 def captions_file(images=({"id": 1, "file_name": "1.png"},), annotations=({"image_id": 1, "caption": "a"},)):

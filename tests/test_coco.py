@@ -12,6 +12,7 @@ from PIL import Image
 from data_io.captions import read_texts
 from encoders.text import TextEncoder
 from encoders.vae import VAE
+from evaluations.images import decode
 from preprocessing import coco, encode
 from runtime.errors import UserError
 from tests.conftest import ROOT, SERVER, call_main, contents, script
@@ -129,6 +130,13 @@ def test_what_is_not_taken_over(source, made, clip_folder, tmp_path, monkeypatch
     os.utime(newer / "photos/picture0.png", (2e9, 2e9))
     with pytest.raises(UserError, match="1 pictures are newer than the files that were made of them"):
         call_main(monkeypatch, coco, *arguments(newer, dest, clip_folder))
+    place, moments = KEPT.index(0), (dest / f"train/{KEPT.index(0)}.npy")
+    Image.new("RGB", (50, 50), "red").save(newer / "photos/picture0.png")
+    os.utime(newer / "photos/picture0.png", (1, 1))
+    before = moments.read_bytes()
+    (dest / f"train/{place}.png").unlink()
+    call_main(monkeypatch, coco, *arguments(newer, dest, clip_folder))  # the new picture has new moments
+    assert moments.read_bytes() != before and (decode(dest / f"train/{place}.png")[..., 0] == 255).all()
 
 
 def test_every_caption_of_every_image(made, clip_folder):

@@ -149,6 +149,9 @@ def check_same_run(path, saved, args):
             if name == "latents":
                 old, new = ({key: value for key, value in each.items() if saved[name][key] != args[name][key]}
                             for each in (old, new))
+            if name == "conditions":
+                raise UserError(f"{path} belongs to another run: its captions had other tokens, as of another text "
+                                "encoder; use another --exp-name, or the data of that run.")
             raise UserError(f"{path} belongs to another run: {name} was {shorten(str(old), 200)} and is now "
                             f"{shorten(str(new), 200)}; use another --exp-name, or the settings of that run.")
     return [(name, saved[name], value) for name, value in args.items()

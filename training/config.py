@@ -228,7 +228,7 @@ def finalize_args(args, config):
     args.attn_layers = parse_pairs(args.attn_layers) if args.attn_layers else [list(p) for p in config["attn_pairs"]]
     if args.enc_type == "none" or all(ALIGNMENT_LOSSES[name].teacher is None for name in loss_weights(args)):
         if args.enc_type != "none" and os.environ.get("RANK", "0") == "0":
-            print(f"--enc-type {args.enc_type} has no effect: the weights of its losses are 0", file=sys.stderr)
+            print(f"--enc-type {args.enc_type} has no effect: the weights of its losses are 0.", file=sys.stderr)
         args.enc_type = "none"
         vars(args).update({row.flag: 0.0 for row in ALIGNMENT_LOSSES.values() if row.teacher})
     if args.enc_type != "none":

@@ -135,7 +135,8 @@ def needs_images(args, run):
     newest = args.resume_step or max(found, default=0)
     if newest in found and args.early_stop_trigger == "gradient":
         with contextlib.suppress(UserError):  # the run will say what is wrong with it
-            end = load_checkpoint(found[newest], ()).get("trigger_fired") or end
+            fired = load_checkpoint(found[newest], ()).get("trigger_fired")
+            end = fired if type(fired) is int else end
     return args.enc_type != "none" and newest < end
 
 
