@@ -22,6 +22,11 @@ logger = logging.getLogger("haste")
 FLUSH_SECONDS = 60  # a kill loses at most this much work
 
 
+def at_once(path, flags):
+    """An opener for open(): each write is on the disk, with no other bytes, before it returns."""
+    return os.open(path, flags | os.O_DSYNC)
+
+
 class CachedTeacher:
     """The teacher's outputs for a whole data set, float16, memory-mapped: dataset positions (N,) -> Alignment.
 
@@ -89,7 +94,7 @@ class CachedTeacher:
                 np.save(file, np.zeros(count, np.uint8))
         accelerator.wait_for_everyone()
         arrays = self._open(names)
-        files = {name: open(self.folder / f"{name}.npy", "r+b") for name in names}  # noqa: SIM115 - open to the end
+        files = {name: open(self.folder / f"{name}.npy", "r+b", opener=at_once) for name in names}  # noqa: SIM115
         done = np.load(record, mmap_mode="r+", allow_pickle=False)
         todo = np.flatnonzero(done == 0)[accelerator.process_index::accelerator.num_processes].tolist()
         accelerator.wait_for_everyone()  # all have read it
@@ -104,7 +109,7 @@ class CachedTeacher:
                 values = np.ascontiguousarray(outputs[name].half().cpu().numpy())
                 if not np.isfinite(values).all():
                     raise UserError(f"The teacher's {name} does not fit float16; run without --teacher-cache.")
-                # Not through a mapping: over NFS that writes whole pages, with old rows of other machines in them.
+                # Neither through a mapping nor later: NFS may then write whole pages, with old rows of other machines.
                 files[name].seek(array.offset + rows.start * values[0].nbytes)
                 files[name].write(values)
             written.append(batch)

@@ -290,6 +290,19 @@ def short_start():
     setup.START_SECONDS = 5
 
 
+def test_processes_with_different_settings(tiny_data, tmp_path):
+    """As another accelerate configuration on one machine gives: their gradients would be averaged without a word."""
+    done = script("train.py", *long_run(tiny_data, tmp_path), processes=2, check=False,
+                  before="tests.test_faults.other_rate")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+    assert "error: The processes of this run have different settings: learning_rate; give all" in done.stderr
+
+
+def other_rate():
+    if os.environ["RANK"] == "1":
+        sys.argv += ["--learning-rate", "0.5"]
+
+
 def test_a_network_interface_that_is_not_there(tiny_data, tmp_path):
     done = script("train.py", *long_run(tiny_data, tmp_path), processes=2, check=False,
                   before="tests.test_faults.wrong_interface")

@@ -129,6 +129,19 @@ def describe_resume(path, saved, changed):
                     "here on")
 
 
+def check_alike(accelerator, settings):
+    """Raise UserError on all processes if their settings differ: flags, launcher's variables, or data on local disks.
+
+    Paths and the number of loader processes may differ.
+    """
+    mine = {name: value for name, value in settings.items()
+            if name != "num_workers" and (name in MUST_MATCH_ON_RESUME or not isinstance(value, str))}
+    every = gather_object([mine | {"mixed_precision": accelerator.mixed_precision}])
+    if differing := sorted({name for other in every for name in other if other[name] != every[0].get(name)}):
+        raise UserError(f"The processes of this run have different settings: {', '.join(differing)}; give all of "
+                        "them one command, one accelerate configuration and the same data.")
+
+
 def check_same_run(path, saved, args):
     """Refuse to go on with another run's checkpoint; return the other settings that changed, as (name, old, new).
 

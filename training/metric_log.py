@@ -83,7 +83,7 @@ class Metrics:
         if state and state["rows"].shape[1] == len(TERMS):  # else from a version with other losses
             self.names, self.pending = state["names"], list(state["rows"])
         self.max_skipped, self.in_a_row = max_skipped, (state or {}).get("in_a_row", 0)
-        self.started = time.time() - (saved.get("seconds") or 0.0)
+        self.started = time.monotonic() - (saved.get("seconds") or 0.0)
         # metrics.csv as it was then: the file may now hold rows of a branch that --resume-step began and left
         self.saved_history = saved.get("history")
 
@@ -144,7 +144,7 @@ class Metrics:
 
     def seconds(self):
         """Seconds since the last row."""
-        return time.time() - self.started
+        return time.monotonic() - self.started
 
     def write(self, measures=(), **more):
         """Write one row and return its values: means over the steps since the last row and over all processes.
@@ -167,5 +167,5 @@ class Metrics:
                     {"step": self.step, **{name: f"{value:.6g}" for name, value in values.items()},
                      "seconds": f"{seconds:.3f}"})
         track(self.accelerator, {**values, "steps_per_second": len(rows) / max(seconds, 1e-9)}, self.step)
-        self.pending, self.started = [], time.time()
+        self.pending, self.started = [], time.monotonic()
         return values

@@ -89,7 +89,7 @@ class Preemption:
         self.seconds, self.saved = 60 * minutes or float("inf"), time.monotonic()
         # A separate group on the CPU: agreeing must neither wait for the device nor mix with the gradients' all-reduce.
         self.group = dist.new_group(backend="gloo", timeout=patience) if processes > 1 else None
-        self.pending, self.stale = None, False
+        self.pending, self.stale, self.is_first = None, False, processes == 1 or dist.get_rank() == 0
 
     def __enter__(self):
         _listener.phase = STEPS
@@ -101,7 +101,7 @@ class Preemption:
         One process decides at once. Several decide on what each wanted one step ago: the all-reduce runs during a
         step, so nobody waits for it.
         """
-        late = time.monotonic() - self.saved >= self.seconds
+        late = self.is_first and time.monotonic() - self.saved >= self.seconds  # others do not wait for its write
         wanted = STOP if _listener.heard else SAVE if late else 0
         if self.group is None:
             return wanted

@@ -25,6 +25,7 @@ from runtime.progress import progress
 from runtime.setup import PROCESS_GROUP_TIMEOUT, check_compiler, end_processes, give_back_memory, to_device
 from runtime.versions import environment
 from training.checkpointing import (
+    check_alike,
     check_resumed,
     check_same_run,
     describe_resume,
@@ -108,6 +109,7 @@ class Trainer:
             check_compiler(self.accelerator.device)
             self.model.compile()
             self.loss_fn.compile()
+        check_alike(self.accelerator, {**self.settings, "last step": self.max_steps})
         saved = self.resume()
         open_log(self.run_folder, ["checkpoints"] + ["previews"] * bool(self.args.sampling_steps))
         self.open_scores()
