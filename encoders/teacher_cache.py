@@ -94,7 +94,7 @@ class CachedTeacher:
                 np.save(file, np.zeros(count, np.uint8))
         accelerator.wait_for_everyone()
         arrays = self._open(names)
-        files = {name: open(self.folder / f"{name}.npy", "r+b", opener=at_once) for name in names}  # noqa: SIM115
+        files = {name: open(self.folder / f"{name}.npy", "r+b", 0, opener=at_once) for name in names}  # noqa: SIM115
         done = np.load(record, mmap_mode="r+", allow_pickle=False)
         todo = np.flatnonzero(done == 0)[accelerator.process_index::accelerator.num_processes].tolist()
         accelerator.wait_for_everyone()  # all have read it
@@ -114,9 +114,6 @@ class CachedTeacher:
                 files[name].write(values)
             written.append(batch)
             if batch == todo[-1] or time.monotonic() - flushed > FLUSH_SECONDS:
-                for file in files.values():
-                    file.flush()
-                    os.fsync(file.fileno())
                 done[written] = 1  # only now, so that the record is true after a crash of the machine
                 done.flush()
                 written, flushed = [], time.monotonic()

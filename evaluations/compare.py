@@ -178,7 +178,7 @@ def scores_of(folder, args, metrics, open_once):
     from runtime.files import is_file, read_json, write_json
     path, npz = (folder.with_name(folder.name + ending) for ending in ("-scores.json", ".npz"))
     result = read_json(path) if is_file(path) and path.stat().st_mtime >= npz.stat().st_mtime else {}
-    asked = {"reference_stamp": stamp_of(Path(args.reference)),
+    asked = {"reference_stamp": args.reference_stamp,
              "features": args.features, "preset": args.preset, "pr_dtype": args.pr_dtype,
              "any_weights": args.any_weights, "reference": str(args.reference)}
     names = score_names(args.features, metrics)
@@ -289,7 +289,7 @@ def main():
     if {*metrics} <= {*OF_BOTH} and open_images(args.reference, required=False) is None:
         raise UserError(f"{args.reference} holds statistics only, and --metrics {','.join(metrics)} needs images; "
                         "choose other --metrics, or a reference with images.")
-    points, folders = {}, {}
+    points, folders, args.reference_stamp = {}, {}, stamp_of(Path(args.reference))
     for place, samples in planned.items():
         points[place] = []
         for name, folder, flags in samples:

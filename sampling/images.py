@@ -48,12 +48,11 @@ def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale
         draws = np.stack([rng.standard_normal(shape, dtype=dtype) for rng in streams])
         return to_device(torch.from_numpy(draws), y.device)
 
-    if mode not in SAMPLERS:
-        raise UserError(f"mode {mode!r} is not known; use {' or '.join(map(repr, SAMPLERS))}.")
-    check_modes(mode, heun, cache)
-    for name, value, known in (("cache", cache, CACHES), ("time_grid", time_grid, TIME_GRIDS)):
+    for name, value, known in (("mode", mode, SAMPLERS), ("cache", cache, CACHES),
+                               ("time_grid", time_grid, TIME_GRIDS)):
         if value not in known:
             raise UserError(f"{name} {value!r} is not known; use {' or '.join(map(repr, known))}.")
+    check_modes(mode, heun, cache)
     for name, value, low in (("num_steps", num_steps, 1), ("cache_interval", cache_interval, 1),
                              ("cache_order", cache_order, 0)):
         if not isinstance(value, numbers.Integral) or value < low:
