@@ -17,6 +17,7 @@ from tests.test_evaluations_metrics import save_efficientnet
 SMALLER = {"train": ["--max-train-steps", "4", "--checkpointing-steps", "2", "--sampling-steps", "4", "--batch-size",
                      "4"],
            "generate": ["--num-fid-samples", "8", "--num-steps", "2"],
+           "evaluations.stats": ["--images", "16"],
            "evaluations.compare": ["--num-fid-samples", "8", "--steps", "2"]}
 
 
