@@ -57,23 +57,28 @@ def encoded(names):
     return np.array([os.fsencode(name) for name in names], "S")
 
 
+def read_listing(path, data=None):
+    """dataset.json (or its bytes, `data`) -> [(relative path, label), ...], or None where it says null."""
+    entries = read_json(path, data=data).get("labels")
+    try:
+        entries = None if entries is None else [(check_inside(name, path), label) for name, label in entries]
+        encoded([name for name, _ in entries or ()])  # each can be a path
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
+    for name, label in entries or ():
+        if type(label) is not int or not 0 <= label < LAST_LABEL:
+            raise UserError(f"{path}: the label of {name} is {label}; it must be a whole number from 0 on.")
+    return entries
+
+
 def read_labels(path, data=None):
-    """dataset.json (or its bytes, `data`) -> numbers (n,), labels (n,) or None for null, names (n,); by number."""
+    """The same -> numbers (n,), labels (n,) or None for null, names (n,); by number."""
     if data is None and not is_file(path):
         raise UserError(f"{path} does not exist; --data-dir must hold images/ and vae-sd/, or zips of these names, "
                         "each with a dataset.json.")
-    content = read_json(path, data=data)
-    try:
-        entries = content["labels"]
-        labels = [label for _, label in entries or ()]
-        names = encoded([check_inside(name, path) for name, _ in entries or ()])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
-    for k, label in enumerate(labels):
-        if type(label) is not int or abs(label) >= LAST_LABEL:
-            raise UserError(f"{path}: the label of index {numbers_of(names[[k]])[0]} is {label}; it must be a whole "
-                            "number from 0 on.")
-    numbers, names, labels = sort_by_number(path, names, np.array(labels, np.int64))
+    entries = read_listing(path, data)
+    names, labels = zip(*entries, strict=True) if entries else ((), ())
+    numbers, names, labels = sort_by_number(path, encoded(names), np.array(labels, np.int64))
     return numbers, None if entries is None else labels, names
 
 
@@ -97,13 +102,12 @@ def check_equal_sizes(path, names, sizes, what="latent"):
 
 
 def check_labels(files, num_classes):
-    """The Index of `files`. Raises UserError for a label outside 0 .. num_classes - 1 (None: no upper limit)."""
+    """The Index of `files`. Raises UserError for a label past num_classes - 1 (None: no limit)."""
     index = files.index
-    if index.labels is not None:
-        for k in np.flatnonzero((index.labels < 0) | (index.labels >= (num_classes or LAST_LABEL)))[:1]:
-            limit = f"to {num_classes - 1} (--num-classes {num_classes})" if num_classes else "on"
+    if num_classes and index.labels is not None:
+        for k in np.flatnonzero(index.labels >= num_classes)[:1]:
             raise UserError(f"{files.path}/dataset.json: the label of index {index.labelled[k]} is {index.labels[k]}; "
-                            f"it must be a number from 0 {limit}.")
+                            f"it must be a number from 0 to {num_classes - 1} (--num-classes {num_classes}).")
     return index
 
 

@@ -31,7 +31,7 @@ from data_io.index import (
     walk,
 )
 from runtime.errors import UserError, first_line
-from runtime.files import ARRAY_ERRORS, array_header, check_inside, is_file, parse_array, read_bytes, reading
+from runtime.files import ARRAY_ERRORS, check_inside, is_file, parse_array, read_bytes, reading
 
 LARGEST = 1 << 28  # bytes of one picture or latent, unpacked: more is not read
 LARGEST_LISTING = 1 << 31  # the same for dataset.json
@@ -97,18 +97,13 @@ def read_member(archive, name):
     return archive.read(name)
 
 
-def read_entry(file, offset, packed, method, crc, size, header=200):
+def read_entry(file, offset, packed, method, crc, size):
     """The bytes of one entry of the zip `file`; the arguments come from the zip's directory.
 
-    `header` guesses the length of the entry's own header: 30 bytes, the name, and extra fields of unknown length.
     Raises ZIP_ERRORS. Unpacks no more than `size` bytes.
     """
-    data = memoryview(os.pread(file.fileno(), header + packed, offset))
-    signature, *lengths = struct.unpack_from("<4s22xHH", data)
-    start = 30 + sum(lengths)
-    data = data[start:start + packed]
-    if len(data) < packed:
-        data = memoryview(os.pread(file.fileno(), packed, offset + start))
+    signature, *lengths = struct.unpack("<4s22xHH", os.pread(file.fileno(), 30, offset))  # of name and extra fields
+    data = os.pread(file.fileno(), packed, offset + 30 + sum(lengths))
     if method == zipfile.ZIP_DEFLATED:
         data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
     if signature != b"PK\3\4" or len(data) != size or zlib.crc32(data) != crc:
@@ -155,7 +150,7 @@ class Zip(Folder):
     def read(self, i):
         file = self.opened(self.path)
         try:
-            return read_entry(file, *self.index.where[i].tolist(), 94 + len(self.index.names[i]))
+            return read_entry(file, *self.index.where[i].tolist())
         except ZIP_ERRORS as error:
             raise damaged(self.name(i), first_line(error)) from error
 
@@ -169,26 +164,22 @@ class Packed(Folder):
     def __init__(self, path, index):
         super().__init__(path, index)
         self.shards = sorted(file for file in path.glob("*.npy") if file.name != "index.npy")
-        heads = [self.head(file) for file in self.shards]
-        shapes, dtypes, self.offsets = zip(*heads, strict=True) if heads else ([(0,)], [np.dtype("V1")], ())
-        self.starts = [0, *itertools.accumulate(shape[0] for shape in shapes)]
-        self.shape, self.dtype, rows = shapes[0][1:], dtypes[0], self.starts[-1]
-        if rows != len(index.numbers) or {shape[1:] for shape in shapes} != {self.shape} or set(dtypes) != {self.dtype}:
+        heads = [self.head(file) for file in self.shards] or [(0, (), np.dtype("V1"), 0)]
+        counts, shapes, dtypes, self.offsets = zip(*heads, strict=True)
+        self.starts = [0, *itertools.accumulate(counts)]
+        self.shape, self.dtype, rows = shapes[0], dtypes[0], self.starts[-1]
+        if rows != len(index.numbers) or len({*shapes}) > 1 or len({*dtypes}) > 1:
             raise UserError(f"{path} has {rows} rows in {len(self.shards)} files for {len(index.numbers)} entries, or "
                             "of different shapes; pack the data again.")
 
     @staticmethod
     def head(path):
-        """(shape, dtype, bytes before the rows) of a file of rows."""
+        """(rows, shape and dtype of a row, bytes before the rows) of a file of rows."""
         try:
-            with open(path, "rb") as file:
-                shape, fortran, dtype, offset = array_header(file.read(1 << 16))
-                expected = offset + dtype.itemsize * int(np.prod(shape, dtype=object))
-                if fortran or not shape or os.fstat(file.fileno()).st_size != expected:
-                    raise ValueError(f"{expected} bytes expected")
-        except (OSError, ValueError) as error:
+            rows = np.lib.format.open_memmap(path, mode="r")
+            return len(rows), rows.shape[1:], rows.dtype, rows.offset
+        except ARRAY_ERRORS as error:
             raise damaged(path, first_line(error)) from error
-        return shape, dtype, offset
 
     @staticmethod
     def scan(path, suffix, labels):
