@@ -88,14 +88,12 @@ def in_processes(work, groups, workers, bar):
     return results
 
 
-def convert_group(source, destination, transform, on_error, parent, places):
+def convert_group(source, destination, transform, on_error, places):
     """Write the pictures at these places of the source -> {place: reason} of unusable ones."""
     failures = {}
 
     def files():
         for i in places:
-            if os.getpid() != parent != os.getppid():
-                os._exit(1)  # the parent was killed: write nothing that could mix with the next run
             try:
                 yield destinations.image_name(i), convert_picture(source, transform, i)
             except UserError as error:
@@ -162,7 +160,7 @@ def run(args):
     destinations.check_space(destination.work, files * 3 * side ** 2)
 
     failures = {}
-    work = functools.partial(convert_group, source, destination, transform, args.on_error, os.getpid())
+    work = functools.partial(convert_group, source, destination, transform, args.on_error)
     with progress(len(names), "convert", "image", len(names) - missing) as bar:
         for failed in in_processes(work, todo, args.num_workers, bar):
             failures |= failed
