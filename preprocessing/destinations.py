@@ -150,18 +150,12 @@ def versions():
     return f"{packages}, libjpeg-turbo {features.version('libjpeg_turbo')}"
 
 
-def amount(size):
-    """Bytes in words: 12.3 MB."""
-    return next(f"{size / unit:,.1f} {name}" for name, unit in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3))
-                if size >= unit or name == "KB")
-
-
 def check_space(folder, size):
     """Raise UserError unless `size` bytes fit on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise UserError(f"{amount(size)} are needed in {folder}, which has {amount(free)} free; make room, or name "
-                        "another --dest.")
+        raise UserError(f"{size / 1e9:,.1f} GB are needed in {folder}, which has {free / 1e9:,.1f} GB free; make room, "
+                        "or name another --dest.")
 
 
 def all_written(destination, names, labels, failures):
@@ -208,10 +202,7 @@ def write_classes(dest, names):
             print(f"{path} names other classes than the source; it stays as it is.", file=sys.stderr)
         return
     remove_temporaries(path.parent, CLASSES)
-    try:
-        write_json(path, names)
-    except UserError as error:  # the folder is not ours; training does not need the names
-        print(error, file=sys.stderr)
+    write_json(path, names)
     by_number = sorted(names, key=int) if all(map(str.isdecimal, names)) else names
     if names == sorted(names) != by_number:
         label, name = next((i, name) for i, name in enumerate(names) if name != by_number[i])

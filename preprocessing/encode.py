@@ -68,12 +68,11 @@ def indices_of(names):
     return indices if len(set(indices)) == len(names) else list(range(len(names)))
 
 
-def pictures_key(source, path, note):
+def pictures_key(source, path):
     """Identifies the source in made.json: what `convert` made it from, so that pictures added later from repaired files
-    change nothing; else names and labels. An older `note` has both."""
+    change nothing; else names and labels."""
     origin = destinations.origin(path)
-    exact = digest([source.names, source.labels, origin])
-    return exact if not origin or (note or {}).get("pictures") == exact else digest([origin])
+    return digest([origin] if origin else [source.names, source.labels, origin])
 
 
 def load_picture(source, side, on_error, hflip, i):
@@ -149,7 +148,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     state.wait_for_everyone()  # all processes have read the existing files
     if state.is_main_process:
         settings = {"command": "encode", "vae": weights_key(model_url), "batch_size": asked, "hflip": hflip,
-                    "pictures": pictures_key(source, source_path, destination.note())}
+                    "pictures": pictures_key(source, source_path)}
         beside = Path(os.path.abspath(dest)).parent
         if vae:
             check_note(beside, vae, settings["vae"])

@@ -61,8 +61,8 @@ def begin(folder, made, table, parts):
                 raise UserError(f"{folder} holds something that is not packed; name another --dest.")
             old = read_json(folder / MADE)
             check_settings(folder, {**old, "files": made["files"]}, made)
-        if (old.get("files") or made["files"]) == made["files"] and (folder / "index.npy").is_file():
-            return  # an older note has no "files"
+        if old == made and (folder / "index.npy").is_file():
+            return
         for name in ("dataset.json", "index.npy"):  # a stop before the new ones must not leave the old ones
             (folder / name).unlink(missing_ok=True)
         for path in parts:
@@ -133,8 +133,6 @@ def run(args):
     if not args.images_only and (note := read_note(args.source)):
         write_json(args.dest / NOTE, note)
     packed = layout(args.dest)
-    there, ours = ([files.stamps()[:, 0].tolist() for files in (each.latents, each.pictures, each.mirrored) if files]
-                   for each in (data, packed))  # sizes of the files
-    if packed.fingerprint() != source or there != ours:
+    if packed.fingerprint() != source:
         raise UserError(f"{args.source} has changed while it was packed; delete {args.dest} and pack it again.")
     print(f"{args.dest}: {len(packed)} entries")

@@ -11,13 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import LatentImages, digest
+from dataset import LatentImages
 from encoders.vae import VAE
-from preprocessing import convert, dataset_tools, destinations, encode
+from preprocessing import convert, dataset_tools, encode
 from preprocessing.destinations import image_name, latent_name
-from preprocessing.sources import open_source
 from runtime.errors import UserError
-from runtime.files import read_json
 from tests.conftest import ROOT, call_main, contents
 from tests.test_sources import adm_crop, odd_pictures, saved, write_folder, write_zip
 from tests.test_storage import packed_into
@@ -297,11 +295,6 @@ def test_what_is_there_is_not_made_again(tool, source, made, tmp_path, monkeypat
         assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     monkeypatch.setattr(encode, "VAE", None)  # not needed if no file is missing
     tool(*encoding(made / "images", tmp_path / "vae-sd"))
-    note, pictures = read_json(tmp_path / "vae-sd/made.json"), open_source(made / "images")
-    note["pictures"] = digest([pictures.names, pictures.labels, destinations.origin(made / "images")])
-    (tmp_path / "vae-sd/made.json").write_text(json.dumps(note))  # as older versions wrote it
-    tool(*encoding(made / "images", tmp_path / "vae-sd"))
-    assert read_json(tmp_path / "vae-sd/made.json") == note
     before = (made / "vae-sd.zip").stat().st_mtime_ns
     tool(*encoding(made / "images.zip", made / "vae-sd.zip"))
     assert "is complete; there is nothing to do" in capsys.readouterr().out
