@@ -50,17 +50,6 @@ def ahead(load, groups, threads):
         yield list(itertools.islice(results, len(group)))
 
 
-def encoded(vae, groups, load, size, threads, spread="std"):
-    """For each group of at most `size` items, [moments (2 C, h, w) or UserError, ...].
-
-    load(item) -> uint8 (3, R, R), or the UserError that says why there is no picture.
-    """
-    for loaded in ahead(load, groups, threads):
-        images = [item for item in loaded if not isinstance(item, UserError)]
-        moments = iter(vae.encode(torch.stack(filled(images, size)), spread).numpy() if images else ())
-        yield [item if isinstance(item, UserError) else next(moments) for item in loaded]
-
-
 def indices_of(names):
     """The index of each picture: from its name if all names have the layout's form, else its place."""
     matches = [re.fullmatch(r"(?:.*/)?img(\d{8})\.png", name) for name in names]
@@ -104,24 +93,27 @@ def check_latent(where, entry):
     return check_moments(array, array.shape, name).shape
 
 
-def encode_groups(vae, groups, load, names, have, destination, batch_size, threads, advance):
-    """Encode groups of places in the source, write missing files -> {place: sentence} of unusable pictures."""
+def encode_groups(vae, groups, load, write, size, threads, advance, spread="std"):
+    """Encode groups of at most `size` items -> {item: sentence} of those without a picture.
+
+    load(item) -> uint8 (3, R, R), or the UserError that says why there is none. write({item: moments (2 C, h, w)}) is
+    called for one group while the next one is encoded. advance(n) is told of n finished items.
+    """
     failures = {}
 
-    def files():
-        for places, group in zip(groups, encoded(vae, groups, load, batch_size, threads), strict=True):
-            made = []
-            for i, moments in zip(places, group, strict=True):
-                if isinstance(moments, UserError):
-                    failures[i] = str(moments)
-                elif not np.isfinite(moments).all():
-                    raise UserError(f"The moments for {names[i]} are not finite; use another --model-url.")
-                elif names[i] not in have:
-                    made.append((names[i], npy_bytes(moments)))
-            yield made
-            advance(len(places))
+    def encoded():
+        for items, loaded in zip(groups, ahead(load, groups, threads), strict=True):
+            loaded = dict(zip(items, loaded, strict=True))
+            images = {i: image for i, image in loaded.items() if not isinstance(image, UserError)}
+            failures.update((i, str(loaded[i])) for i in items if i not in images)
+            if images:
+                moments = vae.encode(torch.stack(filled([*images.values()], size)), spread)[:len(images)].numpy()
+                if not np.isfinite(moments).all():
+                    raise UserError(f"The VAE {vae.source} gives moments that are not finite; use another one.")
+                yield dict(zip(images, moments, strict=True))
+            advance(len(items))
 
-    for _ in work_ahead(destination.write, files(), 1, 1):  # one group is written while the next one is encoded
+    for _ in work_ahead(write, encoded(), 1, 1):
         pass
     return failures
 
@@ -172,7 +164,10 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
             def advance(done):
                 bar.update(min(done * state.num_processes, bar.total - bar.n))
 
-            failures = encode_groups(vae, groups, load, names, have, destination, batch_size, threads, advance)
+            def write(moments):
+                destination.write((names[i], npy_bytes(array)) for i, array in moments.items() if names[i] not in have)
+
+            failures = encode_groups(vae, groups, load, write, batch_size, threads, advance)
     for failed in gather_object([failures]):  # which also waits for all
         failures |= failed
 
