@@ -16,13 +16,12 @@ the rows files whose source entries were replaced since (by time stamp or checks
 import functools
 import math
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 
 from data_io.latent_scale import NOTE, read_note
+from data_io.loader import work_ahead
 from data_io.storage import form_of
 from dataset import LatentImages, PixelImages, digest
 from preprocessing.destinations import MADE, check_settings, check_space, write_classes
@@ -33,18 +32,6 @@ from runtime.progress import progress
 
 ROWS = 10_000      # per file, at least: 2 GB of pixels at 256 px
 FILES = 128        # per kind, at most: a run keeps them all open
-
-
-def write_shard(path, places, read, first, done, stop):
-    """Write the rows read(i) of `places`, each like `first`; call `done` after each. Raises UserError after `stop`."""
-    with atomic_write(path) as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(first.dtype),
-                                                    "fortran_order": False, "shape": (len(places), *first.shape)})
-        for i in places:
-            if stop.is_set():
-                raise UserError(f"{path} is left for the next start, as another file could not be made.")
-            file.write(np.ascontiguousarray(read(i)))
-            done()
 
 
 def begin(folder, made, table, parts):
@@ -90,15 +77,15 @@ def pack_kind(folder, read, entries, source, rows=None, threads=1, stamps=None):
     missing = {path: places for path, places in parts.items() if not path.is_file()}
     left = sum(map(len, missing.values()))
     check_space(folder, first.nbytes * left)
-    stop = threading.Event()
-    bar = progress(len(entries), folder.name, "entry", len(entries) - left)
-    with bar, ThreadPoolExecutor(threads) as pool:
-        try:
-            for future in as_completed([pool.submit(write_shard, path, places, read, first, bar.update, stop)
-                                        for path, places in missing.items()]):
-                future.result()
-        finally:
-            stop.set()
+    with progress(len(entries), folder.name, "entry", len(entries) - left) as bar:
+        for path, places in missing.items():
+            with atomic_write(path) as file:
+                np.lib.format.write_array_header_1_0(file, {
+                    "descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False,
+                    "shape": (len(places), *first.shape)})
+                for row in work_ahead(read, places, threads):
+                    file.write(np.ascontiguousarray(row))
+                    bar.update()
     write_json(folder / "dataset.json", {"labels": list(zip(names, labels, strict=True))})
 
 
