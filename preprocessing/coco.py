@@ -40,7 +40,7 @@ from preprocessing.convert import in_groups
 from preprocessing.destinations import NAMED, begin, check_older, check_settings, check_space
 from preprocessing.encode import encode_groups, filled, npy_bytes, start
 from preprocessing.pixels import center_crop, read_rgb
-from preprocessing.sources import MADE, Piece, Source, read
+from preprocessing.sources import MADE, Piece, read
 from runtime.errors import UserError, run_script
 from runtime.files import (
     atomic_write,
@@ -257,10 +257,8 @@ def main():
     for split, (images, path) in sources.items():
         check_output(args.dest / split, (), [images, path])
         names, captions = zip(*with_both(images, read_captions(path)), strict=True)
-        made = {f"{i}.png": Piece(str(file)) for i in range(len(names))
-                if (file := args.dest / split / f"{i}.png").exists()}
-        check_older(made, [f"{i}.png" for i in range(len(names))],
-                    Source(names, [Piece(str(images / name)) for name in names], None, None))
+        check_older((images / name, path) for i, name in enumerate(names)
+                    if (path := args.dest / split / f"{i}.png").exists())
         splits[split] = names, captions, (
             lambda i, images=images, names=names: centre_square(images / names[i], args.resolution))
     build(args, splits)

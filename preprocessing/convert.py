@@ -149,7 +149,8 @@ def run(args):
     destinations.write_classes(args.dest, source.classes)
     names = [destinations.image_name(i) for i in range(len(source.names))]
     have = destination.pieces()
-    destinations.check_older(have, names, source)
+    destinations.check_older((piece.path, have[name].path) for name, piece in zip(names, source.pieces, strict=True)
+                             if name in have)
     if destination.complete:
         print(f"{args.dest} is complete; there is nothing to do.")
         return

@@ -172,16 +172,14 @@ def all_written(destination, names, labels, failures):
     return pieces, expected
 
 
-def check_older(have, names, source):
-    """Raise UserError if a picture of `source` is newer than the file made from it, at its place in `names`.
+def check_older(pairs):
+    """Raise UserError if a picture is newer than the file made of it; pairs: (path of the picture, path of the file).
 
-    have: {name of a file: Piece}.
+    Of a picture in an archive it is the archive's time that counts.
     """
     changed = functools.cache(os.path.getmtime)  # an archive is looked up once
     with reading(LISTING):  # an error names its own file
-        newer = [(picture, have[name].path) for name, picture, piece in zip(names, source.names, source.pieces,
-                                                                            strict=True)
-                 if name in have and changed(piece.path) > changed(have[name].path)]
+        newer = [pair for pair in pairs if changed(pair[0]) > changed(pair[1])]
     if newer:
         picture, path = newer[0]
         raise UserError(f"{len(newer):,} pictures are newer than the files that were made of them, such as {picture} "

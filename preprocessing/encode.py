@@ -86,11 +86,12 @@ def npy_bytes(array):
     return out.getvalue()
 
 
-def check_latent(where, entry):
-    """Shape of the moments of an entry (name, Piece), read back; raises UserError unless they are finite float32."""
+def check_latent(where, entry, shape=None):
+    """Shape of the moments of an entry (name, Piece), read back. Raises UserError unless they are finite float32 and,
+    if given, of `shape`."""
     name = f"{where}/{entry[0]}"
     array = parse_array(read(entry[1], name), name)
-    return check_moments(array, array.shape, name).shape
+    return check_moments(array, shape or array.shape, name).shape
 
 
 def encode_groups(vae, groups, load, write, size, threads, advance, spread="std"):
@@ -145,7 +146,8 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
         if vae:
             check_note(beside, vae, settings["vae"])
         made = destination.begin(settings, {"source": str(source_path), "model_url": str(model_url)})
-        destinations.check_older(have, names, source)
+        destinations.check_older((piece.path, have[name].path) for name, piece in zip(names, source.pieces, strict=True)
+                                 if name in have)
         if vae:  # only now: latents of another VAE have been refused
             write_note(beside, vae, settings["vae"])
         destinations.write_classes(dest, source.classes)
@@ -172,15 +174,13 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
         failures |= failed
 
     pieces, labels = destinations.all_written(destination, names, source.labels, failures)
-    share, shapes = sorted(pieces.items())[state.process_index::state.num_processes], set()
+    entries = sorted(pieces.items())
+    share = entries[state.process_index::state.num_processes]
+    check = functools.partial(check_latent, dest, shape=check_latent(dest, entries[0]) if entries else None)
     with progress(len(share), "check", "file", shown=state.is_main_process) as bar:
-        for found in ahead(functools.partial(check_latent, dest), in_groups(share, BATCH_SIZE), threads):
-            shapes.update(found)
-            bar.update(len(found))
-    shapes = sorted(set(gather_object(list(shapes))))
-    if len(shapes) > 1:
-        raise UserError(f"{dest} holds moments of shapes {shapes[0]} and {shapes[1]}; delete it and run the command "
-                        "again.")
+        for _ in work_ahead(check, share, threads):
+            bar.update()
+    state.wait_for_everyone()
     if state.is_main_process:
         destinations.finish(destination, made, labels, failures)
     state.wait_for_everyone()

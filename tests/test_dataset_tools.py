@@ -342,7 +342,6 @@ def test_a_file_that_changed_meanwhile(refused, source, made, tmp_path):
     refused("img00000099.png does not belong into", dataset_tools, *images)
     path, good = tmp_path / "vae-sd" / latent_name(3), np.load(tmp_path / "vae-sd" / latent_name(3))
     for wrong, words in ((np.where(good == good[0, 0, 0], np.nan, good).astype(np.float32), "finite"),
-                         (good.astype(np.float64), "00000003.npy holds float64"), (good[:, :2], "moments of shapes"),
-                         (np.array([{}]), "no readable .npy")):
+                         (good[:, :2], "00000003.npy holds float32 .8, 2, 4."), (np.array([{}]), "no readable .npy")):
         np.save(path, wrong, allow_pickle=True)
         refused(words, dataset_tools, *latents)
