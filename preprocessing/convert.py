@@ -166,8 +166,8 @@ def run(args):
         for failed in in_processes(work, todo, args.num_workers, bar):
             failures |= failed
 
-    pieces, labels = destinations.all_written(destination, names, source.labels, failures)
+    pieces, labels = destination.all_written(names, source.labels, failures)
     with progress(len(pieces), "check", "file") as bar:
         work = functools.partial(check_pictures, args.dest, side)
         in_processes(work, in_groups(sorted(pieces.items()), GROUP), args.num_workers, bar)
-    destinations.finish(destination, made, labels, failures)
+    destination.finish(made, labels, failures)

@@ -173,7 +173,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     for failed in gather_object([failures]):  # which also waits for all
         failures |= failed
 
-    pieces, labels = destinations.all_written(destination, names, source.labels, failures)
+    pieces, labels = destination.all_written(names, source.labels, failures)
     entries = sorted(pieces.items())
     share = entries[state.process_index::state.num_processes]
     check = functools.partial(check_latent, dest, shape=check_latent(dest, entries[0]) if entries else None)
@@ -182,7 +182,7 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
             bar.update()
     state.wait_for_everyone()
     if state.is_main_process:
-        destinations.finish(destination, made, labels, failures)
+        destination.finish(made, labels, failures)
     state.wait_for_everyone()
 
 

@@ -3,6 +3,7 @@ import os
 import random
 import signal
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,9 @@ def making(kind, source, made, dest):
 def slow_groups(size=4, seconds=0.005):
     """Many groups, slowly written, so that there is time to kill at any place."""
     convert.GROUP = size
-    fsync, add = os.fsync, destinations.add
+    fsync, add = os.fsync, zipfile.ZipFile.writestr
     os.fsync = lambda number: time.sleep(seconds) or fsync(number)
-    destinations.add = lambda *arguments: time.sleep(seconds / 2) or add(*arguments)
+    zipfile.ZipFile.writestr = lambda *arguments: time.sleep(seconds / 2) or add(*arguments)
 
 
 def one_step():
