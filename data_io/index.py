@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import struct
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,6 @@ from runtime.errors import UserError
 from runtime.files import ARRAY_ERRORS, atomic_write, check_inside, is_file, read_json, reading
 
 CACHED_FROM = 20_000       # entries; smaller data sets are indexed at once
-SETTLED = 2.0              # seconds: a file changed this recently may change again with the same time stamp
 ZIP_ERRORS = (*ARRAY_ERRORS, struct.error)
 LAST_LABEL = 1 << 62
 NUMBER = re.compile(rb"(?<!\d)(\d{1,18})\.\w+$")  # at the end of a file name; int64 holds 18 digits
@@ -165,10 +163,8 @@ def cached_index(cache, key, make):
                 return Index(*(file.get(name) for name in Index._fields))
     except (*ZIP_ERRORS, KeyError, TypeError, AttributeError):
         pass  # missing or damaged
-    started = time.time()
     stamps, index = make()
-    changed = max(times[-1] for times in stamps.values()) / 1e9
-    if len(index.numbers) < CACHED_FROM or changed > started - SETTLED:
+    if len(index.numbers) < CACHED_FROM:
         return index
     stamps = {os.path.relpath(path, cache.parent): times for path, times in stamps.items()}
     known = np.frombuffer(json.dumps({"key": key, "stamps": stamps}).encode(), np.uint8)
