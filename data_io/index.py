@@ -99,16 +99,6 @@ def check_equal_sizes(path, names, sizes, what="latent"):
                         "its shape is another or it is truncated; make it again.")
 
 
-def check_labels(files, num_classes):
-    """The Index of `files`. Raises UserError for a label past num_classes - 1 (None: no limit)."""
-    index = files.index
-    if num_classes and index.labels is not None:
-        for k in np.flatnonzero(index.labels >= num_classes)[:1]:
-            raise UserError(f"{files.path}/dataset.json: the label of index {index.labelled[k]} is {index.labels[k]}; "
-                            f"it must be a number from 0 to {num_classes - 1} (--num-classes {num_classes}).")
-    return index
-
-
 def walk(folder, suffix, sizes=False):
     """({path of each folder: its stamp}, names of files bytes (n,), where (n, 1) their sizes if asked, else (n, 0)).
 
