@@ -108,7 +108,7 @@ class Destination:
         write_json(self.work / MADE, {**made, "count": len(entries), "files": digest(entries), "skipped": skipped}, 1)
         write_json(self.work / LISTING, listing)
         if self.is_zip:
-            self.zip_up(sorted(labels))
+            self.zip_up([*sorted(labels), MADE, LISTING])
         if skipped:
             print("\n".join([*skipped[:NAMED], *["..."] * (len(skipped) > NAMED)]), file=sys.stderr)
         classes = len(set(labels.values()) - {None})
@@ -119,7 +119,7 @@ class Destination:
         """Join the parts. The bytes of an entry depend on nothing but its name and data."""
         with (atomic_write(self.path) as file, zipfile.ZipFile(file, "w") as archive,
               progress(len(names), "zip", "file") as bar):
-            for name in [*names, MADE, LISTING]:
+            for name in names:
                 info = zipfile.ZipInfo(name)  # of 1980
                 info.external_attr = 0o644 << 16
                 archive.writestr(info, (self.work / name).read_bytes())

@@ -13,6 +13,7 @@ from dataset import LatentImages
 from preprocessing import pack as pack_module
 from runtime.errors import UserError
 from tests.conftest import CLASSES, SERVER, call_main, contents, metrics, write_tiny_data
+from tests.test_faults import wait_for
 from tests.test_resume import assert_same_run
 from tests.test_storage import packed_into, write_mirrored, write_zips
 from tests.test_train import train_arguments
@@ -59,9 +60,8 @@ def test_killed_at_any_moment(source, packed, tmp_path):
     while kills < KILLS:
         before = {path: path.stat().st_mtime_ns for path in dest.rglob("*.npy")}
         process = SERVER.start("preprocessing/dataset_tools.py", *arguments, before="tests.test_pack.slow_rows")
-        goal, deadline = len(before) + rng.randint(1, 4), time.monotonic() + 60
-        while len(list(dest.rglob("*.npy"))) < goal and time.monotonic() < deadline:
-            time.sleep(0.001)
+        goal = len(before) + rng.randint(1, 4)
+        wait_for(lambda goal=goal: len(list(dest.rglob("*.npy"))) >= goal)
         time.sleep(rng.uniform(0, 0.01))
         assert process.kill() == -signal.SIGKILL, process.stderr
         kills += 1
