@@ -10,7 +10,6 @@ the same command to continue; in a complete folder it makes missing pictures. Th
 classes.json beside --dest, in DATA, in the order of their labels.
 """
 import functools
-import os
 import re
 
 from torch.utils.data import DataLoader
@@ -21,9 +20,9 @@ from preprocessing.sources import open_source, read
 from runtime.errors import UserError, first_line
 from runtime.flags import whole
 from runtime.progress import progress
+from runtime.setup import share_of_cores
 
 GROUP = 64  # pictures a worker takes at a time, and in a part of a zip
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-dhariwal")
 
 
@@ -133,7 +132,7 @@ def add_arguments(add):
     add("--class-order", metavar="FILE", help="names of the class folders in the order of their labels, one a line "
         "(default: alphabetical)")
     add("--max-images", type=whole(1), help="take the first N pictures only (default: all)")
-    add("--num-workers", type=whole(1), default=CORES, help="processes (default: one per core)")
+    add("--num-workers", type=whole(1), default=share_of_cores(), help="processes (default: one per core)")
     add("--on-error", choices=("skip", "stop"), default="skip", help="what to do about pictures that cannot be used: "
         "leave them out and list them in made.json, or end with the first (default skip)")
 

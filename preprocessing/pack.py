@@ -29,6 +29,7 @@ from runtime.errors import UserError
 from runtime.files import atomic_write, check_output, read_json, remove_temporaries, write_json, writing
 from runtime.flags import pixels, whole
 from runtime.progress import progress
+from runtime.setup import share_of_cores
 
 ROWS = 10_000      # per file, at least: 2 GB of pixels at 256 px
 FILES = 128        # per kind, at most: a run keeps them all open
@@ -97,7 +98,7 @@ def add_arguments(add):
     add("--images-only", action="store_true", help="leave the latents out, for train.py --vae none")
     add("--rows", type=whole(1),
         help=f"entries a file (default {ROWS}, and more where that would make over {FILES} files)")
-    add("--num-workers", type=whole(1), default=os.cpu_count(), help="threads (default: one per core)")
+    add("--num-workers", type=whole(1), default=share_of_cores(), help="threads (default: one per core)")
 
 
 def run(args):
