@@ -136,7 +136,7 @@ class LatentImages(LatentDataset):
                 raise UserError(f"--hflip needs latents of the mirrored images, and {data_dir} has no vae-sd-hflip; "
                                 "make them with preprocessing/dataset_tools.py encode --hflip.")
             check_mirrored(Path(data_dir))
-            self.mirrored = open_files(data_dir, "vae-sd-hflip", ".npy", labels=False)
+            self.mirrored = open_files(data_dir, "vae-sd-hflip", ".npy")
             self.check_paired(self.mirrored, ".npy")
             if (shape := self.shape_of(self.mirrored)) != self.moments_shape:
                 raise UserError(f"{self.mirrored.path} holds latents of shape {shape}, {self.latents.path} of "

@@ -35,7 +35,6 @@ from runtime.files import ARRAY_ERRORS, check_inside, is_file, parse_array, read
 
 LARGEST = 1 << 28  # bytes of one picture or latent, unpacked: more is not read
 LARGEST_LISTING = 1 << 31  # the same for dataset.json
-NO_LABELS = np.empty(0, np.int64), None
 
 
 def damaged(name, reason):
@@ -59,10 +58,10 @@ class Folder:
         return self.files[path]
 
     @staticmethod
-    def scan(path, suffix, labels):
+    def scan(path, suffix):
         """({path: stamp that changes when an entry does}, Index)."""
         known = stamps_of(path / "dataset.json")
-        labels = read_labels(path / "dataset.json")[:2] if labels else NO_LABELS
+        labels = read_labels(path / "dataset.json")[:2]
         folders, names, where = walk(path, suffix, sizes=suffix == ".npy")
         numbers, names, where = sort_by_number(path, names, where)
         if suffix == ".npy" and len(names):
@@ -121,12 +120,12 @@ class Zip(Folder):
     OFFSET, PACKED, METHOD, CRC, SIZE = range(5)  # columns of Index.where
 
     @staticmethod
-    def scan(path, suffix, labels):
+    def scan(path, suffix):
         known, listed = stamps_of(path), path / "dataset.json"
         try:
             with zipfile.ZipFile(path) as archive:
-                content = read_member(archive, listed.name) if labels and listed.name in archive.NameToInfo else None
-                labels = read_labels(listed, content)[:2] if labels else NO_LABELS
+                content = read_member(archive, listed.name) if listed.name in archive.NameToInfo else None
+                labels = read_labels(listed, content)[:2]
                 members = [member for member in archive.filelist if member.filename.endswith(suffix)
                            and not member.filename.rpartition("/")[2].startswith(".")]
                 names = encoded([check_inside(member.filename, path) for member in members])
@@ -182,7 +181,7 @@ class Packed(Folder):
             raise damaged(path, first_line(error)) from error
 
     @staticmethod
-    def scan(path, suffix, labels):
+    def scan(path, suffix):
         known = stamps_of(path, path / "index.npy", path / "dataset.json")
         try:
             table = np.load(path / "index.npy", allow_pickle=False)
@@ -235,13 +234,13 @@ def form_of(data_dir, kind):
         return (Packed if (folder / "index.npy").is_file() else Folder), folder
 
 
-def open_files(data_dir, kind, suffix, labels=True):
+def open_files(data_dir, kind, suffix):
     """The files of one kind. Raises UserError for missing files and for names, sizes or labels that do not fit.
 
-    Without `labels` no dataset.json is needed. A large index is kept in {data}/.index-{kind} with the time stamps of
-    all folders (of the zip, of a packed form's lists), which change when a file comes, goes or is replaced. Overwriting
-    a file in place changes no stamp: its content is checked when it is read.
+    A large index is kept in {data}/.index-{kind} with the time stamps of all folders (of the zip, of a packed form's
+    lists), which change when a file comes, goes or is replaced. Overwriting a file in place changes no stamp: its
+    content is checked when it is read.
     """
     form, path = form_of(data_dir, kind)
-    key = {"form": form.__name__, "suffix": suffix, "labels": labels, "version": 2}
-    return form(path, cached_index(Path(data_dir) / f".index-{kind}", key, lambda: form.scan(path, suffix, labels)))
+    key = {"form": form.__name__, "suffix": suffix, "version": 3}
+    return form(path, cached_index(Path(data_dir) / f".index-{kind}", key, lambda: form.scan(path, suffix)))

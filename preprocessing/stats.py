@@ -20,7 +20,6 @@ from data_io.loader import work_ahead
 from data_io.moments import check_moments, check_shape
 from data_io.storage import form_of, open_files
 from encoders.vae import VAE
-from preprocessing.sources import check_finished
 from runtime.errors import UserError
 from runtime.files import load_array, weights_key, write_json
 from runtime.flags import number, whole
@@ -41,8 +40,7 @@ def open_moments(data):
             return mean, np.exp(np.clip(logvar, -30, 20))
 
         return captioned, len(paths)
-    check_finished(data / "vae-sd")
-    files = open_files(data, "vae-sd", ".npy", labels=False)
+    files = open_files(data, "vae-sd", ".npy")
 
     def labelled(i):
         mean, std = halves(files.array(i), files.name(i), is_std=True)

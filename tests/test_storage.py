@@ -42,10 +42,9 @@ def write_zips(source, dest, method=zipfile.ZIP_STORED, extra=b""):
 
 def write_mirrored(folder):
     """Write vae-sd-hflip, the latents of the mirrored images; here just all numbers plus one."""
-    for path in (folder / "vae-sd").rglob("*.npy"):
-        to = folder / "vae-sd-hflip" / path.relative_to(folder / "vae-sd")
-        to.parent.mkdir(parents=True, exist_ok=True)
-        np.save(to, np.load(path) + 1)
+    shutil.copytree(folder / "vae-sd", folder / "vae-sd-hflip")
+    for path in (folder / "vae-sd-hflip").rglob("*.npy"):
+        np.save(path, np.load(path) + 1)
     return folder
 
 
