@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from data_io.latent_scale import check_note, write_note
 from data_io.loader import work_ahead
@@ -122,8 +124,6 @@ def encode_groups(vae, groups, load, write, size, threads, advance, spread="std"
 def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE, threads=THREADS, on_error="skip",
            hflip=False):
     """Run the whole command; all processes call it. Raises UserError."""
-    from accelerate import PartialState  # here, so that --help is fast
-    from accelerate.utils import gather_object
     state = PartialState()
     source = open_source(source_path, max_images)
     side = first_side(source)
@@ -208,7 +208,6 @@ def start(allow_tf32):
 
     -> accelerate's PartialState.
     """
-    from accelerate import PartialState  # here, so that --help is fast
     state = connect(lambda: PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT))
     tune(allow_tf32)
     torch.backends.cudnn.deterministic = True

@@ -165,7 +165,7 @@ def test_reference_statistics(photographs, monkeypatch, tmp_path):
         def __call__(self, batch):
             return torch.from_numpy(np.ascontiguousarray(batch)).float().mean(dim=(1, 2)), None
 
-    monkeypatch.setattr("evaluations.features.load_extractor", lambda *_: MeanColour())
+    monkeypatch.setattr(prepare, "load_extractor", lambda *_: MeanColour())
     monkeypatch.setattr(prepare, "KID_IMAGES", 7)
     prepare.build_reference(tmp_path, "val")
     colours = photographs[0][-BATCH:].mean(axis=(2, 3))
@@ -185,7 +185,7 @@ def test_reference_statistics(photographs, monkeypatch, tmp_path):
     prepare.build_reference(tmp_path, "val")
     again = read_statistics(str(tmp_path / "ref-val.npz"), MeanColour(), required=True)
     np.testing.assert_allclose(again.mu, 255 - found.mu, rtol=1e-5)
-    monkeypatch.setattr("evaluations.features.load_extractor", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(prepare, "load_extractor", lambda *_: pytest.fail("made again"))
     prepare.build_reference(tmp_path, "val")
 
 

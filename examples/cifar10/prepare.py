@@ -35,6 +35,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data_io.latent_scale import write_note
+from encoders.vae import VAE
+from evaluations.extract import extract
+from evaluations.features import load_extractor
+from evaluations.images import ArrayImages
+from evaluations.statistics_file import is_made_of, write_statistics
 from examples.packages import add_arguments, build_scorer, build_teacher, check_sha256, download
 from examples.train_vae import read_images
 from preprocessing.destinations import image_name, latent_name
@@ -182,8 +188,6 @@ def build_photographs(dest, source, wheels, train_images):
 
 def build_latents(dest, source):
     """Write vae-sd/ of both splits, in the packed form: the moments of each photograph by the VAE `source`."""
-    from data_io.latent_scale import write_note
-    from encoders.vae import VAE
     vae = None
     for split in BATCHES:
         folder = dest / split / "vae-sd"
@@ -206,10 +210,6 @@ def build_reference(dest, split, count=None):
 
     `count`: use only the first `count`, in ref-{split}-{count}.npz. A file from other photographs is made again.
     """
-    from evaluations.extract import extract
-    from evaluations.features import load_extractor
-    from evaluations.images import ArrayImages
-    from evaluations.statistics_file import is_made_of, write_statistics
     path = dest / (f"ref-{split}-{count}.npz" if count else f"ref-{split}.npz")
     photographs = read_images(dest / split / "images")[:count].permute(0, 2, 3, 1)
     images = ArrayImages(photographs, f"{split} photographs")
