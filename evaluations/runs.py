@@ -24,8 +24,6 @@ WEIGHTS = [row.flag for row in ALIGNMENT_LOSSES.values()]  # settings
 LARGEST = 768  # pixels a side of a picture on the page; larger ones are scaled down
 PREVIEWS = 24  # most previews of a run, evenly spread
 GRID = 36  # pictures shown of a samples folder without a grid beside it
-SAMPLING = ("weights", "mode", "num_steps", "heun", "cache", "cfg_scale", "guidance_low", "guidance_high",
-            "global_seed", "labels")  # shown
 
 
 def read_table(run):
@@ -129,7 +127,7 @@ def previews(folder):
 
 
 def samples(path):
-    """{name, settings, picture, scores} of a folder of generate.py, or of a picture."""
+    """{name, caption, picture, scores} of a folder of generate.py, or of a picture."""
     with reading(path):
         if not path.exists():
             raise UserError(f"--samples {path} does not exist; give a folder of pictures or a picture.")
@@ -147,8 +145,7 @@ def samples(path):
         settings = read_json(path / "settings.json")
     return {"name": path.name.removesuffix(".png"), "picture": picture(pixels),
             "scores": read_scores(scores) if is_file(scores) else {},
-            "settings": (made := made_from(settings) | {name: settings[name] for name in SAMPLING if name in settings}),
-            "caption": sampling_words(made)}
+            "caption": sampling_words(settings | made_from(settings))}
 
 
 def made_from(settings):
