@@ -13,9 +13,8 @@ import functools
 import logging
 import subprocess
 import sys
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
 import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
@@ -26,7 +25,6 @@ from runtime.errors import UserError, run_script
 from runtime.flags import Parser, whole
 from sampling.config import add_sampler_flags
 
-FORMATS = ("pdf", "svg", "png")
 SWEPT = {"cfg": "guidance", "steps": "steps"}  # what may have several values, and its column
 UP = ("Inception Score", "Precision", "Recall")  # lower is better for all others
 SHOWN = 8  # images of a run in samples.png
@@ -34,13 +32,6 @@ HANDED_ON = ("num_fid_samples", "weights", "sample_dir", "global_seed", "per_pro
 ROOT = Path(__file__).resolve().parents[1]
 
 logger = logging.getLogger(__name__)
-
-
-def row_name(text):
-    """A `type` for add_argument: a name that tables and figures can show as it is."""
-    if not text.strip() or not text.isprintable() or {*text} & {*"|$\\"}:
-        raise ArgumentTypeError(f"{text!r} is no name for a row; take letters, digits and spaces.")
-    return text
 
 
 def parse_args():
@@ -51,8 +42,8 @@ def parse_args():
         "samples are scored against")
     add("--out", type=Path, default=Path("comparison"), metavar="DIR", help="folder of tables and figures (default "
         "comparison)")
-    add("--format", choices=FORMATS, default="pdf", help="of the figure of scores (default pdf)")
-    add("--names", nargs="+", type=row_name, metavar="NAME", help="of the rows, such as SiT HASTE: one for each "
+    add("--format", choices=["pdf", "svg", "png"], default="pdf", help="of the figure of scores (default pdf)")
+    add("--names", nargs="+", metavar="NAME", help="of the rows, such as SiT HASTE: one for each "
         "run, equal ones for seeds of one row (default: by the settings in which the runs differ)")
     add("--step", type=whole(1), metavar="N", help="checkpoint of all runs (default: the newest that all of them have)")
 
@@ -118,8 +109,6 @@ def number_of_samples(asked, settings):
 def sampled(args, run, name, settings, step, cfg, steps):
     """(folder of PNGs, generate.py's flags {name: value}) of one run, guidance and number of steps."""
     from sampling.images import SAMPLING, folder_name
-    if missing := {"model", "resolution"} - settings.keys():
-        raise UserError(f"{run}/args.json has no {min(missing)}; give the folder of a run of train.py.")
     flags = {flag: getattr(args, flag) for flag in (*SAMPLING, *HANDED_ON) if flag != "path_type"}
     has_classes = "num_classes" in settings
     balanced = "balanced-" * (has_classes and args.labels == "balanced")
@@ -210,21 +199,19 @@ def draw(path, points, scores, swept):
 
     If both settings are swept, each number of steps has a row of panels. Panels of one score share their axes.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     from runtime.files import atomic_write
     labels = list(dict.fromkeys(label for label, _, _ in points))
     rows = sorted({steps for _, _, steps in points}) if len(swept) == 2 else [None]
-    figure, axes = plt.subplots(len(rows), len(scores), figsize=(3.6 * len(scores), 3 * len(rows) + 0.4), squeeze=False,
-                                sharex=True, sharey="col", layout="constrained")
+    figure = Figure(figsize=(3.6 * len(scores), 3 * len(rows) + 0.4), layout="constrained")
+    axes = figure.subplots(len(rows), len(scores), squeeze=False, sharex=True, sharey="col")
     for row, line in zip(rows, axes, strict=True):
         for score, axis in zip(scores, line, strict=True):
             for i, label in enumerate(labels):
                 found = {steps if swept == ["steps"] else cfg if swept else i: [one[score] for one in each]
                          for (name, cfg, steps), each in points.items() if name == label and row in (None, steps)}
-                xs, colour = sorted(found), plt.get_cmap("tab10")(i)
+                xs, colour = sorted(found), f"C{i}"
                 axis.plot(xs, [sum(found[x]) / len(found[x]) for x in xs], label=label, color=colour,
                           marker="o" if swept else "_", markersize=4 if swept else 18)
                 if any(len(values) > 1 for values in found.values()):
@@ -244,7 +231,6 @@ def draw(path, points, scores, swept):
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(labels)))
     with atomic_write(path) as file:
         figure.savefig(file, format=path.suffix[1:], dpi=150)
-    plt.close(figure)
 
 
 def draw_samples(path, folders):
@@ -262,7 +248,7 @@ def draw_samples(path, folders):
 
 def main():
     args = parse_args()
-    from evaluations.images import open_images
+    from evaluations.images import Planned, open_images
     from evaluations.runs import read_settings
     from evaluations.scores import OF_BOTH, check_pair
     from runtime.files import atomic_write, check_writable
@@ -284,8 +270,7 @@ def main():
                for label, places in together.items()}
     sides = {one["resolution"]: run for run, one in zip(args.runs, settings, strict=True)}
     for side, run in sides.items():  # opening a reference may list many files: once for each size
-        check_pair(args.reference, SimpleNamespace(name=f"the samples of {run}", n=args.num_fid_samples,
-                                                   size=(side, side), batches=None), metrics)
+        check_pair(args.reference, Planned(f"the samples of {run}", args.num_fid_samples, (side, side)), metrics)
     if {*metrics} <= {*OF_BOTH} and open_images(args.reference, required=False) is None:
         raise UserError(f"{args.reference} holds statistics only, and --metrics {','.join(metrics)} needs images; "
                         "choose other --metrics, or a reference with images.")

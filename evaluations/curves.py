@@ -21,9 +21,7 @@ def main():
     out = args.out or args.runs[0] / "curves.png"
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"--out {out}: pictures are written as {', '.join(FORMATS)}; give a name that ends so.")
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     from evaluations.runs import TITLES, alignment_stop, read_table, shown
     from runtime.files import atomic_write, prepare_output, read_json
@@ -36,7 +34,8 @@ def main():
                                        if not term.startswith("cosine_")}))
     prepare_output(out, FORMATS)
     terms = dict.fromkeys(term for _, _, metrics in found for term, (steps, _) in metrics.items() if steps) or TITLES
-    figure, axes = plt.subplots(1, len(terms), figsize=(4.3 * len(terms), 3.6), constrained_layout=True, squeeze=False)
+    figure = Figure(figsize=(4.3 * len(terms), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(terms), squeeze=False)
     for name, stop, metrics in found:
         for axis, term in zip(axes[0], terms, strict=True):
             line, = axis.plot(*metrics.get(term, ([], [])), label=name)

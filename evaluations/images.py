@@ -9,6 +9,7 @@ import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,15 @@ class FolderImages:
             for i in range(start, stop, batch_size):
                 files = self.files[i:min(i + batch_size, stop)]
                 yield np.stack(list(threads.map(lambda file: decode(file, self.size), files)))
+
+
+@dataclass
+class Planned:
+    """A set that is not made yet, for checks."""
+    name: str
+    n: int
+    size: tuple
+    batches = None
 
 
 class Reconstructions:

@@ -414,5 +414,5 @@ def test_scores_that_cannot_be_made(run, data, scorer, tmp_path, more, message):
 
 def test_scores_need_a_reference_of_their_size(run, data, scorer, tmp_path):
     other = write_tiny_data(tmp_path / "other", 8, 32) / "images"
-    with pytest.raises(UserError, match="has images of 32x32, samples have --resolution 64"):
+    with pytest.raises(UserError, match="has images of 32x32 but --eval-samples of 64x64"):
         run(tmp_path, *NO_TEACHER, *scoring(data / "images", scorer, "--eval-ref", other), data=data)
