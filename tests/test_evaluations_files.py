@@ -2,8 +2,6 @@
 import contextlib
 import io
 import json
-import subprocess
-import sys
 import tracemalloc
 import zipfile
 
@@ -19,10 +17,8 @@ from evaluations.scores import load_set, score
 from evaluations.statistics_file import write_statistics
 from runtime.errors import UserError
 from runtime.files import sha256_of
-from tests.conftest import ROOT, call_main, script
+from tests.conftest import call_main, script
 from tests.test_evaluations_metrics import save_efficientnet, save_inception
-
-SCRIPTS = ("evaluator", "stats", "caption_retrieval", "baselines", "curves", "probe", "report")
 
 
 def random_images(n, seed, side=24):
@@ -293,13 +289,3 @@ def test_wrong_weights(made, tmp_path):
         assert len(str(error.value)) < 200 + len(str(tmp_path))    # a sentence, however many keys are wrong
     with pytest.raises(UserError, match="EfficientNet-Lite0"):
         load_extractor("efficientnet-lite0", made / "inception.pth", verify=False)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_imports_nothing_slow(name):
-    """--help of every script answers at once: slow imports come after the flags."""
-    command = [sys.executable, "-X", "importtime", f"evaluations/{name}.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("usage:")
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
-    assert not imported & {"torch", "timm", "transformers", "scipy", "matplotlib", "numpy", "PIL"}
