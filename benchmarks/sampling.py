@@ -5,6 +5,7 @@
 All variants run in one process, in turns, each sampling one batch without the VAE. Weights are random.
 """
 import argparse
+import functools
 import statistics
 import sys
 from pathlib import Path
@@ -72,34 +73,25 @@ def main():
     z = torch.randn(args.batch_size, 4, side, side, device=device, generator=torch.Generator(device).manual_seed(0))
     y = torch.arange(args.batch_size, device=device)
     rows, models = [], networks(args, device)
+
+    def sample(variant, mode):
+        velocity = guided(models[variant], y, torch.full_like(y, 1000), args.cfg_scale, 0.0, args.guidance_high)
+        name, options = "sde" if mode == "sde" else "ode", {"heun": mode == "heun"}
+        if variant not in CACHES:
+            return SAMPLERS[name](velocity, z, args.num_steps, **options)
+        kind, interval = CACHES[variant]
+        return sample_latents(models[variant], velocity, z, name, args.num_steps, kind, interval, **options)
+
     for mode in args.modes:
-        calls = []
-
-        def sample(variant, mode=mode, calls=calls):
-            def counted(x, t, y):
-                calls.append(len(x))
-                return models[variant](x, t, y)
-
-            velocity = guided(counted, y, torch.full_like(y, 1000), args.cfg_scale, 0.0, args.guidance_high)
-            name, options = "sde" if mode == "sde" else "ode", {"heun": mode == "heun"}
-            if variant not in CACHES:
-                return SAMPLERS[name](velocity, z, args.num_steps, **options)
-            kind, interval = CACHES[variant]
-            return sample_latents(models[variant], velocity, z, name, args.num_steps, kind, interval, **options)
-
-        works = {variant: (lambda variant=variant, sample=sample: sample(variant)) for variant in args.variants}
+        works = {variant: functools.partial(sample, variant, mode) for variant in args.variants}
         timed = alternate(works, args.rounds, device, ["published"])
         seconds = {variant: statistics.median(s) for variant, s in timed.items()}
         for variant, median in seconds.items():
-            calls.clear()
-            works[variant]()
             ratio = f"{seconds['published'] / median:.2f}" if "published" in seconds else "-"
-            rows.append([mode, variant, f"{median:.2f}", f"{args.batch_size / median:.3f}", ratio,
-                         f"{calls.count(args.batch_size)} + {calls.count(2 * args.batch_size)} doubled"])
+            rows.append([mode, variant, f"{median:.2f}", f"{args.batch_size / median:.3f}", ratio])
     print(f"\n{args.model}, {args.resolution} px, batch {args.batch_size}, {args.num_steps} steps, "
           f"guidance {args.cfg_scale} on [0, {args.guidance_high}]\n")
-    print(table(["sampler", "variant", "seconds a batch", "images/s", "times faster than published", "network calls"],
-                rows))
+    print(table(["sampler", "variant", "seconds a batch", "images/s", "times faster than published"], rows))
 
 
 if __name__ == "__main__":
