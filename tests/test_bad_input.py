@@ -52,6 +52,10 @@ def cache_without_arrays(w):
     next((w / "cache").glob("*/features0.npy")).unlink()
 
 
+def samples_of(n, side):
+    return lambda w: np.savez(w / "samples.npz", arr_0=np.zeros((n, side, side, 3), np.uint8))
+
+
 def nan_weight(w):
     state = load_tensors(w / CKPT)
     state["ema"]["final_layer.linear.bias"].fill_(torch.nan)
@@ -178,6 +182,10 @@ CASES = {
         (blank("samples.npz", b"}", "arr_0.npy"), [], "arr_0 of .* no readable .npy header"),
         (zip_field("samples.npz", 6, 1), [], "samples.npz is damaged"),
         (copy("larger.npz", "samples.npz"), [], "24x24 but .*32x32; compare sets of one size"),
+        (None, ["--num-samples", 2], "metric pr needs at least 4"),
+        (None, ["--num-samples", 70], "has 7 images, not the 70 asked for"),
+        (copy("statistics.npz", "samples.npz"), ["--num-samples", 5], "samples.npz holds statistics only"),
+        (None, ["--metrics", "sfid", "--features", "dinov2-vit-l"], "Metric sfid is for inception features only"),
     ],
     stats: [
         (lambda w: (w / "new.npz").symlink_to("reference.npz"), [], "reference.npz itself, which is read here"),
@@ -269,6 +277,10 @@ CASES = {
     caption_retrieval: [
         (None, ["--json", "{w}/data/val/captions.json"], "captions.json itself, which is read here"),
         (remove("data/val/2.png"), [], "an image of caption 2, .*val no picture 2.png"),
+        (samples_of(5, 64), [], "samples.npz has 5 images, .*val only 4"),
+        (samples_of(2, 32), [], "has images of 32x32 but .*val of 64x64"),
+        ([remove("samples.npz"), lambda w: (w / "samples.npz").mkdir()], [], "samples.npz holds no .png"),
+        (None, ["--clip", "{w}/clip", "--caption-index", 1], "--caption-index 1: image 2 of .* has 1 captions"),
     ],
     coco: [
         (None, ["--coco", "c"], "Give --coco alone"),
