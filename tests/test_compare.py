@@ -21,8 +21,6 @@ PLAIN = {"enc_type": "none", "proj_coeff": 0.0, "attn_coeff": 0.0, "early_stop_p
 
 @pytest.mark.parametrize("settings, words", [
     ([HASTE, PLAIN], ["aligned with dinov2-vit-b", "no alignment"]),
-    ([HASTE, {**HASTE, "attn_coeff": 0.0}, PLAIN], ["aligned with dinov2-vit-b, 0.5 x attention loss",
-                                                    "aligned with dinov2-vit-b, no attention loss", "no alignment"]),
     ([HASTE, {**HASTE, "early_stop_point": 50_000, "seed": 1, "exp_name": "b"}],
      ["alignment until step 100,000, seed 0", "alignment until step 50,000, seed 1"]),
     ([PLAIN, {**PLAIN, "early_stop_point": 7, "hflip": True}], ["hflip null", "hflip"]),

@@ -77,7 +77,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(scores, "frechet_distance", lambda *statistics: 1.5)
 
 
-LITE0 = ["--features", "efficientnet-lite0"]
 LITE0_KEYS = {"features": "efficientnet-lite0", "preset": "adm"}
 
 
@@ -233,7 +232,7 @@ def test_few_images_against_statistics_alone(monkeypatch, made, inception, quick
 
 
 def test_other_features_keep_their_own_names(monkeypatch, made, lite0, quick, capsys):
-    argv = [*paths(made, "reference.npz", "sample.npz"), *LITE0]
+    argv = [*paths(made, "reference.npz", "sample.npz"), "--features", "efficientnet-lite0"]
     call_main(monkeypatch, evaluator, *argv)                                                # fid,kid is the default
     assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == [
         "FD-EffLite0 (n = 7, reference n = 9)", "KID-EffLite0 (n = 7, reference n = 9)"]

@@ -97,7 +97,6 @@ def test_page_needs_nothing_beside_it(page):
 @pytest.mark.parametrize("aligned, plain, settings, stop", [
     ([50, 100], [150], {"early_stop_point": 120}, 120),  # within the row
     ([50, 100], [150], {"early_stop_point": 400}, 100),  # outside it: the rows decide
-    ([50, 100], [150], {}, 100),
     ([50, 100], [150], {"early_stop_point": 120, "trigger_threshold": -0.05}, 100),
     ([50, 100], [150], {"early_stop_point": 120, "trigger_threshold": -0.3}, 120),
     ([50, 100], [], {"early_stop_point": 120}, None),
