@@ -248,16 +248,14 @@ def draw_samples(path, folders):
 
 def main():
     args = parse_args()
-    from evaluations.images import Planned, open_images
+    from evaluations.images import Planned
     from evaluations.runs import read_settings
-    from evaluations.scores import OF_BOTH, check_pair
+    from evaluations.scores import check_pair
     from runtime.files import atomic_write, check_writable
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_writable(args.out)
     settings, names = [read_settings(run) for run in args.runs], called(args.runs)
-    asked, args.num_fid_samples = args.num_fid_samples, number_of_samples(args.num_fid_samples, settings)
-    if asked and asked != args.num_fid_samples:
-        logger.info("There are %d captions: one image of each is made, not %d.", args.num_fid_samples, asked)
+    args.num_fid_samples = number_of_samples(args.num_fid_samples, settings)
     step, metrics = common_step(args.runs, args.step), chosen_metrics(args)
     open_once = functools.cache(lambda: open_scorer(args, metrics))
     together = named(args.names, args.runs) if args.names else groups(settings, names)
@@ -268,12 +266,9 @@ def main():
                                      for i in places]
                for steps in sorted(set(args.num_steps)) for cfg in sorted(set(args.cfg_scale))
                for label, places in together.items()}
-    sides = {one["resolution"]: run for run, one in zip(args.runs, settings, strict=True)}
-    for side, run in sides.items():  # opening a reference may list many files: once for each size
-        check_pair(args.reference, Planned(f"the samples of {run}", args.num_fid_samples, (side, side)), metrics)
-    if {*metrics} <= {*OF_BOTH} and open_images(args.reference, required=False) is None:
-        raise UserError(f"{args.reference} holds statistics only, and --metrics {','.join(metrics)} needs images; "
-                        "choose other --metrics, or a reference with images.")
+    for run, one in zip(args.runs, settings, strict=True):
+        size = one["resolution"], one["resolution"]
+        check_pair(args.reference, Planned(f"the samples of {run}", args.num_fid_samples, size), metrics)
     points, folders, args.reference_stamp = {}, {}, stamp_of(Path(args.reference))
     for place, samples in planned.items():
         points[place] = []
@@ -286,11 +281,10 @@ def main():
     scores = [score for score in score_names(args.features, metrics)
               if all(score in one for found in points.values() for one in found)]
     header, rows = tabled(points, scores, swept)
-    fixed = {"steps": f", {args.num_steps[0]} steps", "cfg": f", guidance {args.cfg_scale[0]:g}"}
-    note = (f"Step {step:,}; {args.num_fid_samples:,} samples, {args.mode}"
-            + "".join(text for name, text in fixed.items() if name not in swept)
-            + ", as many of each class" * (args.labels == "balanced" and all("num_classes" in one for one in settings))
-            + f"; against {args.reference}. Several seeds: mean (lowest to highest).")
+    cfg, steps = (", ".join(f"{value:g}" for value in values[name]) for name in ("cfg", "steps"))
+    balanced = ", as many of each class" * (args.labels == "balanced" and all("num_classes" in one for one in settings))
+    note = (f"Step {step:,}; {args.num_fid_samples:,} samples, {args.mode}, {steps} steps, guidance {cfg}{balanced}; "
+            f"against {args.reference}. Several seeds: mean (lowest to highest).")
     for name, text in (("table.md", f"{note}\n\n{markdown(header, rows)}\n"),
                        ("table.tex", f"% {note}\n{latex(header, rows, header.index('seeds'))}\n")):
         with atomic_write(args.out / name, "w") as file:
