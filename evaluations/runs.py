@@ -54,8 +54,6 @@ def read_settings(run):
         raise UserError(f"{run} {what}; give the folder of a run of train.py.")
     settings = read_json(run / "args.json")
     check_contents(run / "args.json", {"args": settings}, ())
-    if not isinstance(settings.get("batch_size"), int):
-        raise UserError(f"{run}/args.json has no batch_size; give the folder of a run of train.py.")
     return settings
 
 
@@ -131,8 +129,6 @@ def samples(path):
         if not path.exists():
             raise UserError(f"--samples {path} does not exist; give a folder of pictures or a picture.")
     path = path.absolute()  # "." has no name
-    if not path.name:
-        raise UserError(f"--samples {path} is no folder of pictures; give one, or a picture.")
     grid, scores, settings = path.with_name(f"{path.name}-grid.png"), path.with_name(f"{path.name}-scores.json"), {}
     if is_file(path) or is_file(grid):
         pixels = decode(path if is_file(path) else grid)
