@@ -4,7 +4,7 @@
     python benchmarks/gpu.py ceilings           a memory copy and square matrix products
     python benchmarks/gpu.py attention          fused attention as SiT-XL/2 calls it, by each kernel that PyTorch has
     python benchmarks/gpu.py tiles              the attention loss of SiT-XL/2 by the size of its tiles
-    python benchmarks/gpu.py train              images/s of train.py on packed and PNG data, and of step_time.py
+    python benchmarks/gpu.py train              images/s of train.py on packed and PNG data
     python benchmarks/gpu.py profile            kernels of a training step
     python benchmarks/gpu.py scoring            images/s of the networks behind the scores
     python benchmarks/gpu.py encoding           images/s of dataset_tools.py encode (needs diffusers)
@@ -39,7 +39,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 import loss
-from benchmarks.gpu_summary import tables
 from benchmarks.measure import added_memory, alternate, machine, spread, synchronize, table
 from evaluations import features
 from models.layers import QK
@@ -178,7 +177,10 @@ def show_tiles(args):
 
 
 def show_train(args):
-    """train.py with its usual loader: the median over rows of ten steps, without the first row of each phase."""
+    """train.py with its usual loader: the median over rows of ten steps, without the first row of each phase.
+
+    Compare with step_time.py's numbers for the same model, batch and precision, which need no data.
+    """
     import timm
 
     from encoders.teachers import TEACHERS
@@ -199,17 +201,9 @@ def show_train(args):
             with open(folder / "runs" / form / "metrics.csv", newline="") as file:
                 seconds = [float(row["seconds"]) / STEPS_A_ROW for row in csv.DictReader(file)]
             found += [(name, 1, seconds[1:rows_a_phase]), (name, 2, seconds[rows_a_phase + 1:])]
-    beside = call("benchmarks/step_time.py", "--model", model, "--resolution", resolution, "--batch-size", batch,
-                  "--enc-type", teacher, "--mixed-precision", precision, "--variants", "ours",
-                  "--rounds", 1 if args.dry else 5)
-    alone = {int(row["phase"]): float(row["seconds a step: median (lowest to highest)"].split()[0])
-             for row in tables(beside.splitlines())[-1]}
     print(f"{model}, {resolution} px, batch {batch}, precision {precision}; {len(os.sched_getaffinity(0))} CPU cores\n")
-    print(table(["data", "phase", "train.py, seconds a step", "images/s", "step_time.py, seconds a step",
-                 "images/s of it", "train.py's part of that speed"],
-                [[name, phase, spread(s), f"{batch / statistics.median(s):.0f}", f"{alone[phase]:.3f}",
-                  f"{batch / max(alone[phase], 1e-3):.0f}", f"{alone[phase] / statistics.median(s):.2f}"]
-                 for name, phase, s in found]))
+    print(table(["data", "phase", "seconds a step", "images/s"],
+                [[name, phase, spread(s), f"{batch / statistics.median(s):.0f}"] for name, phase, s in found]))
 
 
 def show_profile(args):
