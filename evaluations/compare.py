@@ -79,7 +79,7 @@ def common_step(runs, step):
     return step
 
 
-def called(runs):
+def run_names(runs):
     """Name each run by its folder; add the parent folder where two names are equal."""
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
@@ -89,7 +89,7 @@ def called(runs):
     return names
 
 
-def named(names, runs):
+def places_by_name(names, runs):
     """{name: indices in `runs`}; `names` (from --names) has one entry per run."""
     if len(names) != len(runs):
         raise UserError(f"--names gives {len(names)} names to {len(runs)} runs; give one for each.")
@@ -106,7 +106,7 @@ def number_of_samples(asked, settings):
     return min([asked or (40_192 if folders else 50_000), *most])
 
 
-def sampled(args, run, name, settings, step, cfg, steps):
+def planned_samples(args, run, name, settings, step, cfg, steps):
     """(folder of PNGs, generate.py's flags {name: value}) of one run, guidance and number of steps."""
     from sampling.images import SAMPLING, folder_name
     flags = {flag: getattr(args, flag) for flag in (*SAMPLING, *HANDED_ON) if flag != "path_type"}
@@ -142,7 +142,7 @@ def as_flag(name, value):
     return f"--{flag}={value}"
 
 
-def is_there(folder, flags):
+def is_sampled(folder, flags):
     """Whether all images of these flags are in the .npz, made after the checkpoint."""
     from evaluations.images import open_images
     from runtime.files import is_file, read_json
@@ -179,13 +179,13 @@ def scores_of(folder, args, metrics, open_once):
 
 # ---- tables and figures ----
 
-def head(score):
+def heading(score):
     return f"{score} {chr(0x2191) if score in UP else chr(0x2193)}"  # an arrow up or down
 
 
-def tabled(points, scores, swept):
+def table_of(points, scores, swept):
     """(header, rows) of points {(label, cfg, steps): [{score: value} of each seed]}."""
-    header = ["run", *(SWEPT[name] for name in swept), "seeds", *map(head, scores)]
+    header = ["run", *(SWEPT[name] for name in swept), "seeds", *map(heading, scores)]
     rows = []
     for (label, cfg, steps), found in points.items():
         place = {"cfg": f"{cfg:g}", "steps": steps}
@@ -224,7 +224,7 @@ def draw(path, points, scores, swept):
         if row is not None:
             line[0].set_ylabel(f"{row} steps")
     for score, top, bottom in zip(scores, axes[0], axes[-1], strict=True):
-        top.set_title(head(score))
+        top.set_title(heading(score))
         bottom.set_xlabel({"cfg": "guidance scale", "steps": "steps"}[swept[0]] if swept else "")
     if max(map(len, points.values())) > 1:
         figure.suptitle("dots: seeds; line: their mean", fontsize=8)
@@ -254,15 +254,15 @@ def main():
     from runtime.files import atomic_write, check_writable
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_writable(args.out)
-    settings, names = [read_settings(run) for run in args.runs], called(args.runs)
+    settings, names = [read_settings(run) for run in args.runs], run_names(args.runs)
     args.num_fid_samples = number_of_samples(args.num_fid_samples, settings)
     step, metrics = common_step(args.runs, args.step), chosen_metrics(args)
     open_once = functools.cache(lambda: open_scorer(args, metrics))
-    together = named(args.names, args.runs) if args.names else groups(settings, names)
+    together = places_by_name(args.names, args.runs) if args.names else groups(settings, names)
     values = {"cfg": args.cfg_scale, "steps": args.num_steps}
     swept = [name for name in SWEPT if len(set(values[name])) > 1]
     planned = {(label, cfg, steps): [(label if args.names else names[i],
-                                      *sampled(args, args.runs[i], names[i], settings[i], step, cfg, steps))
+                                      *planned_samples(args, args.runs[i], names[i], settings[i], step, cfg, steps))
                                      for i in places]
                for steps in sorted(set(args.num_steps)) for cfg in sorted(set(args.cfg_scale))
                for label, places in together.items()}
@@ -273,14 +273,14 @@ def main():
     for place, samples in planned.items():
         points[place] = []
         for name, folder, flags in samples:
-            if not is_there(folder, flags):
-                open_once()  # first: else unusable weights or references fail after hours
+            if not is_sampled(folder, flags):
+                open_once()  # before sampling: unusable weights must fail at once, not after hours
                 make_samples(folder, flags, args.processes)
             points[place].append(scores_of(folder, args, metrics, open_once))
             folders.setdefault(name, folder)
     scores = [score for score in score_names(args.features, metrics)
               if all(score in one for found in points.values() for one in found)]
-    header, rows = tabled(points, scores, swept)
+    header, rows = table_of(points, scores, swept)
     cfg, steps = (", ".join(f"{value:g}" for value in values[name]) for name in ("cfg", "steps"))
     balanced = ", as many of each class" * (args.labels == "balanced" and all("num_classes" in one for one in settings))
     note = (f"Step {step:,}; {args.num_fid_samples:,} samples, {args.mode}, {steps} steps, guidance {cfg}{balanced}; "
