@@ -134,6 +134,11 @@ CASES = {
          [*NO_TEACHER, "--data-dir", "{w}/f8", "--exp-name", "f8", "--sampling-steps", 1, "--vae", VAE],
          "makes 4 channels at 1/4 .*latents have 4 channels of 8"),
         (None, [*SCORING, "--eval-ref", "/no/ref.npz", "--max-train-steps", 2], "/no/ref.npz does not exist"),
+        (None, [*SCORING, "--eval-ref", "{w}/larger.npz"], "of 32x32 but --eval-samples of 64x64"),
+        (None, [*SCORING, "--eval-ref", "{w}/data/images", "--eval-samples", 1],
+         "--eval-samples has 1 image, but metric fid needs at least 2"),
+        (None, [*SCORING, "--eval-ref", "{w}/data/images", "--eval-features", "inception", "--eval-weights",
+                "{w}/other.pth", "--exp-name", "new"], "the published weights 6726825d0af5f729"),
         # resuming a run
         (cut(RUN), NO_TEACHER, "has no checkpoint that can be read"),
         (put(RUN, {"model": {}, "ema": {}, "args": {}, "steps": 1}), NO_TEACHER, "has no 'opt'"),
