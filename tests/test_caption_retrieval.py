@@ -129,16 +129,10 @@ def test_clip_score(made, clip_folder, monkeypatch):
             scores.append(model(**pixels, **tokens).logits_per_image.item())
     expected = np.maximum(np.array(scores) * 100 / model.logit_scale.exp().item(), 0)
     result = run(made, monkeypatch, made / "val", made / "right.npz", "--clip", clip_folder, "--batch-size", 5)
-    assert abs(result["CLIP score"] - expected.mean()) < 0.01 and expected.mean() > 0
+    assert result["CLIP score"] == pytest.approx(expected.mean(), rel=1e-4) and expected.mean() > 0
     clip, (images, _) = Clip(clip_folder, torch.device("cpu")), captioned.read_samples(made / "right.npz", made / "val")
     texts = [captions[str(i)][0] for i in range(N)]
     for start, stop in ((0, 5), (5, N)):
         monkeypatch.setattr(captioned, "shard", lambda n, span=(start, stop): span)
         found = captioned.clip_scores(clip, images, texts, 5)
-        np.testing.assert_allclose(found[:, 0], expected[start:stop], atol=0.01)
-    seen = []
-    clip.model.vision_model.register_forward_pre_hook(lambda *a: seen.append(a[2]["pixel_values"]), with_kwargs=True)
-    picture = np.random.default_rng(1).integers(0, 256, (1, 50, 50, 3), np.uint8)
-    clip.images(picture)
-    pixels = processor(Image.fromarray(picture[0]), return_tensors="pt").pixel_values
-    assert (seen[0] - pixels).abs().mean() < 0.004  # a quarter of a grey level: theirs rounds between the axes
+        np.testing.assert_allclose(found[:, 0], expected[start:stop], atol=1e-3)
