@@ -7,6 +7,7 @@ from textwrap import shorten
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms.functional import normalize
 
 from evaluations import EFFICIENTNET_PATH, FEATURES
 from evaluations.inception import Inception
@@ -97,12 +98,6 @@ def resize_tf1(x, size):
 
 def resize(x, size, mode="bilinear", antialias=False):
     return F.interpolate(x, (size, size), mode=mode, align_corners=False, antialias=antialias)
-
-
-def normalize(x, mean, std):
-    """(x - mean) / std by channel, for x (N, C, H, W) and C numbers each."""
-    mean, std = (x.new_tensor(values)[:, None, None] for values in (mean, std))
-    return (x - mean) / std
 
 
 def load_extractor(features="inception", weights=None, device="cpu", preset="adm", verify=True):
