@@ -48,11 +48,7 @@ class NpzImages:
     def __init__(self, path):
         self.name = str(path)
         with self.member() as (file, size):
-            try:
-                shape, fortran, dtype, self.header = array_header(file.peek(1024))
-            except ValueError as error:
-                raise UserError(f"arr_0 of {self.name} has no readable .npy header ({error}); write it "
-                                "again.") from error
+            shape, fortran, dtype, self.header = array_header(file.peek(1024))
             check_layout(dtype, shape, f"arr_0 of {self.name}")
             if fortran:
                 raise UserError(f"arr_0 of {self.name} is in Fortran order; make it contiguous.")
