@@ -4,29 +4,25 @@
     python benchmarks/gpu.py ceilings           a memory copy and square matrix products
     python benchmarks/gpu.py attention          fused attention as SiT-XL/2 calls it, by each kernel that PyTorch has
     python benchmarks/gpu.py tiles              the attention loss of SiT-XL/2 by the size of its tiles
-    python benchmarks/gpu.py train              images/s of train.py on packed and PNG data, and of step_time.py
+    python benchmarks/gpu.py train              images/s of train.py on packed and PNG data
     python benchmarks/gpu.py profile            kernels of a training step
-    python benchmarks/gpu.py scoring            images/s of the networks behind the scores, and a whole evaluator.py
+    python benchmarks/gpu.py scoring            images/s of the networks behind the scores
     python benchmarks/gpu.py encoding           images/s of dataset_tools.py encode (needs diffusers)
 
 Weights and data are random and made here. --dry takes tiny sizes, for a CPU: its numbers mean nothing.
 """
 import argparse
-import collections
 import contextlib
 import csv
 import functools
 import io
-import json
 import os
-import platform
 import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -36,21 +32,21 @@ import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torc
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 import loss
-from benchmarks.gpu_summary import tables
 from benchmarks.measure import added_memory, alternate, machine, spread, synchronize, table
 from evaluations import features
 from models.layers import QK
 from runtime.errors import run_script
 from runtime.setup import tune
-from runtime.versions import version
+from runtime.versions import environment, version
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PACKAGES = ("numpy", "timm", "accelerate", "transformers", "diffusers", "triton", "imagecodecs", "pytest")
 STEPS_A_ROW, PROFILED_STEPS, TOP = 10, 3, 15
 
 
@@ -69,20 +65,16 @@ def ms(seconds, digits=3):
 
 
 def show_machine(args):
-    rows = [["machine", machine(DEVICE).partition("; ")[2]], ["system", platform.platform()],
-            ["python", platform.python_version()], ["CPU cores", len(os.sched_getaffinity(0))],
-            ["threads", torch.get_num_threads()],
+    rows = [["machine", machine(DEVICE).partition("; ")[2]], *environment(Accelerator(cpu=DEVICE == "cpu")).items(),
             ["/dev/shm, GiB free", f"{shutil.disk_usage('/dev/shm').free / 2 ** 30:.1f}"],
-            *[[name, os.environ[name]] for name in sorted(os.environ) if name.startswith(("TORCH_", "NVIDIA_TF32"))]]
+            *[[name, os.environ[name]] for name in sorted(os.environ) if name.startswith(("TORCH_", "NVIDIA_TF32"))],
+            *[[name, version(name)] for name in ("triton", "imagecodecs", "pytest")]]
     if DEVICE == "cuda":
-        gpu = torch.cuda.get_device_properties(0)
         driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], check=False,
                                 capture_output=True, text=True).stdout if shutil.which("nvidia-smi") else ""
-        rows += [["GPU memory, GiB", f"{gpu.total_memory / 2 ** 30:.1f}"],
-                 ["multiprocessors", gpu.multi_processor_count], ["L2, MiB", f"{gpu.L2_cache_size / 2 ** 20:.0f}"],
-                 ["compute capability", f"{gpu.major}.{gpu.minor}"], ["driver", driver.strip() or "unknown"],
-                 ["CUDA", torch.version.cuda], ["cuDNN", torch.backends.cudnn.version()]]
-    print(table(["what", "value"], [*rows, *([name, version(name)] for name in PACKAGES)]))
+        rows += [["GPU", str(torch.cuda.get_device_properties(0))], ["driver", driver.strip() or "unknown"],
+                 ["cuDNN", torch.backends.cudnn.version()]]
+    print(table(["what", "value"], rows))
 
 
 def show_ceilings(args):
@@ -185,7 +177,10 @@ def show_tiles(args):
 
 
 def show_train(args):
-    """train.py with its usual loader: the median over rows of ten steps, without the first row of each phase."""
+    """train.py with its usual loader: the median over rows of ten steps, without the first row of each phase.
+
+    Compare with step_time.py's numbers for the same model, batch and precision, which need no data.
+    """
     import timm
 
     from encoders.teachers import TEACHERS
@@ -206,30 +201,13 @@ def show_train(args):
             with open(folder / "runs" / form / "metrics.csv", newline="") as file:
                 seconds = [float(row["seconds"]) / STEPS_A_ROW for row in csv.DictReader(file)]
             found += [(name, 1, seconds[1:rows_a_phase]), (name, 2, seconds[rows_a_phase + 1:])]
-    beside = call("benchmarks/step_time.py", "--model", model, "--resolution", resolution, "--batch-size", batch,
-                  "--enc-type", teacher, "--mixed-precision", precision, "--variants", "ours",
-                  "--rounds", 1 if args.dry else 5)
-    alone = {int(row["phase"]): float(row["seconds a step: median (lowest to highest)"].split()[0])
-             for row in tables(beside.splitlines())[-1]}
     print(f"{model}, {resolution} px, batch {batch}, precision {precision}; {len(os.sched_getaffinity(0))} CPU cores\n")
-    print(table(["data", "phase", "train.py, seconds a step", "images/s", "step_time.py, seconds a step",
-                 "images/s of it", "train.py's part of that speed"],
-                [[name, phase, spread(s), f"{batch / statistics.median(s):.0f}", f"{alone[phase]:.3f}",
-                  f"{batch / max(alone[phase], 1e-3):.0f}", f"{alone[phase] / statistics.median(s):.2f}"]
-                 for name, phase, s in found]))
-
-
-def union(spans):
-    """Total length covered by (begin, end) pairs."""
-    total, reached = 0.0, float("-inf")
-    for begin, end in sorted(spans):
-        total += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return total
+    print(table(["data", "phase", "seconds a step", "images/s"],
+                [[name, phase, spread(s), f"{batch / statistics.median(s):.0f}"] for name, phase, s in found]))
 
 
 def show_profile(args):
-    """Busy: a kernel runs (on a CPU: an operator). Idle: the rest of a step, which is timed without the profiler."""
+    """Busy: the sum of the kernels (on a CPU: operators). Idle: the rest of a step, timed without the profiler."""
     from benchmarks import step_time
     model, resolution, batch, precision = ("SiT-T/2", 64, 2, "no") if args.dry else ("SiT-XL/2", 256, 32, "bf16")
     sys.argv[1:] = ["--model", model, "--resolution", str(resolution), "--variants", "ours",
@@ -238,29 +216,23 @@ def show_profile(args):
     tune(tf32=True)
     warnings.filterwarnings("ignore")
     run = step_time.Run(options, batch, precision)
-    wanted = {"kernel", "gpu_memcpy", "gpu_memset"} if DEVICE == "cuda" else {"cpu_op"}
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (DEVICE == "cuda")
+    on_gpu = DEVICE == "cuda"
+    kind, own_time = (DeviceType.CUDA, "self_device_time_total") if on_gpu else (DeviceType.CPU, "self_cpu_time_total")
     rows, tops = [], []
     for phase in (1, 2):
         work = run.step("ours", phase)
         step = 1000 * statistics.median(alternate({"step": work}, 1 if args.dry else 5, DEVICE)["step"])
-        with profile(activities=activities) as found:
+        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as found:
             for _ in range(PROFILED_STEPS):
                 work()
             synchronize(DEVICE)
-        with tempfile.TemporaryDirectory() as folder:
-            found.export_chrome_trace(f"{folder}/trace.json")
-            events = json.loads(Path(f"{folder}/trace.json").read_bytes().decode(errors="replace"))["traceEvents"]
-        events = [event for event in events if event.get("cat") in wanted and "dur" in event]
-        busy = union((e["ts"], e["ts"] + e["dur"]) for e in events) / 1000 / PROFILED_STEPS
+        kernels = [(event.key, getattr(event, own_time) / 1000 / PROFILED_STEPS, event.count / PROFILED_STEPS)
+                   for event in found.key_averages() if event.device_type == kind and not event.is_user_annotation]
+        busy = sum(time for _, time, _ in kernels)
         rows.append([phase, f"{step:.1f}", f"{busy:.1f}", f"{100 * max(0.0, 1 - busy / step):.1f} %",
-                     f"{len(events) / PROFILED_STEPS:.0f}"])
-        times = collections.Counter()
-        for event in events:
-            times[event["name"]] += event["dur"] / 1000 / PROFILED_STEPS
-        calls = collections.Counter(event["name"] for event in events)
-        tops += [[phase, name.replace("|", "/")[:100], f"{time:.2f}", f"{100 * time / times.total():.1f} %",
-                  f"{calls[name] / PROFILED_STEPS:.0f}"] for name, time in times.most_common(TOP)]
+                     f"{sum(calls for _, _, calls in kernels):.0f}"])
+        tops += [[phase, name.replace("|", "/")[:100], f"{time:.2f}", f"{100 * time / busy:.1f} %", f"{calls:.0f}"]
+                 for name, time, calls in sorted(kernels, key=lambda kernel: -kernel[1])[:TOP]]
     print(f"{model}, {resolution} px, batch {batch}, precision {precision}\n")
     print(table(["phase", "ms a step", "busy, ms", "idle", "kernels a step"], rows))
     print()
@@ -269,7 +241,7 @@ def show_profile(args):
 
 def show_scoring(args):
     """A batch of uint8 images from the CPU to features on the device, in full float32; random weights."""
-    resolution, batch, count, rounds = (64, 2, 8, 1) if args.dry else (256, 64, 2000, 5)
+    resolution, batch, rounds = (64, 2, 1) if args.dry else (256, 64, 5)
     images = torch.randint(0, 256, (batch, resolution, resolution, 3), dtype=torch.uint8)
     names = ("inception", "efficientnet-lite0") if args.dry else tuple(features.FEATURES)
     works = {}
@@ -282,20 +254,6 @@ def show_scoring(args):
             for name, seconds in alternate(works, rounds, DEVICE).items()]
     print(f"{resolution} px, batch {batch}\n")
     print(table(["features", "ms a batch", "images/s"], rows))
-    name = "efficientnet-lite0" if args.dry else "inception"
-    weights = features.build(name).state_dict()
-    works.clear()
-    with tempfile.TemporaryDirectory() as folder:
-        folder, rng = Path(folder), np.random.default_rng(0)
-        torch.save(weights, folder / "weights.pth")
-        for side in ("reference", "sample"):
-            np.savez(folder / f"{side}.npz", arr_0=rng.integers(0, 256, (count, resolution, resolution, 3), np.uint8))
-        flag = "--efficientnet-weights" if args.dry else "--inception-weights"
-        begin = time.perf_counter()
-        call("evaluations/evaluator.py", folder / "reference.npz", folder / "sample.npz", "--features", name, flag,
-             folder / "weights.pth", "--any-weights")
-        seconds = time.perf_counter() - begin
-    print(f"\nevaluator.py, {name}, two sets of {count} images of {resolution} px, all its scores: {seconds:.1f} s")
 
 
 def show_encoding(args):

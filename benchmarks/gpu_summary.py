@@ -10,17 +10,13 @@ from pathlib import Path
 
 def tables(lines):
     """The Markdown tables in `lines`, each a list of rows {column: cell}."""
-    found, header = [], None
-    cells = [[cell.strip() for cell in line.strip()[1:-1].split("|")] if line.startswith("|") else None
-             for line in lines]
-    for row, below in zip(cells, [*cells[1:], None], strict=True):
-        if row is None:
-            header = None
-        elif header is None and below and all(re.fullmatch(":?-+:?", cell) for cell in below):
-            header = row
-            found.append([])
-        elif header and row and not all(re.fullmatch(":?-+:?", cell) for cell in row):
-            found[-1].append(dict(zip(header, row, strict=False)))
+    found, rows = [], []
+    for line in [*lines, ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip()[1:-1].split("|")])
+        elif rows:
+            found.append([dict(zip(rows[0], row, strict=False)) for row in rows[2:]])  # rows[1] is of dashes
+            rows = []
     return found
 
 

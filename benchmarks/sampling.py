@@ -1,13 +1,11 @@
 """Images a second when sampling: the published network call, ours, in bf16, compiled, with a cache.
 
     python benchmarks/sampling.py --model SiT-B/2 --batch-size 8
-    python benchmarks/sampling.py --pareto --ckpt exps/run/checkpoints/0008000.pt --vae assets/vae-cifar10 \\
-        --reference data/cifar10/ref-val.npz --weights data/cifar10/efficientnet-lite0.pth --out exps/pareto
 
-All variants run in one process, in turns, each sampling one batch without the VAE. Weights are random. --pareto
-compares samplers, time grids and caches on one checkpoint: see pareto.py.
+All variants run in one process, in turns, each sampling one batch without the VAE. Weights are random.
 """
 import argparse
+import functools
 import statistics
 import sys
 from pathlib import Path
@@ -41,13 +39,6 @@ def parse_args():
     add("--variants", nargs="+", choices=[*VARIANTS, *CACHES], default=VARIANTS,
         help="default all without a cache")
     add("--rounds", type=int, default=5, help="timed batches of each (default 5)")
-    add("--pareto", action="store_true", help="compare by pictures of --ckpt; takes the flags below")
-    add("--ckpt", help="checkpoint of train.py")
-    add("--vae", help="its VAE")
-    add("--reference", help="what its samples are compared with: npz or folder")
-    add("--weights", help="weights of EfficientNet-Lite0")
-    add("--samples", type=int, default=500, help="images of each setting (default 500)")
-    add("--out", default="exps/pareto", help="beginning of the files' names (default exps/pareto)")
     return parser.parse_args()
 
 
@@ -75,9 +66,6 @@ def networks(args, device):
 @torch.no_grad()
 def main():
     args = parse_args()
-    if args.pareto:
-        from benchmarks import pareto
-        return pareto.run(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tune(tf32=True)
     print(machine(device))
@@ -85,34 +73,25 @@ def main():
     z = torch.randn(args.batch_size, 4, side, side, device=device, generator=torch.Generator(device).manual_seed(0))
     y = torch.arange(args.batch_size, device=device)
     rows, models = [], networks(args, device)
+
+    def sample(variant, mode):
+        velocity = guided(models[variant], y, torch.full_like(y, 1000), args.cfg_scale, 0.0, args.guidance_high)
+        name, options = "sde" if mode == "sde" else "ode", {"heun": mode == "heun"}
+        if variant not in CACHES:
+            return SAMPLERS[name](velocity, z, args.num_steps, **options)
+        kind, interval = CACHES[variant]
+        return sample_latents(models[variant], velocity, z, name, args.num_steps, kind, interval, **options)
+
     for mode in args.modes:
-        calls = []
-
-        def sample(variant, mode=mode, calls=calls):
-            def counted(x, t, y):
-                calls.append(len(x))
-                return models[variant](x, t, y)
-
-            velocity = guided(counted, y, torch.full_like(y, 1000), args.cfg_scale, 0.0, args.guidance_high)
-            name, options = "sde" if mode == "sde" else "ode", {"heun": mode == "heun"}
-            if variant not in CACHES:
-                return SAMPLERS[name](velocity, z, args.num_steps, **options)
-            kind, interval = CACHES[variant]
-            return sample_latents(models[variant], velocity, z, name, args.num_steps, kind, interval, **options)
-
-        works = {variant: (lambda variant=variant, sample=sample: sample(variant)) for variant in args.variants}
+        works = {variant: functools.partial(sample, variant, mode) for variant in args.variants}
         timed = alternate(works, args.rounds, device, ["published"])
         seconds = {variant: statistics.median(s) for variant, s in timed.items()}
         for variant, median in seconds.items():
-            calls.clear()
-            works[variant]()
             ratio = f"{seconds['published'] / median:.2f}" if "published" in seconds else "-"
-            rows.append([mode, variant, f"{median:.2f}", f"{args.batch_size / median:.3f}", ratio,
-                         f"{calls.count(args.batch_size)} + {calls.count(2 * args.batch_size)} doubled"])
+            rows.append([mode, variant, f"{median:.2f}", f"{args.batch_size / median:.3f}", ratio])
     print(f"\n{args.model}, {args.resolution} px, batch {args.batch_size}, {args.num_steps} steps, "
           f"guidance {args.cfg_scale} on [0, {args.guidance_high}]\n")
-    print(table(["sampler", "variant", "seconds a batch", "images/s", "times faster than published", "network calls"],
-                rows))
+    print(table(["sampler", "variant", "seconds a batch", "images/s", "times faster than published"], rows))
 
 
 if __name__ == "__main__":

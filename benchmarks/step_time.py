@@ -1,4 +1,4 @@
-"""Time, peak memory and model FLOPs of a training step: the published recipe, variants of ours, and plain SiT.
+"""Time and peak memory of a training step, on a GPU also MFU: the published recipe, variants of ours, and plain SiT.
 
     python benchmarks/step_time.py --model SiT-B/2 --batch-size 8 --mixed-precision no
     python benchmarks/step_time.py --model SiT-XL/2 --batch-size 32 64 --mixed-precision bf16 fp16
@@ -6,8 +6,8 @@
 All variants run in one process and take turns, `published` without what runtime.setup.tune does to memory. Weights are
 random, data are in memory, noise is drawn ahead of each step as in training. `plain` is SiT without teacher, taps and
 projector: the floor. `bf16-teacher` is ours with --enc-precision bf16. Memory is weights, average, optimizer state,
-teacher and the step's own peak. FLOPs count the matrix products of forward, backward and teacher; on a GPU the FLOPs of
-`ours` give the MFU of all variants except plain.
+teacher and the step's own peak. The MFU of all variants except plain counts the matrix products of `ours`: forward,
+backward and teacher.
 """
 import argparse
 import copy
@@ -24,7 +24,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import published
 from benchmarks.measure import added_memory, alternate, machine, spread, table
@@ -41,10 +41,6 @@ from training.trainer import Trainer
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, bf16 and fp16, by the makers' data sheets
 VARIANTS = ("published", "ours", "bf16-teacher", "compiled", "plain")
-CPU_ATTENTION = {  # PyTorch's counter knows only the GPU kernels
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)}
 
 
 def parse_args():
@@ -170,7 +166,7 @@ class Run:
 
 def flops(work):
     """FLOPs of the matrix products in one call."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
 
@@ -181,23 +177,22 @@ def measure(options, batch_size, precision):
               if (variant, phase) not in (("plain", 1), ("bf16-teacher", 2)) or options.phases == [phase]}
     seconds = alternate(wanted, options.rounds, run.device, [key for key in wanted if key[0] == "published"])
     rows, floor = [], next((statistics.median(s) for (v, _), s in seconds.items() if v == "plain"), None)
+    gpu = torch.cuda.get_device_name() if run.device.type == "cuda" and precision != "no" else ""
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)
     for (variant, phase), work in wanted.items():
         gc.collect()
         memory = (added_memory(work, run.device) + run.held(variant, phase)) / 2 ** 30
-        done = flops(run.step("ours" if variant == "compiled" else variant, phase))  # compiled products are not counted
         median = statistics.median(seconds[variant, phase])
         base = None if variant == "plain" else seconds.get(("published", phase))
-        peak = next((peak for gpu, peak in PEAK_FLOPS.items()
-                     if run.device.type == "cuda" and gpu in torch.cuda.get_device_name()), None)
-        needed = flops(run.step("ours", phase)) if peak and variant == "published" else done
+        has_mfu = peak and variant != "plain"
         rows.append([variant, "-" if variant == "plain" else phase, spread(seconds[variant, phase]),
                      f"{statistics.median(base) / median:.2f}" if base else "-",
-                     f"{median / floor:.3f}" if floor else "-", f"{memory:.2f}", f"{done / 1e12:.2f}",
-                     f"{100 * needed / median / peak:.1f} %" if peak and precision != "no" else "-"])
+                     f"{median / floor:.3f}" if floor else "-", f"{memory:.2f}",
+                     f"{100 * flops(run.step('ours', phase)) / median / peak:.1f} %" if has_mfu else "-"])
     print(f"\n{options.model}, {options.resolution} px, batch {batch_size}, precision {precision}"
           + (", no attention loss" if options.no_attention else "") + "\n")
     print(table(["variant", "phase", "seconds a step: median (lowest to highest)", "times faster than published",
-                 "seconds / plain's", "peak GiB", "TFLOP", "MFU"], rows), flush=True)
+                 "seconds / plain's", "peak GiB", "MFU"], rows), flush=True)
 
 
 def main():

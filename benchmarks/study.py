@@ -26,7 +26,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -228,42 +227,32 @@ def write_result(args, seed, variant):
 
 def run_all(args):
     """Train each run of `order` that has no result and fits into the time, --jobs of them at once."""
-    end, lock, a_step, failed = time.time() + 60 * args.minutes, threading.Lock(), [0.0], threading.Event()
+    end, a_step, running = time.time() + 60 * args.minutes, 0.0, {}
     waiting = [(seed, name) for seed, name in order(args) if not result_of(args, seed, name).is_file()]
 
-    def take():
-        """The next run that can start now: one that shares Phase I needs the run without a stop on this machine."""
-        for seed, name in waiting:
-            shared = variants(args)[name][1]
-            has_begun = any((args.out / name_of(seed, name)).glob("checkpoints/*.pt"))
-            phase_one = args.out / name_of(seed, NO_STOP) / f"checkpoints/{shared:07d}.pt"
-            if shared and not (has_begun or result_of(args, seed, NO_STOP).is_file() and phase_one.is_file()):
-                continue
-            if time.time() + a_step[0] * (args.steps - shared) > end:
-                continue
-            waiting.remove((seed, name))
-            return seed, name
-        return None
-
-    def work():
-        while not failed.is_set():
-            with lock:
-                run = take()
-            if run is None:
-                return
-            began, steps = time.time(), args.steps - variants(args)[run[1]][1]
-            train(args, *run)
-            a_step[0] = max(a_step[0], (time.time() - began) / steps)
-            print(f"  {name_of(*run)}: {time.time() - began:.0f} s", flush=True)
+    def can_start(seed, name):
+        """Whether there is time, and Phase I on this machine if the run shares that of the run without a stop."""
+        shared = variants(args)[name][1]
+        has_begun = any((args.out / name_of(seed, name)).glob("checkpoints/*.pt"))
+        phase_one = args.out / name_of(seed, NO_STOP) / f"checkpoints/{shared:07d}.pt"
+        if shared and not (has_begun or result_of(args, seed, NO_STOP).is_file() and phase_one.is_file()):
+            return False
+        return time.time() + a_step * (args.steps - shared) <= end
 
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        tasks = [pool.submit(work) for _ in range(args.jobs)]
-        try:
-            for task in concurrent.futures.as_completed(tasks):
-                task.result()
-        except BaseException:  # Ctrl-C too
-            failed.set()
-            raise
+        while True:
+            while len(running) < args.jobs and (run := next((run for run in waiting if can_start(*run)), None)):
+                waiting.remove(run)
+                running[pool.submit(train, args, *run)] = run, time.time()
+            if not running:
+                return
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for task in done:
+                (seed, name), began = running.pop(task)
+                task.result()  # raises its error; the others end first
+                seconds = time.time() - began
+                a_step = max(a_step, seconds / (args.steps - variants(args)[name][1]))
+                print(f"  {name_of(seed, name)}: {seconds:.0f} s", flush=True)
 
 
 # ---- results ----

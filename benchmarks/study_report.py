@@ -87,13 +87,12 @@ def as_text(found, steps, protocol, left_out):
 
 def draw(path, found):
     """Each score along the steps, a line a variant, the seeds' range as a band."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(COMPARED), figsize=(15, 5), layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    axes = figure.subplots(1, len(COMPARED))
     for i, (name, results) in enumerate(found.items()):
         is_stopped = "stop at" in name or "trigger" in name
-        style = {"color": plt.get_cmap("tab10")(i), "linestyle": "--" if is_stopped else "-"}
+        style = {"color": f"C{i}", "linestyle": "--" if is_stopped else "-"}
         for axis, score in zip(axes, COMPARED, strict=True):
             steps = sorted(set.intersection(*(set(curve(result, score)) for result in results.values())))
             low, mean, high = ([f(at(results, score, step).values()) for step in steps]
@@ -104,4 +103,3 @@ def draw(path, found):
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, title="variant (seeds)")
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)

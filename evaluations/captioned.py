@@ -4,14 +4,13 @@ import hashlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from data_io.captions import read_texts, scan_numbered
 from data_io.index import scan
 from encoders.text import quiet_transformers
 from encoders.vae import loading
 from evaluations.extract import gather_rows, shard
-from evaluations.features import full_float32, normalize, resize
+from evaluations.features import full_float32
 from evaluations.images import FolderImages, open_images
 from runtime.errors import UserError
 from runtime.files import is_folder
@@ -71,16 +70,16 @@ class Clip:
             if info["missing_keys"]:  # transformers would only warn and draw random weights
                 raise ValueError(f"it has no {min(info['missing_keys'])}")
             self.model = model.to(device).eval().float()
+        side = model.config.vision_config.image_size
+        self.processor = transformers.CLIPImageProcessor(size=side, crop_size=side)
         self.device = device
 
     @torch.no_grad()
     def images(self, batch):
-        """uint8 (N, R, R, 3) -> (N, D), resized as in CLIP's own preprocessing: bicubic, rounded to integers."""
-        x = torch.tensor(batch).to(self.device).permute(0, 3, 1, 2).float()
-        x = resize(x, self.model.config.vision_config.image_size, "bicubic", antialias=True).round().clamp(0, 255) / 255
-        x = normalize(x, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        """uint8 (N, R, R, 3) -> (N, D)."""
+        pixels = self.processor(list(batch), return_tensors="pt").to(self.device)
         with full_float32(self.device):
-            return self.model.visual_projection(self.model.vision_model(pixel_values=x).pooler_output)
+            return self.model.visual_projection(self.model.vision_model(**pixels).pooler_output)
 
     @torch.no_grad()
     def captions(self, texts):

@@ -13,9 +13,8 @@ import functools
 import logging
 import subprocess
 import sys
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
 import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
@@ -26,7 +25,6 @@ from runtime.errors import UserError, run_script
 from runtime.flags import Parser, whole
 from sampling.config import add_sampler_flags
 
-FORMATS = ("pdf", "svg", "png")
 SWEPT = {"cfg": "guidance", "steps": "steps"}  # what may have several values, and its column
 UP = ("Inception Score", "Precision", "Recall")  # lower is better for all others
 SHOWN = 8  # images of a run in samples.png
@@ -34,13 +32,6 @@ HANDED_ON = ("num_fid_samples", "weights", "sample_dir", "global_seed", "per_pro
 ROOT = Path(__file__).resolve().parents[1]
 
 logger = logging.getLogger(__name__)
-
-
-def row_name(text):
-    """A `type` for add_argument: a name that tables and figures can show as it is."""
-    if not text.strip() or not text.isprintable() or {*text} & {*"|$\\"}:
-        raise ArgumentTypeError(f"{text!r} is no name for a row; take letters, digits and spaces.")
-    return text
 
 
 def parse_args():
@@ -51,8 +42,8 @@ def parse_args():
         "samples are scored against")
     add("--out", type=Path, default=Path("comparison"), metavar="DIR", help="folder of tables and figures (default "
         "comparison)")
-    add("--format", choices=FORMATS, default="pdf", help="of the figure of scores (default pdf)")
-    add("--names", nargs="+", type=row_name, metavar="NAME", help="of the rows, such as SiT HASTE: one for each "
+    add("--format", choices=["pdf", "svg", "png"], default="pdf", help="of the figure of scores (default pdf)")
+    add("--names", nargs="+", metavar="NAME", help="of the rows, such as SiT HASTE: one for each "
         "run, equal ones for seeds of one row (default: by the settings in which the runs differ)")
     add("--step", type=whole(1), metavar="N", help="checkpoint of all runs (default: the newest that all of them have)")
 
@@ -88,7 +79,7 @@ def common_step(runs, step):
     return step
 
 
-def called(runs):
+def run_names(runs):
     """Name each run by its folder; add the parent folder where two names are equal."""
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
@@ -98,7 +89,7 @@ def called(runs):
     return names
 
 
-def named(names, runs):
+def places_by_name(names, runs):
     """{name: indices in `runs`}; `names` (from --names) has one entry per run."""
     if len(names) != len(runs):
         raise UserError(f"--names gives {len(names)} names to {len(runs)} runs; give one for each.")
@@ -115,11 +106,9 @@ def number_of_samples(asked, settings):
     return min([asked or (40_192 if folders else 50_000), *most])
 
 
-def sampled(args, run, name, settings, step, cfg, steps):
+def planned_samples(args, run, name, settings, step, cfg, steps):
     """(folder of PNGs, generate.py's flags {name: value}) of one run, guidance and number of steps."""
     from sampling.images import SAMPLING, folder_name
-    if missing := {"model", "resolution"} - settings.keys():
-        raise UserError(f"{run}/args.json has no {min(missing)}; give the folder of a run of train.py.")
     flags = {flag: getattr(args, flag) for flag in (*SAMPLING, *HANDED_ON) if flag != "path_type"}
     has_classes = "num_classes" in settings
     balanced = "balanced-" * (has_classes and args.labels == "balanced")
@@ -153,7 +142,7 @@ def as_flag(name, value):
     return f"--{flag}={value}"
 
 
-def is_there(folder, flags):
+def is_sampled(folder, flags):
     """Whether all images of these flags are in the .npz, made after the checkpoint."""
     from evaluations.images import open_images
     from runtime.files import is_file, read_json
@@ -190,13 +179,13 @@ def scores_of(folder, args, metrics, open_once):
 
 # ---- tables and figures ----
 
-def head(score):
+def heading(score):
     return f"{score} {chr(0x2191) if score in UP else chr(0x2193)}"  # an arrow up or down
 
 
-def tabled(points, scores, swept):
+def table_of(points, scores, swept):
     """(header, rows) of points {(label, cfg, steps): [{score: value} of each seed]}."""
-    header = ["run", *(SWEPT[name] for name in swept), "seeds", *map(head, scores)]
+    header = ["run", *(SWEPT[name] for name in swept), "seeds", *map(heading, scores)]
     rows = []
     for (label, cfg, steps), found in points.items():
         place = {"cfg": f"{cfg:g}", "steps": steps}
@@ -210,21 +199,19 @@ def draw(path, points, scores, swept):
 
     If both settings are swept, each number of steps has a row of panels. Panels of one score share their axes.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     from runtime.files import atomic_write
     labels = list(dict.fromkeys(label for label, _, _ in points))
     rows = sorted({steps for _, _, steps in points}) if len(swept) == 2 else [None]
-    figure, axes = plt.subplots(len(rows), len(scores), figsize=(3.6 * len(scores), 3 * len(rows) + 0.4), squeeze=False,
-                                sharex=True, sharey="col", layout="constrained")
+    figure = Figure(figsize=(3.6 * len(scores), 3 * len(rows) + 0.4), layout="constrained")
+    axes = figure.subplots(len(rows), len(scores), squeeze=False, sharex=True, sharey="col")
     for row, line in zip(rows, axes, strict=True):
         for score, axis in zip(scores, line, strict=True):
             for i, label in enumerate(labels):
                 found = {steps if swept == ["steps"] else cfg if swept else i: [one[score] for one in each]
                          for (name, cfg, steps), each in points.items() if name == label and row in (None, steps)}
-                xs, colour = sorted(found), plt.get_cmap("tab10")(i)
+                xs, colour = sorted(found), f"C{i}"
                 axis.plot(xs, [sum(found[x]) / len(found[x]) for x in xs], label=label, color=colour,
                           marker="o" if swept else "_", markersize=4 if swept else 18)
                 if any(len(values) > 1 for values in found.values()):
@@ -237,14 +224,13 @@ def draw(path, points, scores, swept):
         if row is not None:
             line[0].set_ylabel(f"{row} steps")
     for score, top, bottom in zip(scores, axes[0], axes[-1], strict=True):
-        top.set_title(head(score))
+        top.set_title(heading(score))
         bottom.set_xlabel({"cfg": "guidance scale", "steps": "steps"}[swept[0]] if swept else "")
     if max(map(len, points.values())) > 1:
         figure.suptitle("dots: seeds; line: their mean", fontsize=8)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(labels)))
     with atomic_write(path) as file:
         figure.savefig(file, format=path.suffix[1:], dpi=150)
-    plt.close(figure)
 
 
 def draw_samples(path, folders):
@@ -262,50 +248,43 @@ def draw_samples(path, folders):
 
 def main():
     args = parse_args()
-    from evaluations.images import open_images
+    from evaluations.images import Planned
     from evaluations.runs import read_settings
-    from evaluations.scores import OF_BOTH, check_pair
+    from evaluations.scores import check_pair
     from runtime.files import atomic_write, check_writable
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_writable(args.out)
-    settings, names = [read_settings(run) for run in args.runs], called(args.runs)
-    asked, args.num_fid_samples = args.num_fid_samples, number_of_samples(args.num_fid_samples, settings)
-    if asked and asked != args.num_fid_samples:
-        logger.info("There are %d captions: one image of each is made, not %d.", args.num_fid_samples, asked)
+    settings, names = [read_settings(run) for run in args.runs], run_names(args.runs)
+    args.num_fid_samples = number_of_samples(args.num_fid_samples, settings)
     step, metrics = common_step(args.runs, args.step), chosen_metrics(args)
     open_once = functools.cache(lambda: open_scorer(args, metrics))
-    together = named(args.names, args.runs) if args.names else groups(settings, names)
+    together = places_by_name(args.names, args.runs) if args.names else groups(settings, names)
     values = {"cfg": args.cfg_scale, "steps": args.num_steps}
     swept = [name for name in SWEPT if len(set(values[name])) > 1]
     planned = {(label, cfg, steps): [(label if args.names else names[i],
-                                      *sampled(args, args.runs[i], names[i], settings[i], step, cfg, steps))
+                                      *planned_samples(args, args.runs[i], names[i], settings[i], step, cfg, steps))
                                      for i in places]
                for steps in sorted(set(args.num_steps)) for cfg in sorted(set(args.cfg_scale))
                for label, places in together.items()}
-    sides = {one["resolution"]: run for run, one in zip(args.runs, settings, strict=True)}
-    for side, run in sides.items():  # opening a reference may list many files: once for each size
-        check_pair(args.reference, SimpleNamespace(name=f"the samples of {run}", n=args.num_fid_samples,
-                                                   size=(side, side), batches=None), metrics)
-    if {*metrics} <= {*OF_BOTH} and open_images(args.reference, required=False) is None:
-        raise UserError(f"{args.reference} holds statistics only, and --metrics {','.join(metrics)} needs images; "
-                        "choose other --metrics, or a reference with images.")
+    for run, one in zip(args.runs, settings, strict=True):
+        size = one["resolution"], one["resolution"]
+        check_pair(args.reference, Planned(f"the samples of {run}", args.num_fid_samples, size), metrics)
     points, folders, args.reference_stamp = {}, {}, stamp_of(Path(args.reference))
     for place, samples in planned.items():
         points[place] = []
         for name, folder, flags in samples:
-            if not is_there(folder, flags):
-                open_once()  # first: else unusable weights or references fail after hours
+            if not is_sampled(folder, flags):
+                open_once()  # before sampling: unusable weights must fail at once, not after hours
                 make_samples(folder, flags, args.processes)
             points[place].append(scores_of(folder, args, metrics, open_once))
             folders.setdefault(name, folder)
     scores = [score for score in score_names(args.features, metrics)
               if all(score in one for found in points.values() for one in found)]
-    header, rows = tabled(points, scores, swept)
-    fixed = {"steps": f", {args.num_steps[0]} steps", "cfg": f", guidance {args.cfg_scale[0]:g}"}
-    note = (f"Step {step:,}; {args.num_fid_samples:,} samples, {args.mode}"
-            + "".join(text for name, text in fixed.items() if name not in swept)
-            + ", as many of each class" * (args.labels == "balanced" and all("num_classes" in one for one in settings))
-            + f"; against {args.reference}. Several seeds: mean (lowest to highest).")
+    header, rows = table_of(points, scores, swept)
+    cfg, steps = (", ".join(f"{value:g}" for value in values[name]) for name in ("cfg", "steps"))
+    balanced = ", as many of each class" * (args.labels == "balanced" and all("num_classes" in one for one in settings))
+    note = (f"Step {step:,}; {args.num_fid_samples:,} samples, {args.mode}, {steps} steps, guidance {cfg}{balanced}; "
+            f"against {args.reference}. Several seeds: mean (lowest to highest).")
     for name, text in (("table.md", f"{note}\n\n{markdown(header, rows)}\n"),
                        ("table.tex", f"% {note}\n{latex(header, rows, header.index('seeds'))}\n")):
         with atomic_write(args.out / name, "w") as file:

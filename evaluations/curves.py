@@ -21,25 +21,21 @@ def main():
     out = args.out or args.runs[0] / "curves.png"
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"--out {out}: pictures are written as {', '.join(FORMATS)}; give a name that ends so.")
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     from evaluations.runs import TITLES, alignment_stop, read_table, shown
     from runtime.files import atomic_write, prepare_output, read_json
-    found = []
-    for run in args.runs:
-        table = read_table(run)
-        stop, drawn, columns = alignment_stop(table, read_json(run / "args.json")), shown(table), list(table)
-        terms = [*TITLES, *columns[columns.index("seconds") + 1:]]  # the scores come after the seconds
-        found.append((run.name, stop, {term: drawn.get(term, ([], [])) for term in terms
-                                       if not term.startswith("cosine_")}))
+    tables = {run: read_table(run) for run in args.runs}
+    drawn = [(run.name, alignment_stop(table, read_json(run / "args.json")), shown(table))
+             for run, table in tables.items()]
     prepare_output(out, FORMATS)
-    terms = dict.fromkeys(term for _, _, metrics in found for term, (steps, _) in metrics.items() if steps) or TITLES
-    figure, axes = plt.subplots(1, len(terms), figsize=(4.3 * len(terms), 3.6), constrained_layout=True, squeeze=False)
-    for name, stop, metrics in found:
+    scores = [name for table in tables.values() for name in list(table)[list(table).index("seconds") + 1:]]
+    terms = [term for term in dict.fromkeys([*TITLES, *scores]) if any(term in columns for _, _, columns in drawn)]
+    figure = Figure(figsize=(4.3 * len(terms), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(terms), squeeze=False)
+    for name, stop, columns in drawn:
         for axis, term in zip(axes[0], terms, strict=True):
-            line, = axis.plot(*metrics.get(term, ([], [])), label=name)
+            line, = axis.plot(*columns.get(term, ([], [])), label=name)
             if stop is not None:
                 axis.axvline(stop, color=line.get_color(), linestyle=":", linewidth=1)
             axis.set(title=TITLES.get(term, term), xlabel="step")

@@ -7,9 +7,8 @@ import torch
 from evaluations import score_names
 from evaluations.extract import extract, shard
 from evaluations.features import load_extractor
-from evaluations.images import open_images, size_text
-from evaluations.scores import check_count, check_metrics, load_set, score
-from runtime.errors import UserError
+from evaluations.images import Planned
+from evaluations.scores import check_metrics, check_pair, load_set, score
 from samplers import guided
 from sampling.cache import sample_latents
 
@@ -34,12 +33,8 @@ class Evaluation:
         self.metrics, self.num_steps = args.eval_metrics, args.eval_num_steps
         self.cache = args.eval_cache, args.eval_cache_interval
         check_metrics(self.metrics, args.eval_features)
-        check_count(self.count, self.metrics, "--eval-samples")
-        if images := open_images(args.eval_ref, required=False):
-            check_count(images.n, self.metrics, images.name)
-            if tuple(images.size) != (args.resolution, args.resolution):
-                raise UserError(f"--eval-ref {args.eval_ref} has images of {size_text(images.size)}, samples have "
-                                f"--resolution {args.resolution}; give a reference of that size.")
+        samples = Planned("--eval-samples", self.count, (args.resolution, args.resolution))
+        check_pair(args.eval_ref, samples, self.metrics)
         self.extractor = load_extractor(args.eval_features, args.eval_weights, accelerator.device, args.eval_preset)
         self.reference = load_set(args.eval_ref, self.extractor, self.metrics, is_reference=True,
                                   batch_size=self.batch_size)

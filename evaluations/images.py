@@ -9,6 +9,7 @@ import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +48,7 @@ class NpzImages:
     def __init__(self, path):
         self.name = str(path)
         with self.member() as (file, size):
-            try:
-                shape, fortran, dtype, self.header = array_header(file.peek(1024))
-            except ValueError as error:
-                raise UserError(f"arr_0 of {self.name} has no readable .npy header ({error}); write it "
-                                "again.") from error
+            shape, fortran, dtype, self.header = array_header(file.peek(1024))
             check_layout(dtype, shape, f"arr_0 of {self.name}")
             if fortran:
                 raise UserError(f"arr_0 of {self.name} is in Fortran order; make it contiguous.")
@@ -89,8 +86,7 @@ class FolderImages:
         self.name = str(path)
         with reading(path):
             self.files = files if files is not None else sorted(
-                file for file in Path(path).rglob("*") if file.suffix.lower() in SUFFIXES
-                and (file.is_file() or not file.exists()))  # no pipes; broken links fail later
+                file for file in Path(path).rglob("*") if file.suffix.lower() in SUFFIXES)
         if not self.files:
             raise UserError(f"{path} holds no {', '.join(SUFFIXES)} file; give a folder of images or an npz.")
         self.n, self.size = len(self.files), decode(self.files[0]).shape[:2]
@@ -104,6 +100,15 @@ class FolderImages:
             for i in range(start, stop, batch_size):
                 files = self.files[i:min(i + batch_size, stop)]
                 yield np.stack(list(threads.map(lambda file: decode(file, self.size), files)))
+
+
+@dataclass
+class Planned:
+    """A set that is not made yet, for checks."""
+    name: str
+    n: int
+    size: tuple
+    batches = None
 
 
 class Reconstructions:

@@ -24,8 +24,6 @@ WEIGHTS = [row.flag for row in ALIGNMENT_LOSSES.values()]  # settings
 LARGEST = 768  # pixels a side of a picture on the page; larger ones are scaled down
 PREVIEWS = 24  # most previews of a run, evenly spread
 GRID = 36  # pictures shown of a samples folder without a grid beside it
-SAMPLING = ("weights", "mode", "num_steps", "heun", "cache", "cfg_scale", "guidance_low", "guidance_high",
-            "global_seed", "labels")  # shown
 
 
 def read_table(run):
@@ -56,8 +54,6 @@ def read_settings(run):
         raise UserError(f"{run} {what}; give the folder of a run of train.py.")
     settings = read_json(run / "args.json")
     check_contents(run / "args.json", {"args": settings}, ())
-    if not isinstance(settings.get("batch_size"), int):
-        raise UserError(f"{run}/args.json has no batch_size; give the folder of a run of train.py.")
     return settings
 
 
@@ -79,10 +75,9 @@ def alignment_stop(table, settings):
     after = next((step for step in table["denoise"][0] if step > last), None)
     if after is None or (not last and settings.get("enc_type") == "none"):
         return None
-    known = {name: value for name, value in settings.items() if isinstance(value, (int, float))}
     fired = [step for step, cosine in zip(*table.get("cosine", ([], [])), strict=True)
-             if cosine < known.get("trigger_threshold", -1)]
-    stop = min([known.get("early_stop_point", float("inf")), *fired])
+             if cosine < settings.get("trigger_threshold", -1)]
+    stop = min([settings.get("early_stop_point", float("inf")), *fired])
     return stop if 0 < stop and last <= stop < after else last or None
 
 
@@ -129,13 +124,8 @@ def previews(folder):
 
 
 def samples(path):
-    """{name, settings, picture, scores} of a folder of generate.py, or of a picture."""
-    with reading(path):
-        if not path.exists():
-            raise UserError(f"--samples {path} does not exist; give a folder of pictures or a picture.")
+    """{name, caption, picture, scores} of a folder of generate.py, or of a picture."""
     path = path.absolute()  # "." has no name
-    if not path.name:
-        raise UserError(f"--samples {path} is no folder of pictures; give one, or a picture.")
     grid, scores, settings = path.with_name(f"{path.name}-grid.png"), path.with_name(f"{path.name}-scores.json"), {}
     if is_file(path) or is_file(grid):
         pixels = decode(path if is_file(path) else grid)
@@ -147,8 +137,7 @@ def samples(path):
         settings = read_json(path / "settings.json")
     return {"name": path.name.removesuffix(".png"), "picture": picture(pixels),
             "scores": read_scores(scores) if is_file(scores) else {},
-            "settings": (made := made_from(settings) | {name: settings[name] for name in SAMPLING if name in settings}),
-            "caption": sampling_words(made)}
+            "caption": sampling_words(settings | made_from(settings))}
 
 
 def made_from(settings):

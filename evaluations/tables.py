@@ -29,7 +29,7 @@ def phrase(name, value):
     """A setting in words."""
     if name in NONE and value in (0, "no", "none"):
         return NONE[name]
-    if name in WORDS and isinstance(value, str if WORDS[name].count("{}") else (int, float)):
+    if name in WORDS and value is not None:
         return WORDS[name].format(value)
     plain = name.replace("_", " ")
     if isinstance(value, bool):
@@ -73,32 +73,14 @@ def labels(settings, but=()):
     return found
 
 
-def headline(settings, names):
-    """Page title: how the runs differ or, for a single run, what it is."""
-    if len(settings) == 1:
-        only = settings[0]
-        shown = ["enc_type", "early_stop_point"] if is_aligned(only) else []
-        words = [phrase(name, only[name]) for name in ("model", *shown) if only.get(name) is not None]
-        return ", ".join(words if shown else [*words, "no alignment"])
-    found = list(dict.fromkeys(labels(settings)))
-    if found == [""]:
-        return ", ".join(names)
-    if len(found) > 3 or sum(map(len, found)) > 160:
-        return f"{len(settings)} runs that differ in {', '.join(differing(settings)).replace('_', ' ')}"
-    return " vs. ".join(label or names[0] for label in found)
-
-
 def sampling_words(made):
     """How samples were made, in words. `made`: their settings.json, with run and step of the checkpoint."""
-    def is_number(name):
-        return isinstance(made.get(name), (int, float))
-
-    words = [str(made["run"])] if "run" in made else []
-    words += [f"step {made['step']:,}"] if is_number("step") else []
+    words = [made["run"]] if "run" in made else []
+    words += [f"step {made['step']:,}"] if "step" in made else []
     if "mode" in made:
-        kind = "Heun" if made.get("heun") else MODES.get(str(made["mode"]), made["mode"])
+        kind = "Heun" if made.get("heun") else MODES.get(made["mode"], made["mode"])
         words.append(f"{made.get('num_steps', '')} {kind} steps".strip())
-    if is_number("cfg_scale"):
+    if "cfg_scale" in made:
         interval = [made.get("guidance_low", 0), made.get("guidance_high", 1)]
         part = "" if interval == [0, 1] else f" for t from {interval[0]} to {interval[1]}"
         words.append(f"guidance {made['cfg_scale']:g}{part}" if made["cfg_scale"] > 1 else "no guidance")

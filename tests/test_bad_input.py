@@ -52,6 +52,10 @@ def cache_without_arrays(w):
     next((w / "cache").glob("*/features0.npy")).unlink()
 
 
+def samples_of(n, side):
+    return lambda w: np.savez(w / "samples.npz", arr_0=np.zeros((n, side, side, 3), np.uint8))
+
+
 def nan_weight(w):
     state = load_tensors(w / CKPT)
     state["ema"]["final_layer.linear.bias"].fill_(torch.nan)
@@ -126,6 +130,11 @@ CASES = {
          [*NO_TEACHER, "--data-dir", "{w}/f8", "--exp-name", "f8", "--sampling-steps", 1, "--vae", VAE],
          "makes 4 channels at 1/4 .*latents have 4 channels of 8"),
         (None, [*SCORING, "--eval-ref", "/no/ref.npz", "--max-train-steps", 2], "/no/ref.npz does not exist"),
+        (None, [*SCORING, "--eval-ref", "{w}/larger.npz"], "of 32x32 but --eval-samples of 64x64"),
+        (None, [*SCORING, "--eval-ref", "{w}/data/images", "--eval-samples", 1],
+         "--eval-samples has 1 image, but metric fid needs at least 2"),
+        (None, [*SCORING, "--eval-ref", "{w}/data/images", "--eval-features", "inception", "--eval-weights",
+                "{w}/other.pth", "--exp-name", "new"], "the published weights 6726825d0af5f729"),
         # resuming a run
         (cut(RUN), NO_TEACHER, "has no checkpoint that can be read"),
         (put(RUN, {"model": {}, "ema": {}, "args": {}, "steps": 1}), NO_TEACHER, "has no 'opt'"),
@@ -171,9 +180,13 @@ CASES = {
         (None, ["--inception-weights", "/no/w.pth"], "/no/w.pth does not exist"),
         (None, ["--inception-weights", "{w}/other.pth", "--any-weights"], "does not hold the weights of inception"),
         (put("samples.npz", b"hello"), [], "samples.npz is not a whole npz file"),
-        (blank("samples.npz", b"}", "arr_0.npy"), [], "arr_0 of .* no readable .npy header"),
+        (blank("samples.npz", b"}", "arr_0.npy"), [], "samples.npz is damaged or cut short"),
         (zip_field("samples.npz", 6, 1), [], "samples.npz is damaged"),
         (copy("larger.npz", "samples.npz"), [], "24x24 but .*32x32; compare sets of one size"),
+        (None, ["--num-samples", 2], "metric pr needs at least 4"),
+        (None, ["--num-samples", 70], "has 7 images, not the 70 asked for"),
+        (copy("statistics.npz", "samples.npz"), ["--num-samples", 5], "samples.npz holds statistics only"),
+        (None, ["--metrics", "sfid", "--features", "dinov2-vit-l"], "Metric sfid is for inception features only"),
     ],
     stats: [
         (lambda w: (w / "new.npz").symlink_to("reference.npz"), [], "reference.npz itself, which is read here"),
@@ -192,7 +205,7 @@ CASES = {
         (None, ["{w}/nope"], "nope does not exist; give the folder of a run"),
         (None, ["{w}/data"], "data holds no args.json; give the folder of a run"),
         (None, ["--out", "{w}/out/run/checkpoints/0000001.pt"], "0000001.pt is a file of another kind"),
-        (None, ["--samples", "/no/samples"], "--samples /no/samples does not exist"),
+        (None, ["--samples", "/no/samples"], "/no/samples holds no .png"),
         ([copy("data/images/00000", "s"), put("s-scores.json", {"scores": 3})],
          ["--samples", "{w}/s"], "s-scores.json has no scores"),
         (put("out/run/args.json", {"enc_weights": 3}), [], "has a int for 'enc_weights' in its args"),
@@ -265,6 +278,10 @@ CASES = {
     caption_retrieval: [
         (None, ["--json", "{w}/data/val/captions.json"], "captions.json itself, which is read here"),
         (remove("data/val/2.png"), [], "an image of caption 2, .*val no picture 2.png"),
+        (samples_of(5, 64), [], "samples.npz has 5 images, .*val only 4"),
+        (samples_of(2, 32), [], "has images of 32x32 but .*val of 64x64"),
+        ([remove("samples.npz"), lambda w: (w / "samples.npz").mkdir()], [], "samples.npz holds no .png"),
+        (None, ["--clip", "{w}/clip", "--caption-index", 1], "--caption-index 1: image 2 of .* has 1 captions"),
     ],
     coco: [
         (None, ["--coco", "c"], "Give --coco alone"),

@@ -111,6 +111,8 @@ def test_a_clip_without_images(clip_folder, tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="could not be loaded .it has no visual_projection.weight"):
         Clip(folder, "cpu")
+    with pytest.raises(UserError, match="The CLIP /nowhere could not be loaded .*give --clip a folder"):
+        Clip("/nowhere", "cpu")
 
 
 def test_clip_score(made, clip_folder, monkeypatch):
@@ -127,35 +129,10 @@ def test_clip_score(made, clip_folder, monkeypatch):
             scores.append(model(**pixels, **tokens).logits_per_image.item())
     expected = np.maximum(np.array(scores) * 100 / model.logit_scale.exp().item(), 0)
     result = run(made, monkeypatch, made / "val", made / "right.npz", "--clip", clip_folder, "--batch-size", 5)
-    assert abs(result["CLIP score"] - expected.mean()) < 0.01 and expected.mean() > 0
+    assert result["CLIP score"] == pytest.approx(expected.mean(), rel=1e-4) and expected.mean() > 0
     clip, (images, _) = Clip(clip_folder, torch.device("cpu")), captioned.read_samples(made / "right.npz", made / "val")
     texts = [captions[str(i)][0] for i in range(N)]
     for start, stop in ((0, 5), (5, N)):
         monkeypatch.setattr(captioned, "shard", lambda n, span=(start, stop): span)
         found = captioned.clip_scores(clip, images, texts, 5)
-        np.testing.assert_allclose(found[:, 0], expected[start:stop], atol=0.01)
-    seen = []
-    clip.model.vision_model.register_forward_pre_hook(lambda *a: seen.append(a[2]["pixel_values"]), with_kwargs=True)
-    picture = np.random.default_rng(1).integers(0, 256, (1, 50, 50, 3), np.uint8)
-    clip.images(picture)
-    pixels = processor(Image.fromarray(picture[0]), return_tensors="pt").pixel_values
-    assert (seen[0] - pixels).abs().mean() < 0.004  # a quarter of a grey level: theirs rounds between the axes
-
-
-@pytest.mark.parametrize("more, message", [
-    (["--caption-index", 1], "--caption-index 1: image 4 of .* has 1 captions"),
-    (["--clip", "/nowhere"], "The CLIP /nowhere could not be loaded .*give --clip a folder")])
-def test_clip_that_cannot_be_used(made, clip_folder, monkeypatch, more, message):
-    with pytest.raises(UserError, match=message):
-        run(made, monkeypatch, made / "val", made / "right.npz", "--clip", clip_folder, *more)
-
-
-@pytest.mark.parametrize("sample, message", [
-    ("empty", "holds no .png"), ("many.npz", "many.npz has 13 images, .*val only 12"),
-    ("large.npz", "images of 64x64 but .*val of 32x32")])
-def test_sets_that_cannot_be_compared(made, monkeypatch, sample, message):
-    (made / "empty").mkdir(exist_ok=True)
-    for name, n, side in (("many", N + 1, 32), ("large", 2, 64)):
-        np.savez(made / f"{name}.npz", arr_0=np.zeros((n, side, side, 3), np.uint8))
-    with pytest.raises(UserError, match=message):
-        run(made, monkeypatch, made / "val", made / sample)
+        np.testing.assert_allclose(found[:, 0], expected[start:stop], atol=1e-3)

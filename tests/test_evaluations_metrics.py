@@ -107,15 +107,6 @@ def test_inception_score_splits_at_5000():
     assert score(*sets, ("is",))["Inception Score"] == pytest.approx(plain, rel=1e-9)
 
 
-def test_moments_do_not_depend_on_batches_and_keep_a_large_mean():
-    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 1000
-    each = metrics.Moments(6)
-    for rows in (x[:1], x[1:30], x[30:]):
-        each.add(rows)
-    for ours, plain in zip(each.result(), moments(x), strict=True):
-        np.testing.assert_allclose(ours, plain, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize(("n", "m"), [(300, 200), (10, 200), (200, 10), (2, 2)])
 def test_frechet_of_any_rank(n, m):
     """With centred data A, B: tr (S1 S2)^(1/2) = the sum of singular values of A B^T / sqrt((n - 1)(m - 1))."""
@@ -200,7 +191,7 @@ def test_dinov2_reads_the_class_token_of_hub_weights(tmp_path, monkeypatch):
     assert torch.allclose(table[0, 1:, 0].reshape(16, 16)[1:-1, 3], rows[1:-1], atol=0.06)  # 37 / 16: 0.2 off
 
     torch.save(hub | {"pos_embed": hub["pos_embed"][:, 1:]}, tmp_path / "registers.pth")  # as timm's with registers
-    with pytest.raises(UserError, match="registers.pth has 1369 positions, not a class token's and those of a square"):
+    with pytest.raises(UserError, match="registers.pth does not hold the weights of dinov2-vit-l"):
         load_extractor("dinov2-vit-l", tmp_path / "registers.pth")
 
     images = np.random.default_rng(5).integers(0, 256, (2, 32, 32, 3), np.uint8)

@@ -63,7 +63,6 @@ def test_runs_of_other_settings_are_refused(monkeypatch, begun, tmp_path):
     call_main(monkeypatch, study, "--out", tmp_path, "--report")  # takes the settings of the existing runs
     for more, message in (
             (["--samples", 50], "holds runs with --samples 2000, not 50; use another --out"),
-            (["--data", "emoji"], "holds runs with --data cifar10, not emoji"),
             (["--every", 3], "--every 3 does not divide a quarter of --steps 32"),
             (["--steps", 12], "--steps 12 is no multiple of 8"),
             (["--variants", "HASTE", "vanilla"], "--variants 'HASTE' is none of vanilla, REPA")):
@@ -90,7 +89,6 @@ def test_an_ablation_has_runs_and_a_folder_of_its_own(monkeypatch, begun, tmp_pa
     found = json.loads((tmp_path / "results/study.json").read_text())
     assert (found["steps"], found["every"]) == (2000, 1000)
     for more, message in ((["--steps", 2000, "--every", 500], "holds runs with --ablation True, not False"),
-                          (["--ablation", "--every", 600], "--every 600 does not divide --steps 2000"),
                           (["--ablation", "--variants", "HASTE, stop at 500"], "is none of vanilla, HASTE, no stop")):
         with pytest.raises(UserError, match=message):
             call_main(monkeypatch, study, *arguments, *more)

@@ -34,7 +34,6 @@ from tests.conftest import (
     tiny_run,
     train_arguments,
     without,
-    write_tiny_data,
 )
 from training import previews
 from training import trainer as training
@@ -400,19 +399,3 @@ def test_two_processes_from_text_are_one_run(tiny_captions, teacher_file, data, 
     for name in ("FD-EffLite0", "KID-EffLite0"):
         assert float(two[2][name]) == pytest.approx(float(one[2][name]), rel=1e-3)
     assert "of n = 5 samples against" in (tmp_path / "2/run/log.txt").read_text()
-
-
-@pytest.mark.parametrize(("more", "message"), [
-    (["--eval-samples", 1], "--eval-samples has 1 image, but metric fid needs at least 2"),
-    (["--eval-features", "inception"], "the published weights 6726825d0af5f729"),
-])
-def test_scores_that_cannot_be_made(run, data, scorer, tmp_path, more, message):
-    with pytest.raises(UserError, match=message):
-        run(tmp_path, *NO_TEACHER, *scoring(data / "images", scorer, *more), data=data)
-    assert not list((tmp_path / "run").rglob("*.pt"))
-
-
-def test_scores_need_a_reference_of_their_size(run, data, scorer, tmp_path):
-    other = write_tiny_data(tmp_path / "other", 8, 32) / "images"
-    with pytest.raises(UserError, match="has images of 32x32, samples have --resolution 64"):
-        run(tmp_path, *NO_TEACHER, *scoring(data / "images", scorer, "--eval-ref", other), data=data)
