@@ -1,8 +1,11 @@
 """Images a second when sampling: the published network call, ours, in bf16, compiled, with a cache.
 
     python benchmarks/sampling.py --model SiT-B/2 --batch-size 8
+    python benchmarks/sampling.py --pareto --ckpt exps/run/checkpoints/0008000.pt --vae assets/vae-cifar10 \\
+        --reference data/cifar10/ref-val.npz --weights data/cifar10/efficientnet-lite0.pth --out exps/pareto
 
-All variants run in one process, in turns, each sampling one batch without the VAE. Weights are random.
+All variants run in one process, in turns, each sampling one batch without the VAE. Weights are random. --pareto
+compares samplers, time grids and caches on one checkpoint: see pareto.py.
 """
 import argparse
 import functools
@@ -39,6 +42,13 @@ def parse_args():
     add("--variants", nargs="+", choices=[*VARIANTS, *CACHES], default=VARIANTS,
         help="default all without a cache")
     add("--rounds", type=int, default=5, help="timed batches of each (default 5)")
+    add("--pareto", action="store_true", help="compare by pictures of --ckpt; takes the flags below")
+    add("--ckpt", help="checkpoint of train.py")
+    add("--vae", help="its VAE")
+    add("--reference", help="what its samples are compared with: npz or folder")
+    add("--weights", help="weights of EfficientNet-Lite0")
+    add("--samples", type=int, default=500, help="images of each setting (default 500)")
+    add("--out", default="exps/pareto", help="beginning of the files' names (default exps/pareto)")
     return parser.parse_args()
 
 
@@ -66,6 +76,9 @@ def networks(args, device):
 @torch.no_grad()
 def main():
     args = parse_args()
+    if args.pareto:
+        from benchmarks import pareto
+        return pareto.run(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tune(tf32=True)
     print(machine(device))

@@ -248,9 +248,9 @@ def draw_samples(path, folders):
 
 def main():
     args = parse_args()
-    from evaluations.images import Planned
+    from evaluations.images import Planned, open_images
     from evaluations.runs import read_settings
-    from evaluations.scores import check_pair
+    from evaluations.scores import OF_BOTH, check_pair
     from runtime.files import atomic_write, check_writable
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_writable(args.out)
@@ -269,6 +269,9 @@ def main():
     for run, one in zip(args.runs, settings, strict=True):
         size = one["resolution"], one["resolution"]
         check_pair(args.reference, Planned(f"the samples of {run}", args.num_fid_samples, size), metrics)
+    if {*metrics} <= {*OF_BOTH} and open_images(args.reference, required=False) is None:
+        raise UserError(f"{args.reference} holds statistics only, and --metrics {','.join(metrics)} needs images; "
+                        "choose other --metrics, or a reference with images.")
     points, folders, args.reference_stamp = {}, {}, stamp_of(Path(args.reference))
     for place, samples in planned.items():
         points[place] = []

@@ -86,7 +86,8 @@ class FolderImages:
         self.name = str(path)
         with reading(path):
             self.files = files if files is not None else sorted(
-                file for file in Path(path).rglob("*") if file.suffix.lower() in SUFFIXES)
+                file for file in Path(path).rglob("*") if file.suffix.lower() in SUFFIXES
+                and (file.is_file() or not file.exists()))  # no pipes; broken links fail later
         if not self.files:
             raise UserError(f"{path} holds no {', '.join(SUFFIXES)} file; give a folder of images or an npz.")
         self.n, self.size = len(self.files), decode(self.files[0]).shape[:2]

@@ -6,6 +6,7 @@ made_of: name and sha256 of the images.
 import logging
 import os
 import zipfile
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from runtime.files import ARRAY_ERRORS, atomic_write
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 LARGEST = 1 << 29     # bytes of one array: a covariance of 8,192 features in float64
+ROUNDING = 1e-5       # of a float32 covariance, relative to its largest entry or its trace
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ def read_statistics(source, extractor, required):
     if preset is None and features == "inception" and rank() == 0:
         logger.warning("%s does not say how Inception was fed; it is taken to be preset %s. ADM's reference files need "
                        "adm, U-ViT's for COCO pytorch-fid", source, extractor.preset)
-    if why := flaw(stored, extractor.dim):
+    if why := flaw(stored, n, extractor.dim):
         raise UserError(f"{source} holds no statistics of {features} features ({why}); make it again with "
                         "evaluations/stats.py.")
     if made_of and rank() == 0:
@@ -65,8 +67,10 @@ def read_statistics(source, extractor, required):
     return FeatureSet(str(source), features, preset, None if n is None else int(n), **tensors, made_of=made_of)
 
 
-def flaw(stored, dim):
-    """Say why {key: array} are no statistics of `dim` features; None if they are."""
+def flaw(stored, n, dim):
+    """Say why {key: array} and n are no valid statistics of `dim` features; None if they are."""
+    if n is not None and (n.size != 1 or n.dtype.kind not in "iu" or n < 2):
+        return f"n is {shorten(str(n), 40)}, expected the number of images, at least 2"
     for mu, sigma, size in (("mu", "sigma", dim), ("mu_s", "sigma_s", SPATIAL_DIM)):
         if (mu in stored) != (sigma in stored):
             return f"it has only one of {mu} and {sigma}"
@@ -78,6 +82,12 @@ def flaw(stored, dim):
                 return f"{key} is {array.dtype} {array.shape}, expected floats of {shape}"
             if not np.isfinite(array).all():
                 return f"{key} holds nan or infinite numbers"
+        covariance = torch.from_numpy(stored[sigma].astype(np.float64))
+        if (covariance - covariance.T).abs().max() > ROUNDING * covariance.abs().max():
+            return f"{sigma} is no covariance: it is not symmetric"
+        raised = covariance + ROUNDING * covariance.trace().abs() * torch.eye(size, dtype=torch.float64)
+        if covariance.any() and torch.linalg.cholesky_ex(raised).info:  # much faster than the eigenvalues
+            return f"{sigma} is no covariance: it has negative eigenvalues"
     return None
 
 

@@ -1,6 +1,7 @@
 """Caches between steps: nothing changes at interval 1, polynomials are exact, and no state outlives a batch."""
 import functools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,12 +9,13 @@ import torch
 
 import generate
 import sampling.images
+from benchmarks import pareto
 from models.mmdit import MMDiT_models
 from models.sit import SiT_models
 from runtime.errors import UserError
 from samplers import guided
 from sampling.cache import FIRST, flops_of_call, sample_latents, taylor_weights
-from tests.conftest import call_main, script
+from tests.conftest import ROOT, call_main, script
 from tests.test_generate import NAME, arguments, make_checkpoint, pictures
 
 
@@ -159,3 +161,26 @@ def test_operations_of_a_call():
     blocks = depth * (2 * tokens * 12 * width ** 2 + 4 * tokens ** 2 * width + 2 * 6 * width ** 2)
     ends = 2 * tokens * width * (16 + 16) + 2 * 2 * width ** 2 + 2 * (256 * width + width ** 2)
     assert flops_of_call(network, torch.zeros(1, dtype=torch.long)) == blocks + ends
+
+
+@pytest.mark.slow
+def test_the_comparison_of_samplers(monkeypatch, ckpt, tmp_path, tiny_data):
+    """One row per setting, with distance and scores; the same command repeats none."""
+    monkeypatch.setattr(pareto, "EXACT", {"num_steps": 6})
+    rows = {"ode 6": {"num_steps": 6}, "ode 6, taylor 2": {"num_steps": 6, "cache": "taylor", "cache_interval": 2},
+            "sde 3": {"mode": "sde", "num_steps": 3}}
+    monkeypatch.setattr(pareto, "settings", lambda: rows)
+    monkeypatch.setattr(pareto, "load_extractor", lambda *_: SimpleNamespace())
+    monkeypatch.setattr(pareto, "load_set", lambda *_, **more: None)
+    monkeypatch.setattr(pareto, "extract", lambda images, *_: [*images])
+    monkeypatch.setattr(pareto, "score", lambda *_, **more: {"FD-EffLite0": 1.5, "KID-EffLite0": 0.25})
+    args = SimpleNamespace(ckpt=ckpt, vae=ROOT / "assets/vae-emoji", weights=None, reference=None, samples=3,
+                           batch_size=2, cfg_scale=1.5, guidance_high=1.0, out=tmp_path / "out")
+    pareto.run(args)
+    found = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert found["ode 6"]["distance"] == 0 < found["sde 3"]["distance"]
+    assert found["ode 6, taylor 2"]["distance"] > 0 and found["ode 6, taylor 2"]["computed"] == 10
+    assert found["ode 6"]["calls"] == 12 and (tmp_path / "out.png").is_file()
+    assert "| ode 6, taylor 2 | 12.0 | 10.0 |" in (tmp_path / "out.md").read_text()
+    monkeypatch.setattr(pareto, "make", lambda *_, **more: pytest.fail("made again"))
+    pareto.run(args)

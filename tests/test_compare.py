@@ -60,6 +60,14 @@ def test_text_has_at_most_an_image_for_each_of_val(tiny_captions):
     assert compare.number_of_samples(7, [{"data_dir": "/elsewhere"}]) == 7  # with samples from another machine
 
 
+def test_scores_that_statistics_do_not_have(called, monkeypatch, runs, tmp_path):
+    """Before hours of sampling, not after them."""
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(1280), sigma=np.eye(1280))
+    with pytest.raises(UserError, match="statistics.npz holds statistics only, and --metrics kid needs images"):
+        called(["a0"], "--steps", 2, "--ref", tmp_path / "statistics.npz")
+    assert not called.made
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_data, tmp_path_factory):
     """Two seeds with one learning rate, one run with another; two checkpoints of the last."""

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import os
 import tracemalloc
 import zipfile
 
@@ -154,8 +155,16 @@ def test_bad_folders(tmp_path):
     (folder / "9.png").write_bytes((folder / "000000.png").read_bytes()[:200])
     with pytest.raises(UserError, match=r"9\.png cannot be decoded"):
         read_all(open_images(folder))
-    with pytest.raises(UserError, match="is no regular file; give an npz file or a folder"):
-        open_images("/dev/zero")
+    (folder / "9.png").unlink()
+    os.mkfifo(folder / "8.png")
+    (folder / "9.png").symlink_to("/dev/zero")
+    assert open_images(folder).n == 2  # regular files only
+    for path in (folder / "8.png", "/dev/zero"):
+        with pytest.raises(UserError, match="is no regular file; give an npz file or a folder"):
+            open_images(path)
+    (folder / "7.png").symlink_to("/nowhere")
+    with pytest.raises(UserError, match=r"7\.png cannot be decoded"):  # named, not left out
+        read_all(open_images(folder))
 
 
 # ---- the scripts ----
@@ -255,12 +264,23 @@ def test_other_features_keep_their_own_names(monkeypatch, made, lite0, quick, ca
     ({"preset": "pytorch-fid"}, "preset pytorch-fid, not of"),
     ({"features": "inception"}, "of inception with preset adm, not of efficientnet-lite0"),
     ({"mu": None, "sigma": None}, "has the keys features, preset"),
+    *(({"n": np.array(n)}, "bad.npz holds no .* .n is .*, expected the number of images") for n in (0, 2.5, "many")),
+    ({"sigma": np.diag([1.0] * 1279 + [-0.1])}, "sigma is no covariance: it has negative eigenvalues"),
+    ({"sigma": np.eye(1280) + np.eye(1280, k=1) / 4}, "sigma is no covariance: it is not symmetric"),
 ])
 def test_bad_statistics(lite0, tmp_path, change, words):
     arrays = {"mu": np.zeros(1280), "sigma": np.eye(1280), **LITE0_KEYS} | change
     np.savez(tmp_path / "bad.npz", **{key: value for key, value in arrays.items() if value is not None})
     with pytest.raises(UserError, match=words):
         load_set(tmp_path / "bad.npz", lite0, ("fid",))
+
+
+def test_covariances_of_few_images_in_float32(lite0, tmp_path):
+    """Rank 8, rounded to float32: some eigenvalues are negative; it is read all the same."""
+    rows = np.random.default_rng(0).normal(3, 5, (9, 1280)).astype(np.float32)
+    sigma = np.cov(rows.T).astype(np.float32)
+    np.savez(tmp_path / "few.npz", mu=rows.mean(0), sigma=sigma, **LITE0_KEYS)
+    assert np.linalg.eigvalsh(sigma).min() < 0 and load_set(tmp_path / "few.npz", lite0, ("fid",)).n is None
 
 
 def test_wrong_weights(made, tmp_path):

@@ -96,7 +96,7 @@ function draw(panel) {
   const w = width - MARGIN.left - MARGIN.right, tall = HEIGHT - top - MARGIN.bottom;
   const toX = x => MARGIN.left + w * (x - rangeX[0]) / (rangeX[1] - rangeX[0]);
   const toY = y => top + tall * (1 - (scale(y) - low) / (high - low));
-  Object.assign(panel, {series, toValue: pixel => rangeX[0] + (pixel - MARGIN.left) / w * (rangeX[1] - rangeX[0])});
+  Object.assign(panel, {toX, series, rangeX, toValue: pixel => rangeX[0] + (pixel - MARGIN.left) / w * (rangeX[1] - rangeX[0])});
 
   const parts = [], bottom = HEIGHT - MARGIN.bottom, right = width - MARGIN.right;
   for (const y of logarithmic ? logTicks(10 ** low, 10 ** high) : ticks(low, high, 5))
@@ -140,6 +140,13 @@ function redraw() {
 function zoom(range) {
   view.zoom = range;
   redraw();
+}
+
+function zoomBy(factor) { // around the middle, at most to the whole run
+  const [low, high] = panels[0].rangeX, middle = (low + high) / 2, half = (high - low) / 2 * factor;
+  const end = extent(data.runs.flatMap(run => view.axis === "step" ? run.steps : run.hours))[1];
+  const range = [Math.max(0, middle - half), Math.min(end, middle + half)];
+  zoom(range[0] <= 0 && range[1] >= end ? null : range);
 }
 
 function makePanel(column) {
@@ -209,7 +216,10 @@ function makeToolbar() {
     h("label", {}, "smooth ", h("input", {type: "range", min: 0, max: 0.98, step: 0.02, value: 0, "aria-label": "smoothing",
       input: event => { view.smooth = Number(event.target.value); redraw(); }})),
     press("log", false, on => { view.log = on; }), h("span", {class: "group"}, axes),
-    h("button", {type: "button", id: "all", disabled: true, click: () => zoom(null)}, "all"));
+    h("span", {class: "group"},
+      h("button", {type: "button", "aria-label": "zoom in", click: () => zoomBy(0.5)}, "+"),
+      h("button", {type: "button", "aria-label": "zoom out", click: () => zoomBy(2)}, "−"),
+      h("button", {type: "button", id: "all", disabled: true, click: () => zoom(null)}, "all")));
   return toolbar;
 }
 
