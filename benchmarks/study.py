@@ -145,6 +145,8 @@ def variants(args):
                "--trigger-every", max(1, steps // 20), "--trigger-samples", 128]
     return {"vanilla": (vanilla, 0), "REPA (features only)": ([*no_stop, *ABLATION["features only"]], 0),
             "attention only": ([*no_stop, *ABLATION["attention only"]], 0), NO_STOP: (no_stop, 0), **stops,
+            f"HASTE, twice the weights, stop at {quarter}": (
+                ["--early-stop-point", quarter, *ABLATION["twice the weights"]], 0),
             "HASTE, gradient trigger": (trigger, 0)}
 
 
@@ -158,8 +160,8 @@ def result_of(args, seed, variant):
 
 def order(args):
     """[(seed, variant)]: HASTE and vanilla first, then REPA, then runs that share HASTE's Phase I, then the rest."""
-    names = list(variants(args))
-    first = [NO_STOP, "vanilla", "REPA (features only)", *(name for name in names if "stop at" in name)]
+    names = variants(args)
+    first = [NO_STOP, "vanilla", "REPA (features only)", *(name for name, (_, shared) in names.items() if shared)]
     runs = [(seed, name) for group in (first, [name for name in names if name not in first]) for seed in args.seeds
             for name in group]
     return [(seed, name) for seed, name in runs if name in (args.variants or names)]

@@ -45,7 +45,7 @@ def main():
     settings = [runs.read_settings(run) for run in args.runs]
     prepare_output(out, (".html", ".htm"))
     teacher = next((known for known in settings if known.get("enc_type") != "none"), {})
-    data = {"title": " vs. ".join(run.resolve().name for run in args.runs), "labels": tables.labels(settings),
+    data = {"title": ", ".join(run.resolve().name for run in args.runs), "labels": tables.labels(settings),
             "losses": list(runs.TITLES), "titles": {**runs.TITLES, **TITLES},
             "weights": [flag for flag in runs.WEIGHTS if any(known.get(flag) for known in settings)],
             "samples": [runs.samples(path) for path in args.samples],

@@ -78,7 +78,7 @@ def test_page_holds_the_runs(folders, page):
     sample, = data["samples"]
     assert sample["scores"]["samples"]["held-out"]["FD-EffLite0"] == 3.25
     assert sample["caption"] == "haste, step 400, 50 Euler steps, guidance 3"
-    assert data["title"] == "haste vs. plain"
+    assert data["title"] == "haste, plain"
     assert data["labels"] == ["aligned with dinov2-vit-n", "no alignment"]
     for run in data["runs"]:  # the run without a teacher uses the other's
         assert len(run["inside"]["images"]) == 2 and run["inside"]["step"] == 6

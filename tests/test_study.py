@@ -78,7 +78,7 @@ def test_what_has_a_result_is_not_run_again(monkeypatch, begun, tmp_path):
     begun.clear()
     study.result_of(Namespace(results=tmp_path / "results"), 1, "vanilla").unlink()
     call_main(monkeypatch, study, *arguments)
-    others = ["attention only", "HASTE, gradient trigger"]
+    others = ["attention only", "HASTE, twice the weights, stop at 8", "HASTE, gradient trigger"]
     assert begun == [(1, "vanilla"), *((seed, name) for seed in (0, 1) for name in others)]
 
 
