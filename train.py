@@ -8,8 +8,6 @@ On one device use `python train.py`. Run the same command again to continue from
 {output-dir}/{exp-name} also holds log.txt, args.json, metrics.csv and previews/. --enc-type none trains a plain SiT.
 Defaults are the paper's run; --preset list shows its other runs, REPA's and plain ones too.
 """
-import functools
-
 import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
 from models.sit import SIT_CONFIGS, SiT_models
 from runtime.errors import MOST_CLASSES, UserError, run_script
@@ -50,18 +48,17 @@ def main():
     from encoders.online import class_layout
     from training.start import align_and_train, count_classes, model_arguments, needs_images, started
 
-    with started(args) as (accelerator, run):
+    with started(args) as (accelerator, run, found):
         layout = class_layout(vars(args), accelerator.device)
-        open_data = functools.partial(layout, args.data_dir, args.resolution, args.num_classes, seed=args.seed,
-                                      hflip=args.hflip)
         with accelerator.local_main_process_first():  # it writes the file index, the others read it
-            dataset = open_data(images=needs_images(args, run))
+            dataset = layout(args.data_dir, args.resolution, args.num_classes, images=needs_images(args, found[1]),
+                             seed=args.seed, hflip=args.hflip)
         count_classes(args, dataset)
         args.class_names = dataset.class_names  # saved in the checkpoints
         sizes = model_arguments(args, SIT_CONFIGS[args.model], dataset.moments_shape)
         set_seed(args.seed)
         model = SiT_models[args.model](num_classes=args.num_classes, **sizes)
-        align_and_train(args, accelerator, run, model, dataset, torch.tensor(model.null_label), open_data)
+        align_and_train(args, accelerator, run, found, model, dataset, torch.tensor(model.null_label))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ Only model, data and condition differ from train.py. Data have the layout of U-V
 time an image is used, one of its captions is drawn at random; with probability --cfg-prob it is dropped. Number and
 width of the text tokens are read from the data. Defaults are the published run.
 """
-import functools
-
 import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
 from models.mmdit import MMDIT_CONFIGS, MMDiT_models
 from runtime.errors import UserError, run_script
@@ -40,16 +38,16 @@ def main():
 
     if args.vae == PIXELS:
         raise UserError("--vae none, training on pixels, is for train.py; give train_t2i.py the VAE of its latents.")
-    with started(args) as (accelerator, run):
-        open_data = functools.partial(CaptionedImages, args.data_dir, "train", args.resolution, args.seed)
-        dataset = open_data(images=needs_images(args, run))
+    with started(args) as (accelerator, run, found):
+        dataset = CaptionedImages(args.data_dir, "train", args.resolution, args.seed,
+                                  images=needs_images(args, found[1]))
         if dataset.texts is None:
             logger.info(f"{dataset.folder} has no captions.json: previews are without captions")
         args.context_shape = list(dataset.context_shape)  # saved in the checkpoint, to sample from own texts
         sizes = model_arguments(args, MMDIT_CONFIGS[args.model], dataset.moments_shape)
         set_seed(args.seed)
         model = MMDiT_models[args.model](context_dim=args.context_shape[1], zero_init=args.zero_init, **sizes)
-        align_and_train(args, accelerator, run, model, dataset, dataset.empty_context, open_data)
+        align_and_train(args, accelerator, run, found, model, dataset, dataset.empty_context)
 
 
 if __name__ == "__main__":

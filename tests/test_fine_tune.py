@@ -22,20 +22,20 @@ def trained(tmp_path_factory):
     return save_random(path, net, argparse.Namespace(model="SiT-N/2", num_classes=CLASSES), model=other.state_dict())
 
 
-def started(path, run, source="ema", **kwargs):
+def started(path, source="ema", **kwargs):
     """(A network initialised from `path`, its weights before)."""
     network = SiT_models["SiT-N/2"](**{"input_size": 16, "num_classes": CLASSES, "z_dims": (48,), **kwargs})
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    init_from(network, argparse.Namespace(init_from=path, init_weights=source, path_type="linear", freeze=None), run)
+    init_from(network, argparse.Namespace(init_from=path, init_weights=source, path_type="linear", freeze=None))
     return network.state_dict(), before
 
 
-def test_parts_of_another_shape_are_made_anew(trained, tmp_path, caplog):
+def test_parts_of_another_shape_are_made_anew(trained, caplog):
     """The log names each; all other weights come from the checkpoint, EMA or not."""
     caplog.set_level("INFO", "haste")
     saved = load_tensors(trained)
     for source in ("ema", "model"):
-        now, _ = started(trained, tmp_path, source)
+        now, _ = started(trained, source)
         assert now.keys() == saved[source].keys() and all(torch.equal(now[name], saved[source][name]) for name in now)
     assert "anew" not in caplog.text and f"begun from the weights (model) of {trained}, after 5 steps" in caplog.text
     for kwargs, begin, words in (
@@ -45,7 +45,7 @@ def test_parts_of_another_shape_are_made_anew(trained, tmp_path, caplog):
             ({"z_dims": (48, 64)}, "projectors.1.", "projectors.1.0.bias being missing in"),
             ({"z_dims": ()}, "nothing", "and missing here")):
         caplog.clear()
-        now, before = started(trained, tmp_path, **kwargs)
+        now, before = started(trained, **kwargs)
         assert words in caplog.text and caplog.text.count("anew") == 1
         for name, value in now.items():
             assert torch.equal(value, before[name] if name.startswith(begin) else saved["ema"][name]), name

@@ -389,7 +389,7 @@ def test_a_disk_that_fails_for_a_while_makes_no_checkpoint_a_damaged_one(monkeyp
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     monkeypatch.setattr(torch, "load", fail)
     with pytest.raises(UserError, match="0000002.pt cannot be read now .*Input/output error.*; fix that and"):
-        read_newest(tmp_path, 0, ("model",))
+        read_newest(tmp_path, 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0000001.pt", "0000002.pt"]
 
 
@@ -412,10 +412,10 @@ def test_no_checkpoint_left(tmp_path):
     for step in (1, 2):
         (tmp_path / f"{step:07d}.pt").write_bytes(b"torn")
     with pytest.raises(UserError, match="has no checkpoint that can be read"):
-        read_newest(tmp_path, 0, ("model",))
+        read_newest(tmp_path, 0)
     with pytest.raises(UserError, match="0000002.pt is damaged"):
-        read_newest(tmp_path, 2, ("model",))
-    assert read_newest(tmp_path / "none", 0, ("model",)) is None
+        read_newest(tmp_path, 2)
+    assert read_newest(tmp_path / "none", 0) == (None, {})
 
 
 def test_full_disk_at_any_place(tmp_path):

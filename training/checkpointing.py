@@ -58,6 +58,7 @@ def is_metrics(value):
             and isinstance(value.get("in_a_row", 0), int))
 
 
+NEEDED = ("model", "ema", "opt", "args", "steps")  # by a resume
 # Checks of the entries that only a resume reads, beside CONTENTS of models/checkpoint.py. None counts as missing.
 RESUMED = {"model": lambda value: all(map(is_dense, value.values())), "metrics": is_metrics,
            "seconds": lambda value: type(value) in (int, float) and 0 <= value < float("inf"),
@@ -74,8 +75,8 @@ def check_resumed(path, state):
                             "one to go on from the one before.")
 
 
-def read_newest(folder, step, needed):
-    """(path, state) of the checkpoint of `step` in `folder`; 0: the newest readable one. None if `folder` has none.
+def read_newest(folder, step):
+    """(path, state) of the checkpoint of `step` in `folder`; 0: the newest readable one. (None, {}) without any.
 
     For a damaged one, log it and try the one before; if that is good, rename the damaged one to *.pt.damaged, so that
     pruning no longer counts it. Raises UserError if none can be read.
@@ -86,13 +87,14 @@ def read_newest(folder, step, needed):
         raise UserError(f"{folder} has no checkpoint of step {step} (there: {there}); choose another --resume-step.")
     for number in [step] if step else sorted(found, reverse=True):
         try:
-            state = load_checkpoint(found[number], needed, verify=True)
+            state = load_checkpoint(found[number], NEEDED, verify=True)
         except Unreadable as error:
             if step:
                 raise
             logger.warning(f"{error} Trying the checkpoint before it.")
             damaged.append(found[number])
             continue
+        check_resumed(found[number], state)
         for path in damaged:
             with writing(path):
                 os.replace(path, f"{path}.damaged")
@@ -100,22 +102,14 @@ def read_newest(folder, step, needed):
     if found:
         raise UserError(f"{folder} has no checkpoint that can be read; put a whole one there, or delete them to start "
                         "anew.")
-    return None
+    return None, {}
 
 
-def read_for_all(accelerator, folder, step, needed):
-    """read_newest for all processes: rank 0 picks the checkpoint; all ranks load it, or all raise UserError."""
-    found = read_newest(folder, step, needed) if accelerator.is_main_process else None
-    [chosen] = broadcast_object_list([found and int(found[0].stem)])
-    problem = None
-    if chosen is not None and not accelerator.is_main_process:
-        try:
-            found = read_newest(folder, chosen, needed)
-        except UserError as error:
-            problem = str(error)
-    for sentence in filter(None, gather_object([problem])):  # else rank 0 would wait for the rank that has ended
-        raise UserError(sentence)
-    return found
+def read_for_all(accelerator, folder, step):
+    """read_newest for all processes: rank 0 picks the checkpoint, all others load it."""
+    found = read_newest(folder, step) if accelerator.is_main_process else (None, {})
+    [chosen] = broadcast_object_list([found[0] and int(found[0].stem)])
+    return found if accelerator.is_main_process or chosen is None else read_newest(folder, chosen)
 
 
 def describe_resume(path, saved, changed):

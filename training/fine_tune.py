@@ -4,7 +4,7 @@ import logging
 import re
 
 from data_io.latent_scale import scale_of
-from models.checkpoint import load_checkpoint, load_weights, modern_names, saved_steps
+from models.checkpoint import load_checkpoint, load_weights, modern_names
 from runtime.errors import UserError
 
 # Parts whose shape depends on the data set or the teacher: pattern of their weights' names -> in words.
@@ -20,12 +20,12 @@ def part_of(name):
     return next(((match[0], words) for match, words in found if match), None)
 
 
-def init_from(model, args, run):
-    """Load the weights of args.init_from, a file that load_checkpoint takes, into `model`, unless `run` resumes.
+def init_from(model, args):
+    """Load the weights of args.init_from, a file that load_checkpoint takes, into `model`; does nothing without one.
 
     Parts in MADE_ANEW whose shape differs keep their init, which is logged. Raises UserError for any other difference.
     """
-    if not args.init_from or saved_steps(run / "checkpoints"):
+    if not args.init_from:
         return
     path, source = args.init_from, args.init_weights
     state = load_checkpoint(path, needed=(source,))

@@ -19,13 +19,13 @@ from accelerate.utils import (
 from data_io.latent_scale import NOTE, scale_of
 from encoders.teachers import load_teachers, split_teachers, teacher_row
 from loss import SILoss, uses
-from models.checkpoint import load_checkpoint, saved_steps
 from models.mmdit import MMDIT_CONFIGS
 from models.sit import SIT_CONFIGS
 from runtime import memory
 from runtime.errors import MOST_CLASSES, UserError
 from runtime.setup import PROCESS_GROUP_TIMEOUT, connect, share_of_cores, tune
 from training import run_folder
+from training.checkpointing import read_for_all
 from training.config import MOST_WORKERS, aligned_pairs, loss_weights
 from training.fine_tune import check_frozen, init_from
 from training.preemption import listen
@@ -123,21 +123,18 @@ def make_accelerator(args):
 
 @contextlib.contextmanager
 def started(args):
-    """(Accelerator, run folder) for the time of a run."""
+    """(Accelerator, run folder, (path, state) of the checkpoint to continue from) for the time of a run."""
     accelerator, run = make_accelerator(args)
     with run_folder.opened(run, accelerator.is_main_process):
-        yield accelerator, run
+        yield accelerator, run, read_for_all(accelerator, run / "checkpoints", args.resume_step)
 
 
-def needs_images(args, run):
-    """Whether alignment is still ahead, judged by the newest checkpoint: Phase II reads no images."""
-    found, end = saved_steps(run / "checkpoints"), args.early_stop_point
-    newest = args.resume_step or max(found, default=0)
-    if newest in found and args.early_stop_trigger == "gradient":
-        with contextlib.suppress(UserError):  # the run will say what is wrong with it
-            fired = load_checkpoint(found[newest], ()).get("trigger_fired")
-            end = fired if type(fired) is int else end
-    return args.enc_type != "none" and newest < end
+def needs_images(args, state):
+    """Whether alignment is still ahead of the checkpoint `state`: Phase II reads no images."""
+    end = args.early_stop_point
+    if args.early_stop_trigger == "gradient" and state.get("trigger_fired") is not None:
+        end = state["trigger_fired"]
+    return args.enc_type != "none" and state.get("steps", 0) < end
 
 
 def count_classes(args, dataset):
@@ -183,9 +180,10 @@ def model_arguments(args, config, moments_shape):
             "qk_norm": args.qk_norm, "fused_attn": args.fused_attn, "grad_checkpointing": args.grad_checkpointing}
 
 
-def align_and_train(args, accelerator, run, model, dataset, y_null, open_data):
-    """Train with the losses and the teacher that args ask for. `open_data`(images=True) reopens the dataset."""
-    init_from(model, args, run)
+def align_and_train(args, accelerator, run, found, model, dataset, y_null):
+    """Train from the checkpoint `found` of `started` on, with the losses and the teacher that args ask for."""
+    if not found[1]:
+        init_from(model, args)
     check_frozen(model, args)
     loss_fn = SILoss(args.path_type, args.weighting, aligned_pairs(args), args.attn_heads, tuple(loss_weights(args)),
                      args.spatial_norm)
@@ -193,4 +191,4 @@ def align_and_train(args, accelerator, run, model, dataset, y_null, open_data):
     teacher = functools.partial(open_teachers, args, grid) if loss_weights(args) else None
     logger.info(describe_alignment(args, {**SIT_CONFIGS, **MMDIT_CONFIGS}[args.model]))
     with memory.explained(args, accelerator, model):
-        Trainer(args, accelerator, run, model, dataset, teacher, loss_fn, y_null, open_data).run()
+        Trainer(args, accelerator, run, model, dataset, teacher, loss_fn, y_null, found).run()

@@ -26,11 +26,9 @@ from runtime.setup import PROCESS_GROUP_TIMEOUT, check_compiler, end_processes, 
 from runtime.versions import environment
 from training.checkpointing import (
     check_alike,
-    check_resumed,
     check_same_run,
     describe_resume,
     prune_checkpoints,
-    read_for_all,
     save_checkpoint,
 )
 from training.config import loss_weights
@@ -60,11 +58,11 @@ class Trainer:
 
     dataset[i] -> dict(position, moments, y, and image while dataset.images); y_null is the null condition, shaped
     like one y. `load_teacher()` returns Teachers, or is None; it is called, and its result kept, in Phase I only.
-    open_data(images=True) reopens the dataset with images, if Phase I turns out not to be over.
+    `found`: (path, state) of the checkpoint to continue from; the state is {} at the start.
     """
 
-    def __init__(self, args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null, open_data=None):
-        self.args, self.accelerator, self.run_folder, self.open_data = args, accelerator, run, open_data
+    def __init__(self, args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null, found=(None, {})):
+        self.args, self.accelerator, self.run_folder, self.found = args, accelerator, run, found
         self.model, self.dataset, self.loss_fn, self.load_teacher = model, dataset, loss_fn, load_teacher
         self.weights, self.y_null = loss_weights(args), y_null.to(accelerator.device)
         self.latent_scale = scale_of(vars(args))
@@ -110,7 +108,7 @@ class Trainer:
             self.model.compile()
             self.loss_fn.compile()
         check_alike(self.accelerator, {**self.settings, "last step": self.max_steps})
-        saved = self.resume()
+        saved = self.resume(*self.found)
         open_log(self.run_folder, ["checkpoints"] + ["previews"] * bool(self.args.sampling_steps))
         self.open_scores()
         if self.load_teacher and self.step < min(self.alignment_end_step, self.max_steps):
@@ -261,17 +259,13 @@ class Trainer:
 
     # ---- start and end ----
 
-    def resume(self):
-        """Load the newest checkpoint, or that of --resume-step. Returns its state without the weights; {} if none."""
-        run, settings = self.run_folder, self.settings
-        needed = ("model", "ema", "opt", "args", "steps")
-        found = read_for_all(self.accelerator, run / "checkpoints", self.args.resume_step, needed)
-        if not found and is_file(run / "args.json"):  # of a run that ended before its first checkpoint
-            check_same_run(run / "args.json", read_json(run / "args.json"), settings)
-        path, state = found or (None, {})
-        if found:
+    def resume(self, path, state):
+        """Go on from the `state` of the checkpoint at `path`; without one check the folder. Returns its rest."""
+        settings, begun = self.settings, self.run_folder / "args.json"
+        if not path and is_file(begun):  # a run that ended before its first checkpoint
+            check_same_run(begun, read_json(begun), settings)
+        if path:
             changed = check_same_run(path, state["args"], settings)
-            check_resumed(path, state)
             load_weights(self.model, state.pop("model"), path)
             load_weights(self.ema, state.pop("ema"), path)
             if self.accelerator.scaler is not None and state.get("scaler"):
@@ -282,7 +276,7 @@ class Trainer:
             describe_resume(path, state["args"], changed)
         if is_sharded(self.accelerator):
             self.ddp_model, self.ddp_optimizer = shard(self.accelerator, self.model, self.optimizer, self.ema)
-        if found:
+        if path:
             load_optimizer(self.optimizer, state.pop("opt"), path)
         return state
 
@@ -304,8 +298,6 @@ class Trainer:
         """The teacher, or the cache of its outputs."""
         args, accelerator = self.args, self.accelerator
         self.teacher = self.load_teacher().to(accelerator.device)
-        if self.teacher.sees_images and not self.dataset.images:  # the newest checkpoint, of Phase II, was damaged
-            self.dataset = self.open_data(images=True)
         if args.compile:
             self.teacher.compile()
         if args.teacher_cache:
