@@ -10,7 +10,6 @@ from models.layers import PROJECTORS
 from runtime.errors import LARGEST_SEED, UserError
 from runtime.flags import number, pixels, whole
 from sampling.cache import CACHES
-from training.presets import print_and_exit
 from training.schedule import SCHEDULES
 
 EARLY_STOP_512 = 300_000  # the paper's switch at 512 px, whatever the model
@@ -35,7 +34,8 @@ def enc_type(text):
     """A `type` for --enc-type: "list" prints the table and exits."""
     if text == "list":
         from encoders.teachers import teacher_list  # imports timm, which --help does not need
-        print_and_exit(teacher_list())
+        print(teacher_list())
+        sys.exit()
     return text
 
 

@@ -81,17 +81,6 @@ def listing():
     return "\n".join(lines)
 
 
-def print_and_exit(text):
-    """Print `text` and exit: with status 1 if it cannot be written, but not for a closed pipe (`| head`)."""
-    code = 0
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        code = int(not isinstance(error, BrokenPipeError))
-        sys.stdout = None  # else the interpreter flushes it again
-    sys.exit(code)
-
-
 def parse_with_preset(parser, script):
     """`script`'s arguments, with those of --preset as defaults; `--preset list` prints and exits.
 
@@ -104,7 +93,8 @@ def parse_with_preset(parser, script):
                        + ", ".join(name for name, row in PRESETS.items() if row[0] == script))
     name = finder.parse_known_args()[0].preset or parser.from_file(sys.argv[1:]).get("preset")
     if name == "list":
-        print_and_exit(listing())
+        print(listing())
+        sys.exit()
     if name is not None:
         if name not in PRESETS:
             raise UserError(f"--preset {name} is not known; `--preset list` shows all of them.")
