@@ -143,7 +143,7 @@ CASES = {
         (change_state(RUN, "opt", {"state": {}, "param_groups": [{"params": [0, 1]}]}), GOING_ON,
          "has the optimizer's state of another model or optimizer"),
         (change_state(RUN, "opt", {"state": {0: 1.0}, "param_groups": [3]}), GOING_ON,
-         "has a 'opt' that no train.py wrote"),
+         "has the optimizer's state of another model"),
         (change_state(RUN, "steps", "x"), GOING_ON, "has a str for 'steps', which is not a number of steps"),
         ([remove("out/run/checkpoints"), file_for_folder("out/run/checkpoints")], GOING_ON,
          "checkpoints could not be written .File exists"),

@@ -52,7 +52,6 @@ def set_plugin(plugin, model):
     """Set accelerate's FSDP plugin to shard by block and to compute the same numbers as DDP.
 
     The model does the activation checkpointing, as accelerate's renames the blocks. The user's other settings stay.
-    Raises UserError if the model lacks the class to wrap.
     """
     plugin.cpu_ram_efficient_loading = False  # accelerate launch has it on; here every process has the weights already
     # accelerate's policy would cast weights and inputs to 16 bits, t among them, and sum gradients in them. This one
@@ -60,16 +59,10 @@ def set_plugin(plugin, model):
     plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     # A policy by size would choose ModuleLists, which cannot be units
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
-    names = plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or list(model._no_split_modules)
-    unknown = set(names) - {type(module).__name__ for module in model.modules()}
-    if unknown:
-        raise UserError(f"FSDP is to wrap {', '.join(sorted(unknown))}, which {type(model).__name__} does not have; "
-                        f"set fsdp_transformer_layer_cls_to_wrap to {', '.join(model._no_split_modules)}, or leave it "
-                        "out.")
+    plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or list(model._no_split_modules)
     if plugin.activation_checkpointing:
         plugin.activation_checkpointing, model.grad_checkpointing = False, True
-        logger.info("fsdp_activation_checkpointing is --grad-checkpointing"
-                    + (", without offloading" if getattr(plugin, "activation_checkpointing_offload", False) else ""))
+        logger.info("fsdp_activation_checkpointing is --grad-checkpointing, without offloading")
 
 
 def autocast_forward(accelerator, model):
@@ -117,22 +110,21 @@ def load_optimizer(optimizer, saved, path):
     """Load a full optimizer state dict; tensors shaped like their parameter are sharded like it.
 
     Options, such as fused, stay those of `optimizer`. Raises UserError, naming the checkpoint at `path`, if the state
-    belongs to other parameters.
+    does not fit the parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     groups = optimizer.state_dict()["param_groups"]
     expected = {i: {"step": torch.Size(()), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
                 for i, parameter in enumerate(parameters)}
     try:
-        same = [group["params"] for group in saved["param_groups"]] == [group["params"] for group in groups]
-        shapes = {i: {name: value.shape if is_dense(value) else None for name, value in entry.items()}
-                  for i, entry in saved["state"].items()}
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # not an optimizer's state
-        raise UserError(f"{path} has a 'opt' that no train.py wrote; give a whole checkpoint, or delete this one to "
-                        "go on from the one before.") from error
-    if not same or any(entry != expected.get(i) for i, entry in shapes.items()):
+        fits = [group["params"] for group in saved["param_groups"]] == [group["params"] for group in groups] and all(
+            {name: is_dense(value) and value.shape for name, value in entry.items()} == expected[i]
+            for i, entry in saved["state"].items())
+    except (AttributeError, KeyError, RuntimeError, TypeError):  # not an optimizer's state
+        fits = False
+    if not fits:
         raise UserError(f"{path} has the optimizer's state of another model or optimizer; give the --model and options "
-                        "it was trained with.")
+                        "it was trained with, or delete this one to go on from the one before.")
     state = {i: {name: value if name == "step" else split_as(value, parameters[i]) for name, value in entry.items()}
              for i, entry in saved["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
