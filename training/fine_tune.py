@@ -7,17 +7,11 @@ from data_io.latent_scale import scale_of
 from models.checkpoint import load_checkpoint, load_weights, modern_names
 from runtime.errors import UserError
 
-# Parts whose shape depends on the data set or the teacher: pattern of their weights' names -> in words.
-MADE_ANEW = {r"y_embedder\.embedding_table\.weight": "the label table", r"pos_embed": "the position table",
-             r"projectors\.\d+(?=\.)": "a projector"}
+# Parts whose shape depends on the data set or the teacher: in words -> pattern of how their weights' names begin.
+MADE_ANEW = {"the label table": r"y_embedder\.embedding_table\.weight", "the position table": r"pos_embed",
+             "a projector": r"projectors\.\d+\."}
 
 logger = logging.getLogger("haste")
-
-
-def part_of(name):
-    """(names' common beginning, in words) of the part of MADE_ANEW that a weight belongs to, or None."""
-    found = ((re.match(pattern, name), words) for pattern, words in MADE_ANEW.items())
-    return next(((match[0], words) for match, words in found if match), None)
 
 
 def init_from(model, args):
@@ -32,15 +26,16 @@ def init_from(model, args):
     ours, theirs = model.state_dict(), modern_names(state[source])
     shapes = [{name: tuple(value.shape) for name, value in weights.items()} for weights in (theirs, ours)]
     differing = sorted(name for name in {*ours, *theirs} if shapes[0].get(name) != shapes[1].get(name))
-    anew = {part[0]: (part[1], name) for name in reversed(differing) if (part := part_of(name))}
+    anew = {found[0]: (words, name) for name in reversed(differing) for words, pattern in MADE_ANEW.items()
+            if (found := re.match(pattern, name))}
     for begin, (words, name) in sorted(anew.items()):
-        if begin.startswith("y_embedder") and begin in frozen_parameters(model, args.freeze):
+        if begin in frozen_parameters(model, args.freeze):
             raise UserError(f"--freeze names {words}, which is made anew, as {path} has other classes; it would stay "
                             "random. Leave that pattern out.")
         logger.info(f"--init-from: {words} is made anew, {name} being {shapes[0].get(name, 'missing')} in {path} and "
                     f"{shapes[1].get(name, 'missing')} here")
-        theirs = {name: value for name, value in theirs.items() if not is_below(name, begin)}
-        theirs |= {name: value for name, value in ours.items() if is_below(name, begin)}
+        theirs = {name: value for name, value in theirs.items() if not name.startswith(begin)}
+        theirs |= {name: value for name, value in ours.items() if name.startswith(begin)}
     load_weights(model, theirs, path)
     saved = state["args"]
     for name, there, here in (("latents", scale_of(saved), scale_of(vars(args))),
@@ -49,10 +44,6 @@ def init_from(model, args):
             logger.warning(f"--init-from: {path} was trained with other {name} ({there}, here {here}).")
     logger.info(f"begun from the weights ({source}) of {path}"
                 + (f", after {state['steps']} steps" if state.get("steps") else ""))
-
-
-def is_below(name, begin):
-    return name == begin or name.startswith(f"{begin}.")
 
 
 def frozen_parameters(model, patterns):
