@@ -208,6 +208,9 @@ def test_what_users_set_of_fsdp(kind):
                                             transformer_cls_names_to_wrap=["FinalLayer"])
     set_plugin(plugin, model)
     assert plugin.transformer_cls_names_to_wrap == ["FinalLayer"]
+    plugin.transformer_cls_names_to_wrap = ["LlamaDecoderLayer"]
+    with pytest.raises(UserError, match="FSDP is to wrap LlamaDecoderLayer, which .* set fsdp_transformer_layer_cls"):
+        set_plugin(plugin, model)
 
 
 # ---- out of memory ----

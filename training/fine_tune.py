@@ -29,7 +29,7 @@ def init_from(model, args):
     anew = {found[0]: (words, name) for name in reversed(differing) for words, pattern in MADE_ANEW.items()
             if (found := re.match(pattern, name))}
     for begin, (words, name) in sorted(anew.items()):
-        if begin in frozen_parameters(model, args.freeze):
+        if begin.startswith("y_embedder") and begin in frozen_parameters(model, args.freeze):
             raise UserError(f"--freeze names {words}, which is made anew, as {path} has other classes; it would stay "
                             "random. Leave that pattern out.")
         logger.info(f"--init-from: {words} is made anew, {name} being {shapes[0].get(name, 'missing')} in {path} and "

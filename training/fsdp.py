@@ -52,6 +52,7 @@ def set_plugin(plugin, model):
     """Set accelerate's FSDP plugin to shard by block and to compute the same numbers as DDP.
 
     The model does the activation checkpointing, as accelerate's renames the blocks. The user's other settings stay.
+    Raises UserError if the model lacks the class to wrap.
     """
     plugin.cpu_ram_efficient_loading = False  # accelerate launch has it on; here every process has the weights already
     # accelerate's policy would cast weights and inputs to 16 bits, t among them, and sum gradients in them. This one
@@ -59,7 +60,11 @@ def set_plugin(plugin, model):
     plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     # A policy by size would choose ModuleLists, which cannot be units
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
-    plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or list(model._no_split_modules)
+    names = plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or list(model._no_split_modules)
+    if unknown := set(names) - {type(module).__name__ for module in model.modules()}:
+        raise UserError(f"FSDP is to wrap {', '.join(sorted(unknown))}, which {type(model).__name__} does not have; "
+                        f"set fsdp_transformer_layer_cls_to_wrap to {', '.join(model._no_split_modules)}, or leave it "
+                        "out.")
     if plugin.activation_checkpointing:
         plugin.activation_checkpointing, model.grad_checkpointing = False, True
         logger.info("fsdp_activation_checkpointing is --grad-checkpointing, without offloading")
