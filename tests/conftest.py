@@ -1,11 +1,11 @@
 """Tiny data sets in both layouts, a small random teacher file, and running the scripts by their command lines."""
 import csv
 import gc
+import importlib
 import json
+import multiprocessing
 import os
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +19,7 @@ from PIL import Image
 
 import train
 from models.checkpoint import load_checkpoint
-from runtime.errors import UserError
+from runtime.errors import UserError, run_script
 from tests import nano
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,32 +145,45 @@ def text_world(tmp_path_factory, clip_folder):
 CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-class ForkServer:
-    """Runs scripts by their command lines in children of a process that has everything imported; see forkserver.py."""
+def become(name, arguments, env, before, folder):
+    """Run the script `name` by its command line: a process group of its own, which prints to out and err in `folder`.
+
+    `before` names a function "module.function" to call first.
+    """
+    multiprocessing.set_start_method(None, force=True)  # the platform's own, for loader processes
+    os.setpgid(0, 0)
+    for file, number in (("out", 1), ("err", 2)):
+        os.dup2(os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.update(env)
+    sys.argv = [name, *arguments]
+    if before:
+        module, _, function = before.rpartition(".")
+        getattr(importlib.import_module(module), function)()
+    run_script(importlib.import_module(name.removesuffix(".py").replace("/", ".")).main)
+
+
+class Server:
+    """Runs scripts by their command lines, each in a fork of a process that has everything imported: preload.py."""
 
     def __init__(self):
-        self.process, self.folder = None, None
-
-    def ask(self, request):
-        if self.process is None:
-            self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "tests/forkserver.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                text=True, cwd=ROOT, env={**os.environ, **CPU})
-            self.process.stdout.readline()
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        self.context, self.env = multiprocessing.get_context("forkserver"), {**CPU}
+        self.context.set_forkserver_preload(["tests.preload"])
+        self.folder, self.started = None, []
 
     def start(self, name, *arguments, env=None, before=None, rank=0, processes=1, port=None):
         """One process of a script -> Started."""
-        folder = Path(tempfile.mkdtemp(dir=self.folder))
-        env = dict(env or {})
-        if processes > 1:
+        folder, env = Path(tempfile.mkdtemp(dir=self.folder)), dict(env or {})
+        if port:
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
                     "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        request = {"run": name, "argv": [str(argument) for argument in arguments], "env": env, "before": before,
-                   "out": str(folder / "out"), "err": str(folder / "err")}
-        return Started(self.ask(request), folder)
+        process = self.context.Process(target=become, args=(name, [*map(str, arguments)], env, before, folder))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            for key, value in self.env.items():
+                patch.setenv(key, value)
+            process.start()
+        self.started.append(Started(process, folder))
+        return self.started[-1]
 
     def start_all(self, name, *arguments, processes, **more):
         """All processes of a script, as a launcher starts them."""
@@ -180,33 +193,28 @@ class ForkServer:
         return [self.start(name, *arguments, rank=rank, processes=processes, port=port, **more)
                 for rank in range(processes)]
 
-    def close(self):
-        if self.process:
-            self.process.stdin.close()
-            self.process.wait(timeout=20)
-
 
 class Started:
-    def __init__(self, pid, folder):
-        self.pid, self.folder, self.returncode = pid, folder, None
+    """A running script: `process`, and `folder`, which holds what it prints."""
+
+    def __init__(self, process, folder):
+        self.process, self.pid, self.folder = process, process.pid, folder
 
     def send(self, number):
         os.kill(self.pid, number)
 
     def kill(self):
         """kill -9 the script; its loader processes notice by themselves."""
-        self.send(signal.SIGKILL)
+        self.process.kill()
         return self.wait()
 
     def wait(self, timeout=240):
         """The exit status as subprocess has it."""
-        if self.returncode is None:
-            self.returncode = SERVER.ask({"wait": self.pid, "timeout": timeout})
-            if self.returncode is None:
-                self.send(signal.SIGKILL)
-                SERVER.ask({"wait": self.pid, "timeout": 10})
-                raise TimeoutError(self.stdout[-2000:] + self.stderr[-4000:])
-        return self.returncode
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(self.stdout[-2000:] + self.stderr[-4000:])
+        return self.process.exitcode
 
     @property
     def stdout(self):
@@ -217,15 +225,16 @@ class Started:
         return (self.folder / "err").read_text()
 
 
-SERVER = ForkServer()
+SERVER = Server()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def server(tmp_path_factory):
-    """Started by the first test that uses it; what its scripts print lies among pytest's own temporary files."""
+    """What its scripts print lies among pytest's own temporary files; no script outlives the tests."""
     SERVER.folder = tmp_path_factory.mktemp("scripts")
-    yield SERVER
-    SERVER.close()
+    yield
+    for started in SERVER.started:
+        started.process.kill()
 
 
 @pytest.fixture(scope="module", autouse=True)

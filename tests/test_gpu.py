@@ -4,14 +4,10 @@ HASTE_TEST_DEVICE=cpu runs the same tests on a CPU, without what only a GPU has:
 processes agree to a tolerance, as kernels may add in any order; tests that compare bits request deterministic kernels.
 """
 import contextlib
+import multiprocessing
 import os
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -388,43 +384,17 @@ def test_previews_and_scores(monkeypatch, data, teacher_file, tmp_path):
 
 # ---- processes ----
 
-class Fresh:
-    """Like conftest's Started, but in a new interpreter: a process that has started CUDA cannot fork."""
-
-    def __init__(self, name, *arguments, env=None, before=None):
-        self.folder = Path(tempfile.mkdtemp(dir=SERVER.folder))
-        request = {"run": name, "argv": [str(argument) for argument in arguments], "env": env or {}, "before": before,
-                   "out": str(self.folder / "out"), "err": str(self.folder / "err")}
-        code = f"from tests.forkserver import run; run({request!r})"
-        self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-
-    def send(self, number):
-        self.process.send_signal(number)
-
-    def wait(self, timeout=240):
-        try:
-            return self.process.wait(timeout)
-        finally:
-            self.process.kill()
-
-    @property
-    def stderr(self):
-        path = self.folder / "err"
-        return path.read_text() if path.exists() else ""
+@pytest.fixture
+def fresh(monkeypatch):
+    """On a GPU scripts run in new interpreters: a process that has looked for GPUs should not fork."""
+    if ON_GPU:
+        monkeypatch.setattr(SERVER, "context", multiprocessing.get_context("spawn"))
+        monkeypatch.setattr(SERVER, "env", {})
 
 
-def start(*arguments, **more):
-    return (Fresh if ON_GPU else SERVER.start)("train.py", *arguments, **more)
-
-
-def run_group(*arguments, processes, before=None, env=None):
-    """Start all processes of train.py as a launcher does; with a single GPU they share it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = [start(*arguments, before=before, env={name: str(value) for name, value in {
-        **(env or {}), **group, "RANK": rank, "LOCAL_RANK": rank}.items()}) for rank in range(processes)]
+def run_group(*arguments, **more):
+    """Run all processes of train.py as a launcher starts them; with a single GPU they share it."""
+    started = SERVER.start_all("train.py", *arguments, **more)
     codes = [process.wait() for process in started]
     assert not any(codes), "".join(process.stderr[-4000:] for process in started)
 
@@ -435,11 +405,11 @@ def use_gloo():
     dist.init_process_group = lambda *_, backend=None, **more: initialise(backend="gloo", **more)
 
 
-def test_a_signal_saves_and_the_run_goes_on(monkeypatch, tiny_data, teacher_file, tmp_path):
+def test_a_signal_saves_and_the_run_goes_on(monkeypatch, fresh, tiny_data, teacher_file, tmp_path):
     """SIGTERM during steps; the same command continues to the weights of an uninterrupted run."""
     arguments = ["--enc-weights", teacher_file, "--early-stop-point", 2, "--num-workers", 1,
                  "--checkpointing-steps", 10_000, "--max-train-steps"]
-    process = start(*train_arguments(tiny_data, tmp_path / "a", *arguments, 10_000))
+    process = SERVER.start("train.py", *train_arguments(tiny_data, tmp_path / "a", *arguments, 10_000))
     wait_for(lambda: (tmp_path / "a/run/metrics.csv").is_file() and len(metrics(tmp_path / "a")) > 3, 120)
     process.send(signal.SIGTERM)
     assert process.wait(timeout=60) == EXIT_CODE, process.stderr
@@ -452,14 +422,14 @@ def test_a_signal_saves_and_the_run_goes_on(monkeypatch, tiny_data, teacher_file
     assert float(rows[0]["loss"]) == pytest.approx(float(rows[1]["loss"]), rel=1e-2 if ON_GPU else 1e-6)
 
 
-def test_one_process_of_a_group(tiny_data, teacher_file, tmp_path, expected):
+def test_one_process_of_a_group(fresh, tiny_data, teacher_file, tmp_path, expected):
     """As a launcher starts it for one GPU, with NCCL. (accelerate makes DDP from two processes on.)"""
     run_group(*run_arguments(tiny_data, teacher_file, tmp_path), processes=1)
     assert all(assert_expected(metrics(tmp_path), expected))
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_two_processes_on_one_gpu(tiny_data, teacher_file, tmp_path, expected, precision):
+def test_two_processes_on_one_gpu(fresh, tiny_data, teacher_file, tmp_path, expected, precision):
     run_group(*run_arguments(tiny_data, teacher_file, tmp_path, "--mixed-precision", precision), processes=2,
               before="tests.test_gpu.use_gloo" if ON_GPU else None)
     assert all(assert_expected(metrics(tmp_path), expected, TRAINED[precision]))
@@ -467,7 +437,7 @@ def test_two_processes_on_one_gpu(tiny_data, teacher_file, tmp_path, expected, p
 
 
 @EACH_TRAINED
-def test_fsdp_2(tiny_data, teacher_file, tmp_path, expected, precision):
+def test_fsdp_2(fresh, tiny_data, teacher_file, tmp_path, expected, precision):
     """By one NCCL process as accelerate's launcher sets it up; by two on a CPU, where accelerate has to be told."""
     arguments = run_arguments(tiny_data, teacher_file, tmp_path, "--mixed-precision", precision,
                               "--checkpointing-steps", 3)
