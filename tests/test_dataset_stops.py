@@ -112,7 +112,7 @@ def test_kill_9_and_the_same_command(source, made, tmp_path, kind):
 
 def ctrl_c_as_in_a_terminal():
     slow_writes()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may ignore it
 
 
 def test_workers_end_with_ctrl_c(source, tmp_path):

@@ -217,7 +217,7 @@ def slow_start():
 
 
 def ctrl_c():
-    """Python's handler of SIGINT, which the fork server ignores."""
+    """Python's handler of SIGINT, which what starts the tests may ignore."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     slow_steps()
 
