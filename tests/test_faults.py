@@ -222,9 +222,15 @@ def ctrl_c():
     slow_steps()
 
 
+def in_background():
+    """SIGINT as a shell sets it for background jobs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    slow_steps()
+
+
 def test_ctrl_c_saves_and_the_second_ends(tiny_data, tmp_path):
     """Like SIGTERM; if a shell ignores SIGINT, as for background jobs, it stays ignored."""
-    for before, code in (("ctrl_c", EXIT_CODE), ("slow_steps", 0)):
+    for before, code in (("ctrl_c", EXIT_CODE), ("in_background", 0)):
         out = tmp_path / before
         process = SERVER.start("train.py", *long_run(tiny_data, out, "--max-train-steps", 8, "--num-workers", 1),
                                before=f"tests.test_faults.{before}")
