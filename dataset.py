@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from data_io.captions import read_texts, scan_numbered
-from data_io.index import check_equal_sizes
+from data_io.index import check_equal_sizes, check_labels
 from data_io.loader import CAPTION, FLIP
 from data_io.moments import check_is_logvar, check_moments, check_shape, digest, has_negative_std, read_class_names
 from data_io.storage import Packed, form_of, open_files
@@ -119,11 +119,11 @@ class LatentImages(LatentDataset):
         self.resolution, self.images, self.seed, self.hflip = resolution, images, seed, hflip
         self.pictures = self.mirrored = None
         self.latents = open_files(data_dir, "vae-sd", ".npy")
-        index = self.latents.index
+        index = check_labels(self.latents, num_classes)
         if images or index.labels is None:
             pictures = open_files(data_dir, "images", ".png")
-            index = same_labels(data_dir, index, pictures.index)
-        self.set_labels(data_dir, index, num_classes, "either dataset.json")
+            index = same_labels(data_dir, index, check_labels(pictures, num_classes))
+        self.set_labels(data_dir, index, "no labels in either dataset.json")
         self.check_paired(self.latents, ".npy")
         self.moments_shape = self.shape_of(self.latents)
         self.moments(0)
@@ -136,18 +136,15 @@ class LatentImages(LatentDataset):
                 raise UserError(f"--hflip needs latents of the mirrored images, and {data_dir} has no vae-sd-hflip; "
                                 "make them with preprocessing/dataset_tools.py encode --hflip.")
             check_mirrored(Path(data_dir))
-            self.mirrored = open_files(data_dir, "vae-sd-hflip", ".npy")
+            self.mirrored = open_files(data_dir, "vae-sd-hflip", ".npy", labels=False)
             self.check_paired(self.mirrored, ".npy")
             if (shape := self.shape_of(self.mirrored)) != self.moments_shape:
                 raise UserError(f"{self.mirrored.path} holds latents of shape {shape}, {self.latents.path} of "
                                 f"{self.moments_shape}; make the former again from the same images by the same VAE.")
 
-    def set_labels(self, data_dir, index, num_classes, where):
+    def set_labels(self, data_dir, index, problem):
         if index.labels is None or not index.labels.size:
-            raise UserError(f"{data_dir} has no labels in {where}; class-conditional training needs them.")
-        if num_classes and (high := np.flatnonzero(index.labels >= num_classes)).size:
-            raise UserError(f"{data_dir}: the label of index {index.labelled[high[0]]} is {index.labels[high[0]]}; it "
-                            f"must be a number from 0 to {num_classes - 1} (--num-classes {num_classes}).")
+            raise UserError(f"{data_dir} has {problem}; class-conditional training needs them.")
         self.indices, self.labels = index.labelled, index.labels
         self.texts = self.class_names = read_class_names(data_dir, self.labels)
 
@@ -247,7 +244,7 @@ class PixelImages(LatentImages):
         self.resolution, self.images, self.seed, self.hflip = resolution, images, seed, hflip
         self.latents = self.mirrored = None
         self.pictures = open_files(data_dir, "images", ".png")
-        self.set_labels(data_dir, self.pictures.index, num_classes, "images/dataset.json")
+        self.set_labels(data_dir, check_labels(self.pictures, num_classes), "no labels in images/dataset.json")
         self.check_paired(self.pictures, ".png")
         self.moments_shape = (6, resolution, resolution)
         self.image(0)

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import struct
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from runtime.errors import UserError
 from runtime.files import ARRAY_ERRORS, atomic_write, check_inside, is_file, read_json, reading
 
 CACHED_FROM = 20_000       # entries; smaller data sets are indexed at once
+SETTLED = 2.0              # seconds: a file changed this recently may change again with the same time stamp
 ZIP_ERRORS = (*ARRAY_ERRORS, struct.error)
 LAST_LABEL = 1 << 62
 NUMBER = re.compile(rb"(?<!\d)(\d{1,18})\.\w+$")  # at the end of a file name; int64 holds 18 digits
@@ -55,28 +57,23 @@ def encoded(names):
     return np.array([os.fsencode(name) for name in names], "S")
 
 
-def read_listing(path, data=None):
-    """dataset.json (or its bytes, `data`) -> [(relative path, label), ...], or None where it says null."""
-    entries = read_json(path, data=data).get("labels")
-    try:
-        entries = None if entries is None else [(check_inside(name, path), label) for name, label in entries]
-        encoded([name for name, _ in entries or ()])  # each can be a path
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
-    for name, label in entries or ():
-        if type(label) is not int or not 0 <= label < LAST_LABEL:
-            raise UserError(f"{path}: the label of {name} is {label}; it must be a whole number from 0 on.")
-    return entries
-
-
 def read_labels(path, data=None):
-    """The same -> numbers (n,), labels (n,) or None for null, names (n,); by number."""
+    """dataset.json (or its bytes, `data`) -> numbers (n,), labels (n,) or None for null, names (n,); by number."""
     if data is None and not is_file(path):
         raise UserError(f"{path} does not exist; --data-dir must hold images/ and vae-sd/, or zips of these names, "
                         "each with a dataset.json.")
-    entries = read_listing(path, data)
-    names, labels = zip(*entries, strict=True) if entries else ((), ())
-    numbers, names, labels = sort_by_number(path, encoded(names), np.array(labels, np.int64))
+    content = read_json(path, data=data)
+    try:
+        entries = content["labels"]
+        labels = [label for _, label in entries or ()]
+        names = encoded([check_inside(name, path) for name, _ in entries or ()])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
+    for k, label in enumerate(labels):
+        if type(label) is not int or abs(label) >= LAST_LABEL:
+            raise UserError(f"{path}: the label of index {numbers_of(names[[k]])[0]} is {label}; it must be a whole "
+                            "number from 0 on.")
+    numbers, names, labels = sort_by_number(path, names, np.array(labels, np.int64))
     return numbers, None if entries is None else labels, names
 
 
@@ -97,6 +94,17 @@ def check_equal_sizes(path, names, sizes, what="latent"):
     if (odd := np.flatnonzero(sizes != sizes[:1])).size:
         raise UserError(f"{path}/{os.fsdecode(names[odd[0]])} has {sizes[odd[0]]} bytes, the first {what} {sizes[0]}: "
                         "its shape is another or it is truncated; make it again.")
+
+
+def check_labels(files, num_classes):
+    """The Index of `files`. Raises UserError for a label outside 0 .. num_classes - 1 (None: no upper limit)."""
+    index = files.index
+    if index.labels is not None:
+        for k in np.flatnonzero((index.labels < 0) | (index.labels >= (num_classes or LAST_LABEL)))[:1]:
+            limit = f"to {num_classes - 1} (--num-classes {num_classes})" if num_classes else "on"
+            raise UserError(f"{files.path}/dataset.json: the label of index {index.labelled[k]} is {index.labels[k]}; "
+                            f"it must be a number from 0 {limit}.")
+    return index
 
 
 def walk(folder, suffix, sizes=False):
@@ -153,8 +161,10 @@ def cached_index(cache, key, make):
                 return Index(*(file.get(name) for name in Index._fields))
     except (*ZIP_ERRORS, KeyError, TypeError, AttributeError):
         pass  # missing or damaged
+    started = time.time()
     stamps, index = make()
-    if len(index.numbers) < CACHED_FROM:
+    changed = max(times[-1] for times in stamps.values()) / 1e9
+    if len(index.numbers) < CACHED_FROM or changed > started - SETTLED:
         return index
     stamps = {os.path.relpath(path, cache.parent): times for path, times in stamps.items()}
     known = np.frombuffer(json.dumps({"key": key, "stamps": stamps}).encode(), np.uint8)

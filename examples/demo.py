@@ -14,16 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the project's modules lie one up
 import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
-
-import torch
-from torchvision.transforms.functional import pil_to_tensor
-
-from examples.demo_page import server
 from runtime.errors import UserError, run_script
 from runtime.files import prepare_output
 from runtime.flags import Parser, whole
-from runtime.images import image_grid, write_png
-from sampling.pipeline import load_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 CKPT, VAE = ROOT / "assets/sit-xs-cifar10.safetensors", ROOT / "assets/vae-cifar10"
@@ -33,6 +26,7 @@ class Demo:
     """A Pipeline and the names that its grids show."""
 
     def __init__(self, ckpt, vae, text_encoder):
+        from sampling.pipeline import load_pipeline
         self.name = ckpt.stem
         self.pipe = load_pipeline(ckpt, vae=vae or (VAE if ckpt == CKPT else None),
                                   **({"text_encoder": text_encoder} if text_encoder else {}))
@@ -43,6 +37,10 @@ class Demo:
 
     def grid(self, asked, images, seed, cfg):
         """uint8 (H, W, 3): a row of `images` pictures for each name or text in `asked`."""
+        import torch
+        from torchvision.transforms.functional import pil_to_tensor
+
+        from runtime.images import image_grid
         if not asked:
             raise UserError("Nothing is asked for; give a class or, to a network of texts, a text.")
         texts = [text for text in asked for _ in range(images)]
@@ -67,6 +65,7 @@ def main():
     add("--port", type=whole(1, 65535), default=8000, help="of the page (default 8000)")
     args = parser.parse_args()
     if args.page:
+        from examples.demo_page import server
         demo = Demo(args.ckpt, args.vae, args.text_encoder)
         first = {"asked": args.classes, "images": min(args.images, 16), "seed": args.seed, "cfg": demo.cfg}
         with server(demo, args.port, **first) as http:
@@ -78,6 +77,7 @@ def main():
     if args.out.suffix != ".png":
         raise UserError(f"--out {args.out} does not end in .png, which the grid is; name it so.")
     prepare_output(args.out, (".png",))
+    from runtime.images import write_png
     demo = Demo(args.ckpt, args.vae, args.text_encoder)
     asked, started = args.classes or demo.names, time.perf_counter()
     write_png(args.out, demo.grid(asked, args.images, args.seed, demo.cfg))

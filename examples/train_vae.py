@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data_io.latent_scale import SD_SCALE
-from data_io.storage import open_files
-from evaluations.images import FolderImages, size_text
+from data_io.storage import Packed, open_files
+from evaluations.images import decode
 from runtime.errors import LARGEST_SEED, UserError, run_script
 from runtime.files import atomic_folder, is_file, prepare_output
 from runtime.flags import Parser, number, whole
@@ -35,14 +35,18 @@ def read_images(folder):
     """All images of a folder with dataset.json, PNGs or the packed form: uint8 (N, 3, R, R)."""
     if not is_file(folder / "dataset.json"):
         raise UserError(f"{folder} has no dataset.json; build the data first (examples/emoji/prepare.py).")
-    if is_file(folder / "index.npy"):  # packed
-        files = open_files(folder.parent, folder.name, ".png")
-        return torch.from_numpy(files.arrays(range(len(files.index.numbers))))
-    images = FolderImages(folder)
-    if images.size[0] != images.size[1] or images.size[0] % FACTOR:
-        raise UserError(f"The images in {folder} are {size_text(images.size)}; all must be squares of one size, a "
-                        f"multiple of {FACTOR}.")
-    return torch.from_numpy(np.concatenate([*images.batches(0, images.n, 64)])).permute(0, 3, 1, 2)
+    files = open_files(folder.parent, folder.name, ".png")
+    places = range(len(files.index.numbers))
+    if not places:
+        raise UserError(f"{folder} holds no images; build the data first (examples/emoji/prepare.py).")
+    if isinstance(files, Packed):
+        return torch.from_numpy(files.arrays(places))
+    pictures = [decode(files.name(i)) for i in places]
+    for i, (height, width, _) in enumerate(picture.shape for picture in pictures):
+        if height != width or height != len(pictures[0]) or height % FACTOR:
+            raise UserError(f"{files.name(i)} is {width}x{height}; all images must be squares of one size, a multiple "
+                            f"of {FACTOR}.")
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
 def in_range(pixels):

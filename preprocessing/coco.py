@@ -38,9 +38,9 @@ from encoders.vae import VAE
 from evaluations.images import SUFFIXES, decode
 from preprocessing.convert import in_groups
 from preprocessing.destinations import NAMED, begin, check_older, check_settings, check_space
-from preprocessing.encode import encode_groups, filled, npy_bytes, start
+from preprocessing.encode import encoded, filled, npy_bytes, start
 from preprocessing.pixels import center_crop, read_rgb
-from preprocessing.sources import MADE, Piece, read
+from preprocessing.sources import MADE, Piece, Source, read
 from runtime.errors import UserError, run_script
 from runtime.files import (
     atomic_write,
@@ -123,7 +123,7 @@ def save_array(path, array):
 
 
 def write_pictures(folder, todo, have, picture, vae, args):
-    """Write the moments of the images `todo`, and PNGs not in `have` -> sentences about unreadable pictures."""
+    """Write PNG and moments of the images `todo`, except files in `have` -> sentences about unreadable pictures."""
     def load(i):
         png = folder / f"{i}.png"
         try:
@@ -134,13 +134,17 @@ def write_pictures(folder, todo, have, picture, vae, args):
             write_png(png, pixels)
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
-    def write(moments):
-        for i, array in moments.items():
-            save_array(folder / f"{i}.npy", array)
-
+    failures, groups = [], in_groups(todo, args.batch_size)
     with progress(len(todo), f"{folder.name} images", "image", shown=PartialState().is_main_process) as bar:
-        return [*encode_groups(vae, in_groups(todo, args.batch_size), load, write, args.batch_size, args.num_workers,
-                               bar.update, spread="logvar").values()]
+        results = encoded(vae, groups, load, args.batch_size, args.num_workers, spread="logvar")
+        for group, moments in zip(groups, results, strict=True):
+            for i, array in zip(group, moments, strict=True):
+                if isinstance(array, UserError):
+                    failures.append(str(array))
+                elif not {f"{i}.png", f"{i}.npy"} <= have:  # a new picture's moments, too
+                    save_array(folder / f"{i}.npy", array)
+            bar.update(len(group))
+    return failures
 
 
 def write_contexts(folder, todo, captions, encoder, args):
@@ -167,13 +171,16 @@ def build_split(folder, names, captions, picture, vae, encoder, args):
     if state.is_main_process:
         settings = {"resolution": args.resolution, "length": encoder.length, "vae": weights_key(args.vae),
                     "text_encoder": weights_key(args.text_encoder), "images and captions": digest([names, captions])}
+        if not (folder / MADE).is_file() and folder.is_dir() and any(scan_numbered(folder)):
+            raise UserError(f"{folder} holds files that were not made by this tool; name another --dest, or remove "
+                            "them.")
+        empty = folder.with_name("empty_context.npy")
+        if empty.exists() and not any((folder.with_name(split) / MADE).is_file() for split in SPLITS):
+            raise UserError(f"{empty} was not made by this tool, and would be replaced; name another --dest.")
         for other in (folder.with_name(split) for split in SPLITS):  # one empty caption serves both
             if (other / MADE).is_file():
                 of_text = {key: settings[key] for key in ("text_encoder", "length")}
                 check_settings(other, read_json(other / MADE), of_text)
-            elif other.is_dir() and any(scan_numbered(other)):
-                raise UserError(f"{other} holds files that were not made by this tool; name another --dest, or remove "
-                                "them.")
         begin(folder / MADE, settings)
         remove_temporaries(folder)
     state.wait_for_everyone()
@@ -257,8 +264,10 @@ def main():
     for split, (images, path) in sources.items():
         check_output(args.dest / split, (), [images, path])
         names, captions = zip(*with_both(images, read_captions(path)), strict=True)
-        check_older((images / name, path) for i, name in enumerate(names)
-                    if (path := args.dest / split / f"{i}.png").exists())
+        made = {f"{i}.png": Piece(str(file)) for i in range(len(names))
+                if (file := args.dest / split / f"{i}.png").exists()}
+        check_older(made, [f"{i}.png" for i in range(len(names))],
+                    Source(names, [Piece(str(images / name)) for name in names], None, None))
         splits[split] = names, captions, (
             lambda i, images=images, names=names: centre_square(images / names[i], args.resolution))
     build(args, splits)

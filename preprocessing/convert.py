@@ -10,6 +10,7 @@ the same command to continue; in a complete folder it makes missing pictures. Th
 classes.json beside --dest, in DATA, in the order of their labels.
 """
 import functools
+import os
 import re
 
 from torch.utils.data import DataLoader
@@ -20,9 +21,9 @@ from preprocessing.sources import open_source, read
 from runtime.errors import UserError, first_line
 from runtime.flags import whole
 from runtime.progress import progress
-from runtime.setup import share_of_cores
 
 GROUP = 64  # pictures a worker takes at a time, and in a part of a zip
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-dhariwal")
 
 
@@ -87,12 +88,14 @@ def in_processes(work, groups, workers, bar):
     return results
 
 
-def convert_group(source, destination, transform, on_error, places):
+def convert_group(source, destination, transform, on_error, parent, places):
     """Write the pictures at these places of the source -> {place: reason} of unusable ones."""
     failures = {}
 
     def files():
         for i in places:
+            if os.getpid() != parent != os.getppid():
+                os._exit(1)  # the parent was killed: write nothing that could mix with the next run
             try:
                 yield destinations.image_name(i), convert_picture(source, transform, i)
             except UserError as error:
@@ -132,7 +135,7 @@ def add_arguments(add):
     add("--class-order", metavar="FILE", help="names of the class folders in the order of their labels, one a line "
         "(default: alphabetical)")
     add("--max-images", type=whole(1), help="take the first N pictures only (default: all)")
-    add("--num-workers", type=whole(1), default=share_of_cores(), help="processes (default: one per core)")
+    add("--num-workers", type=whole(1), default=CORES, help="processes (default: one per core)")
     add("--on-error", choices=("skip", "stop"), default="skip", help="what to do about pictures that cannot be used: "
         "leave them out and list them in made.json, or end with the first (default skip)")
 
@@ -148,8 +151,7 @@ def run(args):
     destinations.write_classes(args.dest, source.classes)
     names = [destinations.image_name(i) for i in range(len(source.names))]
     have = destination.pieces()
-    destinations.check_older((piece.path, have[name].path) for name, piece in zip(names, source.pieces, strict=True)
-                             if name in have)
+    destinations.check_older(have, names, source)
     if destination.complete:
         print(f"{args.dest} is complete; there is nothing to do.")
         return
@@ -160,13 +162,13 @@ def run(args):
     destinations.check_space(destination.work, files * 3 * side ** 2)
 
     failures = {}
-    work = functools.partial(convert_group, source, destination, transform, args.on_error)
+    work = functools.partial(convert_group, source, destination, transform, args.on_error, os.getpid())
     with progress(len(names), "convert", "image", len(names) - missing) as bar:
         for failed in in_processes(work, todo, args.num_workers, bar):
             failures |= failed
 
-    pieces, labels = destination.all_written(names, source.labels, failures)
+    pieces, labels = destinations.all_written(destination, names, source.labels, failures)
     with progress(len(pieces), "check", "file") as bar:
         work = functools.partial(check_pictures, args.dest, side)
         in_processes(work, in_groups(sorted(pieces.items()), GROUP), args.num_workers, bar)
-    destination.finish(made, labels, failures)
+    destinations.finish(destination, made, labels, failures)

@@ -6,6 +6,7 @@ source and the settings, without times or process counts, so that stops never ch
 """
 import contextlib
 import functools
+import json
 import os
 import shutil
 import sys
@@ -17,7 +18,7 @@ from PIL import features
 from data_io.loader import work_ahead
 from data_io.storage import read_member
 from dataset import digest
-from preprocessing.sources import LISTING, MADE, find
+from preprocessing.sources import LISTING, MADE, find, read
 from runtime.errors import UserError
 from runtime.files import atomic_write, check_output, is_file, read_json, reading, remove_temporaries, write_json
 from runtime.progress import progress
@@ -85,46 +86,27 @@ class Destination:
         with atomic_write(self.work / name) as file:
             file.write(data)
 
-    def all_written(self, names, labels, failures):
-        """({name: Piece}, {name: label or None}) of all files but those of `failures`, {place: sentence}.
-
-        Raises UserError unless the files there are exactly these. `labels` may be None.
-        """
+    def finish(self, made, listing):
+        if not self.is_zip:
+            write_json(self.path / MADE, made, indent=1)
+            write_json(self.path / LISTING, listing)
+            return
         pieces = self.pieces()
-        expected = {name: labels and labels[i] for i, name in enumerate(names) if i not in failures}
-        for name in sorted(pieces.keys() ^ expected.keys()):
-            wrong = "is missing from" if name not in pieces else "does not belong into"
-            raise UserError(f"{name} {wrong} {self.path}; was it changed meanwhile? Run the command again, or "
-                            f"delete {self.path} first.")
-        return pieces, expected
-
-    def finish(self, made, labels, failures):
-        """Write the last files, and the zip, and report. labels: {name: label or None}; failures: {place: sentence}."""
-        skipped = [failures[i] for i in sorted(failures)]
-        if not labels:
-            raise UserError(f"None of {len(skipped)} pictures could be used; the first: {skipped[0]}")
-        entries = [[name, labels[name]] for name in sorted(labels)]
-        listing = {"labels": None if None in labels.values() else entries}
-        write_json(self.work / MADE, {**made, "count": len(entries), "files": digest(entries), "skipped": skipped}, 1)
-        write_json(self.work / LISTING, listing)
-        if self.is_zip:
-            self.zip_up([*sorted(labels), MADE, LISTING])
-        if skipped:
-            print("\n".join([*skipped[:NAMED], *["..."] * (len(skipped) > NAMED)]), file=sys.stderr)
-        classes = len(set(labels.values()) - {None})
-        print(f"{self.path}: {len(labels):,} files, {f'{classes:,} classes' if classes else 'no labels'}, "
-              f"{len(skipped):,} pictures skipped{f', as {MADE} says' if skipped else ''}")
-
-    def zip_up(self, names):
-        """Join the parts. The bytes of an entry depend on nothing but its name and data."""
         with (atomic_write(self.path) as file, zipfile.ZipFile(file, "w") as archive,
-              progress(len(names), "zip", "file") as bar):
-            for name in names:
-                info = zipfile.ZipInfo(name)  # of 1980
-                info.external_attr = 0o644 << 16
-                archive.writestr(info, (self.work / name).read_bytes())
+              progress(len(pieces), "zip", "file") as bar):
+            for name in sorted(pieces):
+                add(archive, name, read(pieces[name], name))
                 bar.update()
+            add(archive, MADE, json.dumps(made, indent=1).encode())
+            add(archive, LISTING, json.dumps(listing).encode())
         shutil.rmtree(self.work, ignore_errors=True)
+
+
+def add(archive, name, data):
+    """Store an entry whose bytes depend on nothing but its name and data."""
+    info = zipfile.ZipInfo(name)  # of 1980
+    info.external_attr = 0o644 << 16
+    archive.writestr(info, data)
 
 
 def open_destination(path, suffix, source):
@@ -182,14 +164,30 @@ def check_space(folder, size):
                         "another --dest.")
 
 
-def check_older(pairs):
-    """Raise UserError if a picture is newer than the file made of it; pairs: (path of the picture, path of the file).
+def all_written(destination, names, labels, failures):
+    """({name: Piece}, {name: label or None}) of all files but those of `failures`, {place: sentence}.
 
-    Of a picture in an archive it is the archive's time that counts.
+    Raises UserError unless the files there are exactly these. `labels` may be None.
+    """
+    pieces = destination.pieces()
+    expected = {name: labels and labels[i] for i, name in enumerate(names) if i not in failures}
+    for name in sorted(pieces.keys() ^ expected.keys()):
+        wrong = "is missing from" if name not in pieces else "does not belong into"
+        raise UserError(f"{name} {wrong} {destination.path}; was it changed meanwhile? Run the command again, or "
+                        f"delete {destination.path} first.")
+    return pieces, expected
+
+
+def check_older(have, names, source):
+    """Raise UserError if a picture of `source` is newer than the file made from it, at its place in `names`.
+
+    have: {name of a file: Piece}.
     """
     changed = functools.cache(os.path.getmtime)  # an archive is looked up once
     with reading(LISTING):  # an error names its own file
-        newer = [pair for pair in pairs if changed(pair[0]) > changed(pair[1])]
+        newer = [(picture, have[name].path) for name, picture, piece in zip(names, source.names, source.pieces,
+                                                                            strict=True)
+                 if name in have and changed(piece.path) > changed(have[name].path)]
     if newer:
         picture, path = newer[0]
         raise UserError(f"{len(newer):,} pictures are newer than the files that were made of them, such as {picture} "
@@ -210,9 +208,27 @@ def write_classes(dest, names):
             print(f"{path} names other classes than the source; it stays as it is.", file=sys.stderr)
         return
     remove_temporaries(path.parent, CLASSES)
-    write_json(path, names)
+    try:
+        write_json(path, names)
+    except UserError as error:  # the folder is not ours; training does not need the names
+        print(error, file=sys.stderr)
     by_number = sorted(names, key=int) if all(map(str.isdecimal, names)) else names
     if names == sorted(names) != by_number:
         label, name = next((i, name) for i, name in enumerate(names) if name != by_number[i])
         print(f"The class folders are numbers, and labels follow the alphabetical order: {name} has label {label}; "
               "convert --class-order FILE sets another order.", file=sys.stderr)
+
+
+def finish(destination, made, labels, failures):
+    """Write the last files and report on the terminal. labels: {name: label or None}; failures: {place: sentence}."""
+    skipped = [failures[i] for i in sorted(failures)]
+    if not labels:
+        raise UserError(f"None of {len(skipped)} pictures could be used; the first: {skipped[0]}")
+    entries = [[name, labels[name]] for name in sorted(labels)]
+    made = {**made, "count": len(entries), "files": digest(entries), "skipped": skipped}
+    destination.finish(made, {"labels": None if None in labels.values() else entries})
+    if skipped:
+        print("\n".join([*skipped[:NAMED], *["..."] * (len(skipped) > NAMED)]), file=sys.stderr)
+    classes = len(set(labels.values()) - {None})
+    print(f"{destination.path}: {len(labels):,} files, {f'{classes:,} classes' if classes else 'no labels'}, "
+          f"{len(skipped):,} pictures skipped{f', as {MADE} says' if skipped else ''}")

@@ -18,8 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from data_io.latent_scale import check_note, write_note
 from data_io.loader import work_ahead
@@ -52,6 +50,17 @@ def ahead(load, groups, threads):
         yield list(itertools.islice(results, len(group)))
 
 
+def encoded(vae, groups, load, size, threads, spread="std"):
+    """For each group of at most `size` items, [moments (2 C, h, w) or UserError, ...].
+
+    load(item) -> uint8 (3, R, R), or the UserError that says why there is no picture.
+    """
+    for loaded in ahead(load, groups, threads):
+        images = [item for item in loaded if not isinstance(item, UserError)]
+        moments = iter(vae.encode(torch.stack(filled(images, size)), spread).numpy() if images else ())
+        yield [item if isinstance(item, UserError) else next(moments) for item in loaded]
+
+
 def indices_of(names):
     """The index of each picture: from its name if all names have the layout's form, else its place."""
     matches = [re.fullmatch(r"(?:.*/)?img(\d{8})\.png", name) for name in names]
@@ -59,11 +68,12 @@ def indices_of(names):
     return indices if len(set(indices)) == len(names) else list(range(len(names)))
 
 
-def pictures_key(source, path):
+def pictures_key(source, path, note):
     """Identifies the source in made.json: what `convert` made it from, so that pictures added later from repaired files
-    change nothing; else names and labels."""
+    change nothing; else names and labels. An older `note` has both."""
     origin = destinations.origin(path)
-    return digest([origin] if origin else [source.names, source.labels, origin])
+    exact = digest([source.names, source.labels, origin])
+    return exact if not origin or (note or {}).get("pictures") == exact else digest([origin])
 
 
 def load_picture(source, side, on_error, hflip, i):
@@ -88,35 +98,31 @@ def npy_bytes(array):
     return out.getvalue()
 
 
-def check_latent(where, entry, shape=None):
-    """Shape of the moments of an entry (name, Piece), read back. Raises UserError unless they are finite float32 and,
-    if given, of `shape`."""
+def check_latent(where, entry):
+    """Shape of the moments of an entry (name, Piece), read back; raises UserError unless they are finite float32."""
     name = f"{where}/{entry[0]}"
     array = parse_array(read(entry[1], name), name)
-    return check_moments(array, shape or array.shape, name).shape
+    return check_moments(array, array.shape, name).shape
 
 
-def encode_groups(vae, groups, load, write, size, threads, advance, spread="std"):
-    """Encode groups of at most `size` items -> {item: sentence} of those without a picture.
-
-    load(item) -> uint8 (3, R, R), or the UserError that says why there is none. write({item: moments (2 C, h, w)}) is
-    called for one group while the next one is encoded. advance(n) is told of n finished items.
-    """
+def encode_groups(vae, groups, load, names, have, destination, batch_size, threads, advance):
+    """Encode groups of places in the source, write missing files -> {place: sentence} of unusable pictures."""
     failures = {}
 
-    def encoded():
-        for items, loaded in zip(groups, ahead(load, groups, threads), strict=True):
-            loaded = dict(zip(items, loaded, strict=True))
-            images = {i: image for i, image in loaded.items() if not isinstance(image, UserError)}
-            failures.update((i, str(loaded[i])) for i in items if i not in images)
-            if images:
-                moments = vae.encode(torch.stack(filled([*images.values()], size)), spread)[:len(images)].numpy()
-                if not np.isfinite(moments).all():
-                    raise UserError(f"The VAE {vae.source} gives moments that are not finite; use another one.")
-                yield dict(zip(images, moments, strict=True))
-            advance(len(items))
+    def files():
+        for places, group in zip(groups, encoded(vae, groups, load, batch_size, threads), strict=True):
+            made = []
+            for i, moments in zip(places, group, strict=True):
+                if isinstance(moments, UserError):
+                    failures[i] = str(moments)
+                elif not np.isfinite(moments).all():
+                    raise UserError(f"The moments for {names[i]} are not finite; use another --model-url.")
+                elif names[i] not in have:
+                    made.append((names[i], npy_bytes(moments)))
+            yield made
+            advance(len(places))
 
-    for _ in work_ahead(write, encoded(), 1, 1):
+    for _ in work_ahead(destination.write, files(), 1, 1):  # one group is written while the next one is encoded
         pass
     return failures
 
@@ -124,6 +130,8 @@ def encode_groups(vae, groups, load, write, size, threads, advance, spread="std"
 def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE, threads=THREADS, on_error="skip",
            hflip=False):
     """Run the whole command; all processes call it. Raises UserError."""
+    from accelerate import PartialState  # here, so that --help is fast
+    from accelerate.utils import gather_object
     state = PartialState()
     source = open_source(source_path, max_images)
     side = first_side(source)
@@ -141,13 +149,12 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
     state.wait_for_everyone()  # all processes have read the existing files
     if state.is_main_process:
         settings = {"command": "encode", "vae": weights_key(model_url), "batch_size": asked, "hflip": hflip,
-                    "pictures": pictures_key(source, source_path)}
+                    "pictures": pictures_key(source, source_path, destination.note())}
         beside = Path(os.path.abspath(dest)).parent
         if vae:
             check_note(beside, vae, settings["vae"])
         made = destination.begin(settings, {"source": str(source_path), "model_url": str(model_url)})
-        destinations.check_older((piece.path, have[name].path) for name, piece in zip(names, source.pieces, strict=True)
-                                 if name in have)
+        destinations.check_older(have, names, source)
         if vae:  # only now: latents of another VAE have been refused
             write_note(beside, vae, settings["vae"])
         destinations.write_classes(dest, source.classes)
@@ -166,23 +173,22 @@ def encode(source_path, dest, model_url, max_images=None, batch_size=BATCH_SIZE,
             def advance(done):
                 bar.update(min(done * state.num_processes, bar.total - bar.n))
 
-            def write(moments):
-                destination.write((names[i], npy_bytes(array)) for i, array in moments.items() if names[i] not in have)
-
-            failures = encode_groups(vae, groups, load, write, batch_size, threads, advance)
+            failures = encode_groups(vae, groups, load, names, have, destination, batch_size, threads, advance)
     for failed in gather_object([failures]):  # which also waits for all
         failures |= failed
 
-    pieces, labels = destination.all_written(names, source.labels, failures)
-    entries = sorted(pieces.items())
-    share = entries[state.process_index::state.num_processes]
-    check = functools.partial(check_latent, dest, shape=check_latent(dest, entries[0]) if entries else None)
+    pieces, labels = destinations.all_written(destination, names, source.labels, failures)
+    share, shapes = sorted(pieces.items())[state.process_index::state.num_processes], set()
     with progress(len(share), "check", "file", shown=state.is_main_process) as bar:
-        for _ in work_ahead(check, share, threads):
-            bar.update()
-    state.wait_for_everyone()
+        for found in ahead(functools.partial(check_latent, dest), in_groups(share, BATCH_SIZE), threads):
+            shapes.update(found)
+            bar.update(len(found))
+    shapes = sorted(set(gather_object(list(shapes))))
+    if len(shapes) > 1:
+        raise UserError(f"{dest} holds moments of shapes {shapes[0]} and {shapes[1]}; delete it and run the command "
+                        "again.")
     if state.is_main_process:
-        destination.finish(made, labels, failures)
+        destinations.finish(destination, made, labels, failures)
     state.wait_for_everyone()
 
 
@@ -208,6 +214,7 @@ def start(allow_tf32):
 
     -> accelerate's PartialState.
     """
+    from accelerate import PartialState  # here, so that --help is fast
     state = connect(lambda: PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_GROUP_TIMEOUT))
     tune(allow_tf32)
     torch.backends.cudnn.deterministic = True

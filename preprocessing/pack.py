@@ -16,12 +16,13 @@ the rows files whose source entries were replaced since (by time stamp or checks
 import functools
 import math
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 
 from data_io.latent_scale import NOTE, read_note
-from data_io.loader import work_ahead
 from data_io.storage import form_of
 from dataset import LatentImages, PixelImages, digest
 from preprocessing.destinations import MADE, check_settings, check_space, write_classes
@@ -29,10 +30,21 @@ from runtime.errors import UserError
 from runtime.files import atomic_write, check_output, read_json, remove_temporaries, write_json, writing
 from runtime.flags import pixels, whole
 from runtime.progress import progress
-from runtime.setup import share_of_cores
 
 ROWS = 10_000      # per file, at least: 2 GB of pixels at 256 px
 FILES = 128        # per kind, at most: a run keeps them all open
+
+
+def write_shard(path, places, read, first, done, stop):
+    """Write the rows read(i) of `places`, each like `first`; call `done` after each. Raises UserError after `stop`."""
+    with atomic_write(path) as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(first.dtype),
+                                                    "fortran_order": False, "shape": (len(places), *first.shape)})
+        for i in places:
+            if stop.is_set():
+                raise UserError(f"{path} is left for the next start, as another file could not be made.")
+            file.write(np.ascontiguousarray(read(i)))
+            done()
 
 
 def begin(folder, made, table, parts):
@@ -49,8 +61,8 @@ def begin(folder, made, table, parts):
                 raise UserError(f"{folder} holds something that is not packed; name another --dest.")
             old = read_json(folder / MADE)
             check_settings(folder, {**old, "files": made["files"]}, made)
-        if old == made and (folder / "index.npy").is_file():
-            return
+        if (old.get("files") or made["files"]) == made["files"] and (folder / "index.npy").is_file():
+            return  # an older note has no "files"
         for name in ("dataset.json", "index.npy"):  # a stop before the new ones must not leave the old ones
             (folder / name).unlink(missing_ok=True)
         for path in parts:
@@ -78,15 +90,15 @@ def pack_kind(folder, read, entries, source, rows=None, threads=1, stamps=None):
     missing = {path: places for path, places in parts.items() if not path.is_file()}
     left = sum(map(len, missing.values()))
     check_space(folder, first.nbytes * left)
-    with progress(len(entries), folder.name, "entry", len(entries) - left) as bar:
-        for path, places in missing.items():
-            with atomic_write(path) as file:
-                np.lib.format.write_array_header_1_0(file, {
-                    "descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False,
-                    "shape": (len(places), *first.shape)})
-                for row in work_ahead(read, places, threads):
-                    file.write(np.ascontiguousarray(row))
-                    bar.update()
+    stop = threading.Event()
+    bar = progress(len(entries), folder.name, "entry", len(entries) - left)
+    with bar, ThreadPoolExecutor(threads) as pool:
+        try:
+            for future in as_completed([pool.submit(write_shard, path, places, read, first, bar.update, stop)
+                                        for path, places in missing.items()]):
+                future.result()
+        finally:
+            stop.set()
     write_json(folder / "dataset.json", {"labels": list(zip(names, labels, strict=True))})
 
 
@@ -98,7 +110,7 @@ def add_arguments(add):
     add("--images-only", action="store_true", help="leave the latents out, for train.py --vae none")
     add("--rows", type=whole(1),
         help=f"entries a file (default {ROWS}, and more where that would make over {FILES} files)")
-    add("--num-workers", type=whole(1), default=share_of_cores(), help="threads (default: one per core)")
+    add("--num-workers", type=whole(1), default=os.cpu_count(), help="threads (default: one per core)")
 
 
 def run(args):
@@ -121,6 +133,8 @@ def run(args):
     if not args.images_only and (note := read_note(args.source)):
         write_json(args.dest / NOTE, note)
     packed = layout(args.dest)
-    if packed.fingerprint() != source:
+    there, ours = ([files.stamps()[:, 0].tolist() for files in (each.latents, each.pictures, each.mirrored) if files]
+                   for each in (data, packed))  # sizes of the files
+    if packed.fingerprint() != source or there != ours:
         raise UserError(f"{args.source} has changed while it was packed; delete {args.dest} and pack it again.")
     print(f"{args.dest}: {len(packed)} entries")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data_io.index import ZIP_ERRORS, first_twice, read_listing
+from data_io.index import ZIP_ERRORS, first_twice
 from data_io.moments import read_class_names
 from data_io.storage import LARGEST, LARGEST_LISTING, read_entry
 from runtime.errors import UserError, first_line
@@ -49,7 +49,7 @@ def read(piece, name, largest=LARGEST):
             if max(piece.entry[1::3] or [size]) > largest:
                 raise UserError(f"{name} has more than {largest >> 20} MiB, which no picture needs; replace it.")
             if piece.entry:
-                return read_entry(file, *piece.entry)
+                return bytes(read_entry(file, *piece.entry))
             file.seek(piece.start)
             return file.read(size)
     except ZIP_ERRORS as error:
@@ -83,28 +83,31 @@ def in_folder(folder, prefix=""):
             if entry.is_dir():
                 yield from in_folder(entry.path, f"{name}/")
             elif entry.is_file() and name.endswith(".tar"):
-                yield from in_tar(entry.path, name.removesuffix(".tar"))
+                yield from in_tar(entry.path, name.removesuffix(".tar"), nested=False)
             elif entry.is_file() or not os.path.exists(entry.path):  # reading a broken link raises UserError
                 yield name, Piece(entry.path)
 
 
-def in_tar(path, prefix=""):
+def in_tar(path, prefix="", nested=True):
     with open(path, "rb") as file:
-        yield from members(file, str(path), prefix)
+        yield from members(file, str(path), prefix, 0, nested)
 
 
-def members(file, path, prefix, base=0):
-    """Files in the tar that `file` is, which lies at byte `base` of `path`, and in the tars in it."""
+def members(file, path, prefix, base, nested):
+    """Files in the tar that `file` is, which lies at byte `base` of `path`, and in tars in it if `nested`."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             name = member_name(member.name, path, prefix)
             if name is None or not member.isreg() or member.issparse():
                 continue
             start = base + member.offset_data
-            if name.endswith(".tar"):
-                yield from members(tar.extractfile(member), path, name.removesuffix(".tar"), start)
-            else:
+            if not name.endswith(".tar"):
                 yield name, Piece(path, start, member.size)
+            elif nested:
+                yield from members(tar.extractfile(member), path, name.removesuffix(".tar"), start, nested=False)
+            else:
+                raise UserError(f"{path} holds a tar, {member.name}, and lies in a folder or tar itself; give it as "
+                                "--source.")
         file.seek(tar.offset)  # tarfile takes a damaged header for the end
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"{prefix or 'it'} is damaged or cut short at byte {base + tar.offset}")
@@ -185,15 +188,21 @@ def class_folders(names, path, order):
 
 def listed_labels(names, listing, path):
     """{name: label} from dataset.json, or None where it says null."""
-    entries = read_listing(path, read(listing, path, LARGEST_LISTING))
+    entries = read_json(path, data=read(listing, path, LARGEST_LISTING)).get("labels")
     if entries is None:
         return None
-    entries = [(PurePosixPath(name).as_posix(), label) for name, label in entries]
-    if twice := first_twice(name for name, _ in entries):
+    try:
+        listed = [(PurePosixPath(check_inside(name, path)).as_posix(), label) for name, label in entries]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not of the form {{\"labels\": [[path, label], ...]}}; make it again.") from error
+    if twice := first_twice(name for name, _ in listed):
         raise UserError(f"{path} names {twice} twice; keep one of the two entries.")
-    labels, there = dict(entries), set(names)
-    if absent := next((name for name in labels if name not in there), None):
-        raise UserError(f"{path} names {absent}, which is not there; make {LISTING} again.")
+    labels, there = dict(listed), set(names)
+    for name, label in labels.items():
+        if type(label) is not int or label < 0:
+            raise UserError(f"{path}: the label of {name} is {label}; it must be a whole number from 0 on.")
+        if name not in there:
+            raise UserError(f"{path} names {name}, which is not there; make {LISTING} again.")
     if unlabelled := next((name for name in names if name not in labels), None):
         raise UserError(f"{path} has no label of {unlabelled}; make it again, or remove the picture.")
     return labels

@@ -20,6 +20,7 @@ from data_io.loader import work_ahead
 from data_io.moments import check_moments, check_shape
 from data_io.storage import form_of, open_files
 from encoders.vae import VAE
+from preprocessing.sources import check_finished
 from runtime.errors import UserError
 from runtime.files import load_array, weights_key, write_json
 from runtime.flags import number, whole
@@ -39,14 +40,22 @@ def open_moments(data):
             mean, logvar = halves(load_array(paths[i]), paths[i], is_std=False)
             return mean, np.exp(np.clip(logvar, -30, 20))
 
-        return captioned, len(paths)
-    files = open_files(data, "vae-sd", ".npy")
+        return captioned, some(len(paths), data)
+    check_finished(data / "vae-sd")
+    files = open_files(data, "vae-sd", ".npy", labels=False)
 
     def labelled(i):
         mean, std = halves(files.array(i), files.name(i), is_std=True)
         return mean, std ** 2
 
-    return labelled, len(files.index.numbers)
+    return labelled, some(len(files.index.numbers), data)
+
+
+def some(count, data):
+    """`count`, not 0."""
+    if not count:
+        raise UserError(f"{data} holds no latents; give the folder that has vae-sd or, for captioned images, train.")
+    return count
 
 
 def halves(array, name, is_std):
@@ -60,15 +69,20 @@ def sums(moments, i):
     return np.stack([mean.mean(axis=(1, 2)), (mean ** 2 + variance).mean(axis=(1, 2))])
 
 
-def channel_statistics(moments, count, threads):
-    """(mean, std) of each channel, lists, over the first `count` latents."""
+def channel_statistics(data, threads=THREADS, most=None):
+    """(mean, std) of each channel, lists, over the first `most` latents. Raises UserError where a std is 0."""
+    moments, count = open_moments(data)
+    count = min(count, most or count)
     total = 0
     with progress(count, "stats", "latent") as bar:
         for each in work_ahead(lambda i: sums(moments, i), range(count), threads):
             total = total + each
             bar.update()
     mean, square = total / count
-    return mean.tolist(), np.sqrt(np.maximum(square - mean ** 2, 0)).tolist()
+    std = np.sqrt(np.maximum(square - mean ** 2, 0))
+    if not np.isfinite(std).all() or (std <= 0).any():
+        raise UserError(f"The latents of {data} have a channel whose std is 0 or not finite; make them again.")
+    return mean.tolist(), std.tolist()
 
 
 def add_arguments(add):
@@ -83,10 +97,7 @@ def add_arguments(add):
 
 
 def run(args):
-    note, (moments, count) = read_note(args.data) or {}, open_moments(args.data)
-    if not count:
-        raise UserError(f"{args.data} holds no latents; give the folder that has vae-sd or, for captioned images, "
-                        "train.")
+    note = read_note(args.data) or {}
     if args.vae:
         vae = VAE(args.vae)
         note |= {"vae": args.vae, "vae_key": weights_key(args.vae), "factor": vae.factor, "channels": vae.channels}
@@ -95,10 +106,7 @@ def run(args):
     elif args.vae:
         scale = vae.own_scale
     else:
-        mean, std = channel_statistics(moments, min(count, args.max_images or count), args.num_workers)
-        if min(std) <= 0:
-            raise UserError(f"The latents of {args.data} have a channel whose std is 0; make them again.")
-        scale = from_statistics(mean, std, args.multiplier)
-    scale.check(moments(0)[0].shape[0], args.latents_stats or args.vae or args.data)
+        scale = from_statistics(*channel_statistics(args.data, args.num_workers, args.max_images), args.multiplier)
+    scale.check(open_moments(args.data)[0](0)[0].shape[0], args.latents_stats or args.vae or args.data)
     write_json(args.data / NOTE, checked(note | scale.plain(), args.data / NOTE))
     logger.info(f"{args.data / NOTE}: {scale}")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from runtime.files import load_tensors
 from tests.conftest import ROOT
-from tests.test_storage import packed_into, write_mirrored, write_zips
+from tests.test_storage import packed_into, write_zips
 
 VAE = ROOT / "assets/vae-emoji"
 IMAGE, LATENT = "data/images/00000/img00000003.png", "data/vae-sd/00000/img-mean-std-00000003.npy"
@@ -95,8 +95,8 @@ def flat_latents(w):
 
 
 def mirrored_of_another_size(w):
-    for path in (write_mirrored(w / "data") / "vae-sd-hflip").rglob("*.npy"):
-        np.save(path, np.ones((8, 8, 8), np.float32))
+    for i in range(8):
+        put(f"data/vae-sd-hflip/00000/img-mean-std-{i:08d}.npy", np.ones((8, 8, 8), np.float32))(w)
 
 
 def claims_too_much(w):
@@ -125,8 +125,8 @@ def shape_of_another_model(w):
     torch.save(state, w / RUN)
 
 
-def captions_file(*images):
-    return put("captions.json", {"images": images, "annotations": [{"image_id": 1, "caption": "a"}]})
+def captions_file(images=({"id": 1, "file_name": "1.png"},), annotations=({"image_id": 1, "caption": "a"},)):
+    return put("captions.json", {"images": list(images), "annotations": list(annotations)})
 
 
 def dangling(name):

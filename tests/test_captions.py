@@ -1,6 +1,7 @@
 """U-ViT's layout: files read, the caption of each visit, one sentence per kind of damage; captions in grids."""
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -137,7 +138,13 @@ def test_small_pictures_are_shown_larger():
 
 
 def test_wrapping_keeps_to_width_and_lines():
+    """Also quick for a caption as long as a page."""
     for text, width, lines in (("flag: Japan", 20, ["flag: Japan"]), ("x" * 25, 10, ["x" * 10, "x" * 10, "x" * 5]),
                                ("one two three four five six seven eight", 8, ["one two", "three", "four", "five..."]),
                                ("", 10, [])):
         assert wrap(text, width, len) == lines and len(lines) <= MAX_LINES
+    text = "a word and another one " * 500
+    begin = time.perf_counter()
+    assert wrap(text, 64, len)[0].startswith("a word")
+    assert wrap("x" * 10_000, 64, lambda line: 9 * len(line))[-1].endswith("...")
+    assert time.perf_counter() - begin < 2

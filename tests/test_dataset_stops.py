@@ -3,7 +3,6 @@ import os
 import random
 import signal
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -26,9 +25,9 @@ def making(kind, source, made, dest):
 def slow_groups(size=4, seconds=0.005):
     """Many groups, slowly written, so that there is time to kill at any place."""
     convert.GROUP = size
-    fsync, add = os.fsync, zipfile.ZipFile.writestr
+    fsync, add = os.fsync, destinations.add
     os.fsync = lambda number: time.sleep(seconds) or fsync(number)
-    zipfile.ZipFile.writestr = lambda *arguments: time.sleep(seconds / 2) or add(*arguments)
+    destinations.add = lambda *arguments: time.sleep(seconds / 2) or add(*arguments)
 
 
 def one_step():
@@ -115,13 +114,15 @@ def ctrl_c_as_in_a_terminal():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may ignore it
 
 
-def test_workers_end_with_ctrl_c(source, tmp_path):
-    """At once: each completes at most the pictures on their way to the disk, not its sixteen, and says nothing."""
+@pytest.mark.parametrize("kill, number", [(os.kill, signal.SIGKILL), (os.killpg, signal.SIGINT)])
+def test_workers_end_with_their_parent(source, tmp_path, kill, number):
+    """At once: each completes at most the pictures on their way to the disk, not its sixteen. After Ctrl-C, which all
+    processes of a terminal get, the workers say nothing."""
     command = tools.converting(source, tmp_path / "images", "--num-workers=2")
     started = SERVER.start("preprocessing/dataset_tools.py", *command,
                            before="tests.test_dataset_stops.ctrl_c_as_in_a_terminal")
     wait_for(lambda: progress_of(tmp_path / "images") >= 2)
-    os.killpg(started.pid, signal.SIGINT)  # all processes of a terminal get it
+    kill(started.pid, number)
     assert started.wait() != 0
     there = progress_of(tmp_path / "images")
     wait_for(lambda: not group_is_alive(started.pid), seconds=8)

@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import LatentImages
+from dataset import LatentImages, digest
 from encoders.vae import VAE
-from preprocessing import convert, dataset_tools, encode
+from preprocessing import convert, dataset_tools, destinations, encode
 from preprocessing.destinations import image_name, latent_name
+from preprocessing.sources import open_source
 from runtime.errors import UserError
+from runtime.files import read_json
 from tests.conftest import ROOT, call_main, contents
 from tests.test_sources import adm_crop, odd_pictures, saved, write_folder, write_zip
 from tests.test_storage import packed_into
@@ -44,7 +46,7 @@ def source(tmp_path_factory):
 
 def converting(source, dest, *more):
     return ["convert", f"--source={source}", f"--dest={dest}", f"--resolution={SIDE}x{SIDE}",
-            "--transform=center-crop-dhariwal", "--num-workers=1", *more]
+            "--transform=center-crop-dhariwal", *more]
 
 
 def encoding(source, dest, *more):
@@ -63,7 +65,7 @@ def made(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         for kind in ("", ".zip"):
-            call_main(patch, dataset_tools, *converting(source, folder / f"images{kind}"))
+            call_main(patch, dataset_tools, *converting(source, folder / f"images{kind}", "--num-workers=1"))
             call_main(patch, dataset_tools, *encoding(folder / f"images{kind}", folder / f"vae-sd{kind}"))
     return folder
 
@@ -102,41 +104,54 @@ def test_zips_and_notes(source, made):
         folder, archive = files(made / kind), files(made / f"{kind}.zip")
         notes = [json.loads(found.pop("made.json")) for found in (folder, archive)]
         assert folder == archive
-        assert {key for key in notes[0] if notes[0][key] != notes[1][key]} <= {"source"}
+        differ = {key for key in notes[0] if notes[0][key] != notes[1][key]}
+        assert differ == ({"source"} if kind == "vae-sd" else set())
         with zipfile.ZipFile(made / f"{kind}.zip") as opened:
             assert all(info.compress_type == zipfile.ZIP_STORED for info in opened.infolist())
     assert not list(made.glob("*.parts")) and not list(made.rglob(".*"))
-    images, latents = (json.loads((made / kind / "made.json").read_text()) for kind in ("images", "vae-sd"))
-    assert (images["source"], images["resolution"], images["transform"]) == (
-        str(source), "16x16", "center-crop-dhariwal")
-    assert (latents["count"], latents["skipped"], latents["batch_size"], latents["model_url"]) == (
-        48, [], 4, str(VAE_FOLDER))
+    note = json.loads((made / "vae-sd/made.json").read_text())
+    assert note["command"] == "encode" and note["count"] == 48 and note["skipped"] == [] and note["batch_size"] == 4
+    assert note["model_url"] == str(VAE_FOLDER) and len(note["vae"]) == len(note["files"]) == 64
+    assert f"torch {torch.__version__.partition('+')[0]}" in note["versions"][0]
+    note = json.loads((made / "images/made.json").read_text())
+    assert (note["source"], note["resolution"], note["transform"]) == (str(source), "16x16", "center-crop-dhariwal")
 
 
-@pytest.mark.parametrize("order, names", [(None, ["0", "1", "10", "2"]),
-                                          ("\ufeff0\r\n1\r\n2\n\n10", ["0", "1", "2", "10"])])
-def test_names_and_order_of_classes(refused, tmp_path, tool, capsys, order, names):
+def test_names_and_order_of_classes(refused, tmp_path, tool, capsys):
     """classes.json lies in DATA, beside images/ and vae-sd/, wherever these are made; --class-order is the order."""
-    path, data, other = tmp_path / "photos", tmp_path / "data", tmp_path / "other"
-    write_folder(path, {f"{name}/a.png": picture(0) for name in ("0", "1", "2", "10")})
-    (tmp_path / "order").write_text(order or "", newline="")
-    more = [f"--class-order={tmp_path / 'order'}"] * bool(order)
-    tool(*converting(path, data / "images", *more))
-    assert ("10 has label 2; convert --class-order FILE" in capsys.readouterr().err) == (not order)
-    tool(*encoding(data / "images", other / "vae-sd.zip"))
-    (other / "images").symlink_to(data / "images")
-    packed_into(other, tmp_path / "packed", "--resolution", SIDE)
-    for folder in (data, other, tmp_path / "packed"):
-        assert json.loads((folder / "classes.json").read_text()) == names
-    dataset = LatentImages(tmp_path / "packed", SIDE, 4)
-    assert [dataset.text(i) for i in range(4)] == ["0", "1", "10", "2"]  # pictures stay in alphabetical order
-    assert dataset.labels.tolist() == [names.index(name) for name in ("0", "1", "10", "2")]
-    (data / "classes.json").write_text('["zero", "one", "two", "ten"]')
-    tool(*converting(path, data / "images", *more))
+    path = write_folder(tmp_path / "photos", {f"{name}/a.png": picture(0) for name in ("0", "1", "2", "10")})
+    (tmp_path / "order").write_bytes("\ufeff0\r\n1\r\n2\n\n10".encode())
+    for order, more, names in (("a", [], ["0", "1", "10", "2"]),
+                               ("b", [f"--class-order={tmp_path / 'order'}"], ["0", "1", "2", "10"])):
+        data, _ = tmp_path / order, capsys.readouterr()
+        tool(*converting(path, data / "images", "--num-workers=1", *more))
+        assert ("10 has label 2; convert --class-order FILE" in capsys.readouterr().err) == (order == "a")
+        tool(*encoding(data / "images", tmp_path / f"{order}-2/vae-sd.zip"))
+        (tmp_path / f"{order}-2/images").symlink_to(data / "images")
+        packed_into(tmp_path / f"{order}-2", tmp_path / f"{order}-3", "--resolution", SIDE)
+        for folder in (data, tmp_path / f"{order}-2", tmp_path / f"{order}-3"):
+            assert json.loads((folder / "classes.json").read_text()) == names
+        dataset = LatentImages(tmp_path / f"{order}-3", SIDE, 4)
+        assert [dataset.text(i) for i in range(4)] == ["0", "1", "10", "2"]  # pictures stay in alphabetical order
+        assert dataset.labels.tolist() == [names.index(name) for name in ("0", "1", "10", "2")]
+    (tmp_path / "b/classes.json").write_text('["zero", "one", "two", "ten"]')
+    tool(*converting(path, tmp_path / "b/images", "--num-workers=1", *more))
     assert "names other classes than the source; it stays" in capsys.readouterr().err
     for lines, words in (("0\n1\n2", "does not name the class folder 10"), ("0\n1\n2\n10\n1", "names 1 twice")):
         (tmp_path / "order").write_text(lines)
-        refused(words, dataset_tools, *converting(path, data / "images", f"--class-order={tmp_path / 'order'}"))
+        refused(words, dataset_tools, *converting(path, tmp_path / "b/images", *more))
+
+
+def assert_same_moments(ours, theirs, names):
+    for name in names:
+        np.testing.assert_allclose(np.load(ours / name), np.load(theirs / name), rtol=1e-5, atol=1e-5)
+
+
+def test_batches_equal_single_pictures(made, tmp_path, tool):
+    for size in (1, 7):
+        dest, batches = tmp_path / str(size), f"--batch-size={size}"
+        tool(*encoding(made / "images", dest, batches, "--num-workers=1"))
+        assert_same_moments(dest, made / "vae-sd", map(latent_name, range(48)))
 
 
 def test_mirrored_pictures_have_latents_of_their_own(refused, made, tmp_path, tool):
@@ -147,8 +162,11 @@ def test_mirrored_pictures_have_latents_of_their_own(refused, made, tmp_path, to
     assert files(tmp_path / "vae-sd-hflip").keys() == files(made / "vae-sd").keys()
     data, vae = LatentImages(tmp_path, SIDE, CLASSES, hflip=True), VAE(str(VAE_FOLDER))
     for i in (0, 20):
-        expected = vae.encode(data.image(i).flip(-1)[None])[0]
-        torch.testing.assert_close(data.moments(i, mirrored=True), expected, rtol=1e-5, atol=1e-4)
+        mirrored = data.image(i).flip(-1)
+        expected = vae.encode(mirrored[None])[0]
+        sample_id = next(sample_id for sample_id in range(i, 10 ** 4, len(data)) if data.is_mirrored(sample_id))
+        torch.testing.assert_close(data[sample_id]["moments"], expected, rtol=1e-5, atol=1e-4)
+        assert torch.equal(data[sample_id]["image"], mirrored)
         assert (expected - data.moments(i).flip(-1)).abs().max() > 1e-3  # and not the latent mirrored
     refused(r"begun with other settings \(hflip\)", dataset_tools,
             *encoding(made / "images", tmp_path / "vae-sd-hflip"))
@@ -160,7 +178,8 @@ def test_mirrored_pictures_have_latents_of_their_own(refused, made, tmp_path, to
 
 def test_other_flags(source, tmp_path, tool):
     def run(name, *more):
-        tool("convert", f"--source={source}", f"--dest={tmp_path / name}", "--num-workers=1", "--max-images=2", *more)
+        tool("convert", f"--source={source}", f"--dest={tmp_path / name}",
+                  "--num-workers=1", "--max-images=2", *more)
         assert len(json.loads((tmp_path / name / "dataset.json").read_text())["labels"]) == 2
         return np.asarray(Image.open(tmp_path / name / image_name(1)))
 
@@ -181,7 +200,7 @@ def test_odd_pictures(tool, tmp_path, monkeypatch, capsys):
     expected = odd_pictures()
     pictures = {f"odd/{name}": data for name, (data, _) in expected.items()} | {"plain/a.png": picture(0)}
     source = write_folder(tmp_path / "s", pictures)
-    tool(*converting(source, tmp_path / "images"))
+    tool(*converting(source, tmp_path / "images", "--num-workers=1"))
     told = capsys.readouterr()
     skipped = json.loads((tmp_path / "images/made.json").read_text())["skipped"]
     bad = sorted(name for name, (_, outcome) in expected.items() if isinstance(outcome, str))
@@ -215,7 +234,7 @@ def test_a_repaired_picture(refused, source, made, tmp_path, tool):
     folder, data = tmp_path / "s", tmp_path / "data"
     shutil.copytree(source, folder)
     (folder / "n01/03.png").write_bytes(b"")
-    commands = [converting(folder, data / "images"),
+    commands = [converting(folder, data / "images", "--num-workers=1"),
                 encoding(data / "images", data / "vae-sd", "--batch-size=64"),
                 encoding(data / "images", data / "vae-sd.zip")]
     for command in commands:
@@ -228,8 +247,7 @@ def test_a_repaired_picture(refused, source, made, tmp_path, tool):
     assert after["dataset.json"] == files(made / "vae-sd")["dataset.json"]
     assert after.keys() - before.keys() == {latent_name(3)}
     assert all(after[name] == content for name, content in before.items() if name.endswith(".npy"))
-    ours, theirs = (np.load(folder / "vae-sd" / latent_name(3)) for folder in (data, made))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert_same_moments(data / "vae-sd", made / "vae-sd", [latent_name(3)])
     refused("has 48 pictures, .*vae-sd.zip latents of 47, and nothing is added to a fin", dataset_tools, *commands[2])
 
 
@@ -237,7 +255,7 @@ def test_a_replaced_picture(refused, source, tmp_path, tool):
     """Neither command keeps a file made from a picture replaced since; both say which file to delete."""
     folder, data = tmp_path / "s", tmp_path / "data"
     shutil.copytree(source, folder)
-    commands = {image_name(3): converting(folder, data / "images"),
+    commands = {image_name(3): converting(folder, data / "images", "--num-workers=1"),
                 latent_name(3): encoding(data / "images", data / "vae-sd", "--batch-size=64")}
     for command in commands.values():
         tool(*command)
@@ -247,24 +265,30 @@ def test_a_replaced_picture(refused, source, tmp_path, tool):
         refused(f"1 pictures are newer than .*03.png and .*{name}; delete", dataset_tools, *command)
         (data / where / name).unlink()
         tool(*command)
+    (folder / "n01/03.png").unlink()
+    (folder / "n01/03.png").symlink_to(tmp_path / "nowhere.png")
+    refused("03.png cannot be read .No such file", dataset_tools, *commands[image_name(3)])
     after = {**files(data / "images"), **files(data / "vae-sd")}
     assert {name for name in before if before[name] != after[name]} == {image_name(3), latent_name(3)}
 
 
 # ---- what is there ----
 
-def test_a_worker_that_is_killed(refused, source, tmp_path, monkeypatch):
-    """As when memory runs out: one sentence."""
+def test_a_worker_that_is_killed(tool, refused, source, tmp_path, monkeypatch):
+    """As when memory runs out: one sentence; the same command continues."""
+    picture = convert.convert_picture
     monkeypatch.setattr(convert, "convert_picture", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     refused("A worker process has ended .*the same command goes on, with fewer --num-w", dataset_tools,
             *converting(source, tmp_path / "images", "--num-workers=2"))
+    monkeypatch.setattr(convert, "convert_picture", picture)
+    tool(*converting(source, tmp_path / "images", "--num-workers=1"))
 
 
 def test_what_is_there_is_not_made_again(tool, source, made, tmp_path, monkeypatch, capsys):
     """A folder gets its missing files; a complete zip is left alone."""
     for kind in ("images", "vae-sd"):
         shutil.copytree(made / kind, tmp_path / kind)
-    for kind, name, command in (("images", image_name(9), converting(source, tmp_path / "images")),
+    for kind, name, command in (("images", image_name(9), converting(source, tmp_path / "images", "--num-workers=1")),
                                 ("vae-sd", latent_name(9), encoding(made / "images", tmp_path / "vae-sd"))):
         (tmp_path / kind / name).unlink()
         stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / kind).rglob("*.???")}
@@ -273,6 +297,11 @@ def test_what_is_there_is_not_made_again(tool, source, made, tmp_path, monkeypat
         assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     monkeypatch.setattr(encode, "VAE", None)  # not needed if no file is missing
     tool(*encoding(made / "images", tmp_path / "vae-sd"))
+    note, pictures = read_json(tmp_path / "vae-sd/made.json"), open_source(made / "images")
+    note["pictures"] = digest([pictures.names, pictures.labels, destinations.origin(made / "images")])
+    (tmp_path / "vae-sd/made.json").write_text(json.dumps(note))  # as older versions wrote it
+    tool(*encoding(made / "images", tmp_path / "vae-sd"))
+    assert read_json(tmp_path / "vae-sd/made.json") == note
     before = (made / "vae-sd.zip").stat().st_mtime_ns
     tool(*encoding(made / "images.zip", made / "vae-sd.zip"))
     assert "is complete; there is nothing to do" in capsys.readouterr().out
@@ -292,7 +321,7 @@ def test_other_settings(refused, source, made, tmp_path, tool, kind):
                              ("vae", [*encoding(made / f"images{kind}", latents), "--model-url=other/vae"])):
         refused(rf"was begun with other settings \({changed}\)", dataset_tools, *command)
     (images.unlink if kind else lambda: shutil.rmtree(images))()
-    tool(*converting(source, images), "--transform=center-crop")
+    tool(*converting(source, images, "--num-workers=1"), "--transform=center-crop")
     refused(r"was begun with other settings \(pictures\)", dataset_tools, *encoding(images, latents))
 
 
@@ -310,7 +339,7 @@ def test_a_file_that_changed_meanwhile(refused, source, made, tmp_path):
     """The check at the end reads everything back."""
     for kind in ("images", "vae-sd"):
         shutil.copytree(made / kind, tmp_path / kind)
-    images = converting(source, tmp_path / "images")
+    images = converting(source, tmp_path / "images", "--num-workers=1")
     latents = encoding(made / "images", tmp_path / "vae-sd")
     path = tmp_path / "images" / image_name(3)
     whole = path.read_bytes()
@@ -323,6 +352,7 @@ def test_a_file_that_changed_meanwhile(refused, source, made, tmp_path):
     refused("img00000099.png does not belong into", dataset_tools, *images)
     path, good = tmp_path / "vae-sd" / latent_name(3), np.load(tmp_path / "vae-sd" / latent_name(3))
     for wrong, words in ((np.where(good == good[0, 0, 0], np.nan, good).astype(np.float32), "finite"),
-                         (good[:, :2], "00000003.npy holds float32 .8, 2, 4."), (np.array([{}]), "no readable .npy")):
+                         (good.astype(np.float64), "00000003.npy holds float64"), (good[:, :2], "moments of shapes"),
+                         (np.array([{}]), "no readable .npy")):
         np.save(path, wrong, allow_pickle=True)
         refused(words, dataset_tools, *latents)

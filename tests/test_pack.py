@@ -1,4 +1,5 @@
 """pack: kills change no byte, refusals, and a run that moves from folder to packed data."""
+import json
 import random
 import shutil
 import signal
@@ -12,8 +13,8 @@ import train
 from dataset import LatentImages
 from preprocessing import pack as pack_module
 from runtime.errors import UserError
+from runtime.files import read_json
 from tests.conftest import CLASSES, SERVER, call_main, contents, metrics, write_tiny_data
-from tests.test_faults import wait_for
 from tests.test_resume import assert_same_run
 from tests.test_storage import packed_into, write_mirrored, write_zips
 from tests.test_train import train_arguments
@@ -60,8 +61,9 @@ def test_killed_at_any_moment(source, packed, tmp_path):
     while kills < KILLS:
         before = {path: path.stat().st_mtime_ns for path in dest.rglob("*.npy")}
         process = SERVER.start("preprocessing/dataset_tools.py", *arguments, before="tests.test_pack.slow_rows")
-        goal = len(before) + rng.randint(1, 4)
-        wait_for(lambda goal=goal: len(list(dest.rglob("*.npy"))) >= goal)
+        goal, deadline = len(before) + rng.randint(1, 4), time.monotonic() + 60
+        while len(list(dest.rglob("*.npy"))) < goal and time.monotonic() < deadline:
+            time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.01))
         assert process.kill() == -signal.SIGKILL, process.stderr
         kills += 1
@@ -129,6 +131,20 @@ def test_entries_replaced_after_they_were_packed(source, packed, tmp_path, form)
     assert (made.image(20)[0] == 255).all() and np.array_equal(made.moments(30), np.load(latent))
     assert sorted(path.relative_to(dest).as_posix() for path, old in stamps.items()
                   if path.stat().st_mtime_ns != old) == ["images/00006.npy", "vae-sd/00010.npy"]
+
+
+def test_a_folder_of_an_older_pack_is_kept(source, packed, tmp_path):
+    """Its note has no hashes of the source's files."""
+    dest = shutil.copytree(packed, tmp_path / "dest")
+    for path in dest.rglob("made.json"):
+        path.write_text(json.dumps({name: value for name, value in read_json(path).items() if name != "files"}))
+    before = contents(dest)
+    packed_into(source, dest, "--rows", 3)
+    assert contents(dest) == before
+    copy = shutil.copytree(source, tmp_path / "copy")
+    Image.new("RGB", (64, 64), "red").save(copy / "images/00000/img00000020.png")
+    with pytest.raises(UserError, match="copy has changed while it was packed; delete .*dest and pack it again"):
+        packed_into(copy, dest, "--rows", 3)
 
 
 def test_stopped_between_its_lists(source, packed, tmp_path, monkeypatch):

