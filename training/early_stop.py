@@ -44,6 +44,9 @@ def check_trigger(args, reached):
     if args.trigger_block > reached:
         raise UserError(f"--trigger-block {args.trigger_block} has no gradient of the alignment loss, which reaches "
                         f"the blocks 1 to {reached}; choose one of them.")
+    if len(set(trigger_columns(args))) <= len(args.trigger_timesteps):
+        times = " ".join(map(str, args.trigger_timesteps))
+        raise UserError(f"--trigger-timesteps {times} must be different numbers from 0 to 1.")
     if args.trigger_start >= args.early_stop_point:
         raise UserError(f"--trigger-start {args.trigger_start} is not before --early-stop-point "
                         f"{args.early_stop_point}, where alignment ends in any case; lower the one or raise the other.")
