@@ -116,21 +116,21 @@ def load_extractor(features="inception", weights=None, device="cpu", preset="adm
         if not os.path.isfile(weights):
             raise UserError(f"{weights} does not exist; make it with examples/emoji/prepare.py, or give the path of "
                             "EfficientNet-Lite0's weights.")
-    state = read_weights(weights, url, sha256 if verify else None)
+    path, state = weights or url, read_weights(weights, url, sha256 if verify else None)
     with torch.device("meta"):  # takes no time and no random numbers
         network = build(features)
+    if features == "dinov2-vit-l":
+        state = dinov2_state(state, path)
+    if features == "efficientnet-lite0":
+        state = efficientnet_state(state, network.state_dict(), path)
+    counters = {key: torch.tensor(0) for key in network.state_dict() if key.endswith("num_batches_tracked")}
+    state = counters | {key: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+                        for key, value in state.items()}  # not all files have the counters
     try:
-        if features == "dinov2-vit-l":
-            state = dinov2_state(state)
-        if features == "efficientnet-lite0":  # the published file lists the same layers in the same order
-            state = dict(zip(network.state_dict(), state.values(), strict=True))
-        counters = {key: torch.tensor(0) for key in network.state_dict() if key.endswith("num_batches_tracked")}
-        state = counters | {key: value.float() if value.is_floating_point() else value
-                            for key, value in state.items()}  # not all files have the counters
         network.load_state_dict(state, assign=True)
-    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
+    except RuntimeError as error:
         reason = shorten(str(error).strip().splitlines()[-1], 100, placeholder=" ...")  # it can name hundreds of keys
-        raise UserError(f"{weights or url} does not hold the weights of {features} ({reason}); give the published "
+        raise UserError(f"{path} does not hold the weights of {features} ({reason}); give the published "
                         "file.") from error
     device = torch.device(device)
     return Extractor(features, preset, network.eval().requires_grad_(False).to(device), device)
@@ -164,14 +164,28 @@ def read_weights(path, url, sha256):
     return state
 
 
-def dinov2_state(state):
+def dinov2_state(state, path):
     """torch.hub's or timm's DINOv2 weights with the position table resampled to 16 x 16 as DINOv2 does it."""
+    if "pos_embed" not in state:
+        raise UserError(f"{path} has no pos_embed; give torch.hub's or timm's file of DINOv2 ViT-L/14.")
     state = {key: value for key, value in state.items() if key != "mask_token"}       # torch.hub only; unused
     table = state["pos_embed"].float()                                               # (1, 1 + 37 * 37, D)
     side = round((table.shape[1] - 1) ** 0.5)
+    if side ** 2 != table.shape[1] - 1:
+        raise UserError(f"{path} has {table.shape[1]} positions, not a class token's and those of a square; give "
+                        "torch.hub's or timm's file of DINOv2 ViT-L/14 without registers.")
     if side != DINOV2_SIDE:
         grid = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
         scale = (DINOV2_SIDE + DINOV2_OFFSET) / side
         grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
         state["pos_embed"] = torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
     return state
+
+
+def efficientnet_state(state, expected, path):
+    """The published weights under timm's names: both files list the same layers in the same order."""
+    kinds, expected_kinds = ([key.rpartition(".")[2] for key in keys] for keys in (state, expected))
+    if kinds != expected_kinds:
+        raise UserError(f"{path} does not hold the weights of EfficientNet-Lite0 ({len(state)} entries, expected "
+                        f"{len(expected)} in the published order); make it again with examples/emoji/prepare.py.")
+    return dict(zip(expected, state.values(), strict=True))

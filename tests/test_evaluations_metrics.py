@@ -191,7 +191,7 @@ def test_dinov2_reads_the_class_token_of_hub_weights(tmp_path, monkeypatch):
     assert torch.allclose(table[0, 1:, 0].reshape(16, 16)[1:-1, 3], rows[1:-1], atol=0.06)  # 37 / 16: 0.2 off
 
     torch.save(hub | {"pos_embed": hub["pos_embed"][:, 1:]}, tmp_path / "registers.pth")  # as timm's with registers
-    with pytest.raises(UserError, match="registers.pth does not hold the weights of dinov2-vit-l"):
+    with pytest.raises(UserError, match="registers.pth has 1369 positions, not a class token's and those of a square"):
         load_extractor("dinov2-vit-l", tmp_path / "registers.pth")
 
     images = np.random.default_rng(5).integers(0, 256, (2, 32, 32, 3), np.uint8)
