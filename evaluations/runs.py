@@ -125,6 +125,9 @@ def previews(folder):
 
 def samples(path):
     """{name, caption, picture, scores} of a folder of generate.py, or of a picture."""
+    with reading(path):
+        if not path.exists():
+            raise UserError(f"--samples {path} does not exist; give a folder of pictures or a picture.")
     path = path.absolute()  # "." has no name
     grid, scores, settings = path.with_name(f"{path.name}-grid.png"), path.with_name(f"{path.name}-scores.json"), {}
     if is_file(path) or is_file(grid):

@@ -209,7 +209,7 @@ CASES = {
         (None, ["{w}/nope"], "nope does not exist; give the folder of a run"),
         (None, ["{w}/data"], "data holds no args.json; give the folder of a run"),
         (None, ["--out", "{w}/out/run/checkpoints/0000001.pt"], "0000001.pt is a file of another kind"),
-        (None, ["--samples", "/no/samples"], "/no/samples holds no .png"),
+        (None, ["--samples", "/no/samples"], "--samples /no/samples does not exist"),
         ([copy("data/images/00000", "s"), put("s-scores.json", {"scores": 3})],
          ["--samples", "{w}/s"], "s-scores.json has no scores"),
         (put("out/run/args.json", {"enc_weights": 3}), [], "has a int for 'enc_weights' in its args"),
