@@ -48,7 +48,11 @@ class NpzImages:
     def __init__(self, path):
         self.name = str(path)
         with self.member() as (file, size):
-            shape, fortran, dtype, self.header = array_header(file.peek(1024))
+            try:
+                shape, fortran, dtype, self.header = array_header(file.peek(1024))
+            except ValueError as error:
+                raise UserError(f"arr_0 of {self.name} has no readable .npy header ({error}); write it "
+                                "again.") from error
             check_layout(dtype, shape, f"arr_0 of {self.name}")
             if fortran:
                 raise UserError(f"arr_0 of {self.name} is in Fortran order; make it contiguous.")

@@ -184,7 +184,7 @@ CASES = {
         (None, ["--inception-weights", "/no/w.pth"], "/no/w.pth does not exist"),
         (None, ["--inception-weights", "{w}/other.pth", "--any-weights"], "does not hold the weights of inception"),
         (put("samples.npz", b"hello"), [], "samples.npz is not a whole npz file"),
-        (blank("samples.npz", b"}", "arr_0.npy"), [], "samples.npz is damaged or cut short"),
+        (blank("samples.npz", b"}", "arr_0.npy"), [], "arr_0 of .* no readable .npy header"),
         (zip_field("samples.npz", 6, 1), [], "samples.npz is damaged"),
         (copy("larger.npz", "samples.npz"), [], "24x24 but .*32x32; compare sets of one size"),
         (None, ["--num-samples", 2], "metric pr needs at least 4"),

@@ -39,11 +39,16 @@ def test_runs_of_several_seeds_are_one():
     assert phrase("qk_norm", False) == "no qk norm" and phrase("cfg_prob", 0.1) == "cfg prob 0.1"
 
 
-def test_samples_in_words():
-    made = {"mode": "ode", "heun": True, "num_steps": 50, "cfg_scale": 1.65, "guidance_low": 0.0, "guidance_high": 0.72,
-            "cache": "taylor", "weights": "model", "labels": "balanced", "global_seed": 0}
-    assert sampling_words(made) == ("50 Heun steps, guidance 1.65 for t from 0.0 to 0.72, cache taylor, weights "
-                                    "without averaging, as many of each class, seed 0")
+@pytest.mark.parametrize("made, words", [
+    ({"run": "a", "step": 4000, "mode": "sde", "num_steps": 250, "cfg_scale": 1.0, "global_seed": 0},
+     "a, step 4,000, 250 Euler-Maruyama steps, no guidance, seed 0"),
+    ({"mode": "ode", "heun": True, "num_steps": 50, "cfg_scale": 1.65, "guidance_low": 0.0, "guidance_high": 0.72,
+      "cache": "taylor", "weights": "model", "labels": "balanced"},
+     ("50 Heun steps, guidance 1.65 for t from 0.0 to 0.72, cache taylor, weights without averaging, as many of each "
+      "class")),
+    ({}, "")])
+def test_samples_in_words(made, words):
+    assert sampling_words(made) == words
 
 
 def test_a_table_for_latex():
