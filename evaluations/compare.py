@@ -13,7 +13,7 @@ import functools
 import logging
 import subprocess
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
@@ -34,6 +34,13 @@ ROOT = Path(__file__).resolve().parents[1]
 logger = logging.getLogger(__name__)
 
 
+def row_name(text):
+    """A `type` for add_argument: a name that tables and figures can show as it is."""
+    if not text.strip() or not text.isprintable() or {*text} & {*"|$\\"}:
+        raise ArgumentTypeError(f"{text!r} is no name for a row; take letters, digits and spaces.")
+    return text
+
+
 def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -43,7 +50,7 @@ def parse_args():
     add("--out", type=Path, default=Path("comparison"), metavar="DIR", help="folder of tables and figures (default "
         "comparison)")
     add("--format", choices=["pdf", "svg", "png"], default="pdf", help="of the figure of scores (default pdf)")
-    add("--names", nargs="+", metavar="NAME", help="of the rows, such as SiT HASTE: one for each "
+    add("--names", nargs="+", type=row_name, metavar="NAME", help="of the rows, such as SiT HASTE: one for each "
         "run, equal ones for seeds of one row (default: by the settings in which the runs differ)")
     add("--step", type=whole(1), metavar="N", help="checkpoint of all runs (default: the newest that all of them have)")
 
@@ -266,9 +273,9 @@ def main():
                                      for i in places]
                for steps in sorted(set(args.num_steps)) for cfg in sorted(set(args.cfg_scale))
                for label, places in together.items()}
-    for run, one in zip(args.runs, settings, strict=True):
-        size = one["resolution"], one["resolution"]
-        check_pair(args.reference, Planned(f"the samples of {run}", args.num_fid_samples, size), metrics)
+    sides = {one["resolution"]: run for run, one in zip(args.runs, settings, strict=True)}
+    for side, run in sides.items():  # opening a reference may list many files: once for each size
+        check_pair(args.reference, Planned(f"the samples of {run}", args.num_fid_samples, (side, side)), metrics)
     if {*metrics} <= {*OF_BOTH} and open_images(args.reference, required=False) is None:
         raise UserError(f"{args.reference} holds statistics only, and --metrics {','.join(metrics)} needs images; "
                         "choose other --metrics, or a reference with images.")

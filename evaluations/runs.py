@@ -54,6 +54,9 @@ def read_settings(run):
         raise UserError(f"{run} {what}; give the folder of a run of train.py.")
     settings = read_json(run / "args.json")
     check_contents(run / "args.json", {"args": settings}, ())
+    for name, kind in (("model", str), ("resolution", int), ("batch_size", int)):
+        if not isinstance(settings.get(name), kind):
+            raise UserError(f"{run}/args.json has no {name}; give the folder of a run of train.py.")
     return settings
 
 

@@ -5,6 +5,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import train
 from models.checkpoint import load_checkpoint
 from runtime.errors import UserError, run_script
 from tests import nano
+from training.preemption import SIGNALS
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -273,8 +275,13 @@ def call_main(monkeypatch, module, *arguments, device="cpu"):
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
     for name in ("stdout", "stderr"):  # main replaces them
         monkeypatch.setattr(sys, name, getattr(sys, name))
-    with torch.enable_grad():  # generate.py turns gradients off for its whole process
-        module.main()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        with torch.enable_grad():  # generate.py turns gradients off for its whole process
+            module.main()
+    finally:  # a run ignores them at its end, and processes that the tests start would inherit that
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture

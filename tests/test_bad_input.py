@@ -213,6 +213,7 @@ CASES = {
         ([copy("data/images/00000", "s"), put("s-scores.json", {"scores": 3})],
          ["--samples", "{w}/s"], "s-scores.json has no scores"),
         (put("out/run/args.json", {"enc_weights": 3}), [], "has a int for 'enc_weights' in its args"),
+        (put("out/run/args.json", {"seed": 3}), [], "args.json has no model; give the folder of a run of train.py"),
     ],
     probe: [
         (None, ["--json", "{w}/" + CKPT], "0000005.pt itself, which is read here"),

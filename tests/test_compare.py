@@ -163,4 +163,7 @@ def test_what_cannot_be_compared(called, tmp_path):
     np.savez(tmp_path / "small.npz", arr_0=np.zeros((4, 32, 32, 3), np.uint8))
     with pytest.raises(UserError, match="small.npz has images of 32x32 but the samples of .*b of 64x64"):
         called(["b"], "--ref", tmp_path / "small.npz")
+    for name in ("", "a|b", "$x$"):
+        with pytest.raises(UserError, match="is no name for a row"):
+            called(["b"], "--names", name)
     assert called.made == 0
