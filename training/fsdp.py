@@ -129,7 +129,7 @@ def load_optimizer(optimizer, saved, path):
         fits = False
     if not fits:
         raise UserError(f"{path} has the optimizer's state of another model or optimizer; give the --model and options "
-                        "it was trained with, or delete this one to go on from the one before.")
+                        "it was trained with, or delete this checkpoint to go on from the one before.")
     state = {i: {name: value if name == "step" else split_as(value, parameters[i]) for name, value in entry.items()}
              for i, entry in saved["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
