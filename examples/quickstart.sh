@@ -20,8 +20,8 @@ case $form in
     *) echo "error: QUICKSTART=$form is neither full nor short." >&2; exit 1 ;;
 esac
 ending=$(printf %07d $steps)-size-$size-vae-${vae##*/}-cfg-$cfg-seed-0-ode-high-1.0
-precision=no
-python -c 'import sys; from runtime import setup; sys.exit(not setup.fast_bf16())' && precision=bf16
+teacher_precision=no  # these students are too narrow to gain by bfloat16, the teacher does
+python -c 'import sys; from runtime import setup; sys.exit(not setup.fast_bf16())' && teacher_precision=bf16
 
 echo "To repeat a command by hand: export PATH=$(dirname "$(command -v python)"):\$PATH"
 stages=()
@@ -34,7 +34,8 @@ stage() {  # stage NAME COMMAND...: print, run, time
     echo "== ${stages[-1]}"
 }
 
-training=(--exp-name $name --mixed-precision $precision)  # all else is the preset's: python train.py --preset list
+# All else is the preset's: python train.py --preset list
+training=(--exp-name $name --mixed-precision no --enc-precision $teacher_precision)
 if [ $form = short ]; then
     training+=(--max-train-steps $steps --early-stop-point 20 --checkpointing-steps 20 --sampling-steps 10
         --log-every 1)
