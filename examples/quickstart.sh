@@ -10,8 +10,8 @@ size=64 vae=assets/vae-emoji cfg=3.0 batch=36
 case $task in
     classes) name=quickstart steps=1200 images=72 references=178 ;;
     captions) name=quickstart-t2i steps=1200 images=178 ;;
-    cifar10) name=quickstart-cifar10 steps=2000 images=500 references=1000 size=32 vae=assets/vae-cifar10 cfg=1.5
-        batch=100 ;;
+    cifar10) name=quickstart-cifar10 steps=2000 images=500 references=1000 size=32 batch=100
+        vae=assets/vae-cifar10 ;;
     *) echo "error: $task is none of classes, captions and cifar10." >&2; exit 1 ;;
 esac
 case $form in
