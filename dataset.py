@@ -1,8 +1,9 @@
 """Data sets: images, the moments of their latents, and their conditions, in three layouts.
 
 ImageNet, the layout of REPA and HASTE (LatentImages):
-    {data}/images/{idx8[:5]}/img{idx8}.png                 RGB, R x R             + images/dataset.json
-    {data}/vae-sd/{idx8[:5]}/img-mean-std-{idx8}.npy       float32 (8, R/f, R/f)  + vae-sd/dataset.json
+    {data}/images/{idx8[:5]}/img{idx8}.png                 RGB, R x R               + images/dataset.json
+    {data}/vae-sd/{idx8[:5]}/img-mean-std-{idx8}.npy       float32 (2 C, R/f, R/f)  + vae-sd/dataset.json
+Latents have C channels; the files hold mean and std, before --latents-stats.
 dataset.json is {"labels": [[relative path, label], ...]}; in one of the two folders the labels may be null.
 {data}/classes.json may hold the names of the classes, a list in the order of the labels. Each folder may also be a zip
 or packed, see data_io/storage.py. --hflip also reads vae-sd-hflip: latents of the mirrored images, under the names that
@@ -10,7 +11,7 @@ vae-sd has. Pixels (PixelImages, --vae none): images/ of that layout alone.
 
 COCO, the layout of U-ViT (CaptionedImages):
     {data}/{train,val}/{i}.png         RGB, R x R
-    {data}/{train,val}/{i}.npy         float32 (8, R/f, R/f): mean and log variance
+    {data}/{train,val}/{i}.npy         float32 (2 C, R/f, R/f): mean and log variance
     {data}/{train,val}/{i}_{k}.npy     (L, C), text tokens of caption k = 0, 1, ... of image i
     {data}/empty_context.npy           (L, C), text tokens of the empty caption
     {data}/{train,val}/captions.json   {"0": ["caption 0 of image 0", ...], ...}; optional, for previews
@@ -96,7 +97,7 @@ class LatentDataset(Dataset):
         return digest([*self.identity(), moments])
 
     def conditions_key(self):
-        """Text that changes with the conditions where identity() does not cover them."""
+        """String that changes with the conditions where identity() does not cover them."""
         return ""
 
     def image_stamps(self):
@@ -122,7 +123,7 @@ class LatentImages(LatentDataset):
         index = check_labels(self.latents, num_classes)
         if images or index.labels is None:
             pictures = open_files(data_dir, "images", ".png")
-            index = same_labels(data_dir, index, check_labels(pictures, num_classes))
+            index = merge_labels(data_dir, index, check_labels(pictures, num_classes))
         self.set_labels(data_dir, index, "no labels in either dataset.json")
         self.check_paired(self.latents, ".npy")
         self.moments_shape = self.shape_of(self.latents)
@@ -224,7 +225,7 @@ def check_mirrored(data_dir):
                         "again with preprocessing/dataset_tools.py encode --hflip.")
 
 
-def same_labels(data_dir, latents, images):
+def merge_labels(data_dir, latents, images):
     """The one of two Index objects that has labels. Raises UserError if an entry has a different label in each."""
     if latents.labels is not None and images.labels is not None:
         common, a, b = np.intersect1d(latents.labelled, images.labelled, assume_unique=True, return_indices=True)

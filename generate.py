@@ -18,19 +18,19 @@ import torch
 
 from data_io.moments import read_names
 from models.sit import SIT_CONFIGS
-from runtime.errors import MOST_CLASSES, run_script
+from runtime.errors import MAX_CLASSES, run_script
 from runtime.flags import Parser, whole
 from runtime.setup import end_processes
 from sampling.config import add_sampling_flags
-from sampling.images import GRID_IMAGES, MOST_IMAGES, open_checkpoint, sample_folder, sample_images, start
+from sampling.images import GRID_IMAGES, MAX_IMAGES, open_checkpoint, sample_folder, sample_images, start
 
 
 def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument_group("this task").add_argument
     add("--model", choices=SIT_CONFIGS, metavar="NAME", help=f"{', '.join(SIT_CONFIGS)} (default: the checkpoint's)")
-    add("--num-classes", type=whole(1, MOST_CLASSES), help="default: the checkpoint's")
-    add("--num-fid-samples", type=whole(1, MOST_IMAGES), default=50_000, help="images to make (default 50000)")
+    add("--num-classes", type=whole(1, MAX_CLASSES), help="default: the checkpoint's")
+    add("--num-fid-samples", type=whole(1, MAX_IMAGES), default=50_000, help="images to make (default 50000)")
     add("--labels", choices=["random", "balanced"], default="random", help="classes drawn at random, or i mod classes "
         "(default random)")
     add("--class-names", dest="names_file", help="JSON file with the names of the classes in their order, to be "

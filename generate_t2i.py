@@ -26,7 +26,7 @@ from runtime.files import atomic_write
 from runtime.flags import Parser, whole
 from runtime.setup import end_processes
 from sampling.config import add_sampling_flags
-from sampling.images import MOST_IMAGES, open_checkpoint, sample_folder, sample_images, start
+from sampling.images import MAX_IMAGES, open_checkpoint, sample_folder, sample_images, start
 from sampling.prompts import read_prompts
 
 
@@ -35,7 +35,7 @@ def parse_args():
     add = parser.add_argument_group("this task").add_argument
     add("--model", choices=MMDIT_CONFIGS, help="default: the checkpoint's")
     add("--data-dir", default="../data/coco256_features", help="folder with val/ and empty_context.npy")
-    add("--num-fid-samples", type=whole(1, MOST_IMAGES), default=40_192, help="images to make, at most one for "
+    add("--num-fid-samples", type=whole(1, MAX_IMAGES), default=40_192, help="images to make, at most one for "
         "each image of val (default 40192)")
     add("--caption-index", type=int, default=0, help="which caption of each image of val (default 0, the first)")
     add("--prompt", action="append", default=[], help="own text instead of the captions of val; repeat for more")

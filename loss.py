@@ -126,15 +126,16 @@ def product(scale, a, b):
 
 
 def attention_tile(q, k, scale, teacher_q, teacher_k, teacher_scale):
-    """A tile of R rows: q (M, R, d), k (M, T, d), the teacher's (M, R, e) and (M, T, e); any float dtype.
+    """A tile of R rows of M maps, one per image and head; any float dtype.
 
+    q (M, R, d), k (M, T, d), the teacher's (M, R, e) and (M, T, e)
     -> sum of the cross-entropies, and their gradients w.r.t. q and k; float32.
     """
     q, k, teacher_q, teacher_k = q.float(), k.float(), teacher_q.float(), teacher_k.float()
-    p = product(teacher_scale, teacher_q, teacher_k.mT).softmax(dim=-1)
-    log_q = product(scale, q, k.mT).log_softmax(dim=-1)
-    total = -torch.dot(p.flatten(), log_q.flatten())
-    difference = log_q.exp_().sub_(p)
+    teacher_map = product(teacher_scale, teacher_q, teacher_k.mT).softmax(dim=-1)
+    log_student_map = product(scale, q, k.mT).log_softmax(dim=-1)
+    total = -torch.dot(teacher_map.flatten(), log_student_map.flatten())
+    difference = log_student_map.exp_().sub_(teacher_map)
     return total, product(scale, difference, k), product(scale, difference.mT, q)
 
 
@@ -142,8 +143,8 @@ class AttentionCrossEntropy(torch.autograd.Function):
     """sum_i [ logsumexp_j S_ij - sum_j P_ij S_ij ] over all rows i, with S the student's logits and P the teacher's
     map.
 
-    The derivative w.r.t. S is Q - P, Q the student's map. Both gradients are computed tile by tile with the value: as
-    many products as autograd needs, and no T x T map is kept, so memory is linear in T.
+    The derivative w.r.t. S is the student's map minus P. The forward pass also computes the gradients w.r.t. q and k,
+    tile by tile: as many products as autograd needs, and no T x T map is kept, so memory is linear in T.
     """
 
     @staticmethod
@@ -238,8 +239,8 @@ ALIGNMENT_LOSSES = {
     "relational": AlignmentLoss("relational_coeff", 0.0, "tokens", "features", relational_term,
                                 "relational loss (squared difference of cosines)"),
     "dispersive": AlignmentLoss("dispersive_coeff", 0.0, "tokens", None, dispersive_term,
-                                "dispersive loss (log mean nearness)"),
-    "latent": AlignmentLoss("latent_coeff", 0.0, "latents", None, latent_term, "loss to the latents (-cosine)"),
+                                "dispersive loss (log mean exp(-distance))"),
+    "latent": AlignmentLoss("latent_coeff", 0.0, "latents", None, latent_term, "latent loss (-cosine)"),
 }
 
 
@@ -274,7 +275,7 @@ class SILoss:
         self.tile = torch.compile(attention_tile, dynamic=False)
 
     def __call__(self, model, x, y, teacher=None, t=None, noise=None):
-        """Latents x (N, C, R, R), condition y -> dict(denoise (N,), and a scalar per name of `terms`), float32.
+        """Latents x (N, C, h, w), condition y -> dict(denoise (N,), and a scalar per name of `terms`), float32.
 
         `teacher` is an Alignment of the same images (empty if no loss needs a teacher), or None in Phase II: then the
         model returns no alignment, and only `denoise` is computed. A loss whose taps are empty in the student is 0.

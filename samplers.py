@@ -41,7 +41,7 @@ TIME_GRIDS = {"uniform": lambda u, shift: u, "quadratic": lambda u, shift: u ** 
 
 
 def step_times(count, last=0.0, time_grid="uniform", time_shift=3.0):
-    """`count` times from 1 to `last`, evenly spaced before TIME_GRIDS maps them."""
+    """linspace(1, last, count) mapped by a time grid, as floats. `last` is mapped, too: "shift" makes 0.111 of 0.04."""
     even = torch.linspace(1, last, count, dtype=torch.float64).tolist()
     return [min(1.0, TIME_GRIDS[time_grid](u, time_shift)) for u in even]  # the division may round up
 

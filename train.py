@@ -10,7 +10,7 @@ Defaults are the paper's run; --preset list shows its other runs, REPA's and pla
 """
 import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
 from models.sit import SIT_CONFIGS, SiT_models
-from runtime.errors import MOST_CLASSES, UserError, run_script
+from runtime.errors import MAX_CLASSES, UserError, run_script
 from runtime.flags import Parser, whole
 from training.config import add_training_flags, finalize_args
 from training.presets import parse_with_preset
@@ -23,10 +23,10 @@ def parse_args():
         "(default SiT-XL/2)")
     add("--data-dir", default="../data/imagenet256", help="folder with images/ and, for a VAE, vae-sd/, zips of them, "
         "or what `dataset_tools.py pack` made")
-    add("--num-classes", type=whole(1, MOST_CLASSES), help="default: as many as the data's labels, 1000 for ImageNet")
+    add("--num-classes", type=whole(1, MAX_CLASSES), help="default: as many as the data's labels, 1000 for ImageNet")
     add("--encode-online", action="store_true", help="read images only, and encode them by --vae in each training step "
         "(default off: latents are read)")
-    add("--hflip", action="store_true", help="show every image as it is or mirrored, at random; needs "
+    add("--hflip", action="store_true", help="random horizontal flip; needs "
         "DATA/vae-sd-hflip, --encode-online or --vae none (default off, as published)")
     add("--random-crop", action="store_true", help="with --encode-online: cut --resolution pixels out of larger "
         "images, at random")
@@ -46,9 +46,9 @@ def main():
     from accelerate.utils import set_seed
 
     from encoders.online import class_layout
-    from training.start import align_and_train, count_classes, model_arguments, needs_images, started
+    from training.start import align_and_train, count_classes, model_arguments, needs_images, open_run
 
-    with started(args) as (accelerator, run, found):
+    with open_run(args) as (accelerator, run, found):
         layout = class_layout(vars(args), accelerator.device)
         with accelerator.local_main_process_first():  # it writes the file index, the others read it
             dataset = layout(args.data_dir, args.resolution, args.num_classes, images=needs_images(args, found[1]),

@@ -34,11 +34,11 @@ def main():
 
     from data_io.latent_scale import PIXELS
     from dataset import CaptionedImages
-    from training.start import align_and_train, logger, model_arguments, needs_images, started
+    from training.start import align_and_train, logger, model_arguments, needs_images, open_run
 
     if args.vae == PIXELS:
         raise UserError("--vae none, training on pixels, is for train.py; give train_t2i.py the VAE of its latents.")
-    with started(args) as (accelerator, run, found):
+    with open_run(args) as (accelerator, run, found):
         dataset = CaptionedImages(args.data_dir, "train", args.resolution, args.seed,
                                   images=needs_images(args, found[1]))
         if dataset.texts is None:

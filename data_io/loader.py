@@ -36,8 +36,8 @@ def load_batches(dataset, batches, workers, pin, worker_init=None):
     """The `batches` of a LatentDataset, in order and read ahead, in pinned memory if `pin`; the same for any `workers`.
 
     Processes decode images, so they do not hold the training step's interpreter lock. Threads read packed rows:
-    reading releases the lock, and no batch is copied between processes (two workers, 256 px: 5,000 images/s
-    instead of 1,500; latents alone 14,000 instead of 5,000). `worker_init` is DataLoader's worker_init_fn.
+    reading releases the lock, and no batch is copied between processes (benchmarks/README.md). `worker_init` is
+    DataLoader's worker_init_fn.
     """
     if dataset.decodes:
         return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,

@@ -19,6 +19,7 @@ SCRIPTS = (train, train_t2i, generate, generate_t2i, evaluator, compare)
 HEAD = """# What flags are there?
 
 Made by `python docs/make_flags.py` from the scripts themselves; do not edit. Flags of a script's own come first.
+Other scripts: `--help`.
 `train.py --preset list` shows the paper's runs. What differs from the releases: [differences](differences.md).
 """
 

@@ -98,7 +98,7 @@ TEACHERS = {
 ALIASES = {"dino-vit-b": "dinov1-vit-b", "clip-vit-l": "clip-vit-L", "clip-vit-b": "clip-vit-B"}
 DINOV2 = TEACHERS["dinov2-vit-b"]
 TIMM = "timm:"  # prefix for any other ViT of timm
-# Where REPA's users keep weights that no hub has, relative to the folder they train in.
+# Where REPA's users keep these weights, relative to the folder they train in; tried before timm's hub.
 PLACES = {f"mocov3-vit-{size}": f"ckpts/mocov3_vit{size}.pth" for size in "sbl"} | {
     "mae-vit-l": "ckpts/mae_vitl.pth", "jepa-vit-h": "ckpts/ijepa_vith.pth", "dinov1-vit-b": "ckpts/dinov1_vitb.pth"}
 
@@ -280,7 +280,7 @@ class Teacher:
         return Alignment([tokens] if self.features else [], attention)
 
     def key(self):
-        """Text that changes with the weights and with everything else that changes an output."""
+        """String that changes with the weights and with everything else that changes an output."""
         images = self.row[3:5] + self.row[6:9]  # mean, std, interpolation, antialias, final_norm
         others = [value for value in (self.row.options, self.row.positions) if value not in ((), "timm")]
         parts = (weights_digest(self.vit), self.input_size, self.num_blocks, self.grid, images, *others)

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
 from evaluations import EFFICIENTNET_PATH, score_names
 from evaluations.evaluator import run
-from runtime.errors import LARGEST_SEED, UserError, run_script
+from runtime.errors import MAX_SEED, UserError, run_script
 from runtime.flags import Parser, whole
 
 METRICS = ("fid", "kid")
@@ -94,7 +94,7 @@ def main():
     add("--vae", default="assets/vae-emoji", help="its VAE (default assets/vae-emoji)")
     add("--efficientnet-weights", help=f"default {EFFICIENTNET_PATH}")
     add("--reference-images", type=whole(2), help="of each split (default: all held-out, as many of training)")
-    add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of the choice of images and the noise (default 0)")
+    add("--seed", type=whole(0, MAX_SEED), default=0, help="of the choice of images and the noise (default 0)")
     args = parser.parse_args()
     args.json = args.samples.parent / f"{args.samples.stem}-scores.json"
     run(evaluate, lambda result: [*lines(result), args.json], args)

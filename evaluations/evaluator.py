@@ -87,7 +87,7 @@ def add_network_arguments(parser):
     add("--dinov2-weights", metavar="FILE", help="DINOv2 ViT-L/14, .pth or .safetensors; downloaded if not given")
     add("--efficientnet-weights", metavar="FILE", help=f"EfficientNet-Lite0's .pth; default {EFFICIENTNET_PATH}")
     add("--any-weights", action="store_true",
-        help="accept weights other than the published ones; such scores compare with nothing")
+        help="accept weights other than the published ones; such scores are not comparable to others")
     add("--batch-size", type=whole(1), default=64, help="images at a time; default 64")
     add("--device", choices=("cpu", "cuda"), help="default cuda if there is a GPU")
 
@@ -115,7 +115,7 @@ def given_paths(args, *but):
 
 
 def run(evaluate, lines, args, *inputs):
-    """Write the result of `evaluate(args)` to args.json, then print its `lines`; logs go to stderr.
+    """Write the result of `evaluate(args)` to the file of --json, if given, then print its `lines`; logs go to stderr.
 
     `inputs`: further input files, which no argument names.
     """

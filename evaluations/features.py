@@ -157,7 +157,7 @@ def read_weights(path, url, sha256):
                             "there is efficientnet-lite0.") from error
     if sha256 and os.path.isfile(path) and not (digest := sha256_of(path)).startswith(sha256):
         raise UserError(f"{path} has sha256 {digest[:16]}..., the published weights {sha256}...; get them again, "
-                        "or give evaluator.py --any-weights for scores that compare with nothing else.")
+                        "or give evaluator.py --any-weights for scores that are not comparable to others.")
     state = load_tensors(path)
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a state dict; give the published file.")

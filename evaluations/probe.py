@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
 import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
 from evaluations.evaluator import run
-from runtime.errors import LARGEST_SEED, UserError, run_script
+from runtime.errors import MAX_SEED, UserError, run_script
 from runtime.flags import Parser, number, pixels, whole
 
 
@@ -109,7 +109,7 @@ def main():
     add("--images", type=whole(1), default=10_000, help="images of each split at most (default 10000)")
     add("--k", type=whole(1), default=10, help="neighbours of CKNNA (default 10)")
     add("--l2", type=number(0), default=1e-2, help="weight of the probe's |W|^2 / 2 (default 0.01)")
-    add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of noise and choice of images (default 0)")
+    add("--seed", type=whole(0, MAX_SEED), default=0, help="of noise and choice of images (default 0)")
     add("--batch-size", type=whole(1), default=64, help="images at a time and process (default 64)")
     add("--device", choices=("cpu", "cuda"), help="default cuda if there is a GPU")
     add("--json", metavar="OUT", help="also write the scores, with their settings, to this file")

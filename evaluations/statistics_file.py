@@ -56,8 +56,8 @@ def read_statistics(source, extractor, required):
         logger.warning("%s: they are ignored, and the images beside them are used", message)
         return None
     if preset is None and features == "inception" and rank() == 0:
-        logger.warning("%s does not say how Inception was fed; it is taken to be preset %s. ADM's reference files need "
-                       "adm, U-ViT's for COCO pytorch-fid", source, extractor.preset)
+        logger.warning("%s does not name its preprocessing for Inception; it is taken to be preset %s. ADM's "
+                       "reference files need adm, U-ViT's for COCO pytorch-fid", source, extractor.preset)
     if why := flaw(stored, n, extractor.dim):
         raise UserError(f"{source} holds no statistics of {features} features ({why}); make it again with "
                         "evaluations/stats.py.")

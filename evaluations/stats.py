@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees evaluations/ only
 from evaluations.evaluator import add_network_arguments, extractor_from, given_paths
-from runtime.errors import LARGEST_SEED, UserError, run_script
+from runtime.errors import MAX_SEED, UserError, run_script
 from runtime.flags import Parser, whole
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def main():
     parser.add_argument("source", metavar="SOURCE", help="npz or folder of images")
     parser.add_argument("out", metavar="OUT.npz", type=Path, help="the file to write")
     parser.add_argument("--images", type=whole(0), default=0, metavar="N", help="images to store; default 0")
-    parser.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0, help="of the choice of images; default 0")
+    parser.add_argument("--seed", type=whole(0, MAX_SEED), default=0, help="of the choice of images; default 0")
     add_network_arguments(parser)
     args = parser.parse_args()
     import numpy as np

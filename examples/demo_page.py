@@ -12,7 +12,7 @@ from PIL import Image
 from runtime.errors import UserError, first_line
 from runtime.flags import number, whole
 
-MOST_ROWS = 16
+MAX_ROWS = 16
 FIELDS = {"images": whole(1, 16), "seed": whole(0), "cfg": number(1, 10)}  # of the form, and their ranges
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>HASTE: samples</title>
@@ -83,8 +83,8 @@ def read_query(query, values):
     """Put what the form has sent into `values`, arguments of demo.grid. Raises UserError."""
     fields = parse_qs(query)
     values["asked"] = [text.strip() for one in fields.get("class", []) for text in one.splitlines() if text.strip()]
-    if len(values["asked"]) > MOST_ROWS:
-        raise UserError(f"{len(values['asked'])} rows are too many; ask for {MOST_ROWS} at most.")
+    if len(values["asked"]) > MAX_ROWS:
+        raise UserError(f"{len(values['asked'])} rows are too many; ask for {MAX_ROWS} at most.")
     for name in FIELDS.keys() & fields.keys():
         try:
             values[name] = FIELDS[name](fields[name][-1])

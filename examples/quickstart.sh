@@ -74,7 +74,7 @@ else
     stage prompts python generate_t2i.py "${sampling[@]}" --prompts assets/prompts-emoji.txt \
         --text-encoder $captions/text-encoder
     made=samples/$name/MMDiT-T-$ending
-    stage agreement python evaluations/caption_retrieval.py $captions/val "$made"
+    stage retrieval python evaluations/caption_retrieval.py $captions/val "$made"
     pictures=("$made" "${made/MMDiT-T/MMDiT-T-prompts-emoji}")
     found="$made-grid.png (captions held out from training),
          ${made/MMDiT-T/MMDiT-T-prompts-emoji}-grid.png (assets/prompts-emoji.txt)"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data_io.latent_scale import SD_SCALE
 from data_io.storage import Packed, open_files
 from evaluations.images import decode
-from runtime.errors import LARGEST_SEED, UserError, run_script
+from runtime.errors import MAX_SEED, UserError, run_script
 from runtime.files import atomic_folder, is_file, prepare_output
 from runtime.flags import Parser, number, whole
 from runtime.setup import tune
@@ -107,7 +107,7 @@ def main():
     add("--batch-size", type=whole(1), default=8, help="images a step (default 8)")
     add("--learning-rate", type=number(0), default=2e-3, help="peak, decayed to 0 by a cosine (default 2e-3)")
     add("--kl-weight", type=number(0), default=1e-3, help="weight of the KL per latent value (default 1e-3)")
-    add("--seed", type=whole(0, LARGEST_SEED), default=0, help="default 0")
+    add("--seed", type=whole(0, MAX_SEED), default=0, help="default 0")
     args = parser.parse_args()
     from diffusers import AutoencoderKL  # takes seconds: import after parsing
     torch.manual_seed(args.seed)

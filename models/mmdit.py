@@ -93,7 +93,7 @@ class MMDiT(nn.Module):
         layers.compile_blocks(self.joint_blocks)
 
     def forward(self, x, t, y, return_alignment=False):
-        """x (N, C, R, R), t (N,), text y (N, L, context_dim), any L -> v (N, C, R, R), and the Alignment if asked."""
+        """x (N, C, h, w), t (N,), text y (N, L, context_dim), any L -> v (N, C, h, w), and the Alignment if asked."""
         tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         context = self.context_embedder(y)  # (N, L, D)
         c = self.t_embedder(t)  # (N, D)

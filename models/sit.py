@@ -102,7 +102,7 @@ class SiT(nn.Module):
         layers.compile_blocks(self.blocks)
 
     def forward(self, x, t, y, return_alignment=False):
-        """x (N, C, R, R), t (N,), y (N,) int -> v (N, C, R, R), with `return_alignment` also the Alignment."""
+        """x (N, C, h, w), t (N,), y (N,) int -> v (N, C, h, w), with `return_alignment` also the Alignment."""
         tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         features, attention, projected = [], {}, None

@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 
-LARGEST_SEED, MOST_CLASSES = 2 ** 32 - 1, 10 ** 6  # NumPy's limit; more classes than this are a typing error
+MAX_SEED, MAX_CLASSES = 2 ** 32 - 1, 10 ** 6  # NumPy's limit; more classes than this are a typing error
 PEER_ENDED = "error: the connection to another process of this run broke; if that process has ended, it says why"
 
 

@@ -1,7 +1,7 @@
 """The flags of generate.py and generate_t2i.py in groups, each with its range beside it."""
 import argparse
 
-from runtime.errors import LARGEST_SEED
+from runtime.errors import MAX_SEED
 from runtime.flags import number, pixels, whole
 from samplers import SAMPLERS, TIME_GRIDS
 from sampling.cache import CACHES
@@ -13,8 +13,8 @@ def add_sampling_flags(parser):
 
     add = parser.add_argument_group("network").add_argument
     add("--ckpt", required=True, help="checkpoint of train.py or of the published code, or an export of it")
-    add("--weights", choices=["ema", "model"], default="ema", help="the average of the weights, or the weights that "
-        "are trained: better where few steps are done (default ema)")
+    add("--weights", choices=["ema", "model"], default="ema", help="EMA, or the trained weights, which are "
+        "better early in training (default ema)")
     add("--vae", help="ema, mse, a hub name or folder in diffusers' format, or none for a network of pixels (default: "
         "the checkpoint's; ema for Stable Diffusion's)")
     add("--latents-stats", metavar="FILE", help="mean and std of the latents' channels, see train.py (default: the "
@@ -30,7 +30,7 @@ def add_sampling_flags(parser):
 
     add = parser.add_argument_group("output").add_argument
     add("--sample-dir", default="samples", help="where the folder of images and the .npz go (default samples)")
-    add("--prefix", default="", help="begins their names, to keep runs or settings apart (default nothing)")
+    add("--prefix", default="", help="prefix of their names, to keep runs or settings apart (default none)")
     add("--per-proc-batch-size", type=whole(1), default=32, help="images a batch and process (default 32)")
 
     add = parser.add_argument_group("precision and speed").add_argument
@@ -61,12 +61,12 @@ def add_sampler_flags(parser, **swept):
         "%(default)s)")
     add("--guidance-low", type=number(0, 1), default=0.0, help="guide where t is at least this (default 0)")
     add("--guidance-high", type=number(0, 1), default=1.0, help="guide where t is at most this (default 1)")
-    add("--seed", "--global-seed", dest="global_seed", type=whole(0, LARGEST_SEED), default=0,
+    add("--seed", "--global-seed", dest="global_seed", type=whole(0, MAX_SEED), default=0,
         help="image i is made from (seed, i) (default 0)")
 
     add = parser.add_argument_group("cache between steps").add_argument
     add("--cache", choices=CACHES, default="none", help="skip work at most steps; taylor: predict attention and MLP "
-        "(TaylorSeer's, exact above order 1 too), "
+        "by a polynomial (TaylorSeer's up to order 1), "
         "delta: add what a run of blocks added before (default none)")
     add("--cache-interval", type=whole(1), default=3, help="every so many calls the network is run in full (default 3)")
     add("--cache-order", type=whole(0, 8), default=2, help="degree of taylor's polynomial (default 2)")

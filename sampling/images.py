@@ -33,7 +33,7 @@ NOT_IN_SETTINGS = ("sample_dir", "num_fid_samples", "per_proc_batch_size", "tf32
                    "projector_embed_dims", "encoder_depth", "class_names", "names_file", "legacy", "prefix")
 # Entries of settings.json that are not compared: hashes or values stand for the paths.
 NOT_COMPARED = ("ckpt", "vae", "latents_stats", "data_dir", "text_encoder", "cost")
-MOST_IMAGES = 10 ** 7  # six digits name a file, and a list of more takes memory
+MAX_IMAGES = 10 ** 7  # six digits name a file, and a list of more takes memory
 
 
 def sample(network, vae, streams, y, y_null, mode="ode", num_steps=50, cfg_scale=CFG_SCALE, guidance_low=0.0,

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from encoders.text import CLIP, TextEncoder
-from runtime.errors import LARGEST_SEED, UserError
+from runtime.errors import MAX_SEED, UserError
 from sampling.images import CFG_SCALE, check_guidance, open_network, sample
 
 
@@ -29,15 +29,15 @@ class Pipeline:
     def __call__(self, conditions, seed=0, batch_size=32, **sampling):
         """One image per class (its number, or its name if the checkpoint has names) or, for text, per string.
 
-        Image i depends on (seed, i) and its condition only. `sampling` are options of `sample`, with its names and
-        defaults: mode, num_steps, cfg_scale, guidance_low, guidance_high, heun. Raises UserError for an unknown class.
+        Image i depends on (seed, i) and its condition only. `sampling` are options of samplers.sample and of
+        sampling.cache.sample_latents, with their names and defaults. Raises UserError for an unknown class.
         """
         if isinstance(conditions, (str, int)):
             raise UserError(f"{conditions!r} is one condition; give a list, such as [{conditions!r}].")
-        if type(seed) is not int or not 0 <= seed <= LARGEST_SEED or type(batch_size) is not int or batch_size < 1:
+        if type(seed) is not int or not 0 <= seed <= MAX_SEED or type(batch_size) is not int or batch_size < 1:
             # NumPy would give larger seeds the noise of smaller ones
             raise UserError(f"seed is {seed!r}, batch_size {batch_size!r}; give whole numbers, from 0 to "
-                            f"{LARGEST_SEED} and from 1 on.")
+                            f"{MAX_SEED} and from 1 on.")
         check_guidance(self.path, sampling.get("cfg_scale", CFG_SCALE), self.args)
         pictures = []
         for start in range(0, len(conditions), batch_size):

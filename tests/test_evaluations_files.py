@@ -181,7 +181,7 @@ def test_coco_protocol(made, quick, monkeypatch, capsys, caplog):
     np.savez(made / "coco.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     call_main(monkeypatch, evaluator, *paths(made, "coco.npz", "sample"), "--preset", "pytorch-fid", "--num-samples", 2)
     assert capsys.readouterr().out == "FID: 1.5000\n"
-    assert "coco.npz does not say how Inception was fed; it is taken to be preset pytorch-fid" in caplog.text
+    assert "coco.npz does not name its preprocessing for Inception; it is taken to be preset pytorch-fid" in caplog.text
 
 
 def test_two_processes_give_the_scores_of_one(made, adm):

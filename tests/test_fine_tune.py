@@ -37,11 +37,12 @@ def test_parts_of_another_shape_are_made_anew(trained, caplog):
     for source in ("ema", "model"):
         now, _ = started(trained, source)
         assert now.keys() == saved[source].keys() and all(torch.equal(now[name], saved[source][name]) for name in now)
-    assert "anew" not in caplog.text and f"begun from the weights (model) of {trained}, after 5 steps" in caplog.text
+    assert "anew" not in caplog.text
+    assert f"initialised from the weights (model) of {trained}, after 5 steps" in caplog.text
     for kwargs, begin, words in (
-            ({"num_classes": 9}, "y_embedder", "table is made anew, y_embedder.embedding_table.weight being (5, 32)"),
-            ({"input_size": 8}, "pos_embed", "the position table is made anew"),
-            ({"z_dims": (64,)}, "projectors.0.", "a projector is made anew, projectors.0.4.bias being (48,)"),
+            ({"num_classes": 9}, "y_embedder", "table is initialised anew, y_embedder.embedding_table.weight being (5"),
+            ({"input_size": 8}, "pos_embed", "the position table is initialised anew"),
+            ({"z_dims": (64,)}, "projectors.0.", "a projector is initialised anew, projectors.0.4.bias being (48,)"),
             ({"z_dims": (48, 64)}, "projectors.1.", "projectors.1.0.bias being missing in"),
             ({"z_dims": ()}, "nothing", "and missing here")):
         caplog.clear()
@@ -52,7 +53,7 @@ def test_parts_of_another_shape_are_made_anew(trained, caplog):
 
 
 def test_no_random_labels_are_kept(run, trained, tmp_path):
-    with pytest.raises(UserError, match="--freeze names the label table, which is made anew"):
+    with pytest.raises(UserError, match="--freeze names the label table, which is initialised anew"):
         run(tmp_path, *NO_TEACHER, "--init-from", trained, "--num-classes", 9, "--freeze", "y_embedder")
 
 

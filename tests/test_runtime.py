@@ -26,7 +26,7 @@ from runtime.errors import UserError
 from runtime.memory import GIB, advice, images_that_fit
 from tests.conftest import CPU, NO_TEACHER, ROOT, forget_accelerator, script, tiny_run, train_arguments, without
 from tests.test_models import nano_models
-from training.config import MOST_WORKERS
+from training.config import MAX_WORKERS
 from training.fsdp import set_plugin
 from training.start import make_accelerator
 from training.step import backward_and_step
@@ -173,7 +173,7 @@ def test_a_process_that_sees_one_gpu_takes_it(monkeypatch):
 
 
 @pytest.mark.parametrize("cores, processes, typed, used", [
-    (3, 1, [], 3), (64, 1, [], MOST_WORKERS), (16, 8, [], 2), (2, 8, [], 1), (64, 1, ["--num-workers", 1], 1)])
+    (3, 1, [], 3), (64, 1, [], MAX_WORKERS), (16, 8, [], 2), (2, 8, [], 1), (64, 1, ["--num-workers", 1], 1)])
 def test_workers_follow_the_cores(monkeypatch, tiny_data, tmp_path, cores, processes, typed, used):
     """All processes that a launcher starts on this machine share its cores."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))

@@ -136,7 +136,7 @@ def test_previews_are_of_the_ema_with_fixed_noise(run, monkeypatch, tmp_path, de
     events = EventAccumulator(str(next((tmp_path / "logs/run").rglob("events*")).parent)).Reload()
     assert events.Tags()["images"] == ["truth", "samples"] and [e.step for e in events.Images("samples")] == [1, 2]
     assert scales == [scale] * 2 and ("previews are without guidance" in log) == (scale == 1)
-    assert log.count("still holds much of the first weights") == (decay == 1)
+    assert log.count("still holds much of the initial weights") == (decay == 1)
 
 
 def test_a_warm_average_is_not_young(run, monkeypatch, tmp_path):

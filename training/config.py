@@ -7,15 +7,14 @@ from pathlib import PurePath
 from evaluations import FEATURES, METRICS, PRESETS
 from loss import ALIGNMENT_LOSSES, uses
 from models.layers import PROJECTORS
-from runtime.errors import LARGEST_SEED, UserError
+from runtime.errors import MAX_SEED, UserError
 from runtime.flags import number, pixels, whole
 from sampling.cache import CACHES
 from training.schedule import SCHEDULES
 
 EARLY_STOP_512 = 300_000  # the paper's switch at 512 px, whatever the model
-# benchmarks/README.md: a worker decodes about 150 images/s of 256 px. On a GPU an XL takes 500 images/s (4 workers), a
-# B 1,500 (10 workers); more workers only take memory. Packed data need 1.
-MOST_WORKERS = 12
+# A worker decodes about 150 images/s of 256 px (benchmarks/README.md): 12 feed 1,800 images/s. Packed data need 1.
+MAX_WORKERS = 12
 PRECISIONS = ["no", "fp16", "bf16"]
 BELOW_1 = 1 - 2 ** -53
 # Larger values are typing errors, which would cost memory or hours before they show.
@@ -48,14 +47,14 @@ def add_training_flags(parser):
     add("--output-dir", default="exps", help="folder of all runs (default exps)")
     add("--max-train-steps", type=steps, default=400_000, help="optimizer steps (default 400000)")
     add("--epochs", type=steps, default=1400, help="upper limit on passes over the data (default 1400)")
-    add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of weights, data order and noise (default 0)")
+    add("--seed", type=whole(0, MAX_SEED), default=0, help="of weights, data order and noise (default 0)")
 
     add = parser.add_argument_group("data").add_argument
     add("--resolution", type=pixels, help="image side in pixels (default: that of the images; without "
         "images by latents and VAE, else 256)")
     add("--batch-size", type=images, default=256, help="images a step over all processes (default 256)")
     add("--num-workers", type=whole(0, 1024), help="loader processes per process; threads where nothing is decoded "
-        f"(default: the process's share of the cores, at most {MOST_WORKERS})")
+        f"(default: the process's share of the cores, at most {MAX_WORKERS})")
     add("--vae", help="VAE of previews and scores: hub name or diffusers folder; none: train on pixels, without a VAE "
         "(train.py) (default: the one that made the latents, by DATA/latents.json, else stabilityai/sd-vae-ft-mse)")
     add("--legacy", action=argparse.BooleanOptionalAction, help="no effect: REPA's script takes it")
@@ -66,7 +65,7 @@ def add_training_flags(parser):
     add = parser.add_argument_group("model").add_argument
     add("--qk-norm", action=on_off, default=False, help="LayerNorm on q and k (default off)")
     add("--path-type", choices=["linear", "cosine"], default="linear", help="interpolant (default linear)")
-    add("--weighting", choices=["uniform", "lognormal"], default="uniform", help="of t (default uniform)")
+    add("--weighting", choices=["uniform", "lognormal"], default="uniform", help="distribution of t (default uniform)")
     add("--time-shift", type=number(0.01, 100), default=1.0, metavar="S", help="train at S t / (1 + (S - 1) t): above "
         "1 more of t is noisy, for larger latents (default 1)")
     add("--prediction", choices=["v"], default="v", help="what the network predicts: the velocity")
@@ -74,7 +73,7 @@ def add_training_flags(parser):
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--init-from", metavar="CKPT", help="begin with the weights of this checkpoint, of ours or published, or an "
         "export: at step 0, with an optimizer of its own (default: at random)")
-    add("--init-weights", choices=["ema", "model"], default="ema", help="which of its weights (default ema)")
+    add("--init-weights", choices=["ema", "model"], default="ema", help="its EMA or its trained weights (default ema)")
     add("--freeze", nargs="+", metavar="PATTERN", help='weights that stay as they are: names of parts or '
         'patterns, such as "blocks.[0-3]" x_embedder (default none)')
 
@@ -110,7 +109,8 @@ def add_training_flags(parser):
     add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     either("--early-stop-point", type=step, help="first step without alignment (default: the paper's for "
            "the model)")
-    either("--early-stop-fraction", type=number(1e-9, 1), metavar="F", help="the same as a part of --max-train-steps")
+    either("--early-stop-fraction", type=number(1e-9, 1), metavar="F", help="early-stop point as a fraction of "
+           "--max-train-steps")
     add("--align-decay", choices=["none", "linear", "cosine"], default="none", help="factor on the alignment losses at "
         "step s of early-stop point E: linear 1 - s/E, cosine (1 + cos(pi s/E))/2 (default none: 1)")
     add("--early-stop-trigger", choices=["step", "gradient"], default="step", help="gradient: alignment also ends once "
@@ -119,7 +119,7 @@ def add_training_flags(parser):
     add("--trigger-every", type=steps, default=10_000, help="steps between comparisons (default 10000)")
     add("--trigger-samples", type=images, default=2048, help="training images of a comparison (default 2048)")
     add("--trigger-timesteps", type=number(0, 1), nargs="+", default=[0.02, 0.1, 0.5, 0.8], metavar="T",
-        help="default 0.02 0.1 0.5 0.8")
+        help="t at which gradients are compared (default 0.02 0.1 0.5 0.8)")
     add("--trigger-block", type=whole(1), help="1-based block whose weights' gradients are compared (default: the "
         "deepest that alignment reaches; the paper: 5 for SiT-B/2)")
     add("--trigger-threshold", type=number(-1, 1), default=-0.05, help="alignment ends when the mean cosine over the "
@@ -136,7 +136,7 @@ def add_training_flags(parser):
     add("--max-grad-norm", type=number(0), default=1.0, help="gradients are clipped to this norm (default 1)")
     add("--max-skipped-steps", type=step, help="stop after more steps in a row than this whose loss or gradient is "
         "not finite; such a step changes no weight (default 0; for gradients under fp16's scaler 20)")
-    add("--ema-decay", type=number(0, 1), default=0.9999, help="of the weights' average, per step (default 0.9999)")
+    add("--ema-decay", type=number(0, 1), default=0.9999, help="EMA decay per step (default 0.9999)")
     add("--ema-warmup", action="store_true", help="for short runs: the decay after n steps is (1 + n) / (10 + n) at "
         "most (default off)")
 
@@ -180,14 +180,15 @@ def add_training_flags(parser):
         "(default 50)")
     add("--eval-cache", choices=CACHES, default="none", help="skip work between these steps, as generate.py's --cache "
         "(default none)")
-    add("--eval-cache-interval", type=whole(1, 10 ** 5), default=3, help="of it (default 3)")
+    add("--eval-cache-interval", type=whole(1, 10 ** 5), default=3, help="interval of --eval-cache (default 3)")
     add("--eval-metrics", nargs="+", choices=METRICS, default=["fid", "kid"], help="default fid kid; pr: precision, "
         "recall")
     add("--eval-ref", help="what they are compared with: npz, statistics file or folder of images")
     add("--eval-features", choices=FEATURES, default="inception", help="features of the scores (default inception)")
-    add("--eval-preset", choices=PRESETS, default="adm", help="how Inception is fed: adm (default), or pytorch-fid for "
-        "COCO")
-    add("--eval-weights", help="weights of that network: a file (default: from the hub, or the embedded one)")
+    add("--eval-preset", choices=PRESETS, default="adm", help="image preprocessing for Inception: adm (default), "
+        "or pytorch-fid for COCO")
+    add("--eval-weights", help="weights of that network: a file (default: from the hub; efficientnet-lite0's "
+        "from a package)")
 
 
 def loss_weights(args):

@@ -17,7 +17,7 @@ from runtime.setup import to_device
 from training.fsdp import is_sharded, whole
 
 COSINE_COLUMN = "cosine"  # the mean, which decides; single timesteps are cosine_0.02 and so on
-HEADROOM = 16  # fp16: scale gradients by this much less than in training, as nothing halves the scale here
+HEADROOM = 16  # fp16: divide the loss scale by this, as an overflow here does not lower it
 
 logger = logging.getLogger("haste")
 

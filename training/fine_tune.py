@@ -30,10 +30,10 @@ def init_from(model, args):
             if (found := re.match(pattern, name))}
     for begin, (words, name) in sorted(anew.items()):
         if begin.startswith("y_embedder") and begin in frozen_parameters(model, args.freeze):
-            raise UserError(f"--freeze names {words}, which is made anew, as {path} has other classes; it would stay "
-                            "random. Leave that pattern out.")
-        logger.info(f"--init-from: {words} is made anew, {name} being {shapes[0].get(name, 'missing')} in {path} and "
-                    f"{shapes[1].get(name, 'missing')} here")
+            raise UserError(f"--freeze names {words}, which is initialised anew, as {path} has other classes; it would "
+                            "stay random. Leave that pattern out.")
+        logger.info(f"--init-from: {words} is initialised anew, {name} being {shapes[0].get(name, 'missing')} in "
+                    f"{path} and {shapes[1].get(name, 'missing')} here")
         theirs = {name: value for name, value in theirs.items() if not name.startswith(begin)}
         theirs |= {name: value for name, value in ours.items() if name.startswith(begin)}
     load_weights(model, theirs, path)
@@ -42,7 +42,7 @@ def init_from(model, args):
                               ("--path-type", saved.get("path_type") or args.path_type, args.path_type)):
         if there != here:
             logger.warning(f"--init-from: {path} was trained with other {name} ({there}, here {here}).")
-    logger.info(f"begun from the weights ({source}) of {path}"
+    logger.info(f"initialised from the weights ({source}) of {path}"
                 + (f", after {state['steps']} steps" if state.get("steps") else ""))
 
 

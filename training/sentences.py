@@ -57,8 +57,8 @@ def describe(trainer):
     due = [(trainer.step // every + 1) * every for every, part in (
         (args.sampling_steps, trainer.previews), (args.eval_steps, trainer.evaluation)) if part]
     if due and min(due) * (1 - ema_decay(args, min(due))) < 0.999:
-        logger.info(f"previews and scores from step {min(due)} on are of an average (--ema-decay {args.ema_decay}) "
-                    "that still holds much of the first weights; --ema-warmup or a smaller decay suits a short run")
+        logger.info(f"previews and scores from step {min(due)} on use an EMA (--ema-decay {args.ema_decay}) that "
+                    "still holds much of the initial weights; --ema-warmup or a smaller decay suits a short run")
 
 
 def first_not_finite(trainer, step):

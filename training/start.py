@@ -22,11 +22,11 @@ from loss import SILoss, uses
 from models.mmdit import MMDIT_CONFIGS
 from models.sit import SIT_CONFIGS
 from runtime import memory
-from runtime.errors import MOST_CLASSES, UserError
+from runtime.errors import MAX_CLASSES, UserError
 from runtime.setup import PROCESS_GROUP_TIMEOUT, connect, share_of_cores, tune
 from training import run_folder
 from training.checkpointing import read_for_all
-from training.config import MOST_WORKERS, aligned_pairs, loss_weights
+from training.config import MAX_WORKERS, aligned_pairs, loss_weights
 from training.fine_tune import check_frozen, init_from
 from training.preemption import listen
 from training.sentences import describe_alignment
@@ -110,7 +110,7 @@ def make_accelerator(args):
         raise UserError(f"--trigger-samples {args.trigger_samples} must be a multiple of the number of processes = "
                         f"{accelerator.num_processes}; change it.")
     if args.num_workers is None:
-        args.num_workers = min(MOST_WORKERS, share_of_cores())
+        args.num_workers = min(MAX_WORKERS, share_of_cores())
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if accelerator.is_main_process:
         run_folder.collect_log(run)
@@ -122,7 +122,7 @@ def make_accelerator(args):
 
 
 @contextlib.contextmanager
-def started(args):
+def open_run(args):
     """(Accelerator, run folder, (path, state) of the checkpoint to continue from) for the time of a run."""
     accelerator, run = make_accelerator(args)
     with run_folder.opened(run, accelerator.is_main_process):
@@ -146,8 +146,8 @@ def count_classes(args, dataset):
     if args.num_classes is None:
         args.num_classes = len(dataset.class_names or range(int(dataset.labels.max()) + 1))
         logger.info(f"--num-classes {args.num_classes}, by the labels of {args.data_dir}")
-    if args.num_classes > MOST_CLASSES:
-        raise UserError(f"The labels of {args.data_dir} go up to {args.num_classes - 1}, past {MOST_CLASSES}; number "
+    if args.num_classes > MAX_CLASSES:
+        raise UserError(f"The labels of {args.data_dir} go up to {args.num_classes - 1}, past {MAX_CLASSES}; number "
                         "the classes from 0 on.")
     if empty := args.num_classes - len(np.unique(dataset.labels)):
         logger.warning(f"{empty} of the {args.num_classes} classes have no image in {args.data_dir}: they are not "
@@ -181,7 +181,7 @@ def model_arguments(args, config, moments_shape):
 
 
 def align_and_train(args, accelerator, run, found, model, dataset, y_null):
-    """Train from the checkpoint `found` of `started` on, with the losses and the teacher that args ask for."""
+    """Train from the checkpoint `found` of `open_run` on, with the losses and the teacher that args ask for."""
     if not found[1]:
         init_from(model, args)
     check_frozen(model, args)

@@ -56,9 +56,9 @@ class Phase:
 class Trainer:
     """A run, from its newest checkpoint to its last step. The same command again continues it.
 
-    dataset[i] -> dict(position, moments, y, and image while dataset.images); y_null is the null condition, shaped
-    like one y. `load_teacher()` returns Teachers, or is None; it is called, and its result kept, in Phase I only.
-    `found`: (path, state) of the checkpoint to continue from; the state is {} at the start.
+    dataset[i] -> dict(position, y, moments unless dataset.vae encodes, and image while dataset.images); y_null is the
+    null condition, shaped like one y. `load_teacher()` returns Teachers, or is None; it is called, and its result kept,
+    in Phase I only. `found`: (path, state) of the checkpoint to continue from; the state is {} at the start.
     """
 
     def __init__(self, args, accelerator, run, model, dataset, load_teacher, loss_fn, y_null, found=(None, {})):
@@ -97,12 +97,12 @@ class Trainer:
                     self.after_step(phase)
             self.begin()  # if no step was left
             if self.metrics.pending:
-                self.log_row()  # the last steps, fewer than --log-every: a run that goes on replaces this row
+                self.log_row()  # the last steps, fewer than --log-every: a resumed run rewrites this row
         batches = None  # ends the loader's processes and threads
         self.finish()
 
     def prepare(self):
-        """Load the newest checkpoint and all that the run needs. Of an earlier start's files only log.txt changes."""
+        """Load the newest checkpoint and all that the run needs. Changes no existing file but log.txt."""
         if self.args.compile:  # not the EMA: previews and scores have other shapes
             check_compiler(self.accelerator.device)
             self.model.compile()
@@ -138,7 +138,7 @@ class Trainer:
             give_back_memory()
             freed = "" if self.args.enc_type == "none" else "; teacher freed"
             logger.info(f"step {self.step}: alignment is switched off{freed}")
-        # Outside Phase I the projector is frozen and DDP is built anew, so that it leaves the gradient exchange.
+        # In Phase II freeze the projector and rebuild DDP, so that its gradients are no longer synchronised.
         set_trainable(self.model, self.args.freeze, phase.aligned)
         self.wrap()
         self.dataset.images = phase.aligned and self.teacher.sees_images
@@ -191,12 +191,12 @@ class Trainer:
     def trigger(self, phase, cosine):
         """End `phase` here if the gradients of alignment and denoising point apart."""
         if not math.isfinite(cosine):
-            logger.warning(f"step {self.step}: the gradients' cosine is not finite; alignment goes on")
+            logger.warning(f"step {self.step}: the gradients' cosine is not finite; alignment continues")
         if cosine < self.args.trigger_threshold:
             phase.end = self.trigger_fired = self.step
 
     def finish(self):
-        """Last line of the log; all processes leave together, as a launcher may end those that are left."""
+        """Last line of the log; all processes exit together, as a launcher may kill the last ones."""
         logger.info(f"stopped by a signal after step {self.step}; the same command continues" if self.stopping else
                     f"{DONE}{self.max_steps} steps in {self.run_folder}")
         for tracker in self.accelerator.trackers:
@@ -242,7 +242,7 @@ class Trainer:
             yield batch, {name: to_device(value, accelerator.device) for name, value in draws.items()}
 
     def wrap(self):
-        """Prepare model and optimizer for a phase. FSDP, and one process in Phase II, have nothing to prepare anew."""
+        """Prepare model and optimizer for a phase. FSDP, and one process in Phase II, need no new wrapping."""
         if self.ddp_model is self.model:
             return
         if self.ddp_model is not None:
@@ -260,7 +260,7 @@ class Trainer:
     # ---- start and end ----
 
     def resume(self, path, state):
-        """Go on from the `state` of the checkpoint at `path`; without one check the folder. Returns its rest."""
+        """Load the `state` of the checkpoint at `path`; without one check the folder. Returns the unused entries."""
         settings, begun = self.settings, self.run_folder / "args.json"
         if not path and is_file(begun):  # a run that ended before its first checkpoint
             check_same_run(begun, read_json(begun), settings)
