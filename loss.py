@@ -260,9 +260,9 @@ def weighted_sum(terms, weights, factor=1.0, start=0.0):
 class SILoss:
     """All losses of one batch.
 
-    attn_pairs: (student block, teacher block), 0-based; () leaves attention out. `terms` names the rows of
-    ALIGNMENT_LOSSES that are computed. `spatial_norm` is the alpha of spatial_normalize for the teachers' features;
-    None leaves them unchanged.
+    attn_pairs: (student block, teacher block), 0-based; () leaves attention out. `num_heads`: as in attention_loss.
+    `terms` names the rows of ALIGNMENT_LOSSES that are computed. `spatial_norm` is the alpha of spatial_normalize for
+    the teachers' features; None leaves them unchanged.
     """
 
     def __init__(self, path_type="linear", weighting="uniform", attn_pairs=((4, 8), (5, 9), (6, 10), (7, 11)),

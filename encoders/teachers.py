@@ -218,6 +218,7 @@ class Teacher:
     `vit` is load_vit's; one without a row is treated as DINOv2. Images are normalised, then resized to patch * `grid`
     pixels, so that the teacher has `grid` x `grid` tokens as the student does, or to `input_size`. Then the losses
     resample the student's side; with `resample` "teacher" the outputs are resampled to `grid` here.
+    Outputs, in autocast's dtype: features [(N, T, width)] and attention {0-based block: QK of (N, H, T, d)}.
     `attn_blocks` (0-based): blocks whose q and k are returned. `num_blocks` keeps only the first blocks; features are
     the final norm of the last one kept. Without `features` no block after the last tapped one runs. `precision`: "no"
     (float32), "fp16", "bf16", or None for the precision of the surrounding autocast.
