@@ -12,6 +12,7 @@ from pathlib import Path
 
 import runtime.quick_help  # noqa: F401  # isort: skip (before what imports torch)
 from data_io.moments import read_names
+from encoders.vae import VAES
 from models.checkpoint import load_checkpoint, load_network, modern_names, save_export
 from runtime.errors import UserError, run_script
 from runtime.files import prepare_output
@@ -21,7 +22,8 @@ from runtime.flags import Parser
 def released(state):
     """`state` of load_checkpoint with a float16 EMA, without projectors and without args that hold absolute paths.
 
-    Of the VAE's path the name stays: without one, sampling would take Stable Diffusion's VAE.
+    Of the VAE's path the name stays, on the hub if it has that name there: without one, sampling would take Stable
+    Diffusion's VAE.
     """
     def has_path(value):
         parts = value if isinstance(value, list) else value.split(",") if isinstance(value, str) else ()
@@ -29,7 +31,8 @@ def released(state):
 
     args = {name: value for name, value in state["args"].items() if not has_path(value)}
     if vae := state["args"].get("vae"):
-        args["vae"] = Path(vae).name if os.path.isabs(vae) else vae
+        name = Path(vae).name if os.path.isabs(vae) else vae
+        args["vae"] = next((hub for hub in VAES.values() if hub.endswith(f"/{name}")), name)
     ema = {name: value.half() for name, value in state["ema"].items() if not name.startswith("projectors.")}
     return {**state, "ema": ema, "args": args}
 

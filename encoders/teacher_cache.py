@@ -88,7 +88,7 @@ class CachedTeacher:
             for name in names:
                 path = self.folder / f"{name}.npy"
                 np.lib.format.open_memmap(path, "w+", np.float16, (len(dataset), *first[name].shape[1:]))
-                with open(path, "r+b") as file:  # find a full disk now: a later write to the mapped file would crash
+                with open(path, "r+b") as file:  # find a full disk now, not after hours
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             with atomic_write(record) as file:
                 np.save(file, np.zeros(count, np.uint8))

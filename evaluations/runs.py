@@ -78,9 +78,10 @@ def alignment_stop(table, settings):
     after = next((step for step in table["denoise"][0] if step > last), None)
     if after is None or (not last and settings.get("enc_type") == "none"):
         return None
+    known = {name: value for name, value in settings.items() if isinstance(value, (int, float))}
     fired = [step for step, cosine in zip(*table.get("cosine", ([], [])), strict=True)
-             if cosine < settings.get("trigger_threshold", -1)]
-    stop = min([settings.get("early_stop_point", float("inf")), *fired])
+             if cosine < known.get("trigger_threshold", -1)]
+    stop = min([known.get("early_stop_point", float("inf")), *fired])
     return stop if 0 < stop and last <= stop < after else last or None
 
 

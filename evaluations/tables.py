@@ -29,7 +29,7 @@ def phrase(name, value):
     """A setting in words."""
     if name in NONE and value in (0, "no", "none"):
         return NONE[name]
-    if name in WORDS and value is not None:
+    if name in WORDS and isinstance(value, str if WORDS[name].count("{}") else (int, float)):
         return WORDS[name].format(value)
     plain = name.replace("_", " ")
     if isinstance(value, bool):
@@ -75,12 +75,15 @@ def labels(settings, but=()):
 
 def sampling_words(made):
     """How samples were made, in words. `made`: their settings.json, with run and step of the checkpoint."""
-    words = [made["run"]] if "run" in made else []
-    words += [f"step {made['step']:,}"] if "step" in made else []
+    def is_number(name):
+        return isinstance(made.get(name), (int, float))
+
+    words = [str(made["run"])] if "run" in made else []
+    words += [f"step {made['step']:,}"] if is_number("step") else []
     if "mode" in made:
-        kind = "Heun" if made.get("heun") else MODES.get(made["mode"], made["mode"])
+        kind = "Heun" if made.get("heun") else MODES.get(str(made["mode"]), made["mode"])
         words.append(f"{made.get('num_steps', '')} {kind} steps".strip())
-    if "cfg_scale" in made:
+    if is_number("cfg_scale"):
         interval = [made.get("guidance_low", 0), made.get("guidance_high", 1)]
         part = "" if interval == [0, 1] else f" for t from {interval[0]} to {interval[1]}"
         words.append(f"guidance {made['cfg_scale']:g}{part}" if made["cfg_scale"] > 1 else "no guidance")

@@ -32,7 +32,7 @@ SAMPLING = ("mode", "num_steps", "cfg_scale", "guidance_low", "guidance_high", "
 NOT_IN_SETTINGS = ("sample_dir", "num_fid_samples", "per_proc_batch_size", "tf32", "fused_attn", "compile",
                    "projector_embed_dims", "encoder_depth", "class_names", "names_file", "legacy", "prefix")
 # Entries of settings.json that are not compared: hashes or values stand for the paths.
-NOT_COMPARED = ("ckpt", "vae", "latents_stats", "data_dir", "text_encoder", "cost")
+NOT_COMPARED = ("ckpt", "vae", "latents_stats", "data_dir", "text_encoder", "num_classes", "cost")
 MAX_IMAGES = 10 ** 7  # six digits name a file, and a list of more takes memory
 
 

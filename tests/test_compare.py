@@ -36,6 +36,7 @@ def test_runs_of_several_seeds_are_one():
     settings = [HASTE, {**HASTE, "seed": 1}, PLAIN]
     assert groups(settings, "abc") == {"aligned with dinov2-vit-b": [0, 1], "no alignment": [2]}
     assert groups(settings[:2], "ab") == {"a and b": [0, 1]}
+    assert phrase("seed", "x") == "seed x" and phrase("early_stop_point", None) == "early stop point null"
     assert phrase("qk_norm", False) == "no qk norm" and phrase("cfg_prob", 0.1) == "cfg prob 0.1"
 
 
@@ -46,7 +47,7 @@ def test_runs_of_several_seeds_are_one():
       "cache": "taylor", "weights": "model", "labels": "balanced"},
      ("50 Heun steps, guidance 1.65 for t from 0.0 to 0.72, cache taylor, weights without averaging, as many of each "
       "class")),
-    ({}, "")])
+    ({"cfg_scale": None, "step": "x", "mode": "ode", "num_steps": 2}, "2 Euler steps"), ({}, "")])
 def test_samples_in_words(made, words):
     assert sampling_words(made) == words
 

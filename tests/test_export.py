@@ -60,11 +60,12 @@ def test_every_form_has_the_same_bits(forms):
     assert isinstance(torch.load(forms[3], weights_only=True)["args"], dict)  # no class is needed to read it
 
 
-def test_a_release(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("folder", "released_name"), [("vae", "vae"), ("sd-vae-ft-mse", "stabilityai/sd-vae-ft-mse")])
+def test_a_release(monkeypatch, tmp_path, folder, released_name):
     """Half the size, the same weights in half precision, no projectors, no trace of where it was trained."""
     path = make_checkpoint(tmp_path / "0000005.pt")
     state = load_tensors(path)
-    vars(state["args"]).update(data_dir="/mnt/mine", output_dir="exps", vae="/mnt/mine/vae",
+    vars(state["args"]).update(data_dir="/mnt/mine", output_dir="exps", vae=f"/mnt/mine/{folder}",
                                enc_weights="w,/mnt/mine/w")
     torch.save(state, path)
     for out, more in (("whole.safetensors", []), ("half.safetensors", ["--release"])):
@@ -74,7 +75,7 @@ def test_a_release(monkeypatch, tmp_path):
     assert b"/mnt/mine" in whole.read_bytes() and b"/mnt/mine" not in half.read_bytes()
     (exact, args), (rounded, released) = load_network(whole), load_network(half)
     assert released == {name: value for name, value in args.items() if name not in ("data_dir", "enc_weights")} | {
-        "vae": "vae"}  # without its name, Stable Diffusion's would be taken
+        "vae": released_name}  # without its name, Stable Diffusion's would be taken
     assert exact.z_dims and rounded.z_dims == ()
     exact.projectors = torch.nn.ModuleList()
     for ours, theirs in zip(exact.parameters(), rounded.parameters(), strict=True):

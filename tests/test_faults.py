@@ -296,17 +296,19 @@ def short_start():
     setup.START_SECONDS = 5
 
 
-def test_processes_with_different_settings(tiny_data, tmp_path):
+@pytest.mark.parametrize(("flag", "value"), [("--learning-rate", "0.5"), ("--lr-schedule", "cosine")])
+def test_processes_with_different_settings(tiny_data, tmp_path, flag, value):
     """As another accelerate configuration on one machine gives: their gradients would be averaged without a word."""
     done = script("train.py", *long_run(tiny_data, tmp_path), processes=2, check=False,
-                  before="tests.test_faults.other_rate")
+                  before="tests.test_faults.other_flag", env={"HASTE_TEST_FLAG": f"{flag}={value}"})
     assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
-    assert "error: The processes of this run have different settings: learning_rate; give all" in done.stderr
+    name = flag[2:].replace("-", "_")
+    assert f"error: The processes of this run have different settings: {name}; give all" in done.stderr
 
 
-def other_rate():
+def other_flag():
     if os.environ["RANK"] == "1":
-        sys.argv += ["--learning-rate", "0.5"]
+        sys.argv += [os.environ["HASTE_TEST_FLAG"]]
 
 
 def test_a_network_interface_that_is_not_there(tiny_data, tmp_path):

@@ -72,10 +72,14 @@ SCRIPTS = [str(path.relative_to(ROOT)) for path in SOURCES if "import runtime.qu
 def test_help_is_quick_and_whole(name, whole_pages):
     """Measures CPU seconds, so that a busy machine changes nothing."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, ROOT / name, "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / name, "--help"], capture_output=True, text=True,
+                          check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < HELP_SECONDS
     assert "usage" in done.stdout and done.stdout == whole_pages.get(str(ROOT / name), done.stdout)
+    if name.startswith("evaluations") and "quick_help" not in (ROOT / name).read_text():
+        found = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert not found & {"torch", "timm", "transformers", "scipy", "matplotlib", "numpy", "PIL"}
 
 
 def test_without_help_nothing_is_left_out():

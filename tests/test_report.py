@@ -100,6 +100,7 @@ def test_page_needs_nothing_beside_it(page):
     ([50, 100], [150], {"early_stop_point": 120, "trigger_threshold": -0.05}, 100),
     ([50, 100], [150], {"early_stop_point": 120, "trigger_threshold": -0.3}, 120),
     ([50, 100], [], {"early_stop_point": 120}, None),
+    ([50, 100], [150], {"early_stop_point": None, "trigger_threshold": "x"}, 100),  # another tool's args.json
     ([], [50], {"early_stop_point": 0}, None),
     ([], [50], {"early_stop_point": 20}, 20),  # a row counts as its last step
     ([], [50], {"early_stop_point": 20, "enc_type": "none"}, None)])

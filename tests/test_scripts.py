@@ -64,7 +64,7 @@ def test_a_log_on_a_full_disk(tiny_data, tmp_path):
 
 
 def test_no_room_for_the_teacher_cache(world, tmp_path):
-    """Found when the files are made: later, a full disk under a mapped file would kill the process silently."""
+    """Found when the files are made, not after hours of filling them."""
     done = script("train.py", *train_arguments(world / "data", tmp_path, "--enc-weights", world / "teacher.pth",
                                                "--teacher-cache", tmp_path / "cache"), check=False,
                   before="tests.test_resume.limit_file_size", env={"HASTE_TEST_LARGEST_FILE": "40000"})

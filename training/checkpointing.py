@@ -20,6 +20,9 @@ MUST_MATCH_ON_RESUME = ("model", "num_classes", "resolution", "qk_norm", "path_t
                         "time_shift", "enc_type", "projector", "projector_kernel", "encoder_depth", "attn_layers",
                         "attn_teacher", "latents", "data", "conditions")
 
+MAY_DIFFER_BY_PROCESS = ("num_workers", "data_dir", "output_dir", "logging_dir", "teacher_cache", "enc_weights", "vae",
+                         "latents_stats", "init_from", "eval_ref", "eval_weights")
+
 
 def save_checkpoint(folder, step, state):
     """Write `state`, plain values and tensors, as the checkpoint of `step`, atomically.
@@ -78,10 +81,9 @@ def check_resumed(path, state):
 def read_newest(folder, step):
     """(path, state) of the checkpoint of `step` in `folder`; 0: the newest readable one. (None, {}) without any.
 
-    For a damaged one, log it and try the one before; if that is good, rename the damaged one to *.pt.damaged, so that
-    pruning no longer counts it. Raises UserError if none can be read.
+    For a damaged one, log it and try the one before. Raises UserError if none can be read.
     """
-    found, damaged = saved_steps(folder), []
+    found = saved_steps(folder)
     if step and step not in found:
         there = ", ".join(map(str, sorted(found))) or "none"
         raise UserError(f"{folder} has no checkpoint of step {step} (there: {there}); choose another --resume-step.")
@@ -92,17 +94,21 @@ def read_newest(folder, step):
             if step:
                 raise
             logger.warning(f"{error} Trying the checkpoint before it.")
-            damaged.append(found[number])
             continue
         check_resumed(found[number], state)
-        for path in damaged:
-            with writing(path):
-                os.replace(path, f"{path}.damaged")
         return found[number], state
     if found:
         raise UserError(f"{folder} has no checkpoint that can be read; put a whole one there, or delete them to start "
                         "anew.")
     return None, {}
+
+
+def set_aside_damaged(folder, step):
+    """Rename the checkpoints after `step`, which read_newest chose, to *.pt.damaged: pruning no longer counts them."""
+    for number, path in saved_steps(folder).items():
+        if number > step:
+            with writing(path):
+                os.replace(path, f"{path}.damaged")
 
 
 def read_for_all(accelerator, folder, step):
@@ -128,8 +134,7 @@ def check_alike(accelerator, settings):
 
     Paths and the number of loader processes may differ.
     """
-    mine = {name: value for name, value in settings.items()
-            if name != "num_workers" and (name in MUST_MATCH_ON_RESUME or not isinstance(value, str))}
+    mine = {name: value for name, value in settings.items() if name not in MAY_DIFFER_BY_PROCESS}
     every = gather_object([mine | {"mixed_precision": accelerator.mixed_precision}])
     if differing := sorted({name for other in every for name in other if other[name] != every[0].get(name)}):
         raise UserError(f"The processes of this run have different settings: {', '.join(differing)}; give all of "

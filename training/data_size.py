@@ -1,5 +1,6 @@
 """Resolution, VAE and scale of the latents, found in the data before anything else is read."""
 import os
+import re
 from pathlib import Path
 
 from data_io.latent_scale import PIXEL_SCALE, PIXELS, SD_SCALE, from_plain, read_note, read_statistics
@@ -17,7 +18,7 @@ def side_of(folder, suffixes):
     for path, _, files in os.walk(folder, followlinks=True):
         for name in files:
             if not name.endswith(suffixes) or name.startswith(".") or name == "index.npy" or \
-                    (name.endswith(".npy") and "_" in name):  # a caption
+                    re.fullmatch(r"\d+_\d+\.npy", name):  # a caption
                 continue
             try:
                 if name.endswith(".png"):

@@ -30,6 +30,7 @@ from training.checkpointing import (
     describe_resume,
     prune_checkpoints,
     save_checkpoint,
+    set_aside_damaged,
 )
 from training.config import loss_weights
 from training.early_stop import COSINE_COLUMN, align_decay, gradient_cosine, is_trigger_step, trigger_columns
@@ -102,7 +103,7 @@ class Trainer:
         self.finish()
 
     def prepare(self):
-        """Load the newest checkpoint and all that the run needs. Changes no existing file but log.txt."""
+        """Apply the checkpoint and load all that the run needs. Changes no existing file but log.txt."""
         if self.args.compile:  # not the EMA: previews and scores have other shapes
             check_compiler(self.accelerator.device)
             self.model.compile()
@@ -321,6 +322,8 @@ class Trainer:
             write_json(self.run_folder / "args.json",
                        {**self.settings, "environment": environment(self.accelerator)}, indent=2)
             self.metrics.begin()
+            if not self.args.resume_step:
+                set_aside_damaged(self.run_folder / "checkpoints", self.step)
             prune_checkpoints(self.run_folder / "checkpoints", self.step, self.args.keep_checkpoints,
                               self.args.keep_every)  # a kill may have come between a checkpoint and this
         if self.previews:
