@@ -70,8 +70,9 @@ def show_machine(args):
             *[[name, os.environ[name]] for name in sorted(os.environ) if name.startswith(("TORCH_", "NVIDIA_TF32"))],
             *[[name, version(name)] for name in ("triton", "imagecodecs", "pytest")]]
     if DEVICE == "cuda":
-        driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], check=False,
-                                capture_output=True, text=True).stdout if shutil.which("nvidia-smi") else ""
+        query = ["nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = (subprocess.run(query, check=False, capture_output=True, text=True).stdout
+                  if shutil.which(query[0]) else "")
         rows += [["GPU", str(torch.cuda.get_device_properties(0))], ["driver", driver.strip() or "unknown"],
                  ["cuDNN", torch.backends.cudnn.version()]]
     print(table(["what", "value"], rows))

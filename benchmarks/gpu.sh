@@ -114,14 +114,14 @@ case $part in
             xl="--model SiT-XL/2 --mixed-precision bf16"
             section "step time, XL/2, batch 32" 120 $step $xl --batch-size 32 --rounds 5 \
                 --variants published ours bf16-teacher plain
-            section "step time, XL/2, batch 32, compiled" 120 $step $xl --batch-size 32 --rounds 5 \
+            section "step time, XL/2, batch 32, compiled" 180 $step $xl --batch-size 32 --rounds 5 \
                 --variants published compiled
             section "step time, XL/2, batch 128" 90 $step $xl --batch-size 128 --rounds 3 --variants ours
-            section profile 60 benchmarks/gpu.py profile
+            section profile 120 benchmarks/gpu.py profile
             section "train.py" 210 benchmarks/gpu.py train
             section sampling 100 benchmarks/sampling.py --model SiT-XL/2 --batch-size 32 --modes sde ode --num-steps 6 \
                 --rounds 2 --variants published ours bf16
-            section "attention loss" 90 benchmarks/gpu.py tiles
+            section "attention loss" 150 benchmarks/gpu.py tiles
             section "step time, XL/2, fp16" 60 $step --model SiT-XL/2 --mixed-precision fp16 --batch-size 32 \
                 --rounds 3 --variants published ours
             section "step time, B/2" 120 $step --model SiT-B/2 --mixed-precision bf16 --batch-size 128 --rounds 3 \

@@ -39,7 +39,9 @@ from training.config import loss_weights
 from training.step import backward_and_step, update_ema
 from training.trainer import Trainer
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, bf16 and fp16, by the makers' data sheets
+# Dense, bf16 and fp16, by the maker's data sheets; the first name that the GPU's name contains.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12,
+              "A100": 312e12}
 VARIANTS = ("published", "ours", "bf16-teacher", "compiled", "plain")
 
 
@@ -165,9 +167,12 @@ class Run:
 
 
 def flops(work):
-    """FLOPs of the matrix products in one call."""
-    with FlopCounterMode(display=False) as counter:
-        work()
+    """FLOPs of the matrix products in one call; None if memory does not suffice, as beside a compiled network."""
+    try:
+        with FlopCounterMode(display=False) as counter:
+            work()
+    except torch.OutOfMemoryError:
+        return None
     return counter.get_total_flops()
 
 
@@ -184,11 +189,11 @@ def measure(options, batch_size, precision):
         memory = (added_memory(work, run.device) + run.held(variant, phase)) / 2 ** 30
         median = statistics.median(seconds[variant, phase])
         base = None if variant == "plain" else seconds.get(("published", phase))
-        has_mfu = peak and variant != "plain"
+        count = flops(run.step("ours", phase)) if peak and variant != "plain" else None
         rows.append([variant, "-" if variant == "plain" else phase, spread(seconds[variant, phase]),
                      f"{statistics.median(base) / median:.2f}" if base else "-",
                      f"{median / floor:.3f}" if floor else "-", f"{memory:.2f}",
-                     f"{100 * flops(run.step('ours', phase)) / median / peak:.1f} %" if has_mfu else "-"])
+                     f"{100 * count / median / peak:.1f} %" if count else "-"])
     print(f"\n{options.model}, {options.resolution} px, batch {batch_size}, precision {precision}"
           + (", no attention loss" if options.no_attention else "") + "\n")
     print(table(["variant", "phase", "seconds a step: median (lowest to highest)", "times faster than published",

@@ -24,7 +24,7 @@ def test_all_that_is_installed_is_there():
     assert {f"haste-{name}" for name in commands.SCRIPTS} == set(PROJECT["project"]["scripts"])
     assert set(PROJECT["project"]["scripts"].values()) == {"runtime.commands:run"}
     assert set(there["py-modules"]) == {path.stem for path in ROOT.glob("*.py")}
-    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "examples"}
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "examples", "benchmarks"}
     assert set(there["packages"]) == folders
     assert all((ROOT / name).is_file() for name in PROJECT["project"]["license-files"])
 
