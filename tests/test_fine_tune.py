@@ -40,7 +40,8 @@ def test_parts_of_another_shape_are_made_anew(trained, caplog):
     assert "anew" not in caplog.text
     assert f"initialised from the weights (model) of {trained}, after 5 steps" in caplog.text
     for kwargs, begin, words in (
-            ({"num_classes": 9}, "y_embedder", "table is initialised anew, y_embedder.embedding_table.weight being (5"),
+            ({"num_classes": 9}, "y_embedder",
+             "table is initialised anew, y_embedder.embedding_table.weight being (5, 32)"),
             ({"input_size": 8}, "pos_embed", "the position table is initialised anew"),
             ({"z_dims": (64,)}, "projectors.0.", "a projector is initialised anew, projectors.0.4.bias being (48,)"),
             ({"z_dims": (48, 64)}, "projectors.1.", "projectors.1.0.bias being missing in"),

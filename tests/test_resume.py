@@ -357,7 +357,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(run, si
     path.write_bytes({"cut": data[:-1000], "empty": b""}.get(damage, data))
     if damage == "code":
         torch.save({"model": os.getcwd}, path)
-    with pytest.raises(UserError):  # a refused start changes no checkpoint
+    with pytest.raises(UserError, match="--num-classes"):  # a refused start changes no checkpoint
         run(six, *PLAIN, "--num-classes", 1)
     assert steps_saved(six) == [2, 4, 5]
     run(six, *PLAIN, "--keep-checkpoints", 2)

@@ -164,8 +164,10 @@ def test_the_resolution_without_images(tmp_path, tiny_data, tiny_captions):
     assert find_resolution(None, tiny_captions, "train") == find_resolution(None, tiny_data) == 64
     (tmp_path / "vae-sd").mkdir()
     assert find_resolution(None, tmp_path) == 256
-    np.save(tmp_path / "vae-sd/img_00000000.npy", np.zeros((8, 64, 64), np.float32))
-    assert find_resolution(None, tmp_path) == 512 and find_resolution(64, tmp_path) == 64
+    for name in ("img_00000000.npy", "img-mean-std-00000000.npy"):
+        np.save(tmp_path / "vae-sd" / name, np.zeros((8, 64, 64), np.float32))
+        assert find_resolution(None, tmp_path) == 512 and find_resolution(64, tmp_path) == 64
+        (tmp_path / "vae-sd" / name).unlink()
     (tmp_path / "images").mkdir()  # packed rows
     np.save(tmp_path / "images/00000.npy", np.zeros((4, 3, 128, 128), np.uint8))
     assert find_resolution(None, tmp_path) == 128
